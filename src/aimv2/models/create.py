@@ -1,0 +1,41 @@
+"""Models by name, with random weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.init import init_weights
+from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
+
+
+def build(encoder: EncoderConfig, decoder: DecoderConfig | None, seed: int | None = None) -> nn.Module:
+    """An encoder, or with a decoder an AIMv2, built on the meta device and initialised in place."""
+    with torch.device("meta"):
+        model = VisionEncoder(encoder) if decoder is None else AIMv2(encoder, decoder)
+    model.to_empty(device=torch.get_default_device())
+    init_weights(model, seed)
+    return model
+
+
+def create_model(name: str, decoder: bool = False, seed: int | None = None, **overrides: Any) -> nn.Module:
+    """A model of the sizes table with random weights.
+
+    Args:
+        name: one of :func:`aimv2.list_models`.
+        decoder: give the whole AIMv2 (its ``.encoder`` is the VisionEncoder) instead of the encoder.
+        seed: of the weights; None draws from torch's global generator.
+        **overrides: values of :class:`EncoderConfig` to replace (``image_size=112``); ``decoder_NAME`` replaces a value
+            of :class:`DecoderConfig` (``decoder_depth=2``).
+
+    Returns:
+        VisionEncoder, or AIMv2 where ``decoder`` is true, in training mode, fp32.
+
+    Raises:
+        UsageError: an unknown name or option, numbers that do not fit each other.
+    """
+    parts = {key.removeprefix("decoder_"): overrides.pop(key) for key in list(overrides) if key.startswith("decoder_")}
+    encoder, shape = model_config(name, parts, **overrides)
+    return build(encoder, shape if decoder else None, seed)

@@ -1,0 +1,193 @@
+"""The multimodal decoder: image features, then [BOS] and the caption, read causally (PAPER.md sections 1 and 2).
+
+Legend: B pairs, I patches, T padded caption, R caption rows, S scored patches, D decoder width, P = p * p * 3, V vocabulary.
+
+Rows without padding ("packed") go through every linear; only attention sees the padded [B, I + T]. The last block and
+the heads see scored rows alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aimv2.batch import Batch
+from aimv2.models.layers import NORM_EPS, Block, Cache, Packed
+from aimv2.models.sizes import DecoderConfig, EncoderConfig
+
+CHUNK_ROWS = 1024  # text logits in chunks of this many rows once there are more than twice as many
+IGNORED = -100  # the target of a padding row
+
+
+class Prediction(NamedTuple):
+    """What the decoder says at scored positions.
+
+    Attributes:
+        pixels: [S, P] predicted patches, per-patch-normalised values, channel last (None: no pixel head).
+        text: the logits [R, V], or with targets the summed fp32 cross-entropy [] (None: no text head).
+    """
+
+    pixels: Tensor | None
+    text: Tensor | None
+
+
+class TextHead(nn.Module):
+    """Vocabulary logits, or their cross-entropy in chunks so that [R, V] in fp32 never exists whole for large R."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, rows: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[R, D] -> logits [R, V]; with targets int64 [R] (-100: ignored) the summed cross-entropy [] in fp32."""
+        if targets is None:
+            return self.linear(rows)
+        if len(rows) <= 2 * CHUNK_ROWS:
+            return self._loss(rows, targets)
+        total = rows.new_zeros((), dtype=torch.float32)
+        for part, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS)):
+            total = total + checkpoint(self._loss, part, target, use_reentrant=False)
+        return total
+
+    def _loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.linear(rows).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+class Trunk(nn.Module):
+    """Causal blocks and the last norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.hidden) for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:
+        """Packed rows [B * I + R, D] -> rows ``keep`` [K] after the last norm, [K, D]."""
+        for block in self.blocks[:-1]:
+            x = block(x, packed=packed)
+        return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
+
+    def step(self, x: Tensor, caches: list[Cache] | None) -> Tensor:
+        """New positions [B, N, D] behind what the caches hold (None: nothing before, nothing kept) -> [B, N, D]."""
+        for index, block in enumerate(self.blocks):
+            x = block(x, mask="causal") if caches is None else block(x, cache=caches[index])
+        return self.norm(x)
+
+
+class ImageTrunk(Trunk):
+    """Causal blocks over image positions alone (no caption to read)."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, I, D] -> positions ``keep`` of the flat [B * I], [K, D]."""
+        for block in self.blocks:
+            x = block(x, mask="causal")
+        return self.norm(x.flatten(0, 1).index_select(0, keep))
+
+
+class MultimodalDecoder(nn.Module):
+    """Predicts the next patch from image positions and the next token from caption positions.
+
+    Joint (the paper's): one causal trunk over [image ; BOS, caption]. Separate (Table 9d): one trunk for pixels over
+    the image, one for text over both. Image positions get no further position embedding; [BOS] is a learned vector.
+    """
+
+    def __init__(self, config: DecoderConfig, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(encoder.width, config.width)
+        image_only = not config.text
+        if config.pixels and (config.separate or image_only):
+            self.pixel_trunk = ImageTrunk(config)
+        if config.text:
+            self.trunk = Trunk(config)
+            self.token_embed = nn.Embedding(config.vocab_size, config.width)
+            self.text_position = nn.Parameter(torch.empty(config.max_text + 1, config.width))
+            self.bos = nn.Parameter(torch.empty(config.width))
+            self.text_head = TextHead(config.width, config.vocab_size)
+        if config.pixels:
+            self.pixel_head = nn.Linear(config.width, 3 * encoder.patch_size**2, bias=False)
+
+    def caption_inputs(self, text: Tensor, length: int) -> Tensor:
+        """Embeddings of [BOS], text[0], .., text[length - 2]: the inputs that predict text[0..length-1].
+
+        Args:
+            text: int64 [B, T]; length: 1..T+1.
+
+        Returns:
+            [B, length, D].
+        """
+        bos = self.bos.expand(len(text), 1, -1)
+        tokens = torch.cat([bos, self.token_embed(text[:, : length - 1])], dim=1)
+        return tokens + self.text_position[:length]
+
+    def forward(self, features: Tensor, batch: Batch, text_targets: Tensor | None = None) -> Prediction:
+        """Reads image features and captions.
+
+        Args:
+            features: [B, I, D of the encoder].
+            batch: which rows exist and which are scored.
+            text_targets: int64 [R]: return the summed cross-entropy instead of logits.
+
+        Returns:
+            predictions at scored image positions and at every real caption position.
+        """
+        image = self.project(features)  # [B, I, D]
+        samples, patches, width = image.shape
+        if not self.config.text:
+            return Prediction(self.pixel_head(self.pixel_trunk(image, batch.patch_rows)), None)
+        padded = self.caption_inputs(batch.text, batch.text.shape[1])  # [B, T, D]
+        text = padded.flatten(0, 1).index_select(0, batch.token_rows.clamp(max=samples * batch.text.shape[1] - 1))
+        rows = torch.cat([image.reshape(-1, width), text])
+        packed = Packed(batch.token_rows, samples, patches, batch.text.shape[1])
+        text_rows = torch.arange(samples * patches, len(rows), device=rows.device)
+        joint = self.config.pixels and not self.config.separate
+        keep = torch.cat([batch.patch_rows, text_rows]) if joint else text_rows
+        out = self.trunk(rows, packed, keep)
+        pixels = None
+        if joint:
+            pixels, out = self.pixel_head(out[: len(batch.patch_rows)]), out[len(batch.patch_rows) :]
+        elif self.config.pixels:
+            pixels = self.pixel_head(self.pixel_trunk(image, batch.patch_rows))
+        return Prediction(pixels, self.text_head(out, text_targets))
+
+    def new_caches(self) -> list[Cache]:
+        """Empty key-value caches, one a block of the text trunk."""
+        return [Cache() for _ in self.trunk.blocks]
+
+    def read_image(self, features: Tensor, caches: list[Cache]) -> None:
+        """Puts the image positions into the caches: the image is read once, whatever is written after."""
+        self.trunk.step(self.project(features), caches)
+
+    def next_logits(self, tokens: Tensor | None, position: int, samples: int, caches: list[Cache]) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 [B], the token just written; None: [BOS].
+            position: place of this input in the caption, 0 for [BOS].
+            samples: B.
+            caches: hold the image and the inputs before.
+
+        Returns:
+            [B, V].
+        """
+        x = self.bos.expand(samples, -1) if tokens is None else self.token_embed(tokens)
+        x = (x + self.text_position[position])[:, None]
+        return self.text_head(self.trunk.step(x, caches))[:, 0]
+
+    def full_logits(self, features: Tensor, text: Tensor) -> Tensor:
+        """Logits after each of [BOS], text[0], .., the plain path: no cache, padded.
+
+        Args:
+            features: [B, I, D of the encoder]; text: int64 [B, t], t may be 0.
+
+        Returns:
+            [B, t + 1, V].
+        """
+        x = torch.cat([self.project(features), self.caption_inputs(text, text.shape[1] + 1)], dim=1)
+        return self.text_head(self.trunk.step(x, None)[:, features.shape[1] :])

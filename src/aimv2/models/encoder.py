@@ -1,0 +1,115 @@
+"""The vision encoder: patches in, features out (PAPER.md section 2, Table 1).
+
+Legend: B images, h x w patch grid, I = h * w, p patch side, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aimv2.models.layers import NORM_EPS, Block, prefix_attention_mask
+from aimv2.models.positions import patchify, sincos_positions
+from aimv2.models.sizes import EncoderConfig
+
+
+class PatchEmbed(nn.Module):
+    """Patch projection (a convolution of stride p, done as one matrix product), RMSNorm, position."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        if config.image_size is not None:
+            self.position = nn.Parameter(torch.empty(1, config.patches, config.width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, I, D]."""
+        patch = self.config.patch_size
+        x = F.linear(patchify(images, patch), self.proj.weight.flatten(1), self.proj.bias)
+        x = self.norm(x)
+        if self.config.image_size is not None:
+            return x + self.position
+        grid = images.shape[2] // patch, images.shape[3] // patch
+        return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
+
+
+class VisionEncoder(nn.Module):
+    """ViT with RMSNorm, SwiGLU, no class token and no trunk bias; prefix or bidirectional attention.
+
+    ``model(images)`` is the frozen encoder that everything downstream uses. uint8 images are normalised inside with
+    the model's own mean and std; float images count as normalised already.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.hidden) for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.compiled = False  # set where the blocks are compiled: picks the mask's form
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def config_dict(self) -> dict[str, Any]:
+        """What ``config.json`` keeps of the encoder."""
+        return asdict(self.config)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.float() / 255 - self.mean) / self.std
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError for a shape this model can't see correctly."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
+        config, (height, width) = self.config, images.shape[2:]
+        if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"{config.name} sees {config.image_size} x {config.image_size} px, got {height} x {width}; resize with "
+                "aimv2.image_transform, or create the model with another image_size"
+            )
+        patches = (height // config.patch_size) * (width // config.patch_size)
+        if config.image_size is None and not config.min_patches <= patches <= config.max_patches:
+            raise ValueError(
+                f"{config.name} sees {config.min_patches} to {config.max_patches} patches of {config.patch_size} px, "
+                f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
+            )
+
+    def forward(
+        self, images: Tensor, prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
+    ) -> Any:
+        """Encodes images.
+
+        Args:
+            images: uint8 or normalised float [B, 3, H, W].
+            prefix_len: int64 [B], each in 1..I-1: causal attention behind a prefix that all see (training).
+                None: bidirectional.
+            layers: indices of blocks whose outputs are wanted too (before the last norm; negative counts from the end).
+
+        Returns:
+            [B, I, D] after the last norm; with ``layers`` a pair of that and a list of [B, I, D].
+        """
+        self.check_images(images)
+        x = self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
+        mask = None
+        if prefix_len is not None:
+            mask = prefix_attention_mask(prefix_len, x.shape[1], self.compiled)
+        wanted = [layer % len(self.blocks) for layer in layers or ()]
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            x = block(x, mask)
+            if index in wanted:
+                kept[index] = x
+        x = self.norm(x)
+        return x if layers is None else (x, [kept[index] for index in wanted])

@@ -1,0 +1,226 @@
+"""The parts of every trunk: attention in its forms, SwiGLU, and the pre-norm block (PAPER.md section 2).
+
+Legend: B samples, N positions, D width, H heads, d = D / H, R packed rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aimv2.models.masks import cached_mask, prefix_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+NORM_EPS = 1e-5  # RMSNorm, everywhere
+
+
+class Packed(NamedTuple):
+    """How B sequences of I image and up to T text positions lie in rows without padding.
+
+    The first B * I rows are the image positions; row B * I + r is the text position ``token_rows[r]`` of the flat
+    [B * T] text (B * T itself marks a padding row).
+    """
+
+    token_rows: Tensor  # int64 [R]
+    samples: int  # B
+    patches: int  # I
+    text: int  # T
+
+
+class Cache:
+    """Keys and values already computed, for one block: [B, H, cached, d] each."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends along the positions and returns all keys and values so far."""
+        if self.key is not None and self.value is not None:
+            key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+        self.key, self.value = key, value
+        return key, value
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps samples ``rows`` (int64 [B']), in that order; repeats are copies (beam search)."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key[rows], self.value[rows]
+
+
+def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None) -> Tensor:
+    """Causal or prefix attention as two products around a masked softmax, for torch.compile on a CPU.
+
+    The mask is a comparison of positions fused into the softmax: no [B, N, N] mask is ever stored.
+
+    Args:
+        q, k, v: [B, H, N, d].
+        prefix_len: int64 [B], or None for causal.
+
+    Returns:
+        [B, H, N, d].
+    """
+    position = torch.arange(q.shape[2], device=q.device)
+    allowed = position[None, :] <= position[:, None]  # [N, N]
+    if prefix_len is not None:
+        allowed = allowed | (position < prefix_len[:, None, None, None])  # [B, 1, N, N]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    weights = scores.float().masked_fill(~allowed, float("-inf")).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value projection; no biases, no dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3 * D] -> query, key, value, each [B, H, N, d]."""
+        batch, length, _ = qkv.shape
+        q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attend(self, qkv: Tensor, mask: Any) -> Tensor:
+        """Attention under ``mask``, before the output projection.
+
+        Args:
+            qkv: [B, N, 3 * D].
+            mask: None = all see all; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; or a flex BlockMask.
+
+        Returns:
+            [B, N, D].
+        """
+        q, k, v = self.split(qkv)
+        if mask is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        elif isinstance(mask, str):
+            if torch.compiler.is_compiling() and q.device.type == "cpu":
+                out = inline_attention(q, k, v, None)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif not isinstance(mask, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            out = flex_attention(q, k, v, block_mask=mask)
+        elif mask.dtype == torch.bool:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            out = inline_attention(q, k, v, mask)
+        return out.transpose(1, 2).flatten(2)
+
+    def attend_packed(self, qkv: Tensor, rows: Packed) -> Tensor:
+        """Causal attention over [image ; caption] for packed rows: [B * I + R, 3 * D] -> [B * I + R, D]."""
+        image_rows = rows.samples * rows.patches
+        image = qkv[:image_rows].view(rows.samples, rows.patches, -1)
+        slots = rows.samples * rows.text
+        text = qkv.new_zeros(slots + 1, qkv.shape[1]).index_copy(0, rows.token_rows, qkv[image_rows:])
+        full = torch.cat([image, text[:slots].view(rows.samples, rows.text, -1)], dim=1)  # [B, I + T, 3 * D]
+        out = self.attend(full, "causal")
+        text_out = out[:, rows.patches :].reshape(slots, -1)
+        text_out = text_out.index_select(0, rows.token_rows.clamp(max=slots - 1))
+        return torch.cat([out[:, : rows.patches].reshape(image_rows, -1), text_out])
+
+    def attend_cached(self, qkv: Tensor, cache: Cache) -> Tensor:
+        """Causal attention of new positions over the cached ones and themselves: [B, new, 3 * D] -> [B, new, D]."""
+        q, k, v = self.split(qkv)
+        new = k.shape[2]
+        k, v = cache.extend(k, v)
+        mask = cached_mask(k.shape[2] - new, new, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one fused projection, gate first."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then SwiGLU, each added to its input.
+
+    One class serves the encoder (padded [B, N, D] with a mask), the decoder in training (packed rows) and the decoder
+    that writes captions (cache).
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width, hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Any = None,
+        packed: Packed | None = None,
+        keep: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Applies the block.
+
+        Args:
+            x: [B, N, D], or packed rows [B * I + R, D].
+            mask: see :meth:`Attention.attend` (padded input only).
+            packed: the row layout, for packed input.
+            keep: int64 [K]; of packed rows only these leave the block (the last block scores no others).
+            cache: keys and values so far; ``x`` holds the new positions.
+
+        Returns:
+            like ``x``, or [K, D].
+        """
+        qkv = self.attn.qkv(self.norm1(x))
+        if packed is not None:
+            attended = self.attn.attend_packed(qkv, packed)
+        elif cache is not None:
+            attended = self.attn.attend_cached(qkv, cache)
+        else:
+            attended = self.attn.attend(qkv, mask)
+        if keep is not None:
+            x, attended = x.index_select(0, keep), attended.index_select(0, keep)
+        x = x + self.attn.proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+def flex_available() -> bool:
+    """True where FlexAttention may serve training (it has no backward pass on a CPU)."""
+    return torch.cuda.is_available()
+
+
+def prefix_attention_mask(prefix_len: Tensor, length: int, compiled: bool) -> Tensor | BlockMask:
+    """The form of the prefix mask that suits the device; made once a batch, used by every block.
+
+    Args:
+        prefix_len: int64 [B], each in 1..length.
+        length: N.
+        compiled: whether the blocks run under torch.compile.
+
+    Returns:
+        a flex BlockMask (compiled on CUDA), the lengths themselves (compiled on a CPU: fused into the softmax), or
+        bool [B, 1, N, N] (eager).
+    """
+    if compiled and prefix_len.device.type == "cpu":
+        return prefix_len
+    if compiled and flex_available():
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) | (k < prefix_len[b])
+
+        return create_block_mask(allowed, len(prefix_len), None, length, length, device=str(prefix_len.device))
+    return prefix_mask(prefix_len, length)[:, None]

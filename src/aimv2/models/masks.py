@@ -1,0 +1,37 @@
+"""Who may attend to whom. Pure functions of lengths; True = may attend; rows ask, columns answer."""
+
+import torch
+from torch import Tensor
+
+
+def causal_mask(length: int, device: torch.device | str | None = None) -> Tensor:
+    """Each position sees itself and what is before it (decoder, PAPER.md section 1).
+
+    Returns:
+        bool [length, length].
+    """
+    position = torch.arange(length, device=device)
+    return position[None, :] <= position[:, None]
+
+
+def prefix_mask(prefix_len: Tensor, length: int) -> Tensor:
+    """Causal, and the first ``prefix_len`` positions are seen by all (encoder, PAPER.md section 1).
+
+    Args:
+        prefix_len: int [B], each in 1..length.
+        length: N.
+
+    Returns:
+        bool [B, N, N]: ``column <= row or column < prefix_len[b]``.
+    """
+    position = torch.arange(length, device=prefix_len.device)
+    return causal_mask(length, prefix_len.device) | (position < prefix_len[:, None])[:, None, :]
+
+
+def cached_mask(cached: int, new: int, device: torch.device | str | None = None) -> Tensor:
+    """Causal rows of ``new`` positions that follow ``cached`` ones already held in a key-value cache.
+
+    Returns:
+        bool [new, cached + new].
+    """
+    return causal_mask(cached + new, device)[cached:]

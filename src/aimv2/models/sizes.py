@@ -1,0 +1,148 @@
+"""Every model by name: one row a size (PAPER.md section 2, Table 1). Adding a size is adding a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from aimv2.errors import UsageError, nearest
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NATIVE_PATCHES = (112, 4096)  # supported range of the released native model
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of a vision encoder. ``image_size`` None: any size, 2-D sine-cosine positions (native)."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # SwiGLU width as it is, never a ratio
+    patch_size: int
+    image_size: int | None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    min_patches: int = NATIVE_PATCHES[0]  # native only
+    max_patches: int = NATIVE_PATCHES[1]
+
+    @property
+    def patches(self) -> int:
+        """I, patches an image of the fixed size."""
+        assert self.image_size is not None, "a native model has no fixed number of patches"
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the multimodal decoder; the defaults are the paper's, the same for every encoder size."""
+
+    width: int = 1024
+    depth: int = 12
+    heads: int = 8
+    hidden: int = 2816
+    vocab_size: int = 32000
+    max_text: int = 77  # caption tokens, end of text included
+    separate: bool = False  # two trunks, one for pixels and one for text (Table 9d)
+    pixels: bool = True  # pixel head
+    text: bool = True  # text head
+
+
+@dataclass(frozen=True)
+class Size:
+    """Encoder width and depth, and the decoder that pre-trains it."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+# head dim 128 unless said otherwise
+SIZES = {
+    "large": Size(1024, 24, 8, 2816),
+    "huge": Size(1536, 24, 12, 4096),
+    "1B": Size(2048, 24, 16, 5632),
+    "3B": Size(3072, 24, 24, 8192),
+    "base": Size(768, 12, 6, 2048, DecoderConfig(768, 6, 6, 2048)),
+    # ours, head dim 64
+    "small": Size(384, 12, 6, 1024, DecoderConfig(384, 4, 6, 1024)),
+    "mini": Size(256, 8, 4, 704, DecoderConfig(256, 2, 4, 704)),
+    "tiny": Size(128, 6, 2, 384, DecoderConfig(128, 2, 2, 384)),
+}
+
+# (size, patch, image sizes; None = native)
+SERIES: list[tuple[str, int, list[int | None]]] = [
+    *[(size, 14, [224, 336, 448, None]) for size in ("large", "huge", "1B", "3B")],
+    ("base", 14, [224, 336, 448, None]),
+    ("small", 14, [224, 112]),
+    ("small", 4, [32]),
+    ("mini", 14, [112]),
+    ("mini", 4, [32]),
+    ("tiny", 14, [112]),
+    ("tiny", 8, [32]),
+    ("tiny", 4, [32]),
+]
+
+
+def _table() -> dict[str, tuple[EncoderConfig, DecoderConfig]]:
+    table = {}
+    for size, patch, images in SERIES:
+        row = SIZES[size]
+        for image in images:
+            name = f"aimv2-{size}-patch{patch}-{image or 'native'}"
+            encoder = EncoderConfig(name, row.width, row.depth, row.heads, row.hidden, patch, image)
+            table[name] = (encoder, row.decoder)
+    return table
+
+
+MODELS = _table()
+
+
+def list_models() -> list[str]:
+    """Names that :func:`aimv2.create_model` takes."""
+    return list(MODELS)
+
+
+def model_config(
+    name: str, decoder: dict[str, Any] | None = None, **overrides: Any
+) -> tuple[EncoderConfig, DecoderConfig]:
+    """The row of ``name`` with some values replaced.
+
+    Args:
+        name: a row of the table.
+        decoder: values of :class:`DecoderConfig` to replace.
+        **overrides: values of :class:`EncoderConfig` to replace.
+
+    Raises:
+        UsageError: an unknown name or value, an image size that the patch does not divide, heads that do not divide
+            the width.
+    """
+    if name not in MODELS:
+        raise UsageError(f"model.name: no model '{name}'{nearest(name, MODELS)} (aimv2.list_models() names them all)")
+    encoder, default_decoder = MODELS[name]
+    for given, kind in ((overrides, EncoderConfig), (decoder or {}, DecoderConfig)):
+        known = [f.name for f in fields(kind)]
+        for key in given:
+            if key not in known:
+                raise UsageError(f"unknown model option '{key}'{nearest(key, known)}")
+    encoder = replace(encoder, **overrides)
+    result = replace(default_decoder, **(decoder or {}))
+    check_config(encoder, result)
+    return encoder, result
+
+
+def check_config(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
+    """Raises UsageError where the numbers do not fit each other."""
+    if encoder.image_size is not None and encoder.image_size % encoder.patch_size:
+        raise UsageError(
+            f"model.image_size {encoder.image_size} is not a multiple of model.patch_size {encoder.patch_size}"
+        )
+    for part, shape in (("model", encoder), ("model.decoder", decoder)):
+        if shape.width % shape.heads or (shape.width // shape.heads) % 2:
+            raise UsageError(f"{part}.width {shape.width} is not an even multiple of its {shape.heads} heads")
+    if not (decoder.pixels or decoder.text):
+        raise UsageError("model.decoder needs the pixel head, the text head or both")

@@ -1,0 +1,294 @@
+"""The configuration of a run: typed dataclasses, filled from a YAML recipe and then from the command line.
+
+Light on purpose: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass
+class ModelConfig:
+    """Encoder and decoder: a row of the sizes table and what to change in it (null keeps the row's value).
+
+    Args:
+        name: a name of the sizes table (aimv2.list_models()); auto picks one by the size of the first images
+        image_size: pixels a side
+        patch_size: pixels a side of a patch
+        width: encoder width
+        depth: encoder blocks
+        heads: encoder heads
+        hidden: encoder SwiGLU width
+        decoder_width: decoder width (Table 9e)
+        decoder_depth: decoder blocks (Table 9f)
+        decoder_heads: decoder heads
+        decoder_hidden: decoder SwiGLU width
+        decoder_separate: one trunk for pixels and one for text instead of a joint one (Table 9d)
+    """
+
+    name: str = "auto"
+    image_size: int | None = None
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    hidden: int | None = None
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+    decoder_hidden: int | None = None
+    decoder_separate: bool | None = None
+
+
+@dataclass
+class Source:
+    """One source of a mixture.
+
+    Args:
+        path: folder, glob, brace pattern or one tar of WebDataset samples; empty: data.train must give it by name
+        name: of the source, for messages and logs
+        weight: share of the drawn samples, any positive number
+        captions: caption fields of the sample's .json and how often each is drawn; null: all captions alike
+    """
+
+    path: str = ""
+    name: str = ""
+    weight: float = 1.0
+    captions: dict[str, float] | None = None
+
+
+@dataclass
+class DataConfig:
+    """Where pairs come from and how they are seen.
+
+    Args:
+        train: a path or a list of {name, path, weight, captions}; null: $AIMV2_DATA
+        val: a path; null: the val-* (or test-*) shards of the training folders
+        tokenizer: a folder, a tokenizer.json or a hub name; auto: a BPE trained on the training captions
+        vocab_size: of a tokenizer that is trained (auto)
+        max_tokens: caption tokens, end of text included
+        workers: data worker processes a rank; 0 reads in the training process
+        shuffle_buffer: samples from which the next one is drawn, in each worker
+        crop_scale: smallest share of the image's area that a random crop keeps (PAPER.md 4.1)
+        crop_ratio: range of the crop's aspect ratio
+        flip: probability of a horizontal flip; 0 where captions speak of left and right
+        max_pixels: larger images are rejected before decoding
+        max_bad: undecodable samples before the run stops
+        index_dir: where the index of shards that are not ours is kept; null: the user's cache folder
+    """
+
+    train: str | list[Source] | None = None
+    val: str | None = None
+    tokenizer: str = "auto"
+    vocab_size: int = 4096
+    max_tokens: int = 77
+    workers: int = 2
+    shuffle_buffer: int = 1000
+    crop_scale: float = 0.4
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: float = 0.5
+    max_pixels: int = 178_956_970
+    max_bad: int = 100
+    index_dir: str | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learnt (PAPER.md section 1; the ablations of section 6).
+
+    Args:
+        name: the objective
+        alpha: weight of the pixel loss beside the text loss (Table 9c)
+        targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
+        attention: of the encoder in training; bidirectional only with targets=text
+    """
+
+    name: Literal["pretrain"] = "pretrain"
+    alpha: float = 0.4
+    targets: Literal["both", "image", "text"] = "both"
+    attention: Literal["prefix", "bidirectional"] = "prefix"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule (PAPER.md 4.1, Table A1).
+
+    Args:
+        lr: peak learning rate
+        min_lr: at the end of a cosine or a cooldown
+        start_lr: at the first step of the warm-up
+        warmup: steps
+        schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr; constant
+        betas: of Adam
+        eps: of Adam
+        weight_decay: strength; see decay
+        decay: full = the paper's fully decoupled rule (p *= 1 - weight_decay * lr / peak); torch = lr * weight_decay
+        clip: largest norm of the gradient; 0 does not clip
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    start_lr: float = 1e-6
+    warmup: int = 12500
+    schedule: Literal["cosine", "half-cosine", "cooldown", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decay: Literal["full", "torch"] = "full"
+    clip: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the whole schedule
+        stop_at: save and end at this step without touching the schedule
+        batch_size: pairs a step over all ranks
+        accumulate: micro-batches a step
+        precision: of the products; weights, targets and losses are fp32 always
+        compile: torch.compile of each block; auto: where a compiler is found
+        checkpointing: recompute blocks in the backward pass instead of keeping their inside
+        save_every: steps between checkpoints; 0: only at the end
+        keep: newest checkpoints to keep; 0 keeps all
+        log_every: steps between lines of metrics
+    """
+
+    steps: int = 1_500_000
+    stop_at: int | None = None
+    batch_size: int = 8192
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: Literal["auto", "on", "off"] = "auto"
+    checkpointing: bool = False
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 20
+
+
+@dataclass
+class EvalConfig:
+    """Validation on a split of its own, always in fp32 with a centre crop and the first caption.
+
+    Args:
+        every: steps between validations; 0: only at the end
+        samples: pairs of the validation split to score
+        prefixes: prefix lengths, as shares of the patches, at which the pixel loss is scored
+        captions: held-out images to caption at the end
+        probe: attentive probe on labels (.cls) at the end, against the same probe on the untrained encoder
+        probe_epochs: of that probe
+        probe_samples: labelled training images that the probe uses; 0: all
+        probe_val_samples: labelled validation images that the probe is tested on; 0: all
+    """
+
+    every: int = 1000
+    samples: int = 2000
+    prefixes: tuple[float, ...] = (0.1, 0.5, 0.9)
+    captions: int = 8
+    probe: bool = False
+    probe_epochs: int = 10
+    probe_samples: int = 0
+    probe_val_samples: int = 0
+
+
+@dataclass
+class LogConfig:
+    """Where figures go beside metrics.jsonl.
+
+    Args:
+        tensorboard: write TensorBoard events into the run folder
+        wandb: a Weights & Biases project; null: none
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Args:
+        run: the run folder
+        init: a model folder, run or RUN@STEP whose weights to start from
+        seed: of weights, data order, crops, prefixes
+        resume: go on with the run in the folder
+        overwrite: remove the run in the folder first
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: str | None = None
+    init: str | None = None
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the configuration: ``["model", "model.name", ...]``."""
+    keys = []
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(hints[f.name]):
+            keys += known_keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def leaf_keys() -> list[str]:
+    """The keys that hold a value."""
+    keys = known_keys()
+    return [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections -> ``{"train.steps": 10}``. Only sections of :class:`Config` are opened."""
+    sections = {key for key in known_keys() if key not in leaf_keys()}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + str(key)
+        if isinstance(value, dict) and (name in sections or name not in known_keys()):
+            flat |= flatten(value, name + ".") or {name: value}
+        else:
+            flat[name] = value
+    return flat
+
+
+def get_value(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_value(config: Config, key: str, value: Any) -> None:
+    """Sets the value at a dotted key."""
+    *sections, name = key.split(".")
+    target: Any = config
+    for part in sections:
+        target = getattr(target, part)
+    setattr(target, name, value)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, tuples as lists (what config.yaml holds)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))

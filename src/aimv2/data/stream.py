@@ -1,0 +1,291 @@
+"""The stream of training batches: shards -> samples -> crops and tokens -> batches, through megatron-energon.
+
+Everything random about a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart
+repeats nothing and no two workers share a stream (DESIGN.md, Randomness).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, get_savable_loader, stateless
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from PIL import Image
+
+from aimv2.batch import Batch, join_batches, make_batch
+from aimv2.config import DataConfig, Source
+from aimv2.data.images import ImageError, decode_image
+from aimv2.data.shards import IMAGE_EXTENSIONS, build_index, count_samples, find_shards
+from aimv2.data.text import Tokenizer, sample_captions
+from aimv2.data.transforms import crop_resize, random_crop_box, to_pixels
+from aimv2.errors import UsageError
+
+
+@dataclass
+class View:
+    """How the model wants to see a sample.
+
+    Attributes:
+        image_size: pixels a side.
+        patches: I, patches an image.
+        captions: whether a sample without a caption is bad.
+    """
+
+    image_size: int
+    patches: int
+    captions: bool = True
+
+
+def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Generator:
+    """The generator of one visit of one sample."""
+    digest = hashlib.blake2b(f"{seed}|{key}|{worker}|{index}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def draw_prefix(rng: np.random.Generator, patches: int) -> int:
+    """M ~ Uniform{1..I-1} (PAPER.md sections 1 and 10)."""
+    return int(rng.integers(1, patches)) if patches > 1 else 1
+
+
+def draw_caption(
+    rng: np.random.Generator, captions: dict[str, list[str]], weights: dict[str, float] | None
+) -> str | None:
+    """One caption of a sample: a field by weight and one of its captions, or any caption where no weights are given."""
+    if weights is None:
+        every = [caption for field in captions.values() for caption in field]
+        return every[int(rng.integers(len(every)))] if every else None
+    fields = [field for field in captions if captions[field] and weights.get(field, 0) > 0]
+    if not fields:
+        return None
+    shares = np.array([weights[field] for field in fields])
+    chosen = captions[fields[int(rng.choice(len(fields), p=shares / shares.sum()))]]
+    return chosen[int(rng.integers(len(chosen)))]
+
+
+def image_bytes(sample: dict[str, Any]) -> bytes:
+    """The picture of a WebDataset sample. Raises ImageError where there is none."""
+    for extension, value in sample.items():
+        if extension.lower() in IMAGE_EXTENSIONS:
+            return value
+    raise ImageError("no image in the sample")
+
+
+def _as_is(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
+
+
+class PairEncoder(TaskEncoder):
+    """What energon runs in each worker: one sample to pixels and token ids, samples to a Batch."""
+
+    decoder = None
+    cookers = (Cooker(stateless(_as_is)),)
+
+    def __init__(
+        self, config: DataConfig, view: View, tokenizer: Tokenizer | None, seed: int, worker: WorkerConfig
+    ) -> None:
+        self.config, self.view, self.tokenizer, self.seed, self.worker = config, view, tokenizer, seed, worker
+        self.sources = training_sources(config)
+        self.bad: list[str] = []
+        self.fresh: list[str] = []
+
+    def place(self) -> tuple[int, int]:
+        """(global worker, the worker's own index of the sample in hand)."""
+        workers = max(self.worker.num_workers, 1)
+        local = self.worker.rank_worker_id()
+        return self.worker.rank * workers + local, self.current_sample_index // workers
+
+    @stateless
+    def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        key = sample["__key__"]
+        try:
+            return self.see(sample, sample_rng(self.seed, key, *self.place()))
+        except ImageError as error:
+            self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
+            raise SkipSample() from None
+
+    def reject(self, name: str) -> None:
+        """Notes a bad sample; past ``data.max_bad`` the worker gives up, naming them."""
+        self.bad.append(name)
+        self.fresh.append(name)
+        if len(self.bad) > self.config.max_bad:
+            raise FatalSampleError(too_many_bad(self.bad, self.config.max_bad))
+
+    def see(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Crop, flip, caption and prefix of one visit."""
+        config, size = self.config, self.view.image_size
+        draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
+        image = decode_image(image_bytes(sample), config.max_pixels, draft)
+        box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
+        image = crop_resize(image, box, (size, size))
+        if rng.random() < config.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tokens: list[int] = []
+        if self.tokenizer is not None:
+            source = self.sources[sample["__subflavors__"]["source"]]
+            caption = draw_caption(rng, sample_captions(sample), source.captions)
+            if caption is None:
+                raise ImageError("no caption")
+            tokens = self.tokenizer.encode(caption, config.max_tokens)
+        return {
+            "__key__": sample["__key__"],
+            "__restore_key__": sample["__restore_key__"],
+            "image": to_pixels(image),
+            "tokens": tokens,
+            "prefix": draw_prefix(rng, self.view.patches),
+        }
+
+    @stateless
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        fresh, self.fresh = self.fresh, []
+        return make_batch(
+            torch.from_numpy(np.stack([sample["image"] for sample in samples])),
+            [sample["tokens"] for sample in samples],
+            [sample["prefix"] for sample in samples],
+            self.view.patches,
+            [sample["__key__"] for sample in samples],
+            fresh,
+        )
+
+
+def too_many_bad(names: Sequence[str], limit: int) -> str:
+    """The line that ends a run with too many undecodable samples."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)} samples could not be read, data.max_bad allows {limit}: {shown}"
+
+
+def training_sources(config: DataConfig) -> list[Source]:
+    """The mixture as a list of sources, each with a path.
+
+    Raises:
+        UsageError: no data given, or a source without a path.
+    """
+    if config.train is None:
+        raise UsageError("data.train is not given: a folder of shards is expected, by --data.train or $AIMV2_DATA")
+    if isinstance(config.train, str):
+        return [Source(config.train)]
+    if not config.train:
+        raise UsageError("data.train is an empty list; expected a path or a list of {name, path, weight}")
+    for source in config.train:
+        if not source.path:
+            raise UsageError(
+                f"data.train: source '{source.name}' has no path; give a list of {{name, path}} by --data.train, or one "
+                "path, or set $AIMV2_DATA to a folder with a sub-folder of that name"
+            )
+    return config.train
+
+
+def training_shards(config: DataConfig) -> list[list[Path]]:
+    """The tars of each source."""
+    return [find_shards(source.path, "train", option="data.train") for source in training_sources(config)]
+
+
+def validation_shards(config: DataConfig) -> list[Path]:
+    """``data.val``, or the val-* (or test-*) tars beside the training ones; [] without either."""
+    if config.val is not None:
+        found = find_shards(config.val, "val", option="data.val")
+        return found or find_shards(config.val, "train", option="data.val")
+    sources = [s for s in training_sources(config) if Path(s.path).is_dir()]
+    return [tar for source in sources for tar in find_shards(source.path, "val", option="data.val")]
+
+
+class TrainStream:
+    """Endless batches of this rank, restorable to the sample.
+
+    A global step takes the same number of samples from each global worker, so any split of the same number of workers
+    over ranks gives the same global batches.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        view: View,
+        tokenizer: Tokenizer | None,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """``batch_size`` is global. Raises UsageError where it does not divide, or where the data are too few."""
+        self.view, self.max_bad, self.bad = view, config.max_bad, list[str]()
+        self.parts = max(config.workers, 1)
+        if batch_size % (world_size * self.parts):
+            raise UsageError(
+                f"train.batch_size {batch_size} does not divide by {world_size} ranks x {self.parts} data workers; "
+                "change train.batch_size or data.workers"
+            )
+        indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
+        self.samples = sum(count_samples(index) for index in indices)
+        if self.samples < batch_size:
+            raise UsageError(
+                f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
+                "give more data or a smaller batch"
+            )
+        worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
+        encoder = PairEncoder(config, view, tokenizer, seed, worker)
+        dataset = encoder.build_train_datasets(
+            datasets=_load(indices, encoder.sources, worker),
+            worker_config=worker,
+            batch_size=batch_size // (world_size * self.parts),
+            batch_drop_last=False,
+            packing_buffer_size=None,
+            virtual_epoch_length=0,
+            shuffle_buffer_size=config.shuffle_buffer or None,
+            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+            repeat=True,
+        )
+        # checkpoint at every batch: a restart then decodes nothing twice
+        self.loader = get_savable_loader(dataset, checkpoint_every_sec=0, checkpoint_every_min_n_samples=1)
+        self.batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.batches is None:
+            self.batches = iter(self.loader)
+        try:
+            parts = [next(self.batches) for _ in range(self.parts)]
+        except FatalSampleError as error:
+            raise UsageError(str(error.__cause__ or error)) from None
+        batch = join_batches(parts, self.view.patches)
+        self.bad += batch.bad
+        if len(self.bad) > self.max_bad:
+            raise UsageError(too_many_bad(self.bad, self.max_bad))
+        return batch
+
+    def state(self) -> Any:
+        """The position after the batches taken so far (picklable)."""
+        return self.loader.save_state_rank()
+
+    def restore(self, state: Any) -> None:
+        """Goes to a position that :meth:`state` gave; before the first batch only."""
+        self.loader.restore_state_rank(state)
+
+
+def _index_dir(config: DataConfig) -> Path | None:
+    return None if config.index_dir is None else Path(config.index_dir)
+
+
+def _load(indices: Sequence[Path], sources: Sequence[Source], worker: WorkerConfig) -> list[LoadedDataset]:
+    from megatron.energon import load_dataset
+
+    loaded = []
+    for number, (index, source) in enumerate(zip(indices, sources)):
+        found = load_dataset(str(index)).get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=worker,
+            subflavors={"source": number},
+            decoder=None,
+            max_samples_per_sequence=100,
+        )
+        loaded.append(LoadedDataset(dataset=found.datasets[0].dataset, weight=source.weight))
+    return loaded

@@ -1,0 +1,121 @@
+"""From a picture to uint8 pixels: the crops of PAPER.md 4.1, and the plain transforms for everyone else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from aimv2.models.sizes import MODELS, EncoderConfig
+from aimv2.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Box = tuple[float, float, float, float]
+
+
+def random_crop_box(
+    rng: np.random.Generator, width: int, height: int, scale: float, ratio: tuple[float, float]
+) -> Box:
+    """A random crop: its share of the area uniform in [scale, 1], its aspect ratio log-uniform in ``ratio``.
+
+    Ten draws; if none fits, the largest centred crop whose ratio is within range.
+
+    Returns:
+        (left, top, right, bottom) in pixels.
+    """
+    low, high = (math.log(r) for r in ratio)
+    for _ in range(10):
+        area = width * height * rng.uniform(scale, 1.0)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, height * ratio[1]), min(height, width / ratio[0])
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def centre_crop_box(width: int, height: int) -> Box:
+    """The largest centred square."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def crop_resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """The ``box`` of the image at ``size`` (width, height), bicubic, antialiased."""
+    if box == (0, 0, *size) and image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """RGB image -> uint8 [3, H, W]."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def native_size(width: int, height: int, patch: int, low: int, high: int) -> tuple[int, int]:
+    """The nearest size, in whole patches, of the same aspect ratio and with ``low`` to ``high`` patches.
+
+    Returns:
+        (width, height) in pixels.
+    """
+    w, h = width / patch, height / patch
+    factor = math.sqrt(min(max(w * h, low), high) / (w * h))
+    w, h = max(1, round(w * factor)), max(1, round(h * factor))
+    while w * h > high:
+        w, h = (w - 1, h) if w >= h else (w, h - 1)
+    while w * h < low:
+        w, h = (w + 1, h) if w >= h else (w, h + 1)
+    return w * patch, h * patch
+
+
+def image_transform(model: object, train: bool = False, seed: int | None = None) -> Callable[[Image.Image], Tensor]:
+    """The transform that a model was trained with: PIL image -> uint8 [3, H, W] (the model normalises by itself).
+
+    Args:
+        model: a name of the sizes table, a VisionEncoder, or an AIMv2.
+        train: random crop and flip (PAPER.md 4.1) instead of resize and centre crop.
+        seed: of the random crops; None: from the operating system.
+
+    Returns:
+        a function. Native models: the image scaled into the model's range of patches, aspect ratio kept.
+    """
+    config = _encoder_config(model)
+    rng = np.random.default_rng(seed)
+
+    def apply(image: Image.Image) -> Tensor:
+        import torch
+
+        from aimv2.data.images import to_rgb
+
+        image = to_rgb(image)
+        width, height = image.size
+        if config.image_size is None:
+            size = native_size(width, height, config.patch_size, config.min_patches, config.max_patches)
+            image = crop_resize(image, (0, 0, width, height), size)
+        else:
+            box = random_crop_box(rng, width, height, 0.4, (0.75, 1.3333)) if train else centre_crop_box(width, height)
+            image = crop_resize(image, box, (config.image_size, config.image_size))
+        if train and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(to_pixels(image))
+
+    return apply
+
+
+def _encoder_config(model: object) -> EncoderConfig:
+    if isinstance(model, str):
+        if model not in MODELS:
+            raise UsageError(f"no model '{model}'{nearest(model, MODELS)}")
+        return MODELS[model][0]
+    config = getattr(getattr(model, "encoder", model), "config", None)
+    if not isinstance(config, EncoderConfig):
+        raise UsageError(f"a model or a name of the sizes table expected, got {type(model).__name__}")
+    return config

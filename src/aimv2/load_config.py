@@ -1,0 +1,134 @@
+"""Reading a configuration: defaults, then a recipe, then dotted options; every value knows where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2.config import Config, flatten, get_value, known_keys, leaf_keys
+from aimv2.errors import UsageError, nearest
+
+LIMITS: list[tuple[str, float, float]] = [
+    ("train.steps", 1, float("inf")),
+    ("train.batch_size", 1, float("inf")),
+    ("train.accumulate", 1, float("inf")),
+    ("train.save_every", 0, float("inf")),
+    ("train.keep", 0, float("inf")),
+    ("train.log_every", 1, float("inf")),
+    ("data.workers", 0, 256),
+    ("data.shuffle_buffer", 0, float("inf")),
+    ("data.max_tokens", 2, float("inf")),
+    ("data.vocab_size", 258, float("inf")),
+    ("data.crop_scale", 1e-3, 1),
+    ("data.flip", 0, 1),
+    ("data.max_bad", 0, float("inf")),
+    ("optim.lr", 0, float("inf")),
+    ("optim.warmup", 0, float("inf")),
+    ("optim.weight_decay", 0, float("inf")),
+    ("optim.clip", 0, float("inf")),
+    ("objective.alpha", 0, float("inf")),
+    ("eval.every", 0, float("inf")),
+    ("eval.samples", 1, float("inf")),
+    ("eval.captions", 0, float("inf")),
+    ("eval.probe_epochs", 1, float("inf")),
+]
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A YAML recipe as flat ``{dotted key: value}``; unknown keys are refused by name."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"--config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"--config {path}: sections with keys expected, got {type(tree).__name__}")
+    flat = flatten(tree)
+    check_keys(flat, f"in {path}")
+    return flat
+
+
+def check_keys(flat: dict[str, Any], where: str) -> None:
+    """Raises UsageError for the first key that does not exist, naming the nearest that does."""
+    leaves, known = leaf_keys(), known_keys()
+    for key, value in flat.items():
+        if key not in known:
+            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}")
+        if key not in leaves:
+            raise UsageError(f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{_first(key)}'")
+
+
+def _first(section: str) -> str:
+    return next(key.split(".", 1)[1] for key in leaf_keys() if key.startswith(section + "."))
+
+
+def parse(flat: dict[str, Any]) -> Config:
+    """Flat values (strings are read as YAML) -> Config, typed and checked by jsonargparse.
+
+    Raises:
+        UsageError: a value of another type than its key's, or out of range.
+    """
+    from jsonargparse import ArgumentParser, Namespace
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+            raise UsageError(_one_line(message))
+
+    parser = Parser(exit_on_error=True)
+    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        node = tree
+        *sections, name = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    parsed: Namespace = parser.parse_object(tree)
+    config = Config(**vars(parser.instantiate(parsed)))
+    check_ranges(config)
+    return config
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's report of a wrong value as one line."""
+    text = " ".join(message.split())
+    return text.removeprefix("Validation failed: ").removeprefix("Parser ").replace("Parser key", "key")
+
+
+def check_ranges(config: Config) -> None:
+    """Raises UsageError for a number outside its range and for choices that contradict each other."""
+    for key, low, high in LIMITS:
+        value = get_value(config, key)
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+            raise UsageError(f"{key} must be {limit}, got {value}")
+    optim, objective, train = config.optim, config.objective, config.train
+    if optim.decay == "full" and optim.weight_decay > 1e-2:
+        raise UsageError(
+            f"optim.weight_decay {optim.weight_decay} with optim.decay=full removes that share of every weight each step; "
+            "use at most 0.01, or optim.decay=torch"
+        )
+    if objective.attention == "bidirectional" and objective.targets != "text":
+        raise UsageError(
+            "objective.attention=bidirectional shows the patches to be predicted; it needs objective.targets=text, "
+            f"got {objective.targets}"
+        )
+    if train.batch_size % train.accumulate:
+        raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
+    if not all(0 < share < 1 for share in config.eval.prefixes):
+        raise UsageError(f"eval.prefixes must lie between 0 and 1, got {list(config.eval.prefixes)}")
+    if isinstance(config.data.train, list):
+        for source in config.data.train:
+            if source.weight <= 0:
+                raise UsageError(f"data.train: the weight of '{source.name or source.path}' must be positive, got {source.weight}")
+
+
+def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:
+    """For each key where its value came from: default, the recipe, or the command line."""
+    return {
+        key: "command line" if key in options else recipe_name if key in recipe else "default" for key in leaf_keys()
+    }

@@ -45,7 +45,7 @@ def test_plain_formats(format: str) -> None:
     assert near(image.getpixel((4, 12)), RED, 12) and near(image.getpixel((36, 12)), BLUE, 12)
 
 
-# Where the image's top-left pixel (red half on the left) must lie after each orientation: size and two probes.
+# The stored left half is red: each orientation says on which side it must end.
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation(orientation: int, format: str) -> None:

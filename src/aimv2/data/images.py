@@ -1,7 +1,7 @@
 """Images as people have them, to RGB: orientation, colour modes, depth, limits.
 
-Training decodes millions of ordinary RGB JPEGs, so for those nothing is copied or converted: open, limit, draft, load.
-Everything odd (EXIF rotation, alpha, 16 bits, CMYK, palettes) takes a branch of its own afterwards.
+Training decodes millions of ordinary RGB JPEGs, so for those nothing is copied or converted: open, limit,
+draft, load. Everything odd (rotation, alpha, 16 bits, CMYK, palettes) takes a branch of its own afterwards.
 """
 
 import io
@@ -33,7 +33,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns at half of MAX_PIXELS; the limit here is our own and is an error, so its warning only adds noise.
+# Pillow warns at half of MAX_PIXELS; the limit here is our own and is an error, so its warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -42,7 +42,7 @@ class ImageError(ValueError):
 
 
 class StoredImage(NamedTuple):
-    """An image as it goes into a shard: ``extension`` without dot, encoded ``data``, size in upright pixels."""
+    """An image as it goes into a shard: extension without dot, encoded bytes, size in upright pixels."""
 
     extension: str
     data: bytes
@@ -58,8 +58,8 @@ def decode_image(
     Args:
         data: Encoded bytes, or the file that holds them.
         max_pixels: Refused above this, by the header, before any pixel is decoded.
-        draft_size: JPEGs may come out scaled down by 2, 4 or 8 (in the DCT, which is several times faster) as long
-            as the shorter side stays at least this many pixels.
+        draft_size: JPEGs may come out scaled down by 2, 4 or 8 (in the DCT, which is several times faster)
+            as long as the shorter side stays at least this many pixels.
 
     Returns:
         Mode RGB, EXIF orientation applied, first frame of an animation, alpha composited on white.
@@ -87,10 +87,10 @@ def image_size(data: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, i
 def store_image(
     data: bytes, max_side: int | None = None, max_pixels: int = MAX_PIXELS, quality: int = 95
 ) -> StoredImage:
-    """The bytes that a shard should hold: the original ones where every reader can use them, else encoded anew.
+    """The bytes that a shard should hold: the original ones where every reader can use them, else anew.
 
-    JPEG, PNG and WebP stay untouched unless animated, 16-bit, CMYK or above ``max_side``. What is encoded anew
-    becomes PNG if it was PNG or GIF (drawings), else JPEG at ``quality``.
+    JPEG, PNG and WebP stay untouched unless animated, 16-bit, CMYK or above ``max_side``. What is encoded
+    anew becomes PNG if it was PNG or GIF (drawings), else JPEG at ``quality``.
 
     Args:
         data: Encoded bytes.
@@ -108,24 +108,23 @@ def store_image(
     if source_format in KEPT and plain and not animated and not shrink:
         width, height = _proven_size(image)
         return StoredImage(KEPT[source_format], data, width, height)
-    image.close()
 
     draft_size = None
     if shrink and max_side is not None:
         # Twice the wanted size leaves the filter enough to work on; DCT scaling alone is a box filter.
         draft_size = math.ceil(2 * min(image.size) * max_side / longest)
-    image = decode_image(data, max_pixels, draft_size)
-    if max_side is not None and max(image.size) > max_side:
-        scale = max_side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    rgb = decode_image(data, max_pixels, draft_size)
+    if max_side is not None and max(rgb.size) > max_side:
+        scale = max_side / max(rgb.size)
+        size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     out = io.BytesIO()
-    image.info = {}  # no EXIF, no colour profile of another mode: pixels are upright RGB now
+    rgb.info = {}  # no EXIF, no colour profile of another mode: pixels are upright RGB now
     if source_format in ("PNG", "GIF"):
-        image.save(out, "PNG")
-        return StoredImage("png", out.getvalue(), *image.size)
-    image.save(out, "JPEG", quality=quality)
-    return StoredImage("jpg", out.getvalue(), *image.size)
+        rgb.save(out, "PNG")
+        return StoredImage("png", out.getvalue(), *rgb.size)
+    rgb.save(out, "JPEG", quality=quality)
+    return StoredImage("jpg", out.getvalue(), *rgb.size)
 
 
 def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
@@ -203,8 +202,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Deep gray to 8 bits by the format's full range, not by clipping (which is what Pillow's convert does).
 
-    ``I;16*`` is 0..65535. ``I`` and ``F`` state no range: taken as 0..1 (F), 0..255 or 0..65535 by the largest
-    value, and stretched from smallest to largest where none fits.
+    ``I;16*`` is 0..65535. ``I`` and ``F`` state no range: taken as 0..1 (F), 0..255 or 0..65535 by the
+    largest value, and stretched from smallest to largest where none fits.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

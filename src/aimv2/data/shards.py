@@ -1,0 +1,496 @@
+"""WebDataset shards: find them, read them, write them, and index them for energon.
+
+A shard is a tar of samples, a sample is consecutive members with one base name. Energon opens a folder that
+holds the tars, a byte index beside each and a little metadata; since shards are often other people's, that
+folder is ours and holds links. The index knows samples by position: equal keys in two shards are fine.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import tarfile
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from aimv2.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp"),
+    *("bmp", "gif", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "ppm", "pgm"),
+)
+MANIFEST = "aimv2.json"
+MANIFEST_FORMAT = "aimv2 shards 1"
+INDEX_FORMAT = 1
+
+Split = Literal["train", "val", "test", "probe-test"]
+Parts = dict[str, bytes]  # extension without dot, lower case -> content
+
+# As in energon (flavors/webdataset/config.py): the two must group members into the same samples.
+_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+_SPLIT_TAR = re.compile(r"^(train|val|test)-.*\.tar$")
+
+
+# ---- find ----
+
+
+def find_shards(source: str | Path, split: Split, *, option: str = "data.train") -> list[Path]:
+    """The tars of a split of a source, sorted by path.
+
+    Where a folder has ``train-*``, ``val-*`` or ``test-*`` tars, ``train`` is the first, ``val`` the second
+    else the third, ``test`` and ``probe-test`` the third else the second. In a folder without such names every
+    tar is training data. A glob, a brace pattern or one tar is exactly those tars, whatever the split.
+
+    Args:
+        option: What the error should tell the user to change.
+
+    Raises:
+        UsageError: nothing there, or no tar among what is there.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return _matching_tars(source, option)
+    groups = split_shards(folder, option=option)
+    if split == "train":
+        return groups["train"]
+    first, second = ("val", "test") if split == "val" else ("test", "val")
+    return groups[first] or groups[second]
+
+
+def split_shards(folder: Path, *, option: str = "data.train") -> dict[str, list[Path]]:
+    """All tars of a folder by the split that their name states: keys train, val, test.
+
+    Raises:
+        UsageError: the folder holds no tar.
+    """
+    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    if not tars:
+        raise _no_tar(folder, option)
+    groups: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    for path in tars:
+        if match := _SPLIT_TAR.match(path.name):
+            groups[match[1]].append(path)
+    if not any(groups.values()):
+        groups["train"] = tars
+    return groups
+
+
+def _matching_tars(source: str | Path, option: str) -> list[Path]:
+    import braceexpand
+
+    pattern = os.path.expanduser(str(source))
+    if Path(pattern).is_file():
+        if not tarfile.is_tarfile(pattern):
+            raise UsageError(f"{option}: {source} is not a tar of samples; {_how_to_import(source)}")
+        return [Path(pattern)]
+    found: set[Path] = set()
+    parts = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+    for part in parts:
+        if glob.has_magic(part):
+            found.update(Path(path) for path in glob.glob(part, recursive=True) if path.endswith(".tar"))
+        elif Path(part).is_file():
+            found.add(Path(part))
+        else:
+            raise UsageError(
+                f"{option}: {part} does not exist; expected a folder, a glob, a brace pattern or one tar of"
+                " WebDataset samples"
+            )
+    if not found:
+        raise UsageError(f"{option}: no .tar matches {source}")
+    return sorted(found)
+
+
+def _no_tar(folder: Path, option: str) -> UsageError:
+    names = [path for path in sorted(folder.iterdir())[:10_000] if not path.name.startswith(".")]
+    inner = [path for sub in names[:100] if sub.is_dir() for path in sorted(sub.iterdir())[:1000]]
+    if any(path.suffix == ".tar" for path in inner):
+        return UsageError(
+            f"{option}: no .tar in {folder} itself; for those in its folders give '{folder}/**/*.tar'"
+        )
+    kinds = {path.suffix.lower().lstrip(".") for path in [*names, *inner]}
+    importable = {*IMAGE_EXTENSIONS, "csv", "tsv", "jsonl", "parquet", "arrow"}
+    if kinds & importable:
+        return UsageError(f"{option}: {folder} is not WebDataset shards yet; {_how_to_import(folder)}")
+    return UsageError(f"{option}: no .tar in {folder}")
+
+
+def _how_to_import(source: str | Path) -> str:
+    return f"make shards of it with `aimv2 data import {source} OUT` and give OUT"
+
+
+# ---- read ----
+
+
+@dataclass
+class ShardScan:
+    """What the headers of a tar say.
+
+    Attributes:
+        keys: Base name of each whole sample.
+        offsets: Byte offset of each sample's first header (or its extended header), and the end of the last.
+        cut: Why reading stopped before the end of the archive, or "".
+        cut_key: Base name of the member where it stopped, if known: earlier samples are whole.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    offsets: array = field(default_factory=lambda: array("Q"))
+    cut: str = ""
+    cut_key: str | None = None
+
+    def cuts(self, key: str | None) -> bool:
+        """Whether the last sample read, of this key, may lack members."""
+        return bool(self.cut) and self.cut_key in (None, key)
+
+
+def scan_shard(path: Path, keep_keys: bool = True) -> ShardScan:
+    """Read a tar's headers, skipping over the bodies. A sample that the file's end cuts is left out."""
+    scan = ShardScan()
+    last_name, end = None, 0
+    for member, name, _ in _members(path, scan):
+        if name != last_name:
+            scan.offsets.append(member.offset)
+            if keep_keys:
+                scan.keys.append(name)
+            last_name = name
+        end = member.offset_data + (member.size + 511) // 512 * 512
+    if len(scan.offsets) and scan.cuts(last_name):
+        end = scan.offsets.pop()  # where the cut sample starts, the whole ones end
+        del scan.keys[len(scan.offsets) :]
+    if len(scan.offsets):
+        scan.offsets.append(end)
+    return scan
+
+
+def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
+    """All whole samples of a tar, in order, as (key, {extension: content}); extensions in lower case.
+
+    A tar that is cut at its end gives what is whole, and a logged warning.
+    """
+    scan = ShardScan()
+    key, parts = None, dict[str, bytes]()
+    with open(tar, "rb") as file:
+        for member, name, extension in _members(tar, scan):
+            if name != key:
+                if key is not None:
+                    yield key, parts
+                key, parts = name, {}
+            file.seek(member.offset_data)
+            parts[extension.lower()] = file.read(member.size)
+    if scan.cut:
+        log.warning("%s: %s; its whole samples are used", tar, scan.cut)
+    if key is not None and not scan.cuts(key):
+        yield key, parts
+
+
+def read_sample(tar: Path, start: int, end: int) -> Parts:
+    """The members of one sample by its offsets from `scan_shard`."""
+    with open(tar, "rb") as file:
+        file.seek(start)
+        window = io.BytesIO(file.read(end - start))
+    parts = dict[str, bytes]()
+    with tarfile.open(fileobj=window, mode="r:") as archive:
+        for member in archive:
+            if named := _sample_name(member):
+                body = archive.extractfile(member)
+                assert body is not None
+                parts[named[1].lower()] = body.read()
+    return parts
+
+
+def image_of(parts: Parts) -> tuple[str, bytes] | None:
+    """(extension, content) of a sample's image, or None."""
+    return next(((name, parts[name]) for name in IMAGE_EXTENSIONS if name in parts), None)
+
+
+def captions_of(parts: Parts) -> dict[str, list[str]]:
+    """Captions of a sample by field; {} where it has none.
+
+    ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, else ``caption`` or ``text``
+    of KEY.json (img2dataset). What has no field of its own is field ``caption``.
+    """
+    about = json_of(parts)
+    captions = clean_captions(about.get("captions"))
+    if not captions and "txt" in parts:
+        captions = clean_captions(parts["txt"].decode("utf-8", "replace"))
+    return captions or clean_captions(about.get("caption") or about.get("text"))
+
+
+def json_of(parts: Parts) -> dict[str, Any]:
+    """KEY.json of a sample; {} where it is absent, broken or no object."""
+    try:
+        about = json.loads(parts.get("json", b"{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def clean_captions(value: Any) -> dict[str, list[str]]:
+    """A caption, a list of them, or {field: either} as {field: [caption, ...]}; stripped, none empty."""
+    fields = value if isinstance(value, dict) else {"caption": value}
+    clean = dict[str, list[str]]()
+    for name, texts in fields.items():
+        listed = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else []
+        if kept := [text.strip() for text in listed if isinstance(text, str) and text.strip()]:
+            clean[str(name)] = kept
+    return clean
+
+
+def _members(path: Path, scan: ShardScan) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Whole members of samples with base name and extension; ``scan.cut`` tells what stopped it early."""
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                # tarfile keeps every header, which for a million is a gigabyte
+                archive.members = []  # type: ignore[attr-defined]
+                named = _sample_name(member)
+                if member.offset_data + member.size > size:
+                    scan.cut = f"cut inside {member.name}"
+                    scan.cut_key = named[0] if named else None
+                    return
+                if named:
+                    yield member, *named
+            # tarfile takes a broken header for the end of the archive
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(512).strip(b"\0"):
+                scan.cut = f"broken header at byte {archive.offset:,}"
+    except (tarfile.TarError, EOFError) as error:
+        scan.cut = f"broken or not a plain tar ({error})"
+
+
+def _sample_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Base name and extension of a member that belongs to a sample."""
+    if not member.isfile() or _META_NAME.match(member.name):
+        return None
+    match = _SAMPLE_NAME.match(member.name)
+    return (match[1], match[2]) if match else None
+
+
+# ---- index ----
+
+
+def build_index(shards: list[Path], index_dir: Path | None = None, progress: bool = False) -> Path:
+    """Make, or find again, the folder that energon opens as a data set of these tars (split part ``train``).
+
+    It lies in ``index_dir``; without one, beside shards that we wrote, else in the user's cache folder. It is
+    named by the tars' paths, sizes and times, so changed tars get a new one. Any number of processes may call
+    this at once: each builds aside and the first rename wins.
+
+    Returns:
+        The folder: links to the tars, ``.tar.idx`` beside the links, ``.nv-meta``.
+
+    Raises:
+        UsageError: no sample in any tar, or no place to write.
+    """
+    if not shards:
+        raise UsageError("empty data set: no shards were given")
+    links, signature = _link_names(shards), hashlib.sha256(f"index {INDEX_FORMAT}".encode())
+    for path in links.values():
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UsageError(f"shard {path} cannot be read: {error.strerror}") from error
+        signature.update(json.dumps([str(path), stat.st_size, stat.st_mtime_ns]).encode())
+    name = signature.hexdigest()[:16]
+    homes = _index_homes(shards, index_dir)
+    for home in homes:
+        if (home / name / ".nv-meta" / ".info.json").is_file():
+            return _warned(home / name)
+    for home in homes:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            aside = home / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            aside.mkdir()
+        except OSError:
+            continue
+        try:
+            _write_index(aside, links, progress)
+            os.rename(aside, home / name)
+        except OSError:
+            if not (home / name / ".nv-meta" / ".info.json").is_file():
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return _warned(home / name)
+    raise UsageError(
+        f"no index of the shards can be written to {' or '.join(map(str, homes))};"
+        " give a writable folder with data.index_dir"
+    )
+
+
+def count_samples(index: Path) -> int:
+    """Number of samples in an index that `build_index` made."""
+    return sum(json.loads((index / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
+
+
+def _link_names(shards: list[Path]) -> dict[str, Path]:
+    """A unique link name for each tar, free of what energon would expand or cut -> the tar itself."""
+    links = dict[str, Path]()
+    for number, path in enumerate(shards):
+        stem = re.sub(r"[^\w\-.]", "_", path.name.removesuffix(".tar"))
+        name = f"{stem}.tar"
+        if name in links:
+            name = f"{stem}-{number:06d}.tar"
+        links[name] = path.resolve()
+    return links
+
+
+def _index_homes(shards: list[Path], index_dir: Path | None) -> list[Path]:
+    if index_dir is not None:
+        return [Path(index_dir).expanduser().absolute()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "index"
+    folders = {path.absolute().parent for path in shards}
+    return [*(folder / ".aimv2-index" for folder in folders if len(folders) == 1 and _is_ours(folder)), cache]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("format") == MANIFEST_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _write_index(folder: Path, links: dict[str, Path], progress: bool) -> None:
+    """Fill an index folder. Tars without a whole sample are left out."""
+    counts, cut = dict[str, int](), dict[str, str]()
+    with ThreadPoolExecutor(4) as pool:  # waiting on a disk, most of the time
+        scans: Iterable[ShardScan] = pool.map(lambda path: scan_shard(path, keep_keys=False), links.values())
+        if progress:
+            scans = track(scans, "Indexing shards", total=len(links), console=Console(stderr=True))
+        for (name, path), scan in zip(links.items(), scans):
+            if scan.cut:
+                cut[str(path)] = scan.cut
+            if not len(scan.offsets):
+                continue
+            counts[name] = len(scan.offsets) - 1
+            os.symlink(path, folder / name)
+            if sys.byteorder == "big":
+                scan.offsets.byteswap()
+            (folder / f"{name}.idx").write_bytes(scan.offsets.tobytes())
+    if not counts:
+        tars = [str(path) for path in links.values()]
+        why = f" ({cut[tars[0]]})" if tars[0] in cut else ""
+        raise UsageError(
+            f"empty data set: no sample in {tars[0]}{why}" + f" and {len(tars) - 1} more" * (len(tars) > 1)
+        )
+    meta = folder / ".nv-meta"
+    meta.mkdir()
+    names = list(counts)
+    _write_yaml(meta / "dataset.yaml", {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"})
+    _write_yaml(meta / "split.yaml", {"split_parts": {"train": names}, "exclude": []})
+    (meta / "aimv2.json").write_text(json.dumps({"cut": cut}))
+    (meta / ".info.json").write_text(json.dumps({"shard_counts": counts}))
+
+
+def _write_yaml(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _warned(index: Path) -> Path:
+    """The index itself, after a warning for each tar of it that is broken."""
+    for path, why in json.loads((index / ".nv-meta" / "aimv2.json").read_text())["cut"].items():
+        log.warning("%s: %s; only its whole samples are used", path, why)
+    return index
+
+
+# ---- write ----
+
+
+class _TarFile:
+    """One tar, written aside and renamed when it is whole; the same samples give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        self._tar = tarfile.open(self._aside, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, parts: Parts) -> None:
+        for extension, content in parts.items():
+            member = tarfile.TarInfo(f"{key}.{extension}")  # uid, gid and time 0, mode 0644
+            member.size = len(content)
+            self._tar.addfile(member, io.BytesIO(content))
+        self.count += 1
+
+    def finish(self) -> None:
+        self._tar.close()
+        os.replace(self._aside, self.path)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._tar.close()
+        self._aside.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Parts]]) -> int:
+    """Write a tar of (key, {extension: content}) samples, whole or not at all; returns how many."""
+    tar = _TarFile(path)
+    try:
+        for key, parts in samples:
+            tar.add(key, parts)
+        tar.finish()
+    except BaseException:
+        tar.discard()
+        raise
+    return tar.count
+
+
+class ShardWriter:
+    """Writes samples to ``out/SPLIT-NNNNNN.tar``, ``shard_size`` samples each; a context manager.
+
+    Left by an exception, it keeps the shards that were whole and discards the one begun.
+    """
+
+    def __init__(self, out: Path, split: str = "train", shard_size: int = 1000) -> None:
+        self.out, self.split, self.shard_size = out, split, shard_size
+        self.count = self.shards = 0
+        self._tar: _TarFile | None = None
+        out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, key: str, parts: Parts) -> None:
+        if self._tar is None:
+            self._tar = _TarFile(self.out / f"{self.split}-{self.shards:06d}.tar")
+        self._tar.add(key, parts)
+        self.count += 1
+        if self._tar.count == self.shard_size:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._tar is not None:
+            self._tar.finish()
+            self._tar, self.shards = None, self.shards + 1
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        elif self._tar is not None:
+            self._tar.discard()
+
+
+def write_manifest(out: Path, counts: dict[str, int], **about: Any) -> None:
+    """Mark a folder as finished shards of ours: ``aimv2.json`` with samples per split and their story."""
+    aside = out / f".{MANIFEST}.tmp-{os.getpid()}"
+    text = json.dumps({"format": MANIFEST_FORMAT, "counts": counts, **about}, indent=2, ensure_ascii=False)
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, out / MANIFEST)

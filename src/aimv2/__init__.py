@@ -1,3 +1,42 @@
-"""AIMV2: multimodal autoregressive pre-training of vision encoders."""
+"""AIMV2: multimodal autoregressive pre-training of vision encoders.
+
+Public names load when they are first used, so that ``import aimv2`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aimv2.api import load_model as load_model
+    from aimv2.data.transforms import image_transform as image_transform
+    from aimv2.models.aimv2 import AIMv2 as AIMv2
+    from aimv2.models.create import create_model as create_model
+    from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
+    from aimv2.models.encoder import VisionEncoder as VisionEncoder
+    from aimv2.models.sizes import list_models as list_models
+
+_HOME = {
+    "AIMv2": "aimv2.models.aimv2",
+    "MultimodalDecoder": "aimv2.models.decoder",
+    "VisionEncoder": "aimv2.models.encoder",
+    "create_model": "aimv2.models.create",
+    "image_transform": "aimv2.data.transforms",
+    "list_models": "aimv2.models.sizes",
+    "load_model": "aimv2.api",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'aimv2' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -55,9 +55,9 @@ _SPLIT_TAR = re.compile(r"^(train|val|test)-.*\.tar$")
 def find_shards(source: str | Path, split: Split, *, option: str = "data.train") -> list[Path]:
     """The tars of a split of a source, sorted by path.
 
-    Where a folder has ``train-*``, ``val-*`` or ``test-*`` tars, ``train`` is the first, ``val`` the second
-    else the third, ``test`` and ``probe-test`` the third else the second. In a folder without such names every
-    tar is training data. A glob, a brace pattern or one tar is exactly those tars, whatever the split.
+    Where a folder has ``train-*``, ``val-*`` or ``test-*``, ``train`` is the first, ``val`` the second
+    else the third, ``test`` and ``probe-test`` the third else the second. In a folder without such names
+    every tar is training data. A glob, a brace pattern or one tar is exactly those tars, whatever the split.
 
     Args:
         option: What the error should tell the user to change.

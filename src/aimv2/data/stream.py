@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +243,10 @@ class TrainStream:
             blend_mode=DatasetBlendMode.DATASET_WEIGHT,
             repeat=True,
         )
-        # checkpoint at every batch: a restart then decodes nothing twice
-        self.loader = get_savable_loader(dataset, checkpoint_every_sec=0, checkpoint_every_min_n_samples=1)
+        # a restart decodes again what was read since a worker's last own checkpoint: ten seconds' worth at most
+        self.loader = get_savable_loader(dataset, checkpoint_every_sec=10)
+        if config.workers:
+            self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         self.batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -268,6 +272,13 @@ class TrainStream:
     def restore(self, state: Any) -> None:
         """Goes to a position that :meth:`state` gave; before the first batch only."""
         self.loader.restore_state_rank(state)
+
+
+def _start_worker(init: Callable[[int], None], number: int) -> None:
+    """A terminal's Ctrl-C reaches data workers too; they must live until the position is saved."""
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_IGN)
+    init(number)
 
 
 def _index_dir(config: DataConfig) -> Path | None:

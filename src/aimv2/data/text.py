@@ -1,8 +1,8 @@
 """Captions in, token ids out: cleaning, tokenizers, and caption files.
 
 Cleaning follows the released code (PAPER.md, section 1): broken Unicode repaired, HTML entities undone
-twice, white space collapsed, lower case. A token row is the caption's ids and then the end-of-text id, at most
-``max_tokens`` in all. The beginning of text is an embedding that the decoder learns, so no id stands for it,
+twice, white space collapsed, lower case. A token row is the caption's ids and then the end-of-text id, at
+most ``max_tokens`` in all. The beginning of text is an embedding that the decoder learns, so it has no id,
 and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths tell them apart.
 """
 
@@ -14,12 +14,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aimv2.errors import UsageError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
@@ -75,11 +72,9 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eos_id={self.eos_id})"
 
     def encode(self, text: str, max_tokens: int = MAX_TOKENS) -> list[int]:
-        """Ids of the cleaned text, 1 to ``max_tokens`` of them, the last one always ``eos_id``; no BOS, no pad."""
+        """Ids of the cleaned text: 1 to ``max_tokens``, ``eos_id`` always the last; no BOS, no padding."""
         if max_tokens < 1:
-            raise ValueError(
-                f"max_tokens must leave room for the end of text: got {max_tokens}, expected >= 1"
-            )
+            raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1 for the end of text")
         text = clean_text(text)
         if self._is_fast:
             ids = self._backend.encode(text, add_special_tokens=False).ids
@@ -87,7 +82,7 @@ class Tokenizer:
             ids = self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
         # A unigram vocabulary can match its own "</s>" inside text; it ends texts and does nothing else.
         ids = [i for i in ids if i != self.eos_id]
-        return ids[: max_tokens - 1] + [self.eos_id]
+        return [*ids[: max_tokens - 1], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first ``eos_id``, without special tokens, single spaces."""
@@ -145,8 +140,8 @@ def load_tokenizer(source: str | Path, option: str = "data.tokenizer") -> Tokeni
 
 def _refuse(source: str, option: str, why: str = "") -> UsageError:
     return UsageError(
-        f"{option}: {source!r} is neither a folder with a tokenizer, nor a tokenizer.json, nor a hub name that "
-        f"can be reached{f' ({why})' if why else ''}"
+        f"{option}: {source!r} is neither a folder with a tokenizer, nor a tokenizer.json, nor a "
+        f"hub name that can be reached{f' ({why})' if why else ''}"
     )
 
 
@@ -185,8 +180,8 @@ def _with_end(backend: Any, named: list[Any], pad: Any, source: str, option: str
         if end is not None and str(end) in vocabulary:
             return Tokenizer(backend, str(end), None if spelled[-1] is None else str(spelled[-1]), source)
     raise UsageError(
-        f"{option}: the tokenizer {source!r} has no end-of-text token: expected an eos_token or sep_token in its "
-        f"tokenizer_config.json, or one of {', '.join(END_NAMES)} in its vocabulary"
+        f"{option}: the tokenizer {source!r} has no end-of-text token: expected an eos_token or sep_token in "
+        f"its tokenizer_config.json, or one of {', '.join(END_NAMES)} in its vocabulary"
     )
 
 
@@ -263,7 +258,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
     backend.train_from_iterator(cleaned(), trainer)
     if not count:
         raise UsageError(
-            "captions: none found to train a tokenizer on, expected at least one that is not blank"
+            "captions: none found, expected at least one that is not blank to train a tokenizer on"
         )
     backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     # Training used threads; without a word the library warns in every worker that is forked from here on.
@@ -274,8 +269,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
 def read_captions(path: str | Path) -> Iterator[str]:
     """Captions of a text file (one a line), a CSV, TSV or JSONL file, or of WebDataset shards.
 
-    A table needs a header with a column ``caption``, ``captions`` or ``text``; a ``.txt`` that begins with such
-    a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
+    A table needs a header with a column ``caption``, ``captions`` or ``text``; a ``.txt`` that begins with
+    such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
     """
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix == ".tar":
@@ -295,11 +290,17 @@ def _shard_captions(path: str | Path) -> Iterator[str]:
 
     if not any(mark in str(path) for mark in "*?[{") and not Path(path).expanduser().exists():
         raise UsageError(
-            f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file of captions, or shards"
+            f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards"
         )
     shards = find_shards(path, "train", option="CAPTIONS")
-    samples = (sample for shard in shards for _, sample in read_samples(shard))
-    return (c for sample in samples for field in sample_captions(sample).values() for c in field)
+    for shard in shards:
+        for key, sample in read_samples(shard):
+            try:
+                fields = sample_captions(sample)
+            except ValueError as error:
+                raise UsageError(f"CAPTIONS: {shard} has a broken json in sample {key!r}") from error
+            for captions in fields.values():
+                yield from captions
 
 
 def _line_captions(file: Path) -> Iterator[str]:
@@ -308,7 +309,7 @@ def _line_captions(file: Path) -> Iterator[str]:
 
 
 def _table_delimiter(file: Path) -> str | None:
-    """The delimiter of a first line such as ``image,caption``: bare column names, one of them the caption's."""
+    """The delimiter of a first line like ``image,caption``: bare column names, one the caption's."""
     with _open(file) as lines:
         first = lines.readline(4096).strip()
     for delimiter in (",", "\t"):

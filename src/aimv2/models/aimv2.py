@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
 from aimv2.models.decoder import MultimodalDecoder, Prediction
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.generate import generate
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
+
+
+class CaptionTokenizer(Protocol):
+    """What captioning needs of a tokeniser."""
+
+    eos_id: int
+
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class AIMv2(nn.Module):
@@ -20,6 +30,7 @@ class AIMv2(nn.Module):
         super().__init__()
         self.encoder = VisionEncoder(encoder)
         self.decoder = MultimodalDecoder(decoder, encoder)
+        self.tokenizer: CaptionTokenizer | None = None  # set by whoever loads the model
 
     def forward(
         self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False
@@ -33,6 +44,41 @@ class AIMv2(nn.Module):
         """
         features = self.encoder(batch.images, None if bidirectional else batch.prefix_len)
         return self.decoder(features, batch, text_targets)
+
+    def caption(
+        self,
+        images: Tensor,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        beams: int = 1,
+        seed: int = 0,
+        tokenizer: CaptionTokenizer | None = None,
+    ) -> list[str]:
+        """Captions of images, in evaluation mode.
+
+        Args:
+            images: uint8 or normalised float [B, 3, H, W].
+            max_tokens: end of text included; None: as many as the decoder can write.
+            temperature, top_p, beams, seed: see :func:`aimv2.models.generate.generate`.
+            tokenizer: other than the model's own.
+
+        Raises:
+            ValueError: options out of range, no text head, no tokeniser.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            raise ValueError("no tokenizer: load the model from its folder, or give tokenizer=")
+        images = images.to(next(self.parameters()).device)
+        limit = max_tokens or self.decoder.config.max_text
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                ids = generate(self, images, tokenizer.eos_id, limit, temperature, top_p, beams, seed)
+        finally:
+            self.train(was_training)
+        return [tokenizer.decode(caption) for caption in ids]
 
     def config_dict(self) -> dict[str, Any]:
         """What ``config.json`` keeps: encoder and decoder."""

@@ -137,7 +137,7 @@ class MultimodalDecoder(nn.Module):
         Returns:
             predictions at scored image positions and at every real caption position.
         """
-        image = self.project(features)  # [B, I, D]
+        image = self.project(features).to(self.project.weight.dtype)  # [B, I, D]; the residual stream stays fp32
         samples, patches, width = image.shape
         if not self.config.text:
             return Prediction(self.pixel_head(self.pixel_trunk(image, batch.patch_rows)), None)

@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
         """[B, 3, H, W] -> [B, I, D]."""
         patch = self.config.patch_size
         x = F.linear(patchify(images, patch), self.proj.weight.flatten(1), self.proj.bias)
-        x = self.norm(x)
+        x = self.norm(x.to(self.norm.weight.dtype))  # autocast's product is bf16, the residual stream is not
         if self.config.image_size is not None:
             return x + self.position
         grid = images.shape[2] // patch, images.shape[3] // patch
@@ -56,8 +56,16 @@ class VisionEncoder(nn.Module):
         )
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.compiled = False  # set where the blocks are compiled: picks the mask's form
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(1, 3, 1, 1, dtype=torch.float32), persistent=False)
+        self.fill_constants()
+
+    def fill_constants(self) -> None:
+        """Writes mean and std (buffers of a model built without memory hold nothing)."""
+        for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
+            buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
 
     def config_dict(self) -> dict[str, Any]:
         """What ``config.json`` keeps of the encoder."""

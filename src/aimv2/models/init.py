@@ -74,8 +74,7 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         elif isinstance(module, MultimodalDecoder):
             _decoder(module, generator)
         elif isinstance(module, VisionEncoder):
-            module.mean.copy_(torch.tensor(module.config.mean).view(1, 3, 1, 1))
-            module.std.copy_(torch.tensor(module.config.std).view(1, 3, 1, 1))
+            module.fill_constants()
         else:
             assert isinstance(module, AIMv2 | TextHead) or not list(module.parameters(recurse=False)) or isinstance(
                 module, nn.Linear | nn.Conv2d | nn.Embedding

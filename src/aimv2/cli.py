@@ -1,0 +1,249 @@
+"""``aimv2 <verb>``: parse, call the verb's function in :mod:`aimv2.api`, print. No torch before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aimv2 import __version__
+from aimv2.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        function: its name in aimv2.api.
+        words: positional arguments; the last may end in ``*`` (any number).
+        summary: a line of help.
+    """
+
+    function: str
+    words: tuple[str, ...]
+    summary: str
+
+
+VERBS = {
+    "pretrain": Verb("pretrain", (), "pre-train an AIMV2; with nothing given, the demo on captioned scenes"),
+    "data import": Verb("data_import", ("source", "out"), "images and captions, as people have them, to shards"),
+    "data check": Verb("data_check", ("source",), "look over shards before training"),
+    "data shapes": Verb("data_shapes", ("out",), "write the built-in captioned scenes"),
+    "tokenizer train": Verb("tokenizer_train", ("captions", "out"), "train a BPE on captions"),
+    "caption": Verb("caption", ("model", "images*"), "write captions of images"),
+}
+GROUPS = {name.split()[0] for name in VERBS if " " in name}
+FLAGS = ("resume", "overwrite")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return dispatch(words)
+    except UsageError as error:
+        if debug:
+            raise
+        complain(f"error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        complain("stopped")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except PermissionError as error:
+        if debug:
+            raise
+        complain(f"error: {error.filename} is not accessible: {error.strerror}")
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        complain(str(error))
+        return error.code  # type: ignore[attr-defined]
+
+
+def complain(line: str) -> None:
+    """A line on standard error; under torchrun from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def dispatch(words: list[str]) -> int:
+    """Finds the verb, parses its options, calls it and prints its result."""
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name = words.pop(0)
+    if name in GROUPS:
+        inner = [verb.split()[1] for verb in VERBS if verb.startswith(name + " ")]
+        if not words or words[0] in ("-h", "--help"):
+            print(overview(name))
+            return 0
+        if words[0] not in inner:
+            raise UsageError(f"unknown verb '{name} {words[0]}'{nearest(words[0], inner)} (there: {', '.join(inner)})")
+        name = f"{name} {words.pop(0)}"
+    if name not in VERBS:
+        raise UsageError(f"unknown verb '{name}'{nearest(name, [*VERBS, *GROUPS])} (aimv2 --help lists them)")
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    run = run_pretrain if name == "pretrain" else run_verb
+    result = run(name, words)
+    if result is None or os.environ.get("RANK", "0") != "0":
+        return 0
+    if as_json:
+        print(json.dumps(result, default=str))
+    else:
+        from aimv2.show import show
+
+        show(name, result)
+    return 0
+
+
+def overview(group: str | None = None) -> str:
+    """The verbs, a line each."""
+    rows = [(name, verb.summary) for name, verb in VERBS.items() if group is None or name.startswith(group + " ")]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  aimv2 {name:<{width}}  {summary}" for name, summary in rows]
+    head = "AIMV2: multimodal autoregressive pre-training of vision encoders\n\n" if group is None else ""
+    tail = "\n\n`aimv2 VERB --help` shows a verb's options; --json prints its result as one JSON object."
+    return head + "\n".join(lines) + tail
+
+
+def make_parser(name: str) -> Any:
+    """jsonargparse's parser of a verb, with errors in one line."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+            raise UsageError(" ".join(message.split()))
+
+    verb = VERBS[name]
+    return Parser(prog=f"aimv2 {name}", description=verb.summary, allow_abbrev=False)
+
+
+def add_common(parser: Any) -> None:
+    """Options that every verb has (taken out before parsing; here for the help)."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
+    """Parses a verb's options from its function's signature and calls it."""
+    from aimv2 import api
+
+    verb = VERBS[name]
+    function: Callable[..., dict[str, Any]] = getattr(api, verb.function)
+    parser = make_parser(name)
+    plain = [word.rstrip("*") for word in verb.words]
+    helps = _docs(function)
+    for word in verb.words:
+        key = word.rstrip("*")
+        many: dict[str, Any] = {"nargs": "*", "type": str} if word.endswith("*") else {"type": str}
+        parser.add_argument(key, metavar=key.upper(), help=helps.get(key, ""), **many)
+    parser.add_function_arguments(function, skip=set(plain))
+    add_common(parser)
+    if any(word in ("-h", "--help") for word in words):
+        parser.print_help()
+        return None
+    _check_options(parser, words)
+    values = vars(parser.parse_args(_dashes(words)))
+    for extra in ("json", "debug"):
+        values.pop(extra, None)
+    return function(**values)
+
+
+def _docs(function: Callable[..., Any]) -> dict[str, str]:
+    from docstring_parser import parse
+
+    return {param.arg_name: " ".join((param.description or "").split()) for param in parse(function.__doc__ or "").params}
+
+
+def _dashes(words: list[str]) -> list[str]:
+    """--val-fraction is --val_fraction."""
+    out = []
+    for word in words:
+        head, equals, tail = word.partition("=")
+        out.append((head.replace("-", "_").replace("__", "--", 1) if head.startswith("--") else head) + equals + tail)
+    return out
+
+
+def _check_options(parser: Any, words: list[str]) -> None:
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for word in _dashes(words):
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known and option != "--":
+            shown = [o.replace("_", "-") for o in known]
+            raise UsageError(f"unknown option '{option.replace('_', '-')}'{nearest(option.replace('_', '-'), shown)}")
+
+
+def run_pretrain(name: str, words: list[str]) -> dict[str, Any] | None:
+    """``pretrain`` takes the whole configuration as dotted options."""
+    if any(word in ("-h", "--help") for word in words):
+        print_pretrain_help(name)
+        return None
+    recipe, given, switches = read_options(words)
+    from aimv2 import api
+
+    return api.pretrain(recipe, None, given, "dry_run" in switches, "print_config" in switches)
+
+
+def print_pretrain_help(name: str) -> None:
+    """Every key with its type, default and meaning."""
+    from aimv2.config import Config
+
+    parser = make_parser(name)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="values of a run; dotted options go over them")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, say what a run takes")
+    parser.add_argument("--print-config", action="store_true", help="show the effective values and where they came from")
+    parser.add_class_arguments(Config, nested_key=None)
+    add_common(parser)
+    parser.print_help()
+
+
+def read_options(words: list[str]) -> tuple[str | None, dict[str, Any], set[str]]:
+    """``--config R --run D --train.steps 10 --resume`` -> (recipe, values by dotted key, switches).
+
+    Raises:
+        UsageError: an unknown option (with the nearest known one), an option without its value, a stray word.
+    """
+    from aimv2.config import known_keys, leaf_keys
+
+    keys, recipe, given, switches = set(known_keys()), None, dict[str, Any](), set[str]()
+    at = 0
+    while at < len(words):
+        option, equals, value = words[at].partition("=")
+        at += 1
+        key = option[2:].replace("-", "_")
+        if not option.startswith("--"):
+            raise UsageError(f"unexpected '{option}'; options are --section.key VALUE")
+        if key in ("dry_run", "print_config") and not equals:
+            switches.add(key)
+            continue
+        if key not in keys and key != "config":
+            raise UsageError(f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config'])}")
+        following = words[at] if at < len(words) else None
+        if not equals:
+            if key in FLAGS and (following is None or following.startswith("--")):
+                given[key] = True
+                continue
+            if following is None or following.startswith("--"):
+                raise UsageError(f"{option} needs a value")
+            value, at = following, at + 1
+        if key == "config":
+            recipe = value
+        else:
+            given[key] = value
+    return recipe, given, switches

@@ -1,0 +1,78 @@
+"""Captions of image files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aimv2.data.images import ImageError, decode_image
+from aimv2.data.shards import IMAGE_EXTENSIONS
+from aimv2.data.transforms import image_transform
+from aimv2.errors import UsageError
+from aimv2.models.aimv2 import AIMv2
+
+
+def image_files(paths: Sequence[str]) -> Iterator[Path]:
+    """The files among ``paths`` and the images in the folders among them, sorted.
+
+    Raises:
+        UsageError: a path that does not exist, a folder without an image.
+    """
+    for path in map(Path, paths):
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+            if not found:
+                raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)})")
+            yield from found
+        else:
+            raise UsageError(f"IMAGES {path}: no such file or folder")
+
+
+def caption_files(
+    model: nn.Module,
+    images: Sequence[str],
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    beams: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Captions of files and folders.
+
+    Returns:
+        ``captions``: a list of {image, caption}; ``rejected``: of {image, reason}, files that can't be read.
+    """
+    assert isinstance(model, AIMv2)
+    if not images:
+        raise UsageError("IMAGES: at least one image file or folder is expected")
+    transform = image_transform(model)
+    captions: list[dict[str, str]] = []
+    rejected: list[dict[str, str]] = []
+    waiting: list[tuple[Path, torch.Tensor]] = []
+
+    def write() -> None:
+        if waiting:
+            pixels = torch.stack([image for _, image in waiting])
+            try:
+                texts = model.caption(pixels, max_tokens, temperature, top_p, beams, seed)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            captions.extend({"image": str(path), "caption": text} for (path, _), text in zip(waiting, texts))
+            waiting.clear()
+
+    for path in image_files(images):
+        try:
+            waiting.append((path, transform(decode_image(path))))
+        except ImageError as error:
+            rejected.append({"image": str(path), "reason": str(error)})
+        if len(waiting) >= batch_size:
+            write()
+    write()
+    return {"captions": captions, "rejected": rejected}

@@ -1,0 +1,221 @@
+"""The verb ``pretrain``: configuration -> checks -> run -> figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aimv2
+from aimv2.config import Config, get_value, leaf_keys, to_dict
+from aimv2.errors import UsageError
+from aimv2.evals.after_training import measure
+from aimv2.interop.model_folder import checkpoints
+from aimv2.load_config import check_keys, parse, provenance, read_recipe
+from aimv2.models.aimv2 import AIMv2
+from aimv2.train import prepare
+from aimv2.train.loop import Trainer, memory_gb
+from aimv2.train.parallel import World, join_world, want_compile
+from aimv2.train.schedule import learning_rate
+
+DEMO = Path(__file__).with_name("demo.yaml")
+DEMO_SCENES = 20_000
+
+
+def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_config: bool) -> dict[str, Any]:
+    """See :func:`aimv2.api.pretrain`."""
+    started = time.perf_counter()
+    check_keys(given, "on the command line")
+    base = read_recipe(recipe) if recipe else {}
+    options = parse({**base, **given})
+    if options.resume:
+        return resume(options, {**base, **given}, started, dry_run)
+    is_demo = recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
+    if is_demo:
+        recipe, base = str(DEMO), read_recipe(DEMO)
+    config = parse({**base, **given})
+    if is_demo and print_config:
+        return describe_config(config, provenance(base, given, "demo"))
+    run = None if dry_run or print_config else prepare.check_run_folder(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        if is_demo:
+            config.data.train = make_scenes(config, run or Path(scratch))
+        prepare.locate_data(config)
+        samples = prepare.first_samples(config, 64)
+        if recipe is None:
+            base = prepare.defaults_for(samples)
+            filled = parse({**base, **given})
+            filled.data = config.data
+            config = filled
+        prepare.check_captions(samples, config)
+        if print_config:
+            return describe_config(config, provenance(base, given, recipe or "image size"))
+        if dry_run:
+            return try_one_step(config)
+        assert run is not None
+        return start(config, run, started)
+
+
+def make_scenes(config: Config, folder: Path) -> str:
+    """The demo's shards, in the run folder."""
+    from aimv2.data.scenes import write_scenes
+
+    world = join_world()
+    out = folder / "data"
+    if world.main:
+        if config.overwrite:
+            prepare.clear_run(folder)
+            config.overwrite = False
+        say(f"drawing {DEMO_SCENES} captioned scenes")
+        write_scenes(str(out), DEMO_SCENES, size=32, seed=config.seed)
+    world.barrier()
+    return str(out)
+
+
+def say(line: str) -> None:
+    """A line for the user, on standard error, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def build_trainer(config: Config, run: Path, world: World, known: Path | None) -> Trainer:
+    """Everything that a run needs, checked and built in memory; ``known`` holds a tokeniser trained before."""
+    tokenizer = prepare.get_tokenizer(config, known, world)
+    model = prepare.make_model(config, tokenizer.vocab_size if tokenizer else 1)
+    compiled, line = want_compile(config.train, world)
+    if line:
+        say(line)
+    return Trainer(config, model, tokenizer, run, world, compiled)
+
+
+def start(config: Config, run: Path, started: float) -> dict[str, Any]:
+    """A new run."""
+    world = join_world()
+    trainer = build_trainer(config, run, world, None)
+    if world.main:
+        if config.overwrite:
+            prepare.clear_run(run)
+        prepare.open_run(run, config, trainer.tokenizer)
+    world.barrier()
+    return finish(trainer, started, 0.0)
+
+
+def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool) -> dict[str, Any]:
+    """Goes on with the run in the folder; a finished one gives its summary."""
+    if not options.run:
+        raise UsageError("--resume needs --run, the folder of the run")
+    if dry_run:
+        raise UsageError("--dry-run tries a new run; leave --resume out")
+    run = Path(options.run)
+    config = prepare.resumed_values(run, given, parse)
+    config.run, config.resume = str(run), False
+    summary = read_summary(run)
+    if summary is not None and summary.get("step") == config.train.steps:
+        say(f"the run in {run} is finished")
+        return summary
+    world = join_world()
+    tokenizer_home = run if (run / "tokenizer").is_dir() else None
+    trainer = build_trainer(config, run, world, tokenizer_home)
+    found = prepare.find_resume(run, config, trainer.tokenizer, world)
+    if found is not None:
+        trainer.restore(found)
+        say(f"going on from step {trainer.step}")
+    return finish(trainer, started, trainer.seconds)
+
+
+def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
+    """Trains, measures, writes and returns the summary."""
+    config, run, world = trainer.config, trainer.run, trainer.world
+    log = trainer.open_log()
+    try:
+        log.say(f"run {run}: {count(trainer.model) / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}")
+        trainer.train()
+    finally:
+        trainer.close()
+    result: dict[str, Any] = {"run": str(run), "step": trainer.step}
+    if trainer.step < config.train.steps:
+        return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
+    if world.main:
+        from aimv2.api import load_model
+
+        model = load_model(checkpoints(run)[-1][1] / "model", decoder=True)
+        assert isinstance(model, AIMv2)
+        result |= trainer.figures | measure(config, model, trainer.tokenizer, say)
+        result |= {"parameters": count(model), "encoder_parameters": count(model.encoder)}
+        result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
+        result |= {"version": aimv2.__version__, "torch": torch.__version__, "cores": os.cpu_count()}
+        (run / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    world.barrier()
+    return world.broadcast(result)
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """``summary.json`` of a finished run, None without one."""
+    path = run / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def count(model: torch.nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- before the run ----
+
+
+def rate_curve(config: Config, points: int = 11) -> list[dict[str, float]]:
+    """The learning rate at evenly spaced steps, the first and the last among them."""
+    steps = config.train.steps
+    at = sorted({round(i * (steps - 1) / (points - 1)) for i in range(points)} | {min(config.optim.warmup, steps - 1)})
+    return [{"step": step, "lr": learning_rate(step, steps, config.optim)} for step in at]
+
+
+def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
+    """The effective configuration, where each value came from, and the learning-rate curve."""
+    values = {key: get_value(config, key) for key in leaf_keys()}
+    if isinstance(config.data.train, list):
+        values["data.train"] = to_dict(config)["data"]["train"]
+    if config.data.train is not None and sources["data.train"] == "default":
+        sources["data.train"] = "$AIMV2_DATA"
+    return {"config": values, "from": sources, "learning_rate": rate_curve(config)}
+
+
+def try_one_step(config: Config) -> dict[str, Any]:
+    """Builds everything, reads one batch, runs one step (and one before it to warm up); writes nothing."""
+    world = join_world()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(config, Path(scratch), world, None)
+        try:
+            batch = next(trainer.stream)
+            trainer.model.train()
+            trainer.train_step(batch)
+            trainer.check_finite()
+            begin = time.perf_counter()
+            trainer.train_step(batch)
+            trainer.check_finite()
+            seconds = time.perf_counter() - begin
+        finally:
+            trainer.close()
+    tokens = int(batch.token_count)
+    model = trainer.unwrapped()
+    return {
+        "encoder_parameters": count(model.encoder),
+        "decoder_parameters": count(model.decoder),
+        "ranks": world.size,
+        "batch_size": config.train.batch_size,
+        "patches_a_step": config.train.batch_size * trainer.view.patches,
+        "tokens_a_step": tokens * world.size,
+        "memory_gb": memory_gb(world.device),
+        "seconds_a_step": seconds,
+        "expected_hours": seconds * config.train.steps / 3600,
+        "samples": trainer.stream.samples,
+        "learning_rate": rate_curve(config),
+    }
+
+

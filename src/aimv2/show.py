@@ -1,0 +1,51 @@
+"""What a verb prints for people: tables that fit 80 columns, on standard output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Prints a verb's result."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if name == "caption":
+        for row in result["captions"]:
+            console.print(f"{row['image']}\t{row['caption']}")
+        for row in result["rejected"]:
+            Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")
+    elif name == "data check":
+        from aimv2.data.check import render_check
+
+        console.print(render_check(result))
+    elif "config" in result and "from" in result:
+        show_config(console, result)
+    else:
+        show_figures(console, result)
+
+
+def show_config(console: Console, result: dict[str, Any]) -> None:
+    """key: value  # where it came from"""
+    for key, value in result["config"].items():
+        console.print(f"{key + ':':<28} {value!s:<34} # {result['from'][key]}")
+    console.print(f"learning rate: {curve(result['learning_rate'])}")
+
+
+def show_figures(console: Console, result: dict[str, Any]) -> None:
+    """Two columns, then what does not fit a cell."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in result.items():
+        if isinstance(value, str | int | float | bool) or value is None:
+            table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value))
+    console.print(table)
+    if "learning_rate" in result:
+        console.print(f"learning rate: {curve(result['learning_rate'])}")
+    for row in result.get("captions", []):
+        console.print(f"{row['key']}: {row['written']}  |  {row['reference']}")
+
+
+def curve(points: list[dict[str, float]]) -> str:
+    """step:rate pairs in a line."""
+    return "  ".join(f"{int(point['step'])}: {point['lr']:.2e}" for point in points)

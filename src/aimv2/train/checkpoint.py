@@ -1,0 +1,152 @@
+"""Checkpoints: complete, written aside, then renamed.
+
+``checkpoints/step-NNNNNNN/state/`` holds what ``--resume`` alone reads (sharded weights and optimizer, data position,
+RNG); ``model/`` is what everything else reads: JSON and safetensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from aimv2.errors import UsageError
+from aimv2.interop.model_folder import checkpoints
+from aimv2.train.parallel import World
+
+ASIDE = ".aside-"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what an interrupted save left behind."""
+    for folder in (run / "checkpoints").glob(ASIDE + "*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+    private: Any,
+    write_model: Callable[[Path, dict[str, torch.Tensor]], None],
+    world: World,
+    keep: int,
+) -> Path:
+    """Saves everything that going on needs; called by all ranks.
+
+    Args:
+        run: the run folder.
+        step: optimizer steps done.
+        model, optimizer: sharded or not.
+        about: JSON of the trainer, the same on every rank.
+        private: picklable state of this rank (data position, RNG).
+        write_model: writes the model folder from full CPU weights; called on rank 0.
+        world: the ranks.
+        keep: newest checkpoints to keep, 0 for all.
+
+    Raises:
+        UsageError: the disk refused; what was there before is untouched.
+    """
+    final = step_folder(run, step)
+    aside = final.with_name(ASIDE + final.name)
+    # the weights are gathered by all ranks before any of them can fail on its disk
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights, moments = get_state_dict(model, optimizer)
+    failure: str | None = None
+    try:
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "state").mkdir(parents=True)
+        world.barrier()
+        dcp.save({"model": weights, "optim": moments}, checkpoint_id=aside / "state")
+        _write(aside / "state" / f"rank-{world.rank:05d}.pt", private)
+        if world.main:
+            write_model(aside / "model", full)
+            (aside / "state" / "trainer.json").write_text(json.dumps(about))
+            _flush(aside)
+    except Exception as error:  # DCP wraps what the disk said in errors of its own
+        failure = _reason(error)
+    failed = world.max(torch.tensor(float(failure is not None), device=world.device))
+    if bool(failed):
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        last = checkpoints(run)
+        where = f"step {last[-1][0]} stays" if last else "there is none before it"
+        raise UsageError(
+            f"the checkpoint of step {step} could not be written to {run} ({failure or 'another rank failed'}); "
+            f"the last good checkpoint: {where}; make room and use --resume"
+        )
+    if world.main:
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for _, folder in checkpoints(run)[: -keep or None] if keep else []:
+            shutil.rmtree(folder, ignore_errors=True)
+    world.barrier()
+    return final
+
+
+def _write(path: Path, value: Any) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def _flush(folder: Path) -> None:
+    """Everything in ``folder`` reaches the disk before the rename does."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The disk's own words, dug out of what wraps them."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno is not None:
+            return os.strerror(chain.errno)
+        failures = getattr(chain, "failures", None)
+        if failures:
+            return _reason(next(iter(failures.values()))[0])
+        chain = chain.__cause__ or chain.__context__
+    text = " ".join(str(error).split())
+    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text[:200] or type(error).__name__
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The trainer's JSON of a checkpoint."""
+    return json.loads((folder / "state" / "trainer.json").read_text())
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Any:
+    """Fills model and optimizer in place and returns this rank's private state."""
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": moments}
+    dcp.load(state, checkpoint_id=folder / "state")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    return torch.load(folder / "state" / f"rank-{world.rank:05d}.pt", weights_only=False)

@@ -1,0 +1,57 @@
+"""Arithmetic of a step, and what the device could do at most: the two halves of MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.layers import Block
+
+# dense bf16 FLOP/s of accelerators, by a part of their name
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+
+
+def _block_flops(block: Block, rows: float, length: float) -> float:
+    """Forward multiply-adds x 2 of a block over ``rows`` rows in sequences of ``length`` (attention over all pairs)."""
+    width = block.attn.proj.in_features
+    weights = 4 * width**2 + 3 * width * block.mlp.down.in_features
+    return rows * (2 * weights + 4 * width * length)
+
+
+def step_flops(model: AIMv2, pairs: int, patches: int, tokens: float) -> float:
+    """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all."""
+    encoder, decoder = model.encoder, model.decoder
+    rows = pairs * patches
+    total = rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width
+    total += sum(_block_flops(block, rows, patches) for block in encoder.blocks)  # type: ignore[arg-type]
+    total += rows * 2 * decoder.project.weight.numel()
+    length = patches + tokens / pairs
+    if decoder.config.text:
+        for block in decoder.trunk.blocks:
+            total += _block_flops(block, rows + tokens, length)  # type: ignore[arg-type]
+        total += tokens * 2 * decoder.text_head.linear.weight.numel()
+    if hasattr(decoder, "pixel_trunk"):
+        total += sum(_block_flops(block, rows, patches) for block in decoder.pixel_trunk.blocks)  # type: ignore[arg-type]
+    if decoder.config.pixels:
+        total += rows / 2 * 2 * decoder.pixel_head.weight.numel()
+    return 3 * total
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of a large matrix product: a table for accelerators (bf16), a quick measurement on a CPU; None unknown."""
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in PEAKS.items() if part in name), None)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    layer = nn.Linear(1024, 1024, bias=False).to(dtype)
+    x = torch.randn(1024, 1024, dtype=dtype)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(6):
+            start = time.perf_counter()
+            layer(x)
+            best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

@@ -1,0 +1,127 @@
+"""Where figures go while training: metrics.jsonl, TensorBoard, Weights & Biases, and a line for the eye."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aimv2.config import LogConfig
+from aimv2.errors import UsageError
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops the lines past ``step`` (a run that goes on from there writes them anew) and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    path.write_text("".join(kept))
+
+
+class Log:
+    """Figures of the main rank; other ranks get a log that does nothing."""
+
+    def __init__(self, run: Path, config: LogConfig, steps: int, start: int, active: bool, name: str = "") -> None:
+        self.active, self.steps = active, steps
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        if not active:
+            return
+        cut_metrics(run / "metrics.jsonl", start)
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+        self.writer = self._tensorboard(run, start) if config.tensorboard else None
+        self.wandb = self._wandb(run, config.wandb, name) if config.wandb else None
+        if self.console.is_terminal:
+            columns = (BarColumn(20), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self.task = self.progress.add_task("", total=steps, completed=start)
+            self.progress.start()
+        self.began, self.first = time.perf_counter(), start
+
+    def _tensorboard(self, run: Path, start: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def _wandb(self, run: Path, project: str, name: str) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'") from None
+        return wandb.init(project=project, dir=str(run), name=name or run.name, id=run.name, resume="allow")
+
+    def say(self, line: str) -> None:
+        """A line for the user, on standard error."""
+        if self.active:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """One line of metrics."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+        if self.writer is not None:
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+        self._show(step, figures)
+
+    def _show(self, step: int, figures: dict[str, Any]) -> None:
+        text = describe(figures)
+        if self.progress is not None:
+            if "lr" in figures:
+                self.progress.update(self.task, completed=step, description=text)
+            else:
+                self.say(f"step {step}: {text}")
+            return
+        rate = (time.perf_counter() - self.began) / max(step - self.first, 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self.steps - step)))
+        self.say(f"step {step}/{self.steps} {text} eta {left}")
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if self.progress is not None:
+            self.progress.stop()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        sys.stderr.flush()
+
+
+SHOWN = {
+    "loss": ("loss", "{:.3f}"),
+    "text_loss": ("text", "{:.3f}"),
+    "pixel_loss": ("pixel", "{:.3f}"),
+    "val_text_loss": ("val text", "{:.3f}"),
+    "val_pixel_loss": ("val pixel", "{:.3f}"),
+    "grad_norm": ("norm", "{:.2f}"),
+    "lr": ("lr", "{:.1e}"),
+    "pairs_per_s": ("pairs/s", "{:.0f}"),
+    "tokens_per_s": ("tokens/s", "{:.0f}"),
+    "mfu": ("mfu", "{:.0%}"),
+    "memory_gb": ("GB", "{:.1f}"),
+}
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures that fit a line."""
+    parts = [
+        f"{label} {form.format(figures[key])}" for key, (label, form) in SHOWN.items() if figures.get(key) is not None
+    ]
+    return " ".join(parts)

@@ -1,0 +1,285 @@
+"""The one loop: every stage is an objective and a recipe over it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import aimv2
+from aimv2.batch import Batch, split_batch
+from aimv2.config import Config, to_dict
+from aimv2.data.stream import TrainStream, View, validation_shards
+from aimv2.data.text import Tokenizer
+from aimv2.errors import UsageError
+from aimv2.interop.model_folder import write_model
+from aimv2.models.aimv2 import AIMv2
+from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.train.card import model_card
+from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
+from aimv2.train.flops import peak_flops, step_flops
+from aimv2.train.interrupt import Interrupted, StopFlag
+from aimv2.train.log import Log
+from aimv2.train.optim import make_optimizer, step_unless
+from aimv2.train.parallel import World, parallelize
+from aimv2.train.schedule import learning_rate
+from aimv2.train.validate import HeldOut, read_held_out, validate
+
+
+class Trainer:
+    """Model, optimizer, data and log of a run, and the loop over them.
+
+    Attributes:
+        step: optimizer steps done.
+        figures: the newest validation.
+        seconds: spent training, over all starts of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: AIMv2,
+        tokenizer: Tokenizer | None,
+        run: Path,
+        world: World,
+        compiled: bool = False,
+    ) -> None:
+        """``model`` has its weights already, equal on every rank. Writes nothing yet."""
+        self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
+        self.encoder, self.shape = model.encoder.config, model.decoder.config
+        self.flag = StopFlag()  # before any data worker starts
+        self.objective = PretrainObjective(config.objective)
+        self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.shape.text)
+        self.stream = TrainStream(
+            config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
+        )
+        self.model = model.to(world.device)
+        parallelize(self.model, config.train, world, compiled)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
+        self.window = torch.zeros(5, dtype=torch.float64, device=world.device)
+        self.held_out: HeldOut | None = None
+        self.log: Log | None = None
+
+    def open_log(self) -> Log:
+        """Starts writing figures into the run folder, behind the step that was reached."""
+        self.log = Log(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
+        self.peak = peak_flops(self.world.device, self.config.train.precision) if self.world.main else None
+        return self.log
+
+    def train(self) -> None:
+        """Runs to the last step (or ``train.stop_at``), saving on the way.
+
+        Raises:
+            Interrupted: a signal came; the run has been saved.
+            UsageError: a loss or the gradient is not finite, the disk is full, too many bad samples.
+        """
+        train, every = self.config.train, self.config.eval.every
+        log = self.log or self.open_log()
+        last = min(train.steps, train.stop_at or train.steps)
+        self.model.train()
+        self.mark, self.marked = time.perf_counter(), self.step
+        began, before = self.mark, self.seconds
+        saved = self.step if self.step else -1
+        while self.step < last:
+            self.train_step(next(self.stream))
+            self.seconds = before + time.perf_counter() - began
+            if self.step % self.check_every == 0 or self.step == last:
+                self.check_finite()
+            if self.step % train.log_every == 0 or self.step == last:
+                self.report(log)
+            if self.step == last or (every and self.step % every == 0):
+                self.validate(log)
+            if self.step == last or (train.save_every and self.step % train.save_every == 0):
+                self.save()
+                saved = self.step
+            self.leave_if_asked(saved)
+        if saved != self.step:
+            self.save()
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step over the micro-batches of ``batch``; nothing here waits for the device."""
+        config, world = self.config, self.world
+        micro = split_batch(batch, config.train.accumulate, self.view.patches)
+        micro = [part.to(world.device) for part in micro]
+        names = list(self.objective.counts(micro[0]))
+        counts = torch.stack([sum(self.objective.counts(m)[name] for m in micro) for name in names])  # type: ignore[arg-type]
+        counts = world.sum(counts.double())
+        sums = torch.zeros_like(counts)
+        for index, part in enumerate(micro):
+            if world.size > 1:
+                self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
+            with self.autocast():
+                terms = self.objective(self.model, part)
+            loss = sum(
+                self.objective.weights[name] * terms[name][0] / counts[at].clamp(min=1).float()
+                for at, name in enumerate(names)
+            )
+            (loss * world.size).backward()  # type: ignore[union-attr]  # FSDP2 averages over ranks
+            sums += torch.stack([terms[name][0].detach().double() for name in names])
+        means = world.sum(sums) / counts.clamp(min=1)
+        norm = self.clip()
+        self.broken = ~torch.isfinite(torch.cat([means, norm[None]]))  # [terms + 1], equal on every rank
+        lr = learning_rate(self.step, config.train.steps, config.optim)
+        step_unless(self.optimizer, self.broken.any().float(), lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tally(names, means, norm, counts, len(batch) * world.size)
+
+    def clip(self) -> Tensor:
+        """Scales the gradient to ``optim.clip`` where it is longer; its norm before that, float64 []."""
+        limit = self.config.optim.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+
+    def tally(self, names: list[str], means: Tensor, norm: Tensor, counts: Tensor, pairs: int) -> None:
+        """Adds a step to what the next line of metrics reports (on the device)."""
+        self.names = names
+        self.broken_names = [*names, "gradient"]
+        row = torch.zeros_like(self.window)
+        for at, name in enumerate(names):
+            row[0 if name == "text" else 1] = means[at]
+            if name == "text":
+                row[3] = counts[at]
+        row[2], row[4] = norm, pairs
+        self.window += row
+
+    def check_finite(self) -> None:
+        """Stops all ranks together where the last step met NaN or infinity; that step has not been applied."""
+        broken = self.broken.tolist()
+        if any(broken):
+            terms = ", ".join(name for name, bad in zip(self.broken_names, broken) if bad)
+            raise UsageError(
+                f"step {self.step}: not finite: {terms}; the weights were left as they were before it; the last "
+                "checkpoint is good; a lower optim.lr, more optim.warmup or a tighter optim.clip may help"
+            )
+
+    def report(self, log: Log) -> None:
+        """One line of metrics: means over the steps since the last one."""
+        window, steps = self.window.tolist(), self.config.train.log_every
+        steps = self.step % steps or steps
+        now = time.perf_counter()
+        seconds, done = now - self.mark, self.step - self.marked
+        self.mark, self.marked = now, self.step
+        self.window.zero_()
+        text, pixel, norm, tokens, pairs = (value / steps for value in window)
+        weights = self.objective.weights
+        figures: dict[str, Any] = {"loss": weights["text"] * text + weights["pixel"] * pixel}
+        figures |= {f"{n}_loss": value for n, value in (("text", text), ("pixel", pixel)) if n in self.names}
+        figures["lr"] = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
+        figures["grad_norm"] = norm
+        figures["pairs_per_s"] = pairs * done / seconds
+        figures["tokens_per_s"] = (tokens + pairs * self.view.patches) * done / seconds
+        if self.peak:
+            flops = step_flops(self.unwrapped(), int(pairs), self.view.patches, max(tokens, 1))
+            figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
+        figures["memory_gb"] = memory_gb(self.world.device)
+        log.write(self.step, figures)
+
+    def unwrapped(self) -> AIMv2:
+        assert isinstance(self.model, AIMv2)
+        return self.model
+
+    @property
+    def check_every(self) -> int:
+        """Steps between looks at what only the device knows: each step where looking is free."""
+        return 1 if self.world.device.type == "cpu" else self.config.train.log_every
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    def validate(self, log: Log) -> None:
+        """Scores the validation split, where there is one."""
+        if self.held_out is None:
+            shards = validation_shards(self.config.data)
+            self.held_out = read_held_out(
+                shards, self.view, self.tokenizer, self.config.eval.samples, self.config.data.max_tokens,
+                self.world.rank, self.world.size,
+            )  # fmt: skip
+        if not shards_held(self.held_out, self.world):
+            return
+        start = time.perf_counter()
+        self.figures = validate(
+            self.model, self.held_out, self.view.patches, self.config.eval.prefixes, self.world,
+            self.shape.text, self.shape.pixels,
+        )  # fmt: skip
+        log.write(self.step, self.figures)
+        self.mark += time.perf_counter() - start  # not training time
+
+    def save(self) -> None:
+        """A complete checkpoint of this step."""
+        start = time.perf_counter()
+        self.check_finite()
+        about = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "window": self.window.tolist(),
+            "figures": self.figures,
+            "version": aimv2.__version__,
+            "torch": torch.__version__,
+            "config": to_dict(self.config),
+            "layout": [self.world.size, self.config.data.workers],
+            "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else None,
+        }
+        private = {"data": self.stream.state(), "rng": torch.get_rng_state()}
+        save_checkpoint(
+            self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
+            self.config.train.keep,
+        )  # fmt: skip
+        self.mark += time.perf_counter() - start
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """The model folder of this step."""
+        model = self.unwrapped()
+        write_model(folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures))
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def leave_if_asked(self, saved: int) -> None:
+        """After a signal on any rank: all ranks save and leave together."""
+        if self.step % self.check_every:
+            return
+        code = int(self.world.max(torch.tensor(float(self.flag.code), device=self.world.device)))
+        if code:
+            if saved != self.step:
+                self.save()
+            raise Interrupted(f"stopped at step {self.step}, saved; go on with: aimv2 pretrain --run {self.run} --resume", code)
+
+    def close(self) -> None:
+        """Puts the signal handlers back and ends the log."""
+        self.flag.restore()
+        if self.log is not None:
+            self.log.close()
+
+    def restore(self, folder: Path) -> None:
+        """Goes on from a checkpoint folder; before the first step only."""
+        about = read_about(folder)
+        private = load_checkpoint(folder, self.model, self.optimizer, self.world)
+        self.stream.restore(private["data"])
+        torch.set_rng_state(private["rng"])
+        self.step, self.seconds, self.figures = about["step"], about["seconds"], about["figures"]
+        self.window.copy_(torch.tensor(about["window"], dtype=torch.float64))
+
+
+def shards_held(data: HeldOut, world: World) -> bool:
+    """Whether every rank holds something to validate on (they do or do not together)."""
+    return bool(-world.max(torch.tensor(-float(len(data.keys) > 0), device=world.device)))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far, 1e9 bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

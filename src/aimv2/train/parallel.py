@@ -1,0 +1,133 @@
+"""One function makes a model ready for the machine: checkpointing, compile, sharding, in this order.
+
+torchrun starts the ranks; hybrid sharding and tensor parallelism would enter in :func:`parallelize`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aimv2.config import TrainConfig
+from aimv2.errors import UsageError
+from aimv2.models.aimv2 import AIMv2
+
+RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def join_world() -> World:
+    """Joins torchrun's process group (nccl with CUDA, else gloo); a world of one without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def can_compile(device: torch.device) -> str | None:
+    """None where torch.compile works here, else the reason in a line."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        return None
+    except Exception as error:  # whatever the back end lacks: compiler, headers, Triton
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        return lines[0][:120] if lines else type(error).__name__
+
+
+def blocks_of(model: AIMv2) -> list[tuple[nn.ModuleList, int]]:
+    """Where each block sits: (list, index)."""
+    lists = [model.encoder.blocks]
+    for trunk in ("trunk", "pixel_trunk"):
+        if hasattr(model.decoder, trunk):
+            lists.append(getattr(model.decoder, trunk).blocks)
+    return [(blocks, index) for blocks in lists for index in range(len(blocks))]
+
+
+def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool) -> None:
+    """Checkpointing, then compile, then FSDP2, each by block, in place.
+
+    Args:
+        model: with real weights, equal on every rank.
+        config: of the loop.
+        world: more than one rank shards weights, gradients and optimizer over all of them.
+        compiled: compile each block.
+    """
+    if config.checkpointing:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        for blocks, index in blocks_of(model):
+            blocks[index] = checkpoint_wrapper(blocks[index], preserve_rng_state=False)
+    if compiled:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
+        for blocks, index in blocks_of(model):
+            encoder = blocks is model.encoder.blocks
+            # the encoder's shapes never change; the decoder's rows do, with every batch
+            blocks[index].compile(dynamic=False if encoder else True)
+        model.encoder.compiled = True
+    if world.size > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for blocks, index in blocks_of(model):
+            fully_shard(blocks[index], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+
+def want_compile(config: TrainConfig, world: World) -> tuple[bool, str | None]:
+    """Whether to compile, and a line for the user where the answer is not what ``auto`` hopes for."""
+    if config.compile == "off":
+        return False, None
+    reason = can_compile(world.device)
+    if reason is None:
+        return True, None
+    if config.compile == "on":
+        raise UsageError(f"train.compile=on, but torch.compile does not work here ({reason}); use auto or off")
+    return False, f"running eager: torch.compile does not work here ({reason})"

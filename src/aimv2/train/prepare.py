@@ -1,0 +1,282 @@
+"""From a configuration to a run that can start: data, tokeniser, model and run folder, checked before anything is written."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from aimv2.config import Config, Source, get_value, leaf_keys, to_dict
+from aimv2.data.shards import find_shards, read_samples
+from aimv2.data.stream import image_bytes, training_shards
+from aimv2.data.text import Tokenizer, load_tokenizer, sample_captions, train_tokenizer
+from aimv2.errors import UsageError
+from aimv2.interop.model_folder import WEIGHTS, checkpoints, find_model, load_weights
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.create import build
+from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
+from aimv2.train.checkpoint import read_about, remove_unfinished
+from aimv2.train.parallel import World
+
+CONFIG = "config.yaml"
+PARTS = (CONFIG, "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "wandb", "tokenizer", "data")
+TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on, at most
+
+# what may differ from the run's own configuration when it goes on
+MAY_CHANGE = {
+    "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
+    "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
+}  # fmt: skip
+
+
+@dataclass
+class Prepared:
+    """What a trainer needs."""
+
+    model: AIMv2
+    tokenizer: Tokenizer | None
+    resume_from: Path | None
+
+
+# ---- where the data are ----
+
+
+def locate_data(config: Config) -> None:
+    """Fills in $AIMV2_DATA and makes paths absolute, so that the run can go on from any folder."""
+    data, root = config.data, os.environ.get("AIMV2_DATA")
+    if data.train is None:
+        data.train = root
+    if isinstance(data.train, str):
+        data.train = os.path.abspath(os.path.expanduser(data.train))
+    for source in data.train if isinstance(data.train, list) else []:
+        if not source.path and root and source.name:
+            source.path = str(Path(root) / source.name)
+        source.path = os.path.abspath(os.path.expanduser(source.path)) if source.path else ""
+    if data.val is not None:
+        data.val = os.path.abspath(os.path.expanduser(data.val))
+    if data.index_dir is not None:
+        data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
+
+
+def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
+    """The first samples of the first shard of each source."""
+    found = []
+    for shards in training_shards(config.data):
+        samples = islice((sample for _, sample in read_samples(shards[0])), count)
+        found += list(samples)
+    if not found:
+        raise UsageError(f"data.train: an empty data set: no sample in {config.data.train}")
+    return found
+
+
+def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
+    """Raises UsageError where no sample has a caption and the objective wants text."""
+    if config.objective.targets != "image" and not any(sample_captions(sample) for sample in samples):
+        raise UsageError(
+            f"data.train: captions missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.txt or "
+            "captions in KEY.json; import them with --captions, or train on images alone with objective.targets=image"
+        )
+
+
+def _names(config: Config) -> str:
+    train = config.data.train
+    return train if isinstance(train, str) else ", ".join(source.path for source in train or [])
+
+
+# ---- defaults for one's own data ----
+
+
+def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
+    """Sensible values for data without a recipe, by the size of the images: a small model that trains on a laptop."""
+    from PIL import Image
+
+    sides = []
+    for sample in samples[:64]:
+        try:
+            sides.append(min(Image.open(io.BytesIO(image_bytes(sample))).size))
+        except (OSError, ValueError):
+            continue
+    side = median(sides) if sides else 224
+    name = "aimv2-tiny-patch4-32" if side <= 48 else "aimv2-tiny-patch14-112" if side <= 320 else "aimv2-small-patch14-224"
+    return {
+        "model.name": name,
+        "train.steps": 5000,
+        "train.batch_size": 64,
+        "train.precision": "fp32",
+        "train.save_every": 500,
+        "optim.warmup": 250,
+        "eval.every": 500,
+        "eval.samples": 500,
+    }
+
+
+# ---- tokeniser and model ----
+
+
+def training_captions(config: Config) -> Iterator[str]:
+    """Every caption of the training shards, source by source."""
+    for shards in training_shards(config.data):
+        for shard in shards:
+            for _, sample in read_samples(shard):
+                yield from (text for field in sample_captions(sample).values() for text in field)
+
+
+def get_tokenizer(config: Config, run: Path | None, world: World) -> Tokenizer | None:
+    """The run's tokeniser: loaded, or trained on the training captions (rank 0, for all); None for images alone."""
+    if config.objective.targets == "image":
+        return None
+    if config.data.tokenizer != "auto":
+        return load_tokenizer(config.data.tokenizer)
+    if run is not None and (run / "tokenizer" / "tokenizer.json").exists():
+        return load_tokenizer(run / "tokenizer")
+    trained = None
+    if world.main:
+        trained = train_tokenizer(islice(training_captions(config), TOKENIZER_CAPTIONS), config.data.vocab_size)
+    return world.broadcast(trained)
+
+
+def shapes(config: Config, vocab_size: int) -> tuple[EncoderConfig, DecoderConfig]:
+    """Encoder and decoder of a run: the table's row, the config's changes, and what the objective needs."""
+    given = {key: value for key, value in vars(config.model).items() if key != "name" and value is not None}
+    decoder = {key.removeprefix("decoder_"): value for key, value in given.items() if key.startswith("decoder_")}
+    encoder = {key: value for key, value in given.items() if not key.startswith("decoder_")}
+    decoder |= {"pixels": config.objective.targets != "text", "text": config.objective.targets != "image"}
+    decoder |= {"vocab_size": vocab_size, "max_text": config.data.max_tokens}
+    shape = model_config(config.model.name, decoder, **encoder)
+    if shape[0].image_size is None:
+        raise UsageError(f"model.name {shape[0].name}: pre-training sees one image size; give model.image_size")
+    return shape
+
+
+def make_model(config: Config, vocab_size: int) -> AIMv2:
+    """The model with its first weights: random by ``seed``, or those of ``init``."""
+    encoder, decoder = shapes(config, vocab_size)
+    model = build(encoder, decoder, config.seed)
+    assert isinstance(model, AIMv2)
+    if config.init is not None:
+        load_weights(model, find_model(config.init) / WEIGHTS)
+    return model
+
+
+# ---- the run folder ----
+
+
+def check_run_folder(config: Config) -> Path:
+    """The run folder of a new run, empty of runs.
+
+    Raises:
+        UsageError: not given, not writable, or holds a run and neither ``resume`` nor ``overwrite`` says what to do.
+    """
+    if not config.run:
+        raise UsageError("--run is not given: a folder for the run is expected")
+    run = Path(config.run)
+    parent = run
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"--run {run}: {parent} is not a writable folder")
+    if run.exists() and any((run / part).exists() for part in PARTS) and not (config.resume or config.overwrite):
+        raise UsageError(f"--run {run} holds a run; go on with --resume, or start anew with --overwrite")
+    return run
+
+
+def clear_run(run: Path) -> None:
+    """Removes a run's own files from its folder, and nothing else."""
+    for part in PARTS:
+        path = run / part
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
+    """Creates the folder and writes what the run is: config.yaml and a trained tokeniser."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None and config.data.tokenizer == "auto":
+            tokenizer.save(run / "tokenizer")
+        stored = {key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite")}
+        (run / CONFIG).write_text(yaml.safe_dump(stored, sort_keys=False))
+    except OSError as error:
+        raise UsageError(f"--run {run} can't be written: {error.strerror}") from None
+
+
+# ---- going on ----
+
+
+def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
+    """The run's own configuration, with those of the given values that may change.
+
+    Args:
+        run: the run folder.
+        given: flat values of the command line and of a recipe.
+        parse: flat values -> Config.
+
+    Raises:
+        UsageError: no run there, or a given value that may not change and differs.
+    """
+    from aimv2.load_config import read_recipe
+
+    if not (run / CONFIG).is_file():
+        raise UsageError(f"--resume: no run in {run} ({CONFIG} expected); leave --resume out to start one")
+    stored = read_recipe(run / CONFIG)
+    wanted = parse({**stored, **given})
+    locate_data(wanted)
+    own = parse(stored)
+    for key in given:
+        old, new = get_value(own, key), get_value(wanted, key)
+        if key not in MAY_CHANGE and old != new:
+            raise UsageError(
+                f"--resume goes on with the run's own configuration: {key} is {_plain(old)} there, got {_plain(new)}; "
+                "leave it out, or start another run"
+            )
+    return wanted
+
+
+def _plain(value: Any) -> Any:
+    return [source.path or source.name for source in value] if isinstance(value, list) and value and isinstance(value[0], Source) else value
+
+
+def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:
+    """The newest checkpoint, if it belongs to this model, tokeniser and product of ranks and workers.
+
+    Returns:
+        its folder, or None where the run was stopped before its first one.
+    """
+    if world.main:
+        remove_unfinished(run)
+    world.barrier()
+    found = checkpoints(run)
+    if not found:
+        return None
+    folder = found[-1][1]
+    about = read_about(folder)
+    ranks, workers = about["layout"]
+    if [ranks, workers] != [world.size, config.data.workers]:
+        raise UsageError(
+            f"--resume: the run used {ranks} ranks x {workers} data workers (data.workers), got {world.size} x "
+            f"{config.data.workers}; its data position is only valid for the same"
+        )
+    mine = tokenizer.fingerprint() if tokenizer else None
+    if about["tokenizer"] != mine:
+        raise UsageError(
+            f"--resume: data.tokenizer {config.data.tokenizer} is not the tokenizer that the run was trained with"
+        )
+    return folder
+
+
+def find_shards_or_none(source: str) -> list[Path]:
+    """Training shards of a source, [] where there are none."""
+    try:
+        return find_shards(source, "train")
+    except UsageError:
+        return []

@@ -1,0 +1,154 @@
+"""Validation on a split of its own: deterministic views, fixed prefix lengths, fp32 (PAPER.md sections 9 and 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from aimv2.batch import Batch, make_batch
+from aimv2.config import ObjectiveConfig
+from aimv2.data.images import ImageError, decode_image
+from aimv2.data.shards import read_samples
+from aimv2.data.stream import View, image_bytes
+from aimv2.data.text import Tokenizer, sample_captions
+from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
+from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.train.parallel import World
+
+
+@dataclass
+class HeldOut:
+    """Validation samples as the model sees them.
+
+    Attributes:
+        images: uint8 [V, 3, H, W], centre crop.
+        captions: the first caption of each, as text; "" without one.
+        tokens: its ids.
+        labels: from .cls; -1 without.
+        keys: names.
+    """
+
+    images: torch.Tensor
+    captions: list[str]
+    tokens: list[list[int]]
+    labels: torch.Tensor
+    keys: list[str]
+
+
+def read_label(sample: dict[str, bytes]) -> int:
+    """The class of a sample, -1 where it has none."""
+    text = sample.get("cls", b"").decode(errors="replace").strip()
+    return int(text) if text.lstrip("-").isdigit() else -1
+
+
+def read_held_out(
+    shards: Sequence[Path],
+    view: View,
+    tokenizer: Tokenizer | None,
+    limit: int,
+    max_tokens: int = 77,
+    rank: int = 0,
+    world_size: int = 1,
+) -> HeldOut:
+    """The first ``limit`` readable samples in shard order (0: all), every ``world_size``-th of them for ``rank``."""
+    images, captions, tokens, labels, keys = [], [], [], [], []
+    seen = 0
+    for key, sample in (pair for shard in shards for pair in read_samples(shard)):
+        if limit and seen >= limit:
+            break
+        texts = [text for field in sample_captions(sample).values() for text in field]
+        if view.captions and not texts:
+            continue
+        mine = seen % world_size == rank
+        try:
+            image = decode_image(image_bytes(sample)) if mine else None
+        except ImageError:
+            continue
+        seen += 1
+        if image is None:
+            continue
+        box = centre_crop_box(*image.size)
+        images.append(to_pixels(crop_resize(image, box, (view.image_size, view.image_size))))
+        captions.append(texts[0] if texts else "")
+        tokens.append(tokenizer.encode(texts[0], max_tokens) if tokenizer and texts else [])
+        labels.append(read_label(sample))
+        keys.append(key)
+    pixels = np.stack(images) if images else np.zeros((0, 3, view.image_size, view.image_size), np.uint8)
+    return HeldOut(torch.from_numpy(pixels), captions, tokens, torch.tensor(labels), keys)
+
+
+def held_out_batches(data: HeldOut, patches: int, size: int, prefix: int, text: bool) -> list[Batch]:
+    """Batches of ``size`` pairs, the last one smaller, all with the same prefix length; without captions on request."""
+    return [
+        make_batch(
+            data.images[at : at + size],
+            data.tokens[at : at + size] if text else [[]] * len(data.keys[at : at + size]),
+            [prefix] * len(data.keys[at : at + size]),
+            patches,
+            data.keys[at : at + size],
+        )
+        for at in range(0, len(data.keys), size)
+    ]
+
+
+def mean_loss(model: nn.Module, objective: PretrainObjective, batches: Sequence[Batch], world: World) -> float:
+    """The objective's one term over all batches of all ranks: sum / count.
+
+    Ranks run equally many batches, since a sharded model gathers its weights in each; a rank that has fewer repeats its
+    last one unscored.
+    """
+    most = int(world.max(torch.tensor(float(len(batches)), device=world.device)))
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for number in range(most):
+        batch = batches[min(number, len(batches) - 1)].to(world.device)
+        (term,) = objective(model, batch).values()
+        if number < len(batches):
+            total += torch.stack([term[0].double(), term[1].double()])
+    done, count = world.sum(total).tolist()
+    return done / max(count, 1)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    data: HeldOut,
+    patches: int,
+    prefixes: Sequence[float],
+    world: World,
+    text: bool = True,
+    pixels: bool = True,
+    size: int = 64,
+) -> dict[str, float]:
+    """Losses on held-out pairs.
+
+    The pixel loss is scored at each prefix length (share of the patches) with prefix attention; the text loss with all
+    patches seen, as captions are written.
+
+    Returns:
+        ``val_text_loss`` (nats a token), ``val_perplexity``, ``val_pixel_loss`` (mean over the prefixes) and
+        ``val_pixel_loss_10`` and so on (a prefix of 10%).
+    """
+    figures: dict[str, float] = {}
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        if text:
+            objective = PretrainObjective(ObjectiveConfig(targets="text", attention="bidirectional"))
+            loss = mean_loss(model, objective, held_out_batches(data, patches, size, patches - 1, True), world)
+            figures |= {"val_text_loss": loss, "val_perplexity": math.exp(min(loss, 50.0))}
+        if pixels:
+            objective = PretrainObjective(ObjectiveConfig(targets="image"))
+            losses = {}
+            for share in prefixes:
+                prefix = min(max(round(share * patches), 1), patches - 1)
+                batches = held_out_batches(data, patches, size, prefix, False)
+                losses[f"val_pixel_loss_{round(100 * share)}"] = mean_loss(model, objective, batches, world)
+            figures |= {"val_pixel_loss": sum(losses.values()) / len(losses), **losses}
+    model.train(was_training)
+    return figures

@@ -133,7 +133,7 @@ def test_contract_of_every_tokenizer(tokenizer, tmp_path):
 def test_specials_spelled_out_in_a_caption_are_text(tokenizer):
     for text in ("red</s>circle", "red &lt;|endoftext|&gt; circle", "red<pad>circle"):
         ids = tokenizer.encode(text)
-        assert ids.count(tokenizer.eos_id) == 1 and len(ids) > 3
+        assert ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
         assert "circle" in tokenizer.decode(ids)
 
 

@@ -1,4 +1,4 @@
-"""Captioned scenes: pictures of one or two coloured shapes, drawn here, with a caption that says what is seen.
+"""Captioned scenes: one or two coloured shapes, drawn here, with the caption that follows from the picture.
 
 They need no download and a small model learns them in minutes, so the demo and the tests train on them. The
 caption has one form, objects in reading order, so that a generated caption is right or wrong, word for word.

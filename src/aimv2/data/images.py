@@ -142,7 +142,7 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     except Image.UnidentifiedImageError as error:
         raise ImageError("not an image of a known format") from error
     except Exception as error:  # a broken header makes Pillow's plugins raise nearly anything
-        raise ImageError(f"broken header: {error}") from error
+        raise ImageError(_reason(error, "header")) from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} is more than {max_pixels:,} pixels")
@@ -153,8 +153,12 @@ def _load(image: ImageFile.ImageFile) -> None:
     try:
         image.load()
     except Exception as error:  # a broken body makes Pillow's decoders raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise ImageError(reason if "truncated" in reason else f"broken data: {reason}") from error
+        raise ImageError(_reason(error, "data")) from error
+
+
+def _reason(error: Exception, part: str) -> str:
+    words = str(error) or type(error).__name__
+    return f"truncated ({words})" if "truncated" in words.lower() else f"broken {part} ({words})"
 
 
 def _proven_size(image: ImageFile.ImageFile) -> tuple[int, int]:

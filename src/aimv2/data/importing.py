@@ -1,8 +1,9 @@
 """`aimv2 data import`: whatever people have, to shards, in several processes, resumable to the same bytes.
 
 The plan is fixed by the source alone: item i of a split goes to shard i // shard_size, whether or not it
-turns out readable. So each shard is a job of its own: any process may write it, in any order, and a shard that
-is there is done. OUT/.import holds the options and one note a shard (its count, its rejects) until all are done.
+turns out readable. So each shard is a job of its own: any process may write it, in any order, and a shard
+that is there is done. OUT/.import holds the options and a note for each shard (its count, its rejects) until
+all are done.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ from aimv2.data.sources import (
     Reject,
     Source,
 )
+from aimv2.data.tables import open_source
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)

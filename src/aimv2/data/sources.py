@@ -156,7 +156,7 @@ class FileReader:
 
 
 def safe_key(name: str) -> str:
-    """A WebDataset key from an image's name: its extension gone, no dot, slash or leading underscores, short."""
+    """A WebDataset key from an image's name: no extension, dot, slash or leading underscores; short."""
     path = PurePosixPath(name.replace("\\", "/"))
     known = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
     stem = str(path.with_suffix("")) if known else str(path)
@@ -209,8 +209,8 @@ def open_folder(
     if all("/" in name for name in images):
         return _class_source(root, images, template)
     raise UsageError(
-        f"{root}: captions missing: no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json beside the"
-        " images and no class folders; give --captions FILE"
+        f"{root}: captions missing: no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json beside"
+        " the images and no class folders; give --captions FILE"
     )
 
 
@@ -265,7 +265,7 @@ def _class_source(root: Path, images: list[str], template: str) -> Source:
     splits = [name for name in classes if name.lower() in ("train", "val", "valid", "validation", "test")]
     if len(splits) == len(classes):
         raise UsageError(
-            f"SRC: {root} holds splits ({', '.join(splits)}), not classes; import {root / splits[0]} by itself"
+            f"SRC: {root} holds splits ({', '.join(splits)}), not classes; import each by itself"
         )
     labels = {name: str(number) for number, name in enumerate(classes)}
     planned: list[Item | Reject] = []
@@ -386,7 +386,7 @@ def _delimited(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         lines.seek(0)
         rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|")
         header = [cell.strip() for cell in next(rows, [])]
-        if len(header) == 2 and _is_image(header[0].partition("#")[0]) and columns == Columns():
+        if len(header) > 1 and _is_image(header[0].partition("#")[0]) and columns == Columns():
             lines.seek(0)  # no header: image, caption
             header = ["image", "caption"]
         image, fields = columns.find(header, str(file))

@@ -1,6 +1,6 @@
 """Sources whose plan is positions (Parquet, Arrow, hub data sets, tars), and the choice among all kinds.
 
-Planning reads row counts and tar headers, never an image; readers fetch the bytes by position, a batch at a time.
+Planning reads row counts and tar headers, never an image; readers fetch bytes by position, a batch at a time.
 What cannot be fetched is rejected: a broken row group late in a long import must not end it.
 """
 
@@ -169,6 +169,8 @@ def _loaded(
     for column, into in fields.items():
         value = row[column]
         captions |= clean_captions(value if isinstance(value, dict) else {into: value})
+    if not captions:
+        return Reject(item.key, item.image, "no caption")
     number = row[label] if label else None
     about = {"source": name} if name else {}
     return Loaded(data, captions, str(number) if isinstance(number, int) and number >= 0 else None, about)
@@ -217,7 +219,7 @@ def open_hub(source: str, split: str | None, columns: Columns) -> Source:
 
 @dataclass(frozen=True)
 class HubReader:
-    """Reads rows of a `datasets.Dataset` (memory-mapped, so it pickles as file names); ``where`` is (row,)."""
+    """Reads rows of a `datasets.Dataset` (memory-mapped: it pickles as file names); ``where`` is (row,)."""
 
     rows: Any
     image: str

@@ -217,6 +217,11 @@ def test_store_encodes_what_readers_may_miss() -> None:
         assert Image.open(io.BytesIO(stored.data)).mode == "RGB"
 
 
+def test_store_refuses_what_its_format_cannot_hold() -> None:
+    with pytest.raises(ImageError, match="70000 x 2 cannot be stored as JPEG"):
+        store_image(encode(Image.new("RGB", (70000, 2)), "BMP"))
+
+
 def test_store_shrinks_by_max_side() -> None:
     exif = Image.Exif()
     exif[0x0112] = 8

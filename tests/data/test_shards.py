@@ -78,9 +78,7 @@ def energon_samples(index: Path, count: int) -> list[dict]:
             return batch
 
     worker = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    dataset = get_val_dataset(
-        index, split_part="train", worker_config=worker, batch_size=1, task_encoder=Encoder()
-    )
+    dataset = get_val_dataset(index, split_part="train", worker_config=worker, batch_size=1, task_encoder=Encoder())
     found = [sample for batch in get_loader(dataset) for sample in batch]
     assert len(found) == count
     return found
@@ -196,9 +194,7 @@ def test_captions_of_a_sample() -> None:
     ours = {"txt": b"one", "json": json.dumps({"captions": {"alt": ["one", "two "], "empty": [""]}}).encode()}
     assert captions_of(ours) == {"alt": ["one", "two"]}
     assert captions_of({"txt": b" one\n", "json": b'{"caption": "other"}'}) == {"caption": ["one"]}
-    assert captions_of({"json": b'{"caption": "of img2dataset", "url": "x"}'}) == {
-        "caption": ["of img2dataset"]
-    }
+    assert captions_of({"json": b'{"caption": "of img2dataset", "url": "x"}'}) == {"caption": ["of img2dataset"]}
     assert captions_of({"json": b'{"captions": ["a", "b"]}'}) == {"caption": ["a", "b"]}
     assert captions_of({"json": b"[broken", "txt": b""}) == {} == captions_of({"jpg": b"x"})
     assert image_of({"txt": b"", "webp": b"w"}) == ("webp", b"w") and image_of({"txt": b""}) is None
@@ -207,9 +203,7 @@ def test_captions_of_a_sample() -> None:
 # ---- index ----
 
 
-def test_index_of_foreign_tars_leaves_their_folder_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_of_foreign_tars_leaves_their_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     foreign = tmp_path / "foreign"
     for part in ("a", "b"):  # equal tar names and equal keys, as img2dataset writes them in parts

@@ -16,9 +16,7 @@ from PIL import Image, ImageFile
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning limit: about 13,400 x 13,400
 Image.init()
 FORMATS = tuple(  # not every build of Pillow has all; multi-picture JPEGs (MPO) open as JPEG
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-    if name in Image.OPEN
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
 )
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are, byte for byte
 
@@ -50,9 +48,7 @@ class StoredImage(NamedTuple):
     height: int
 
 
-def decode_image(
-    data: bytes | Path, max_pixels: int = MAX_PIXELS, draft_size: int | None = None
-) -> Image.Image:
+def decode_image(data: bytes | Path, max_pixels: int = MAX_PIXELS, draft_size: int | None = None) -> Image.Image:
     """Decode to an upright RGB image.
 
     Args:
@@ -120,11 +116,12 @@ def store_image(
         rgb = rgb.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     out = io.BytesIO()
     rgb.info = {}  # no EXIF, no colour profile of another mode: pixels are upright RGB now
-    if source_format in ("PNG", "GIF"):
-        rgb.save(out, "PNG")
-        return StoredImage("png", out.getvalue(), *rgb.size)
-    rgb.save(out, "JPEG", quality=quality)
-    return StoredImage("jpg", out.getvalue(), *rgb.size)
+    extension, kind = ("png", "PNG") if source_format in ("PNG", "GIF") else ("jpg", "JPEG")
+    try:
+        rgb.save(out, kind, quality=quality)
+    except (OSError, ValueError) as error:  # a side above 65,500 pixels, for one
+        raise ImageError(f"{rgb.width} x {rgb.height} cannot be stored as {kind}: {error}") from error
+    return StoredImage(extension, out.getvalue(), *rgb.size)
 
 
 def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:

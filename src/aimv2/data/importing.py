@@ -12,6 +12,8 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -211,11 +213,18 @@ _stop: Any = None  # an event shared with the parent, in a worker process
 
 def _start_worker(stop: Any) -> None:
     """Ctrl-C reaches every process of the terminal; only the parent answers it, and tells by ``stop``."""
-    import signal
-
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits for jobs for ever, also when its parent was killed and a restart is at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Note:
@@ -263,9 +272,7 @@ def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject
 # ---- run ----
 
 
-def _run(
-    plan: Plan, source: Source, out: Path, options: ImageOptions, workers: int, progress: bool
-) -> dict[str, Note]:
+def _run(plan: Plan, source: Source, out: Path, options: ImageOptions, workers: int, progress: bool) -> dict[str, Note]:
     """Do all jobs that are not done yet; a note for each shard, by name."""
     notes: dict[str, Note] = {}
     bar = Progress(
@@ -357,9 +364,7 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         for aside in out.glob(".*.tmp-*"):
             aside.unlink()
     except OSError as error:
-        raise UsageError(
-            f"OUT: {out} is not writable: {error.strerror or error}; choose another OUT"
-        ) from error
+        raise UsageError(f"OUT: {out} is not writable: {error.strerror or error}; choose another OUT") from error
     if before != json.loads(json.dumps(plan)):
         old = before.get("options", {})
         changed = ", ".join(f"{k} {old.get(k)!r} -> {v!r}" for k, v in options.items() if old.get(k) != v)

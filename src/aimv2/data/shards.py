@@ -122,9 +122,7 @@ def _no_tar(folder: Path, option: str) -> UsageError:
     names = [path for path in sorted(folder.iterdir())[:10_000] if not path.name.startswith(".")]
     inner = [path for sub in names[:100] if sub.is_dir() for path in sorted(sub.iterdir())[:1000]]
     if any(path.suffix == ".tar" for path in inner):
-        return UsageError(
-            f"{option}: no .tar in {folder} itself; for those in its folders give '{folder}/**/*.tar'"
-        )
+        return UsageError(f"{option}: no .tar in {folder} itself; for those in its folders give '{folder}/**/*.tar'")
     kinds = {path.suffix.lower().lstrip(".") for path in [*names, *inner]}
     importable = {*IMAGE_EXTENSIONS, "csv", "tsv", "jsonl", "parquet", "arrow"}
     if kinds & importable:

@@ -113,16 +113,12 @@ class Columns:
         if image.lower() not in known:
             wanted = f"{image!r}" if image else "of the usual names (image, file_name, path, ...)"
             raise UsageError(f"{source}: no image column {wanted} among {listed}; give --image-column")
-        captions = self.captions or tuple(
-            name for name in CAPTION_COLUMNS if name in known and name != image.lower()
-        )
+        captions = self.captions or tuple(name for name in CAPTION_COLUMNS if name in known and name != image.lower())
         for name in captions:
             if name.lower() not in known:
                 raise UsageError(f"{source}: no column {name!r} among {listed}; change --caption-column")
         if not captions:
-            raise UsageError(
-                f"{source}: captions missing: no caption column among {listed}; give --caption-column"
-            )
+            raise UsageError(f"{source}: captions missing: no caption column among {listed}; give --caption-column")
         fields = {known[name.lower()]: name if len(captions) > 1 else "caption" for name in captions}
         return known[image.lower()], fields
 
@@ -174,9 +170,7 @@ def safe_key(name: str) -> str:
 # ---- folders ----
 
 
-def open_folder(
-    root: Path, captions: str | None, columns: Columns, template: str, skip: Path | None = None
-) -> Source:
+def open_folder(root: Path, captions: str | None, columns: Columns, template: str, skip: Path | None = None) -> Source:
     """Plan a folder of image files.
 
     Args:
@@ -196,9 +190,7 @@ def open_folder(
         return open_captions(file, root, images, columns)
     candidates = _captions_candidates(root, files, images, columns)
     if len(candidates) > 1:
-        raise UsageError(
-            f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE"
-        )
+        raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
     if candidates:
         return open_captions(root / candidates[0], root, images, columns)
     if not images:
@@ -240,9 +232,7 @@ def open_captions(file: Path, root: Path, images: list[str], columns: Columns) -
         else:
             planned.append(Item(safe_key(name), name, (path,), texts, None, about[name]))
     if not images and not any(isinstance(item, Item) for item in planned):
-        raise UsageError(
-            f"SRC: no image in {root}, and none where {file.name} points; expected its images there"
-        )
+        raise UsageError(f"SRC: no image in {root}, and none where {file.name} points; expected its images there")
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(root / name) not in used]
     total = sum(isinstance(item, Item) for item in planned)
     return Source(f"captions file {file.name}", planned, FileReader(), total)
@@ -264,26 +254,27 @@ def _class_source(root: Path, images: list[str], template: str) -> Source:
     classes = sorted({name.split("/", 1)[0] for name in images})
     splits = [name for name in classes if name.lower() in ("train", "val", "valid", "validation", "test")]
     if len(splits) == len(classes):
-        raise UsageError(
-            f"SRC: {root} holds splits ({', '.join(splits)}), not classes; import each by itself"
-        )
+        raise UsageError(f"SRC: {root} holds splits ({', '.join(splits)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
     planned: list[Item | Reject] = []
     for name in images:
         kind = name.split("/", 1)[0]
         caption = template.replace("{}", kind.replace("_", " "))
-        item = Item(
-            safe_key(name), name, (str(root / name),), {"caption": [caption]}, labels[kind], {"class": kind}
-        )
+        item = Item(safe_key(name), name, (str(root / name),), {"caption": [caption]}, labels[kind], {"class": kind})
         planned.append(item)
     return Source("class folders", planned, FileReader(), len(planned), classes)
 
 
 def _list_files(root: Path, skip: Path | None) -> list[str]:
-    """All files under a folder as relative POSIX paths, sorted; nothing hidden."""
-    found = []
-    for folder, inner, names in os.walk(root):
+    """All files under a folder as relative POSIX paths, sorted; links followed, nothing hidden."""
+    found: list[str] = []
+    visited = set[str]()
+    for folder, inner, names in os.walk(root, followlinks=True):
         here = Path(folder)
+        if (real := os.path.realpath(folder)) in visited:  # a link to a folder above would never end
+            inner.clear()
+            continue
+        visited.add(real)
         inner[:] = [
             name
             for name in inner
@@ -373,9 +364,7 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         else:
             yield from _delimited(file, columns)
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
-        ) from error
+        raise UsageError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
 
 def _delimited(file: Path, columns: Columns) -> Iterator[Row | Reject]:
@@ -468,9 +457,7 @@ def _json_file(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         if "caption" in annotation:
             texts[annotation.get("image_id")].append(annotation["caption"])
     if record["annotations"] and not texts:
-        raise UsageError(
-            f"{file}: captions missing: its annotations have no `caption`; choose with --captions FILE"
-        )
+        raise UsageError(f"{file}: captions missing: its annotations have no `caption`; choose with --captions FILE")
     for image in record["images"]:
         name = str(image.get("file_name") or image.get("id"))
         yield name, clean_captions(texts[image.get("id")]), {"image_id": image.get("id")}

@@ -82,7 +82,7 @@ class TableReader:
                     yield _loaded(items[start], row, self.image, self.fields, self.label, Path(file).parent)
                     start += 1
                 reason = "no such row any more"
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, KeyError) as error:
                 reason = f"cannot be read: {_first_line(error)}"
             for item in items[start:stop]:
                 yield Reject(item.key, item.image, reason)
@@ -102,20 +102,32 @@ def _schema(file: Path) -> Any:
 
     if file.suffix == ".parquet":
         return pyarrow.parquet.read_schema(file)
-    return next(_arrow_batches(file)).schema
+    with _arrow_file(file) as memory:
+        return _arrow_reader(memory).schema
+
+
+def _arrow_file(file: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.memory_map(str(file))
+
+
+def _arrow_reader(memory: Any) -> Any:
+    """A reader of a stream (as `datasets` writes) or a Feather file."""
+    import pyarrow.ipc
+
+    feather = memory.read(6) == b"ARROW1"
+    memory.seek(0)
+    return pyarrow.ipc.open_file(memory) if feather else pyarrow.ipc.open_stream(memory)
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Record batches of a memory-mapped Arrow file: a stream (as `datasets` writes) or Feather."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(file)) as memory:
-        if memory.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(memory)
+    with _arrow_file(file) as memory:
+        reader = _arrow_reader(memory)
+        if hasattr(reader, "num_record_batches"):
             yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
-            memory.seek(0)
-            yield from pyarrow.ipc.open_stream(memory)
+            yield from reader
 
 
 def _rows_of(file: Path, columns: list[str], rows: list[int]) -> Iterator[dict[str, Any]]:
@@ -196,9 +208,7 @@ def open_hub(source: str, split: str | None, columns: Columns) -> Source:
         rows = datasets.load_dataset(source, split=split)
     except UsageError:
         raise
-    except (
-        Exception
-    ) as error:  # network, missing repository, configurations, scripts: `datasets` raises anything
+    except Exception as error:  # network, missing repository, configurations, scripts: `datasets` raises anything
         raise UsageError(
             f"SRC: {source} is no path here, and as a hub data set it cannot be loaded: {_first_line(error)}"
         ) from error

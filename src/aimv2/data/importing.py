@@ -410,7 +410,9 @@ def _finish(
         raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
     if source.classes:
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
-    write_manifest(out, {k: v for k, v in counts.items() if v}, rejected=len(rejects), options=options)
+    kept = {split: number for split, number in counts.items() if number}
+    about = {"rejected": len(rejects), "options": {k: v for k, v in options.items() if k != "source"}}
+    write_manifest(out, kept, source=options["source"], kind=source.kind, **about)
     shutil.rmtree(out / WORK)
     return {**counts, "rejected": len(rejects), "shards": sum(note.written > 0 for note in notes.values())}
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-
 def pretrain(
     config: str | None = None,
     run: str | None = None,

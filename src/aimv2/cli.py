@@ -127,7 +127,7 @@ def make_parser(name: str) -> Any:
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        def error(self, message: str, ex: Exception | None = None) -> Any:
             raise UsageError(" ".join(message.split()))
 
     verb = VERBS[name]
@@ -168,7 +168,9 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
 def _docs(function: Callable[..., Any]) -> dict[str, str]:
     from docstring_parser import parse
 
-    return {param.arg_name: " ".join((param.description or "").split()) for param in parse(function.__doc__ or "").params}
+    return {
+        param.arg_name: " ".join((param.description or "").split()) for param in parse(function.__doc__ or "").params
+    }
 
 
 def _dashes(words: list[str]) -> list[str]:
@@ -207,7 +209,9 @@ def print_pretrain_help(name: str) -> None:
     parser = make_parser(name)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="values of a run; dotted options go over them")
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, say what a run takes")
-    parser.add_argument("--print-config", action="store_true", help="show the effective values and where they came from")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the effective values and where they came from"
+    )
     parser.add_class_arguments(Config, nested_key=None)
     add_common(parser)
     parser.print_help()

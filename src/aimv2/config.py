@@ -241,7 +241,7 @@ def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     for f in dataclasses.fields(kind):
         keys.append(prefix + f.name)
         if dataclasses.is_dataclass(hints[f.name]):
-            keys += known_keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            keys += known_keys(hints[f.name], f"{prefix}{f.name}.")
     return keys
 
 

@@ -69,9 +69,8 @@ def make_scenes(config: Config, folder: Path) -> str:
     world = join_world()
     out = folder / "data"
     if world.main:
-        if config.overwrite:
-            prepare.clear_run(folder)
-            config.overwrite = False
+        prepare.clear_run(folder)  # a run to overwrite, or scenes whose drawing was interrupted
+        config.overwrite = False
         say(f"drawing {DEMO_SCENES} captioned scenes")
         write_scenes(str(out), DEMO_SCENES, size=32, seed=config.seed)
     world.barrier()
@@ -134,7 +133,9 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     config, run, world = trainer.config, trainer.run, trainer.world
     log = trainer.open_log()
     try:
-        log.say(f"run {run}: {count(trainer.model) / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}")
+        log.say(
+            f"run {run}: {count(trainer.model) / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}"
+        )
         trainer.train()
     finally:
         trainer.close()
@@ -217,5 +218,3 @@ def try_one_step(config: Config) -> dict[str, Any]:
         "samples": trainer.stream.samples,
         "learning_rate": rate_curve(config),
     }
-
-

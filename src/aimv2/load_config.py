@@ -59,7 +59,9 @@ def check_keys(flat: dict[str, Any], where: str) -> None:
         if key not in known:
             raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}")
         if key not in leaves:
-            raise UsageError(f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{_first(key)}'")
+            raise UsageError(
+                f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{_first(key)}'"
+            )
 
 
 def _first(section: str) -> str:
@@ -75,7 +77,7 @@ def parse(flat: dict[str, Any]) -> Config:
     from jsonargparse import ArgumentParser, Namespace
 
     class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        def error(self, message: str, ex: Exception | None = None) -> Any:
             raise UsageError(_one_line(message))
 
     parser = Parser(exit_on_error=True)
@@ -124,7 +126,9 @@ def check_ranges(config: Config) -> None:
     if isinstance(config.data.train, list):
         for source in config.data.train:
             if source.weight <= 0:
-                raise UsageError(f"data.train: the weight of '{source.name or source.path}' must be positive, got {source.weight}")
+                raise UsageError(
+                    f"data.train: the weight of '{source.name or source.path}' must be positive, got {source.weight}"
+                )
 
 
 def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:

@@ -38,7 +38,9 @@ def show_figures(console: Console, result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in result.items():
         if isinstance(value, str | int | float | bool) or value is None:
-            table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value))
+            table.add_row(
+                key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+            )
     console.print(table)
     if "learning_rate" in result:
         console.print(f"learning rate: {curve(result['learning_rate'])}")

@@ -54,9 +54,7 @@ def siglip_like(path: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     specials = ["<unused>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=specials, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=specials, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(CAPTIONS, trainer)
     backend.enable_padding(pad_id=1, pad_token="</s>", length=64)
     backend.enable_truncation(8)

@@ -231,9 +231,7 @@ def write_scenes(
     _check_size(size)
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.glob("*.tar"))):
-        raise UsageError(
-            f"OUT: {str(out)!r} is a file or holds shards already, expected a new or empty folder"
-        )
+        raise UsageError(f"OUT: {str(out)!r} is a file or holds shards already, expected a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
 
     counts = {"train": count, "val": val_count}

@@ -109,7 +109,7 @@ class PairEncoder(TaskEncoder):
         key = sample["__key__"]
         try:
             return self.see(sample, sample_rng(self.seed, key, *self.place()))
-        except ImageError as error:
+        except ValueError as error:  # ImageError, or a .json that is none
             self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
             raise SkipSample() from None
 

@@ -257,9 +257,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
     )
     backend.train_from_iterator(cleaned(), trainer)
     if not count:
-        raise UsageError(
-            "captions: none found, expected at least one that is not blank to train a tokenizer on"
-        )
+        raise UsageError("captions: none found, expected at least one that is not blank to train a tokenizer on")
     backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     # Training used threads; without a word the library warns in every worker that is forked from here on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -289,9 +287,7 @@ def _shard_captions(path: str | Path) -> Iterator[str]:
     from aimv2.data.shards import find_shards, read_samples
 
     if not any(mark in str(path) for mark in "*?[{") and not Path(path).expanduser().exists():
-        raise UsageError(
-            f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards"
-        )
+        raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
     shards = find_shards(path, "train", option="CAPTIONS")
     for shard in shards:
         for key, sample in read_samples(shard):
@@ -342,9 +338,7 @@ def _json_captions(file: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UsageError(
-                    f"CAPTIONS: {file} line {number} is not JSON, expected one value a line"
-                ) from error
+                raise UsageError(f"CAPTIONS: {file} line {number} is not JSON, expected one value a line") from error
             fields = {"caption": _texts(row)} if isinstance(row, str) else _json_fields(row)
             yield from (caption for field in fields.values() for caption in field)
 

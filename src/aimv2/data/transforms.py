@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from aimv2.models.sizes import MODELS, EncoderConfig
 from aimv2.errors import UsageError, nearest
+from aimv2.models.sizes import MODELS, EncoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 
-def random_crop_box(
-    rng: np.random.Generator, width: int, height: int, scale: float, ratio: tuple[float, float]
-) -> Box:
+def random_crop_box(rng: np.random.Generator, width: int, height: int, scale: float, ratio: tuple[float, float]) -> Box:
     """A random crop: its share of the area uniform in [scale, 1], its aspect ratio log-uniform in ``ratio``.
 
     Ten draws; if none fits, the largest centred crop whose ratio is within range.
@@ -36,9 +34,9 @@ def random_crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, height * ratio[1]), min(height, width / ratio[0])
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    widest, highest = min(width, height * ratio[1]), min(height, width / ratio[0])
+    x, y = (width - widest) / 2, (height - highest) / 2
+    return x, y, x + widest, y + highest
 
 
 def centre_crop_box(width: int, height: int) -> Box:
@@ -93,7 +91,7 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
     def apply(image: Image.Image) -> Tensor:
         import torch
 
-        from aimv2.data.images import to_rgb
+        from aimv2.data.images import _to_rgb as to_rgb
 
         image = to_rgb(image)
         width, height = image.size

@@ -18,15 +18,14 @@ from aimv2.evals.ngram import bigram_loss, unigram_loss
 from aimv2.evals.probe import attentive_probe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
+from aimv2.models.encoder import VisionEncoder
 from aimv2.train.validate import HeldOut, read_held_out
 
 YARDSTICK_CAPTIONS = 50_000  # training captions that the n-gram models are fitted on, at most
 EXACT_IMAGES = 512  # held-out images whose caption is compared word for word
 
 
-def measure(
-    config: Config, model: AIMv2, tokenizer: Tokenizer | None, say: Callable[[str], None]
-) -> dict[str, Any]:
+def measure(config: Config, model: AIMv2, tokenizer: Tokenizer | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Figures of a finished run beside its validation losses.
 
     Returns:
@@ -81,17 +80,25 @@ def write_captions(model: AIMv2, tokenizer: Tokenizer, held_out: HeldOut, shown:
 def probe_against_random(config: Config, model: AIMv2, view: View, say: Callable[[str], None]) -> dict[str, Any]:
     """The attentive probe on the trained encoder and, with the same data and seed, on an untrained one."""
     view = View(view.image_size, view.patches, captions=False)
-    train = labelled([tar for shards in training_shards(config.data) for tar in shards], view, config.eval.probe_samples)
+    train = labelled(
+        [tar for shards in training_shards(config.data) for tar in shards], view, config.eval.probe_samples
+    )
     test = labelled(probe_test_shards(config), view, config.eval.probe_val_samples)
     if not len(train[1]) or not len(test[1]):
         say("no probe: the training and validation shards hold no labels (.cls)")
         return {}
     untrained = build(model.encoder.config, None, config.seed)
     figures: dict[str, Any] = {}
+    assert isinstance(untrained, VisionEncoder)
     for name, encoder in (("probe_top1", model.encoder), ("probe_top1_random", untrained)):
         say(f"{name}: attentive probe, {len(train[1])} training and {len(test[1])} test images")
         figures[name] = attentive_probe(
-            encoder, train, test, config.eval.probe_epochs, flip=config.data.flip > 0, seed=config.seed  # type: ignore[arg-type]
+            encoder,
+            train,
+            test,
+            config.eval.probe_epochs,
+            flip=config.data.flip > 0,
+            seed=config.seed,
         )
         say(f"{name} {figures[name]:.4f}")
     return figures

@@ -139,7 +139,10 @@ def load_weights(model: nn.Module, file: Path, prefix: str = "", skip: str | Non
 
 
 def load_model(
-    source: str | Path, decoder: bool = False, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    source: str | Path,
+    decoder: bool = False,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A saved model, ready to use (evaluation mode).
 

@@ -32,9 +32,7 @@ class AIMv2(nn.Module):
         self.decoder = MultimodalDecoder(decoder, encoder)
         self.tokenizer: CaptionTokenizer | None = None  # set by whoever loads the model
 
-    def forward(
-        self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False
-    ) -> Prediction:
+    def forward(self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False) -> Prediction:
         """Predicts the next patch and the next token.
 
         Args:

@@ -62,9 +62,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.hidden) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
 
     def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:

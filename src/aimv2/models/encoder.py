@@ -51,9 +51,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.hidden) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.compiled = False  # set where the blocks are compiled: picks the mask's form
         self.mean: Tensor
@@ -94,9 +92,7 @@ class VisionEncoder(nn.Module):
                 f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
             )
 
-    def forward(
-        self, images: Tensor, prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
-    ) -> Any:
+    def forward(self, images: Tensor, prefix_len: Tensor | None = None, layers: Sequence[int] | None = None) -> Any:
         """Encodes images.
 
         Args:

@@ -133,7 +133,7 @@ def _beam_search(writer: _Writer, samples: int, eos_id: int, max_tokens: int, be
         rows = parents + torch.arange(samples, device=device)[:, None] * (logs.shape[1])
         open_, chosen = [], []
         for sample in range(samples):
-            alive = []
+            alive: list[int] = []
             for at in range(scores.shape[1]):
                 beginning = written[rows[sample, at]].tolist()
                 score = scores[sample, at].item() / length

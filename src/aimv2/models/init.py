@@ -76,6 +76,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         elif isinstance(module, VisionEncoder):
             module.fill_constants()
         else:
-            assert isinstance(module, AIMv2 | TextHead) or not list(module.parameters(recurse=False)) or isinstance(
-                module, nn.Linear | nn.Conv2d | nn.Embedding
+            assert (
+                isinstance(module, AIMv2 | TextHead)
+                or not list(module.parameters(recurse=False))
+                or isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
             ), f"no initialisation for {type(module).__name__}"

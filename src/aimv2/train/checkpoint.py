@@ -81,7 +81,7 @@ def save_checkpoint(
         dcp.save({"model": weights, "optim": moments}, checkpoint_id=aside / "state")
         _write(aside / "state" / f"rank-{world.rank:05d}.pt", private)
         if world.main:
-            write_model(aside / "model", full)
+            write_model(aside / "model", full)  # type: ignore[arg-type]  # every value is a tensor
             (aside / "state" / "trainer.json").write_text(json.dumps(about))
             _flush(aside)
     except Exception as error:  # DCP wraps what the disk said in errors of its own
@@ -146,7 +146,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Any:
     """Fills model and optimizer in place and returns this rank's private state."""
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optim": moments}
+    state: dict[str, Any] = {"model": weights, "optim": moments}
     dcp.load(state, checkpoint_id=folder / "state")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     return torch.load(folder / "state" / f"rank-{world.rank:05d}.pt", weights_only=False)

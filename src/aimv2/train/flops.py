@@ -25,8 +25,9 @@ def step_flops(model: AIMv2, pairs: int, patches: int, tokens: float) -> float:
     """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all."""
     encoder, decoder = model.encoder, model.decoder
     rows = pairs * patches
-    total = rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width
-    total += sum(_block_flops(block, rows, patches) for block in encoder.blocks)  # type: ignore[arg-type]
+    total = float(rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width)
+    for block in encoder.blocks:
+        total += _block_flops(block, rows, patches)  # type: ignore[arg-type]
     total += rows * 2 * decoder.project.weight.numel()
     length = patches + tokens / pairs
     if decoder.config.text:
@@ -34,7 +35,8 @@ def step_flops(model: AIMv2, pairs: int, patches: int, tokens: float) -> float:
             total += _block_flops(block, rows + tokens, length)  # type: ignore[arg-type]
         total += tokens * 2 * decoder.text_head.linear.weight.numel()
     if hasattr(decoder, "pixel_trunk"):
-        total += sum(_block_flops(block, rows, patches) for block in decoder.pixel_trunk.blocks)  # type: ignore[arg-type]
+        for block in decoder.pixel_trunk.blocks:
+            total += _block_flops(block, rows, patches)  # type: ignore[arg-type]
     if decoder.config.pixels:
         total += rows / 2 * 2 * decoder.pixel_head.weight.numel()
     return 3 * total

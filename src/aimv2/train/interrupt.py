@@ -8,7 +8,7 @@ from types import FrameType
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(Exception):
     """The run was asked to stop and has saved.
 
     Attributes:
@@ -35,4 +35,3 @@ class StopFlag:
         """Puts the handlers back that were there before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-

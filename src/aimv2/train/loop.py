@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 import aimv2
-from aimv2.batch import Batch, split_batch
+from aimv2.batch import Batch
 from aimv2.config import Config, to_dict
 from aimv2.data.stream import TrainStream, View, validation_shards
 from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
 from aimv2.models.aimv2 import AIMv2
-from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.flops import peak_flops, step_flops
 from aimv2.train.interrupt import Interrupted, StopFlag
 from aimv2.train.log import Log
-from aimv2.train.optim import make_optimizer, step_unless
-from aimv2.train.parallel import World, parallelize
+from aimv2.train.parallel import World
 from aimv2.train.schedule import learning_rate
+from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.validate import HeldOut, read_held_out, validate
 
 
@@ -54,14 +50,13 @@ class Trainer:
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
         self.encoder, self.shape = model.encoder.config, model.decoder.config
         self.flag = StopFlag()  # before any data worker starts
-        self.objective = PretrainObjective(config.objective)
         self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.shape.text)
         self.stream = TrainStream(
             config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
         )
-        self.model = model.to(world.device)
-        parallelize(self.model, config.train, world, compiled)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.update = TrainStep(model, config, world, compiled)
+        self.model, self.optimizer = self.update.model, self.update.optimizer
+        self.last: StepFigures | None = None
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
         self.window = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.held_out: HeldOut | None = None
@@ -104,57 +99,21 @@ class Trainer:
             self.save()
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step over the micro-batches of ``batch``; nothing here waits for the device."""
-        config, world = self.config, self.world
-        micro = split_batch(batch, config.train.accumulate, self.view.patches)
-        micro = [part.to(world.device) for part in micro]
-        names = list(self.objective.counts(micro[0]))
-        counts = torch.stack([sum(self.objective.counts(m)[name] for m in micro) for name in names])  # type: ignore[arg-type]
-        counts = world.sum(counts.double())
-        sums = torch.zeros_like(counts)
-        for index, part in enumerate(micro):
-            if world.size > 1:
-                self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
-            with self.autocast():
-                terms = self.objective(self.model, part)
-            loss = sum(
-                self.objective.weights[name] * terms[name][0] / counts[at].clamp(min=1).float()
-                for at, name in enumerate(names)
-            )
-            (loss * world.size).backward()  # type: ignore[union-attr]  # FSDP2 averages over ranks
-            sums += torch.stack([terms[name][0].detach().double() for name in names])
-        means = world.sum(sums) / counts.clamp(min=1)
-        norm = self.clip()
-        self.broken = ~torch.isfinite(torch.cat([means, norm[None]]))  # [terms + 1], equal on every rank
-        lr = learning_rate(self.step, config.train.steps, config.optim)
-        step_unless(self.optimizer, self.broken.any().float(), lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        """One optimizer step, and its part of the next line of metrics (kept on the device)."""
+        self.last = figures = self.update(batch, self.step)
         self.step += 1
-        self.tally(names, means, norm, counts, len(batch) * world.size)
-
-    def clip(self) -> Tensor:
-        """Scales the gradient to ``optim.clip`` where it is longer; its norm before that, float64 []."""
-        limit = self.config.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
-
-    def tally(self, names: list[str], means: Tensor, norm: Tensor, counts: Tensor, pairs: int) -> None:
-        """Adds a step to what the next line of metrics reports (on the device)."""
-        self.names = names
-        self.broken_names = [*names, "gradient"]
-        row = torch.zeros_like(self.window)
-        for at, name in enumerate(names):
-            row[0 if name == "text" else 1] = means[at]
-            if name == "text":
-                row[3] = counts[at]
-        row[2], row[4] = norm, pairs
-        self.window += row
+        row = dict(zip(figures.names, figures.means)) | {"gradient": figures.norm}
+        tokens = dict(zip(figures.names, figures.counts)).get("text", figures.norm * 0)
+        pairs = figures.norm * 0 + len(batch) * self.world.size
+        self.window += torch.stack(
+            [row.get("text", pairs * 0), row.get("pixel", pairs * 0), row["gradient"], tokens, pairs]
+        )
 
     def check_finite(self) -> None:
         """Stops all ranks together where the last step met NaN or infinity; that step has not been applied."""
-        broken = self.broken.tolist()
-        if any(broken):
-            terms = ", ".join(name for name, bad in zip(self.broken_names, broken) if bad)
+        broken = self.last.broken.tolist() if self.last else []
+        if self.last and any(broken):
+            terms = ", ".join(name for name, bad in zip([*self.last.names, "gradient"], broken) if bad)
             raise UsageError(
                 f"step {self.step}: not finite: {terms}; the weights were left as they were before it; the last "
                 "checkpoint is good; a lower optim.lr, more optim.warmup or a tighter optim.clip may help"
@@ -169,9 +128,9 @@ class Trainer:
         self.mark, self.marked = now, self.step
         self.window.zero_()
         text, pixel, norm, tokens, pairs = (value / steps for value in window)
-        weights = self.objective.weights
+        weights, names = self.update.objective.weights, self.last.names if self.last else []
         figures: dict[str, Any] = {"loss": weights["text"] * text + weights["pixel"] * pixel}
-        figures |= {f"{n}_loss": value for n, value in (("text", text), ("pixel", pixel)) if n in self.names}
+        figures |= {f"{n}_loss": value for n, value in (("text", text), ("pixel", pixel)) if n in names}
         figures["lr"] = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
         figures["grad_norm"] = norm
         figures["pairs_per_s"] = pairs * done / seconds
@@ -190,11 +149,6 @@ class Trainer:
     def check_every(self) -> int:
         """Steps between looks at what only the device knows: each step where looking is free."""
         return 1 if self.world.device.type == "cpu" else self.config.train.log_every
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.train.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, torch.bfloat16)
 
     def validate(self, log: Log) -> None:
         """Scores the validation split, where there is one."""
@@ -239,7 +193,9 @@ class Trainer:
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The model folder of this step."""
         model = self.unwrapped()
-        write_model(folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures))
+        write_model(
+            folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures)
+        )
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
@@ -251,7 +207,9 @@ class Trainer:
         if code:
             if saved != self.step:
                 self.save()
-            raise Interrupted(f"stopped at step {self.step}, saved; go on with: aimv2 pretrain --run {self.run} --resume", code)
+            raise Interrupted(
+                f"stopped at step {self.step}, saved; go on with: aimv2 pretrain --run {self.run} --resume", code
+            )
 
     def close(self) -> None:
         """Puts the signal handlers back and ends the log."""

@@ -107,9 +107,8 @@ def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool)
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
         for blocks, index in blocks_of(model):
-            encoder = blocks is model.encoder.blocks
             # the encoder's shapes never change; the decoder's rows do, with every batch
-            blocks[index].compile(dynamic=False if encoder else True)
+            blocks[index].compile(dynamic=blocks is not model.encoder.blocks)
         model.encoder.compiled = True
     if world.size > 1:
         from torch.distributed.device_mesh import init_device_mesh

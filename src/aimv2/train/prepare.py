@@ -105,7 +105,9 @@ def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
         except (OSError, ValueError):
             continue
     side = median(sides) if sides else 224
-    name = "aimv2-tiny-patch4-32" if side <= 48 else "aimv2-tiny-patch14-112" if side <= 320 else "aimv2-small-patch14-224"
+    name = (
+        "aimv2-tiny-patch4-32" if side <= 48 else "aimv2-tiny-patch14-112" if side <= 320 else "aimv2-small-patch14-224"
+    )
     return {
         "model.name": name,
         "train.steps": 5000,
@@ -183,7 +185,7 @@ def check_run_folder(config: Config) -> Path:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--run {run}: {parent} is not a writable folder")
-    if run.exists() and any((run / part).exists() for part in PARTS) and not (config.resume or config.overwrite):
+    if ((run / CONFIG).exists() or (run / "checkpoints").exists()) and not (config.resume or config.overwrite):
         raise UsageError(f"--run {run} holds a run; go on with --resume, or start anew with --overwrite")
     return run
 
@@ -243,7 +245,11 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    return [source.path or source.name for source in value] if isinstance(value, list) and value and isinstance(value[0], Source) else value
+    return (
+        [source.path or source.name for source in value]
+        if isinstance(value, list) and value and isinstance(value[0], Source)
+        else value
+    )
 
 
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:

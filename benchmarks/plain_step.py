@@ -1,0 +1,113 @@
+"""The plain step that ours is measured against: what one writes first, and it is fixed.
+
+Width 384, 6 + 3 blocks, head dim 64, 224 px, patch 14. Separate query, key and value linears,
+``scaled_dot_product_attention`` with a boolean mask, captions padded to 77, fp32 logits at every text position, eager,
+unfused AdamW, autocast for bf16.
+
+Legend: B pairs, I patches, T = 77 text positions, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH, HEADS, HIDDEN, ENCODER_BLOCKS, DECODER_BLOCKS = 384, 6, 1024, 6, 3
+IMAGE, PATCH, TEXT, VOCABULARY = 224, 14, 77, 32_000
+PATCHES = (IMAGE // PATCH) ** 2
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PlainAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.key = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.value = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            part(x).view(batch, length, HEADS, -1).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(out.transpose(1, 2).reshape(batch, length, WIDTH))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(WIDTH, eps=1e-5), nn.RMSNorm(WIDTH, eps=1e-5)
+        self.attention = PlainAttention()
+        self.gate = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask)
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class PlainModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.patch_norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        self.position = nn.Parameter(torch.randn(1, PATCHES, WIDTH) * 0.02)
+        self.encoder = nn.ModuleList(PlainBlock() for _ in range(ENCODER_BLOCKS))
+        self.encoder_norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.bos = nn.Parameter(torch.randn(1, 1, WIDTH) * 0.02)
+        self.text_position = nn.Parameter(torch.randn(1, TEXT + 1, WIDTH) * 0.01)
+        self.decoder = nn.ModuleList(PlainBlock() for _ in range(DECODER_BLOCKS))
+        self.decoder_norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        self.pixels = nn.Linear(WIDTH, 3 * PATCH**2, bias=False)
+        self.vocabulary = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, images: Tensor, text: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B, 3, H, W], int64 [B, 77], int64 [B] -> pixels [B, I, P], logits [B, 77, V]."""
+        place = torch.arange(PATCHES)
+        mask = (place[None, :] <= place[:, None]) | (place < prefix[:, None])[:, None, :]
+        x = self.patch_norm(self.patch(images).flatten(2).transpose(1, 2)) + self.position
+        for block in self.encoder:
+            x = block(x, mask[:, None])
+        x = self.project(self.encoder_norm(x))
+        words = torch.cat([self.bos.expand(len(text), -1, -1), self.tokens(text)], 1) + self.text_position
+        x = torch.cat([x, words], 1)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        for block in self.decoder:
+            x = block(x, causal)
+        x = self.decoder_norm(x)
+        return self.pixels(x[:, :PATCHES]), self.vocabulary(x[:, PATCHES:-1]).float()
+
+
+class PlainStep:
+    """Forward, backward, clip and update, as our step does them."""
+
+    def __init__(self, precision: str) -> None:
+        torch.manual_seed(0)
+        self.model = PlainModel()
+        self.bf16 = precision == "bf16"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), foreach=False)
+
+    def __call__(self, images: Tensor, text: Tensor, lengths: Tensor, prefix: Tensor) -> float:
+        """uint8 [B, 3, H, W], int64 [B, 77], int64 [B], int64 [B] -> the loss."""
+        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
+        x = (images.float() / 255 - mean) / std
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            pixels, logits = self.model(x, text, prefix)
+        grid = IMAGE // PATCH
+        targets = x.reshape(len(x), 3, grid, PATCH, grid, PATCH).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        targets = (targets - targets.mean(-1, keepdim=True)) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
+        scored = torch.arange(PATCHES) >= prefix[:, None]
+        error = (pixels[:, :-1].float() - targets[:, 1:]).square().mean(-1)
+        pixel_loss = (error * scored[:, 1:]).sum() / scored[:, 1:].sum()
+        wanted = text.masked_fill(torch.arange(TEXT) >= lengths[:, None], -100)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100) + 0.4 * pixel_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
+        self.optimizer.step()
+        return loss.item()

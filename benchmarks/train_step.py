@@ -1,0 +1,152 @@
+"""Our training step beside the plain one, interleaved: images a second, peak memory, and their ratios, as one JSON object.
+
+    python benchmarks/train_step.py [--rounds 7] [--steps 3]
+
+Each step lives in a process of its own (so that its peak memory is its own) and they take turns: only ratios of
+interleaved rounds mean anything on a shared machine. Both see the same pairs in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+PAIRS, SHORTEST, LONGEST, BATCHES = 8, 8, 39, 6
+
+
+def make_pairs(torch: Any) -> list[tuple[Any, list[list[int]], Any]]:
+    """Images, captions of 8 to 39 tokens and prefix lengths of a few batches."""
+    from plain_step import IMAGE, PATCHES, VOCABULARY
+
+    draw = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(BATCHES):
+        images = torch.randint(0, 256, (PAIRS, 3, IMAGE, IMAGE), dtype=torch.uint8, generator=draw)
+        lengths = torch.randint(SHORTEST, LONGEST + 1, (PAIRS,), generator=draw).tolist()
+        captions = [torch.randint(2, VOCABULARY, (n,), generator=draw).tolist() for n in lengths]
+        batches.append((images, captions, torch.randint(1, PATCHES, (PAIRS,), generator=draw)))
+    return batches
+
+
+def plain_path(precision: str) -> tuple[Any, list[Any]]:
+    """The plain step and its batches."""
+    import torch
+    from plain_step import TEXT, PlainStep
+
+    inputs = []
+    for images, captions, prefix in make_pairs(torch):
+        text = torch.zeros(PAIRS, TEXT, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            text[row, : len(caption)] = torch.tensor(caption)
+        inputs.append((images, text, torch.tensor([len(c) for c in captions]), prefix))
+    step = PlainStep(precision)
+    return (lambda batch: step(*batch)), inputs
+
+
+def our_path(precision: str) -> tuple[Any, list[Any]]:
+    """Our step, as the trainer runs it, and its batches."""
+    import torch
+    from plain_step import DECODER_BLOCKS, ENCODER_BLOCKS, PATCHES, VOCABULARY
+
+    from aimv2.batch import make_batch
+    from aimv2.config import Config
+    from aimv2.models.create import create_model
+    from aimv2.train.parallel import World, want_compile
+    from aimv2.train.step import TrainStep
+
+    shape = {"decoder_depth": DECODER_BLOCKS, "decoder_vocab_size": VOCABULARY}
+    model = create_model("aimv2-small-patch14-224", decoder=True, seed=0, depth=ENCODER_BLOCKS, **shape)
+    config = Config()
+    config.train.precision = precision  # type: ignore[assignment]
+    config.optim.warmup = 10
+    world = World(0, 1, torch.device("cpu"))
+    compiled, why_not = want_compile(config.train, world)
+    if why_not:
+        print(json.dumps({"note": why_not}), flush=True)
+    step = TrainStep(model, config, world, compiled)  # type: ignore[arg-type]
+    model.train()
+    inputs = [make_batch(images, captions, prefix, PATCHES) for images, captions, prefix in make_pairs(torch)]
+    return (lambda batch: float(step(batch, 1).means.sum())), inputs
+
+
+def serve(path: str, precision: str, pipe: Connection) -> None:
+    """A process: warms up, then does the asked number of steps each time it is asked."""
+    run, batches = {"plain": plain_path, "ours": our_path}[path](precision)
+    slowest = 0.0
+    for batch in batches:
+        begin = time.perf_counter()
+        run(batch)
+        slowest = max(slowest, time.perf_counter() - begin)
+    pipe.send(slowest)
+    at = 0
+    while (steps := pipe.recv()) is not None:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            run(batches[at % len(batches)])
+            at += 1
+        pipe.send(time.perf_counter() - begin)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+def measure(precision: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Both paths in turns."""
+    context = mp.get_context("spawn")
+    pipes, workers = {}, []
+    for path in ("plain", "ours"):
+        pipes[path], far = context.Pipe()
+        workers.append(context.Process(target=serve, args=(path, precision, far), daemon=True))
+        workers[-1].start()
+        pipes[path].recv()  # warm before the other starts
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(rounds):
+        for path, pipe in pipes.items():
+            pipe.send(steps)
+            seconds[path].append(pipe.recv() / steps)
+    memory = {}
+    for path, pipe in pipes.items():
+        pipe.send(None)
+        memory[path] = pipe.recv()
+    for worker in workers:
+        worker.join()
+    rate = {path: PAIRS / statistics.median(values) for path, values in seconds.items()}
+    return {
+        "images_per_s": rate["ours"],
+        "plain_images_per_s": rate["plain"],
+        "ratio": statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"])),
+        "ratio_of_rounds": [round(p / o, 3) for p, o in zip(seconds["plain"], seconds["ours"])],
+        "peak_memory_gb": memory["ours"],
+        "plain_peak_memory_gb": memory["plain"],
+        "memory_ratio": memory["ours"] / memory["plain"],
+    }
+
+
+def allocator() -> str:
+    """The memory allocator in use: the C library's, unless another is preloaded."""
+    import os
+    import platform
+
+    return os.environ.get("LD_PRELOAD") or " ".join(platform.libc_ver()) + " malloc"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 7 for a figure to quote")
+    parser.add_argument("--steps", type=int, default=3, help="steps a round")
+    options = parser.parse_args()
+    import torch
+
+    result: dict[str, Any] = {"pairs": PAIRS, "rounds": options.rounds, "steps_a_round": options.steps}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "allocator": allocator()}
+    for precision in ("fp32", "bf16"):
+        result[precision] = measure(precision, options.rounds, options.steps)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One optimizer step: forward, backward, clip, update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from aimv2.batch import Batch, split_batch
+from aimv2.config import Config
+from aimv2.models.aimv2 import AIMv2
+from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.train.optim import make_optimizer, step_unless
+from aimv2.train.parallel import World, parallelize
+from aimv2.train.schedule import learning_rate
+
+
+@dataclass
+class StepFigures:
+    """What a step met, still on the device and equal on every rank.
+
+    Attributes:
+        names: terms of the objective.
+        means: float64 [terms], sum / count of each term over all ranks.
+        counts: float64 [terms].
+        norm: float64 [], the gradient's norm before clipping.
+        broken: bool [terms + 1], which terms and (last) whether the gradient were not finite; then nothing was updated.
+    """
+
+    names: list[str]
+    means: Tensor
+    counts: Tensor
+    norm: Tensor
+    broken: Tensor
+
+
+class TrainStep:
+    """A model made ready for the machine, its optimizer, and the step over both."""
+
+    def __init__(self, model: AIMv2, config: Config, world: World, compiled: bool) -> None:
+        self.config, self.world = config, world
+        self.objective = PretrainObjective(config.objective)
+        self.patches = model.encoder.config.patches
+        self.model: nn.Module = model.to(world.device)
+        parallelize(model, config.train, world, compiled)
+        self.optimizer = make_optimizer(self.model, config.optim)
+
+    def __call__(self, batch: Batch, step: int) -> StepFigures:
+        """Optimizer step number ``step`` on this rank's part of the global batch."""
+        config, world = self.config, self.world
+        micro = [part.to(world.device) for part in split_batch(batch, config.train.accumulate, self.patches)]
+        names = list(self.objective.counts(micro[0]))
+        known = [torch.stack(list(self.objective.counts(part).values())) for part in micro]
+        counts = world.sum(torch.stack(known).sum(0).double())  # [terms]
+        sums = torch.zeros_like(counts)
+        for index, part in enumerate(micro):
+            if world.size > 1:
+                self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
+            sums += self.backward(part, counts)
+        means = world.sum(sums) / counts.clamp(min=1)
+        norm = self.clip()
+        broken = ~torch.isfinite(torch.cat([means, norm[None]]))
+        rate = learning_rate(step, config.train.steps, config.optim)
+        step_unless(self.optimizer, broken.any().float(), rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepFigures(names, means, counts, norm, broken)
+
+    def backward(self, batch: Batch, counts: Tensor) -> Tensor:
+        """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""
+        with self.autocast():
+            terms = self.objective(self.model, batch)
+        weights = [self.objective.weights[name] for name in terms]
+        sums = torch.stack([total.float() for total, _ in terms.values()])
+        loss = (sums * torch.tensor(weights, device=sums.device) / counts.clamp(min=1).float()).sum()
+        (loss * self.world.size).backward()  # FSDP2 averages over ranks
+        return sums.detach().double()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 products where the config asks for them; weights, residual stream, targets and losses stay fp32."""
+        if self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    def clip(self) -> Tensor:
+        """Scales the gradient to ``optim.clip`` where it is longer; its norm before that, float64 []."""
+        limit = self.config.optim.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()

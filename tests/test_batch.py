@@ -1,0 +1,119 @@
+"""Which patches and tokens are scored follows from lengths alone, and regrouping pairs loses nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aimv2.batch import (
+    PATCH_BUCKET,
+    ROW_BUCKET,
+    TEXT_BUCKET,
+    Batch,
+    captions_of,
+    join_batches,
+    make_batch,
+    round_up,
+    scored_rows,
+    split_batch,
+)
+
+PATCHES = 9
+
+
+def pairs(captions: list[list[int]], prefix: list[int], patches: int = PATCHES) -> Batch:
+    count = len(captions)
+    images = torch.arange(count * 3 * 6 * 6).remainder(256).to(torch.uint8).view(count, 3, 6, 6)
+    return make_batch(images, captions, prefix, patches, [f"key-{i}" for i in range(count)], ["broken: cut"])
+
+
+def same(left: Batch, right: Batch) -> None:
+    for name, value in vars(left).items():
+        other = getattr(right, name)
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other.dtype and torch.equal(value, other), name
+        else:
+            assert value == other, name
+
+
+def test_scored_rows_by_hand() -> None:
+    # I = 5; prefix 1 leaves patches 1..4 to predict, from positions 0..3; prefix 4 leaves patch 4, from position 3
+    assert scored_rows(torch.tensor([1, 4, 3]), 5).tolist() == [0, 1, 2, 3, 8, 12, 13]
+
+
+def test_batch_by_hand() -> None:
+    batch = pairs([[5, 0, 2], [], [2]], [8, 7, 8])
+    assert len(batch) == 3 and batch.text.shape == (3, TEXT_BUCKET)
+    assert batch.text[0, :4].tolist() == [5, 0, 2, 0] and batch.text_len.tolist() == [3, 0, 1]
+    assert batch.token_rows.tolist() == [0, 1, 2, 2 * TEXT_BUCKET] + [3 * TEXT_BUCKET] * (ROW_BUCKET - 4)
+    assert batch.patch_rows.tolist() == [7, 15, 16, 25] + [0] * (PATCH_BUCKET - 4)
+    assert (batch.token_count.item(), batch.patch_count.item()) == (4, 4)
+    assert batch.keys == ["key-0", "key-1", "key-2"] and batch.bad == ["broken: cut"]
+
+
+def test_buckets() -> None:
+    assert [round_up(n, 16) for n in (0, 1, 16, 17)] == [16, 16, 16, 32]
+    batch = pairs([[1] * 17, [1] * 20], [1, 1], patches=81)
+    assert batch.text.shape == (2, 32) and len(batch.token_rows) == 64 and len(batch.patch_rows) == 256
+
+
+def test_no_caption_at_all_still_has_a_shape() -> None:
+    batch = pairs([[], []], [1, 2])
+    assert batch.text.shape == (2, TEXT_BUCKET) and batch.token_count.item() == 0
+    assert (batch.token_rows == 2 * TEXT_BUCKET).all()
+
+
+@pytest.mark.parametrize("prefix", [0, PATCHES])
+def test_prefix_outside_its_range_is_refused(prefix: int) -> None:
+    with pytest.raises(AssertionError, match="prefix"):
+        pairs([[1]], [prefix])
+
+
+def test_to_moves_every_tensor_and_nothing_else() -> None:
+    batch = pairs([[1, 2]], [3])
+    moved = batch.to("meta")
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 8 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert moved.keys == batch.keys and moved.bad == batch.bad and batch.images.device.type == "cpu"
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Batch:
+    count = draw(st.sampled_from([2, 4, 6]))
+    captions = draw(st.lists(st.lists(st.integers(0, 9), max_size=20), min_size=count, max_size=count))
+    prefix = draw(st.lists(st.integers(1, PATCHES - 1), min_size=count, max_size=count))
+    return pairs(captions, prefix)
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn(), st.booleans())
+def test_split_then_join_is_the_same_batch(batch: Batch, halves: bool) -> None:
+    parts = split_batch(batch, 2 if halves else len(batch), PATCHES)
+    assert sum(int(part.token_count) for part in parts) == int(batch.token_count)
+    assert sum(int(part.patch_count) for part in parts) == int(batch.patch_count)
+    same(join_batches(parts, PATCHES), batch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn())
+def test_rows_point_at_real_tokens_and_predictable_patches(batch: Batch) -> None:
+    rows = batch.token_rows[: batch.token_count]
+    assert batch.text.flatten()[rows].tolist() == [token for caption in captions_of(batch) for token in caption]
+    assert captions_of(batch) == [row[:n].tolist() for row, n in zip(batch.text, batch.text_len.tolist())]
+    scored = batch.patch_rows[: batch.patch_count].tolist()
+    wanted = {(b, i) for b, m in enumerate(batch.prefix_len.tolist()) for i in range(m, PATCHES)}
+    assert {divmod(row + 1, PATCHES) for row in scored} == wanted and len(scored) == len(wanted)
+
+
+def test_one_part_is_the_batch_itself() -> None:
+    batch = pairs([[1], [2]], [1, 1])
+    assert split_batch(batch, 1, PATCHES)[0] is batch and join_batches([batch], PATCHES) is batch
+    with pytest.raises(AssertionError, match="3 parts"):
+        split_batch(batch, 3, PATCHES)
+
+
+def test_undecodable_samples_are_reported_once_after_a_split() -> None:
+    batch = replace(pairs([[1], [2]], [1, 1]), bad=["a", "b"])
+    assert [part.bad for part in split_batch(batch, 2, PATCHES)] == [["a", "b"], []]

@@ -122,7 +122,8 @@ class MultimodalDecoder(nn.Module):
         """
         bos = self.bos.expand(len(text), 1, -1)
         tokens = torch.cat([bos, self.token_embed(text[:, : length - 1])], dim=1)
-        return tokens + self.text_position[:length]
+        beyond = max(0, length - len(self.text_position))  # T is a bucket: past the last position lies padding
+        return tokens + F.pad(self.text_position, (0, 0, 0, beyond))[:length]
 
     def forward(self, features: Tensor, batch: Batch, text_targets: Tensor | None = None) -> Prediction:
         """Reads image features and captions.

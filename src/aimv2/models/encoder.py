@@ -109,7 +109,7 @@ class VisionEncoder(nn.Module):
         mask = None
         if prefix_len is not None:
             mask = prefix_attention_mask(prefix_len, x.shape[1], self.compiled)
-        wanted = [layer % len(self.blocks) for layer in layers or ()]
+        wanted = [range(len(self.blocks))[layer] for layer in layers or ()]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x, mask)

@@ -109,7 +109,10 @@ class VisionEncoder(nn.Module):
         mask = None
         if prefix_len is not None:
             mask = prefix_attention_mask(prefix_len, x.shape[1], self.compiled)
-        wanted = [range(len(self.blocks))[layer] for layer in layers or ()]
+        depth = len(self.blocks)
+        if not all(-depth <= layer < depth for layer in layers or ()):
+            raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
+        wanted = [layer % depth for layer in layers or ()]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x, mask)

@@ -68,7 +68,7 @@ class AIMv2(nn.Module):
         if tokenizer is None:
             raise ValueError("no tokenizer: load the model from its folder, or give tokenizer=")
         images = images.to(next(self.parameters()).device)
-        limit = max_tokens or self.decoder.config.max_text
+        limit = self.decoder.config.max_text if max_tokens is None else max_tokens
         was_training = self.training
         self.eval()
         try:

@@ -47,6 +47,8 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
         if is_demo:
             config.data.train = make_scenes(config, run or Path(scratch))
         prepare.locate_data(config)
+        if recipe is not None and print_config:  # a recipe can be read before there are data
+            return describe_config(config, provenance(base, given, recipe))
         samples = prepare.first_samples(config, 64)
         if recipe is None:
             base = prepare.defaults_for(samples)
@@ -55,7 +57,7 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
             config = filled
         prepare.check_captions(samples, config)
         if print_config:
-            return describe_config(config, provenance(base, given, recipe or "image size"))
+            return describe_config(config, provenance(base, given, "image size"))
         if dry_run:
             return try_one_step(config)
         assert run is not None

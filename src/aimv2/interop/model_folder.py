@@ -96,7 +96,7 @@ def _read_config(folder: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
             raise UsageError(f"{folder / CONFIG}: format '{FORMAT}' expected, got {stored.get('format')!r}")
         encoder = _fill(EncoderConfig, stored["encoder"])
         decoder = _fill(DecoderConfig, stored["decoder"]) if "decoder" in stored else None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UsageError(f"{folder / CONFIG} can't be read as a model config: {error!r}") from None
     return encoder, decoder
 

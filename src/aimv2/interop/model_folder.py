@@ -164,8 +164,8 @@ def load_model(
         raise UsageError(f"MODEL {source}: an encoder alone, without a decoder")
     with torch.device("meta"):
         model: nn.Module = AIMv2(encoder, shape) if decoder and shape else VisionEncoder(encoder)
-    if dtype is not None:
-        model.to(dtype)
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.data = parameter.data.to(dtype)  # the weights alone: mean and std stay fp32
     model.to_empty(device=device or "cpu")
     _fill_buffers(model)
     load_weights(model, folder / WEIGHTS, *(("",) if decoder else ("encoder.", "decoder.")))

@@ -123,7 +123,7 @@ def load_weights(model: nn.Module, file: Path, prefix: str = "", skip: str | Non
     wanted = dict(model.state_dict())
     try:
         with safe_open(file, "pt") as stored, torch.no_grad():
-            names = {k for k in stored.keys() if k.startswith(prefix) and not (skip and k.startswith(skip))}  # noqa: SIM118
+            names = {key for key in stored.keys() if not (skip and key.startswith(skip))}  # noqa: SIM118
             for key, target in wanted.items():
                 if prefix + key not in names:
                     raise UsageError(f"{file}: key '{prefix + key}' is missing")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -108,34 +110,40 @@ def _fill(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} can't be read as safetensors: {error}") from None
+
+
 def load_weights(model: nn.Module, file: Path, prefix: str = "", skip: str | None = None) -> None:
     """Copies a safetensors file straight into a model's parameters, strictly.
 
     Args:
         model: with real parameters.
         file: .safetensors.
-        prefix: of the file's keys that belong to the model; others are left unread.
-        skip: keys with this prefix in the file are not expected in the model.
+        prefix: of the model's keys in the file.
+        skip: keys with this prefix are left unread; any other that is not the model's is an error.
 
     Raises:
         UsageError: an unreadable file; a missing, extra or misshaped key, by name.
     """
     wanted = dict(model.state_dict())
-    try:
-        with safe_open(file, "pt") as stored, torch.no_grad():
-            names = {key for key in stored.keys() if not (skip and key.startswith(skip))}  # noqa: SIM118
-            for key, target in wanted.items():
-                if prefix + key not in names:
-                    raise UsageError(f"{file}: key '{prefix + key}' is missing")
-                value = stored.get_tensor(prefix + key)
-                if value.shape != target.shape:
-                    shapes = f"{list(value.shape)}, expected {list(target.shape)}"
-                    raise UsageError(f"{file}: key '{prefix + key}' has shape {shapes}")
-                target.copy_(value)
-            if extra := sorted(names - {prefix + key for key in wanted}):
-                raise UsageError(f"{file}: key '{extra[0]}' is not part of the model")
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} can't be read as safetensors: {error}") from None
+    with _opened(file) as stored, torch.no_grad():
+        names = {key for key in stored.keys() if not (skip and key.startswith(skip))}  # noqa: SIM118
+        for key, target in wanted.items():
+            if prefix + key not in names:
+                raise UsageError(f"{file}: key '{prefix + key}' is missing")
+            value = stored.get_tensor(prefix + key)
+            if value.shape != target.shape:
+                shapes = f"{list(value.shape)}, expected {list(target.shape)}"
+                raise UsageError(f"{file}: key '{prefix + key}' has shape {shapes}")
+            target.copy_(value)
+        if extra := sorted(names - {prefix + key for key in wanted}):
+            raise UsageError(f"{file}: key '{extra[0]}' is not part of the model")
 
 
 def load_model(
@@ -164,7 +172,10 @@ def load_model(
         raise UsageError(f"MODEL {source}: an encoder alone, without a decoder")
     with torch.device("meta"):
         model: nn.Module = AIMv2(encoder, shape) if decoder and shape else VisionEncoder(encoder)
-    for parameter in model.parameters() if dtype is not None else ():
+    if dtype is None:
+        with _opened(folder / WEIGHTS) as stored:
+            dtype = next((stored.get_tensor(key).dtype for key in stored.keys()), torch.float32)  # noqa: SIM118
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # the weights alone: mean and std stay fp32
     model.to_empty(device=device or "cpu")
     _fill_buffers(model)

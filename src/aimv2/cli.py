@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return dispatch(words)
+        code = dispatch(words)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not while the interpreter ends
+        return code
     except UsageError as error:
         if debug:
             raise

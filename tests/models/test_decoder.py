@@ -13,7 +13,7 @@ from aimv2.models.decoder import Prediction
 from aimv2.models.masks import causal_mask
 
 PATCHES, VOCAB = 16, 11
-CAPTIONS = [[5, 0, 3, 9, 1], [1], [], [7, 7, 2, 0, 0, 4, 8, 10, 6, 1]]
+CAPTIONS = [[5, 0, 3, 9, 1], [1], [], [7, 7, 2, 0, 0, 4, 8, 10, 6, 3, 5, 1]]  # the last fills its row to the end
 PREFIX = [1, 9, 15, 4]
 SHAPES = {
     "joint": {},
@@ -110,8 +110,8 @@ def test_only_scored_rows_reach_the_heads(shape: str) -> None:
     for block in blocks:
         block.mlp.register_forward_hook(lambda module, inputs, out: last.append(tuple(out.shape)))
     prediction = model(batch)
-    # 15 + 7 + 1 + 12 patches and 5 + 1 + 0 + 10 tokens, rounded up to their buckets
-    assert (batch.patch_count.item(), batch.token_count.item()) == (35, 16)
+    # 15 + 7 + 1 + 12 patches and 5 + 1 + 0 + 12 tokens, rounded up to their buckets
+    assert (batch.patch_count.item(), batch.token_count.item()) == (35, 18)
     has = model.decoder.config
     assert (None if prediction.pixels is None else prediction.pixels.shape) == ((128, 48) if has.pixels else None)
     assert (None if prediction.text is None else prediction.text.shape) == ((32, VOCAB) if has.text else None)

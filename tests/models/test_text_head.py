@@ -57,6 +57,15 @@ def test_logits_never_exist_whole_for_many_rows(rows: int, largest: int) -> None
     assert watch.rows == largest
 
 
+@pytest.mark.parametrize(("rows", "kept"), [(2 * CHUNK_ROWS, True), (3 * CHUNK_ROWS, False)])
+def test_no_logits_wait_for_the_backward_pass(rows: int, kept: bool) -> None:
+    head, inputs, targets = setting(rows)
+    shapes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        head(inputs.requires_grad_(), targets)
+    assert any(len(shape) == 2 and shape[0] >= CHUNK_ROWS and shape[1] == VOCAB for shape in shapes) == kept
+
+
 def test_bf16_products_still_give_an_fp32_loss() -> None:
     head, inputs, targets = setting(3 * CHUNK_ROWS)
     with torch.autocast("cpu", dtype=torch.bfloat16):

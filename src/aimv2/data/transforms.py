@@ -91,7 +91,7 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
     def apply(image: Image.Image) -> Tensor:
         import torch
 
-        from aimv2.data.images import _to_rgb as to_rgb
+        from aimv2.data.images import to_rgb
 
         image = to_rgb(image)
         width, height = image.size

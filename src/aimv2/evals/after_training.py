@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from aimv2.config import Config
-from aimv2.data.shards import find_shards, read_samples
+from aimv2.data.shards import captions_of, find_shards, read_samples
 from aimv2.data.stream import View, training_shards, validation_shards
-from aimv2.data.text import Tokenizer, sample_captions
+from aimv2.data.text import Tokenizer
 from aimv2.evals.ngram import bigram_loss, unigram_loss
 from aimv2.evals.probe import attentive_probe
 from aimv2.models.aimv2 import AIMv2
@@ -52,7 +52,7 @@ def yardsticks(config: Config, tokenizer: Tokenizer, held_out: HeldOut) -> dict[
         for shards in training_shards(config.data)
         for shard in shards
         for _, sample in read_samples(shard)
-        for field in sample_captions(sample).values()
+        for field in captions_of(sample).values()
         for text in field
     )
     train = list(islice(every, YARDSTICK_CAPTIONS))

@@ -64,11 +64,18 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.compiled = False  # set where the blocks are compiled
 
     def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:
         """Packed rows [B * I + R, D] -> rows ``keep`` [K] after the last norm, [K, D]."""
+        if self.compiled:
+            # rows differ from batch to batch: one kernel for all of them, whatever came before
+            for rows in (x, packed.token_rows, keep):
+                torch._dynamo.mark_dynamic(rows, 0)
         for block in self.blocks[:-1]:
             x = block(x, packed=packed)
+            if self.compiled:
+                torch._dynamo.mark_dynamic(x, 0)
         return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
 
     def step(self, x: Tensor, caches: list[Cache] | None) -> Tensor:

@@ -87,9 +87,9 @@ class Trainer:
             self.seconds = before + time.perf_counter() - began
             if self.step % self.check_every == 0 or self.step == last:
                 self.check_finite()
-            if self.step % train.log_every == 0 or self.step == last:
+            if self.step % train.log_every == 0 or self.step == train.steps:
                 self.report(log)
-            if self.step == last or (every and self.step % every == 0):
+            if self.step == train.steps or (every and self.step % every == 0):
                 self.validate(log)
             if self.step == last or (train.save_every and self.step % train.save_every == 0):
                 self.save()

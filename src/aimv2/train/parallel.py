@@ -6,6 +6,7 @@ torchrun starts the ranks; hybrid sharding and tensor parallelism would enter in
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,8 @@ def join_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always asks for it
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
@@ -89,6 +92,21 @@ def blocks_of(model: AIMv2) -> list[tuple[nn.ModuleList, int]]:
     return [(blocks, index) for blocks in lists for index in range(len(blocks))]
 
 
+def compile_blocks(model: AIMv2) -> None:
+    """torch.compile of each block. Shapes are static, but for the decoder's packed rows, which are marked dynamic.
+
+    Nothing turns dynamic by itself: kernels that depend on the history of shapes would make a resumed run differ.
+    """
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
+    for blocks, index in blocks_of(model):
+        blocks[index].compile()
+    model.encoder.compiled = True
+    if model.decoder.config.text:
+        model.decoder.trunk.compiled = True
+
+
 def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool) -> None:
     """Checkpointing, then compile, then FSDP2, each by block, in place.
 
@@ -104,12 +122,7 @@ def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool)
         for blocks, index in blocks_of(model):
             blocks[index] = checkpoint_wrapper(blocks[index], preserve_rng_state=False)
     if compiled:
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
-        for blocks, index in blocks_of(model):
-            # the encoder's shapes never change; the decoder's rows do, with every batch
-            blocks[index].compile(dynamic=blocks is not model.encoder.blocks)
-        model.encoder.compiled = True
+        compile_blocks(model)
     if world.size > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from aimv2.config import Config, Source, get_value, leaf_keys, to_dict
-from aimv2.data.shards import find_shards, read_samples
+from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import image_bytes, training_shards
-from aimv2.data.text import Tokenizer, load_tokenizer, sample_captions, train_tokenizer
+from aimv2.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, find_model, load_weights
 from aimv2.models.aimv2 import AIMv2
@@ -79,7 +79,7 @@ def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
 
 def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
     """Raises UsageError where no sample has a caption and the objective wants text."""
-    if config.objective.targets != "image" and not any(sample_captions(sample) for sample in samples):
+    if config.objective.targets != "image" and not any(captions_of(sample) for sample in samples):
         raise UsageError(
             f"data.train: captions missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.txt or "
             "captions in KEY.json; import them with --captions, or train on images alone with objective.targets=image"
@@ -128,7 +128,7 @@ def training_captions(config: Config) -> Iterator[str]:
     for shards in training_shards(config.data):
         for shard in shards:
             for _, sample in read_samples(shard):
-                yield from (text for field in sample_captions(sample).values() for text in field)
+                yield from (text for field in captions_of(sample).values() for text in field)
 
 
 def get_tokenizer(config: Config, run: Path | None, world: World) -> Tokenizer | None:
@@ -207,6 +207,7 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None and config.data.tokenizer == "auto":
             tokenizer.save(run / "tokenizer")
         stored = {key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite")}
+        stored["train"]["stop_at"] = None  # of this start, not of the run
         (run / CONFIG).write_text(yaml.safe_dump(stored, sort_keys=False))
     except OSError as error:
         raise UsageError(f"--run {run} can't be written: {error.strerror}") from None
@@ -279,10 +280,3 @@ def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: W
         )
     return folder
 
-
-def find_shards_or_none(source: str) -> list[Path]:
-    """Training shards of a source, [] where there are none."""
-    try:
-        return find_shards(source, "train")
-    except UsageError:
-        return []

@@ -14,9 +14,9 @@ from torch import nn
 from aimv2.batch import Batch, make_batch
 from aimv2.config import ObjectiveConfig
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import read_samples
+from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import View, image_bytes
-from aimv2.data.text import Tokenizer, sample_captions
+from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.parallel import World
@@ -62,7 +62,7 @@ def read_held_out(
     for key, sample in (pair for shard in shards for pair in read_samples(shard)):
         if limit and seen >= limit:
             break
-        texts = [text for field in sample_captions(sample).values() for text in field]
+        texts = [text for field in captions_of(sample).values() for text in field]
         if view.captions and not texts:
             continue
         mine = seen % world_size == rank

@@ -1,0 +1,100 @@
+"""Tiny real runs for tests: captioned scenes, a model of a few thousand parameters, a handful of steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from aimv2 import api
+from aimv2.data.scenes import write_scenes
+
+TINY = {
+    "model.name": "aimv2-tiny-patch8-32",
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.hidden": 64,
+    "model.decoder_width": 32,
+    "model.decoder_depth": 2,
+    "model.decoder_heads": 2,
+    "model.decoder_hidden": 64,
+    "data.vocab_size": 300,
+    "data.workers": 0,
+    "data.shuffle_buffer": 20,
+    "data.flip": 0.0,
+    "optim.warmup": 2,
+    "optim.lr": 2e-3,
+    "train.steps": 6,
+    "train.batch_size": 8,
+    "train.precision": "fp32",
+    "train.compile": "off",
+    "train.log_every": 1,
+    "train.save_every": 0,
+    "eval.every": 0,
+    "eval.samples": 16,
+    "eval.captions": 2,
+    "log.tensorboard": False,
+}
+
+
+def scenes(folder: Path, count: int = 120) -> Path:
+    """A folder of shards with ``count`` training and a few validation scenes."""
+    write_scenes(str(folder), count, val_count=24, size=32)
+    return folder
+
+
+def train(data: Path, run: Path, **options: Any) -> dict[str, Any]:
+    """A tiny run in this process; options as ``train__steps=3``."""
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    return api.pretrain(None, str(run), {**TINY, "data.train": str(data), **given})
+
+
+def resume(run: Path, **options: Any) -> dict[str, Any]:
+    """Goes on with a run in this process."""
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    return api.pretrain(None, str(run), {"resume": True, **given})
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+EXACT = ("step", "loss", "text_loss", "pixel_loss", "grad_norm", "lr", "val_text_loss", "val_pixel_loss")
+
+
+def exact(run: Path) -> list[dict[str, Any]]:
+    """The figures of a run that must not depend on how it was started and stopped."""
+    return [{key: line[key] for key in EXACT if key in line} for line in metrics(run)]
+
+
+def command(*words: str) -> list[str]:
+    """The command line of this project's own interpreter."""
+    return [sys.executable, "-m", "aimv2", *words]
+
+
+def options(data: Path, run: Path, **more: Any) -> list[str]:
+    """TINY as command-line words."""
+    given = {**TINY, "data.train": str(data), "run": str(run)}
+    given |= {key.replace("__", "."): value for key, value in more.items()}
+    return ["pretrain", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
+
+
+def call(*words: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False
+    )
+
+
+def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Runs the command line on several gloo processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*start, "-m", "aimv2", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
+    )

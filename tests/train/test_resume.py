@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from runs import call, command, exact, metrics, options, resume, scenes, train
 
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
+from runs import call, command, exact, metrics, options, resume, scenes, train
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""One rank equals many: the same product of ranks and workers gives the same batches, gradients and losses."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from aimv2.batch import make_batch, split_batch
+from aimv2.config import Config
+from aimv2.models.create import create_model
+from aimv2.train.parallel import World, join_world
+from aimv2.train.step import TrainStep
+from runs import exact, metrics, options, scenes, torchrun, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def close(one, other):
+    return len(one) == len(other) and all(
+        left.keys() == right.keys() and all(right[key] == pytest.approx(left[key], rel=2e-4) for key in left)
+        for left, right in zip(one, other)
+    )
+
+
+def test_two_processes_have_the_losses_of_one(data, tmp_path):
+    train(data, tmp_path / "one", data__workers=2, eval__every=3)
+    words = options(data, tmp_path / "two", data__workers=1, eval__every=3)
+    ended = torchrun(2, *words)
+    assert ended.returncode == 0, ended.stderr
+    one, two = exact(tmp_path / "one"), exact(tmp_path / "two")
+    assert len(one) == 8
+    assert close(one, two)
+    assert metrics(tmp_path / "two")[-1]["val_text_loss"] > 0
+    assert (tmp_path / "two" / "summary.json").is_file()
+
+
+def test_two_processes_resume_exactly(data, tmp_path):
+    for part, stop in (("whole", 6), ("parts", 2)):
+        ended = torchrun(2, *options(data, tmp_path / part, train__stop_at=stop, train__accumulate=2))
+        assert ended.returncode == 0, ended.stderr
+    ended = torchrun(2, "pretrain", "--run", str(tmp_path / "parts"), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
+
+
+def test_mistake_under_torchrun_is_said_once(data, tmp_path):
+    ended = torchrun(2, *options(data, tmp_path / "run", train__batch_size=7))
+    assert ended.returncode != 0
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: train.batch_size 7 does not divide by 2 ranks x 1 data workers; change train.batch_size or data.workers"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def pairs():
+    draw = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    captions = [[5, 6, 1], [7, 1], [8, 9, 10, 11, 12, 1], [1]]
+    return make_batch(images, captions, [1, 15, 7, 3], 16)
+
+
+def one_step(world, batch, accumulate=1, checkpointing=False):
+    config = Config()
+    config.train.precision, config.train.steps, config.train.accumulate = "fp32", 10, accumulate
+    config.train.checkpointing = checkpointing
+    config.optim.warmup, config.optim.lr = 0, 1e-3
+    config.objective.targets = "both"
+    shape = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
+    decoder = {f"decoder_{key}": value for key, value in shape.items()}
+    model = create_model("aimv2-tiny-patch8-32", True, 0, decoder_vocab_size=20, **shape, **decoder)
+    step = TrainStep(model, config, world, False)
+    gradients = {}
+
+    def keep():
+        for name, parameter in step.model.named_parameters():
+            gradient = parameter.grad
+            full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            gradients[name.replace("_checkpoint_wrapped_module.", "")] = full.clone()
+
+    clip = step.clip
+    step.clip = lambda: (keep(), clip())[1]
+    figures = step(batch, 0)
+    return figures, gradients
+
+
+def rank_main(rank, folder, accumulate):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getppid() % 300)}
+    world = join_world()
+    figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], accumulate)
+    if rank == 0:
+        torch.save({"means": figures.means, "norm": figures.norm, "gradients": gradients}, folder / "two.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_gloo_processes_give_the_gradients_of_one(tmp_path, accumulate):
+    figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs())
+    spawn(rank_main, (Path(tmp_path), accumulate), nprocs=2)
+    two = torch.load(tmp_path / "two.pt")
+    torch.testing.assert_close(two["means"], figures.means)
+    torch.testing.assert_close(two["norm"], figures.norm)
+    assert two["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("accumulate", "checkpointing"), [(2, False), (4, False), (1, True)])
+def test_micro_batches_and_recomputation_change_nothing(accumulate, checkpointing):
+    world = World(0, 1, torch.device("cpu"))
+    figures, gradients = one_step(world, pairs())
+    again, same = one_step(world, pairs(), accumulate, checkpointing)
+    torch.testing.assert_close(again.means, figures.means)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,0 +1,210 @@
+"""Each mistake ends with one clear line and exit code 2; nothing is lost, nothing half-written."""
+
+import io
+import json
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from aimv2.cli import main
+from aimv2.data.shards import write_shard
+from aimv2.errors import UsageError
+from runs import command, exact, metrics, options, resume, scenes, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def picture(colour=(200, 30, 30)):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def refused(capsys, words, *named):
+    """Runs the command line in this process: exit code 2 and one line that holds every word of ``named``."""
+    assert main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert not any("Traceback" in line for line in lines)
+    for word in named:
+        assert word in errors[0], errors[0]
+    return errors[0]
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"train.stpes": 5}, ["train.stpes", "train.steps"]),
+        ({"train.steps": "many"}, ["train.steps", "int", "many"]),
+        ({"train.steps": 0}, ["train.steps", "at least 1", "0"]),
+        ({"train.precision": "fp16"}, ["train.precision", "fp16", "bf16"]),
+        ({"optim.weight_decay": 0.05}, ["optim.weight_decay", "0.05", "optim.decay=torch"]),
+        ({"objective.attention": "bidirectional"}, ["objective.attention", "objective.targets=text"]),
+        ({"model.name": "aimv2-tiny-patch9-32"}, ["model.name", "aimv2-tiny-patch8-32"]),
+        ({"model.image_size": 30}, ["model.image_size 30", "model.patch_size 8"]),
+        ({"model.width": 33}, ["model.width 33", "2 heads"]),
+        ({"config": "/nowhere/recipe.yaml"}, ["--config /nowhere/recipe.yaml", "no such file"]),
+        ({"data.train": "/nowhere/shards"}, ["data.train", "/nowhere/shards"]),
+        ({"data.val": "/nowhere/shards"}, ["data.val", "/nowhere/shards"]),
+        ({"data.tokenizer": "/nowhere/bpe"}, ["data.tokenizer", "/nowhere/bpe"]),
+        ({"init": "/nowhere/model"}, ["/nowhere/model"]),
+        ({"train.batch_size": 7, "data.workers": 2}, ["train.batch_size 7", "1 ranks x 2 data workers"]),
+        ({"train.batch_size": 6, "train.accumulate": 4}, ["train.batch_size 6", "train.accumulate 4"]),
+        ({"train.batch_size": 1000}, ["120 samples", "train.batch_size 1000"]),
+    ],
+)
+def test_mistakes_of_the_configuration(data, tmp_path, capsys, more, named):
+    run = tmp_path / "run"
+    words = options(data, run)
+    for key, value in more.items():
+        words += [f"--{key}", value]
+    refused(capsys, words, *named)
+    assert not run.exists(), tree(run)
+
+
+def test_wrong_recipes(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    for text, named in (
+        ("train:\n  stpes: 5\n", ["Unknown key: 'train.stpes'", "train.steps", "recipe.yaml"]),
+        ("trian:\n  steps: 5\n", ["trian.steps", "train.steps"]),
+        ("train: 5\n", ["'train'", "section"]),
+        ("train: [\n", ["recipe.yaml", "not YAML"]),
+        ("- a\n", ["recipe.yaml", "list"]),
+    ):
+        recipe.write_text(text)
+        refused(capsys, ["pretrain", "--config", recipe, "--run", tmp_path / "run"], *named)
+    assert tree(tmp_path) == ["recipe.yaml"]
+
+
+def test_no_run_folder(capsys, data):
+    words = options(data, "x")
+    at = words.index("--run")
+    refused(capsys, words[:at] + words[at + 2 :], "--run")
+
+
+def test_empty_data(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    refused(capsys, options(tmp_path / "empty", tmp_path / "run"), "data.train", "no .tar")
+    write_shard(tmp_path / "none" / "train-000000.tar", [])
+    refused(capsys, options(tmp_path / "none", tmp_path / "run"), "empty data set")
+    assert not (tmp_path / "run").exists()
+
+
+def test_captions_missing(tmp_path, capsys):
+    write_shard(tmp_path / "train-000000.tar", [(f"k{i}", {"png": picture((i, 0, 0))}) for i in range(30)])
+    refused(capsys, options(tmp_path, tmp_path / "run"), "captions missing", "objective.targets=image")
+    result = train(tmp_path, tmp_path / "images", objective__targets="image", train__steps=2)
+    assert result["step"] == 2 and "val_text_loss" not in result
+
+
+def test_folder_that_is_no_shards(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(picture())
+    refused(capsys, options(tmp_path / "photos", tmp_path / "run"), "aimv2 data import")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.md").write_text("no image here")
+    refused(capsys, ["data", "import", tmp_path / "text", tmp_path / "out"], "text")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_not_writable(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    refused(capsys, options(data, tmp_path / "file" / "run"), "--run", "not a writable folder")
+    refused(capsys, ["data", "shapes", tmp_path / "file" / "out", "--count", "5"], str(tmp_path / "file"))
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle\na blue square\n")
+    refused(capsys, ["tokenizer", "train", captions, tmp_path / "file" / "bpe"], str(tmp_path / "file" / "bpe"))
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_run_folder_in_use(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(data, run, train__steps=2)
+    (run / "notes.txt").write_text("mine")
+    before = {path: (run / path).read_bytes() for path in tree(run) if (run / path).is_file()}
+    refused(capsys, options(data, run), str(run), "--resume", "--overwrite")
+    assert {path: (run / path).read_bytes() for path in before} == before
+    train(data, run, train__steps=3, overwrite=True)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3]
+
+
+def test_too_many_bad_samples(tmp_path, capsys):
+    good = [(f"good{i}", {"png": picture((i, 0, 0)), "txt": b"a word"}) for i in range(40)]
+    bad = [(f"bad{i}", {"png": b"no image", "txt": b"a word"}) for i in range(5)]
+    write_shard(tmp_path / "train-000000.tar", [*good, *bad])
+    words = options(tmp_path, tmp_path / "run", **{"train.steps": 30})
+    refused(capsys, [*words, "--data.max_bad", "3"], "data.max_bad allows 3", "bad", "train-000000.tar")
+    result = train(tmp_path, tmp_path / "run", train__steps=6, overwrite=True)
+    assert result["step"] == 6
+
+
+def test_every_sample_bad(tmp_path, capsys):
+    write_shard(tmp_path / "train-000000.tar", [(f"k{i}", {"png": b"no image", "txt": b"w"}) for i in range(30)])
+    for workers in (0, 1):
+        words = options(tmp_path, tmp_path / "run", **{"data.workers": workers})
+        refused(capsys, [*words, "--data.max_bad", "3", "--overwrite"], "4 samples could not be read", "k")
+
+
+def test_loss_that_is_not_finite(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(data, run, train__stop_at=2)
+    words = ["pretrain", "--run", str(run), "--resume"]
+    before = exact(run)
+    model = next((run / "checkpoints").iterdir()) / "model" / "model.safetensors"
+    spoil(model, "decoder.pixel_head.weight")
+    other = [*options(data, tmp_path / "other"), "--init", str(model.parent)]
+    line = refused(capsys, other, "step 1", "not finite", "pixel", "gradient")
+    assert "text" not in line.split(";")[0]
+    assert not list((tmp_path / "other").glob("checkpoints/step-*")), "nothing broken is saved"
+    assert main(words) == 0, "the run's own state is as it was"
+    assert exact(run)[: len(before)] == before
+
+
+def spoil(file, key):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    weights[key][0, 0] = float("inf")
+    save_file(weights, file)
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def test_full_disk_while_saving(data, tmp_path):
+    run = tmp_path / "run"
+    train(data, run, train__stop_at=2)
+    before = exact(run)
+    words = command("pretrain", "--run", str(run), "--resume")
+    ended = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit_files, check=False, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "step 6" in line and "step 2 stays" in line and "File too large" in line
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000002"]
+    resume(run)
+    train(data, tmp_path / "whole")
+    assert exact(run) == exact(tmp_path / "whole") and exact(run)[: len(before)] == before
+
+
+def test_model_that_is_none(tmp_path, capsys):
+    image = tmp_path / "a.png"
+    image.write_bytes(picture())
+    refused(capsys, ["caption", tmp_path / "none", image], "MODEL", "no such folder")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"format": "something"}))
+    refused(capsys, ["caption", tmp_path / "model", image], "config.json", "something")
+    with pytest.raises(UsageError, match="no run in"):
+        resume(tmp_path / "model")

@@ -29,7 +29,7 @@ from PIL import Image
 
 SIDE, SCALE, RATIO = 224, (0.4, 1.0), (0.75, 1.3333)
 WIDTH, HEIGHT, BATCH = 500, 375, 32  # BATCH: images a worker sends at once
-WORDS = "a photo of two three small large old dogs people children boats houses near beside under the red blue water sky".split()
+WORDS = ("two", "old", "small", "dogs", "people", "children", "boats", "near", "beside", "under", "red", "water")
 
 
 def make_photograph(rng: np.random.Generator) -> bytes:
@@ -144,6 +144,7 @@ class Plain:
         return sum(pipe.recv() for pipe in self.pipes)
 
     def close(self) -> None:
+        """Ends the processes."""
         for pipe in self.pipes:
             pipe.send(None)
 
@@ -159,6 +160,7 @@ def measure(data: str, workers: int, rounds: int, seconds: float) -> dict[str, A
             if number:
                 rates[name].append(rate)
     plain.close()
+    stream.stream.close()
     ratios = [ours / other for ours, other in zip(rates["ours"], rates["plain"])]
     return {
         "images_per_s": statistics.median(rates["ours"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ VERBS = {
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 FLAGS = ("resume", "overwrite")
+DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said in one line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except PermissionError as error:
-        if debug:
+    except OSError as error:
+        if debug or error.errno not in DISK:
             raise
-        complain(f"error: {error.filename} is not accessible: {error.strerror}")
+        complain(f"error: {error.filename or 'the disk'}: {error.strerror}")
         return 2
     except Exception as error:
         if type(error).__name__ != "Interrupted":

@@ -106,12 +106,19 @@ def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number,
     run = tmp_path / "run"
     long = {"train__steps": 4000, "data__workers": workers}
     words = command(*options(data, run, **long))
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    said = tmp_path / "stderr.txt"
+    with said.open("w") as file:
+        process = subprocess.Popen(words, stderr=file, start_new_session=True)
     deadline = time.time() + 90
-    while time.time() < deadline and (not (run / "metrics.jsonl").exists() or len(metrics_safely(run)) < 3):
+    while (
+        time.time() < deadline
+        and process.poll() is None
+        and (not (run / "metrics.jsonl").exists() or len(metrics_safely(run)) < 3)
+    ):
         time.sleep(0.1)
     os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the data workers too
-    _, stderr = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    stderr = said.read_text()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], stderr
     assert f"aimv2 pretrain --run {run} --resume" in stderr and "Traceback" not in stderr
     (folder,) = (run / "checkpoints").iterdir()

@@ -6,6 +6,7 @@ repeats nothing and no two workers share a stream (DESIGN.md, Randomness).
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import signal
@@ -256,6 +257,7 @@ class TrainStream:
     def __next__(self) -> Batch:
         if self.batches is None:
             self.batches = iter(self.loader)
+            atexit.register(self.close)
         try:
             parts = [next(self.batches) for _ in range(self.parts)]
         except FatalSampleError as error:
@@ -265,6 +267,14 @@ class TrainStream:
         if len(self.bad) > self.max_bad:
             raise UsageError(too_many_bad(self.bad, self.max_bad))
         return batch
+
+    def close(self) -> None:
+        """Ends the data workers (they ignore the signal by which Python would end them at exit)."""
+        atexit.unregister(self.close)
+        self.batches = None
+        workers = getattr(self.loader, "_iterator", None)
+        if hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
 
     def state(self) -> Any:
         """The position after the batches taken so far (picklable)."""

@@ -212,7 +212,8 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Puts the signal handlers back and ends the log."""
+        """Ends the data workers and the log, and puts the signal handlers back."""
+        self.stream.close()
         self.flag.restore()
         if self.log is not None:
             self.log.close()

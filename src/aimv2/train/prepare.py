@@ -279,4 +279,3 @@ def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: W
             f"--resume: data.tokenizer {config.data.tokenizer} is not the tokenizer that the run was trained with"
         )
     return folder
-

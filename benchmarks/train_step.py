@@ -37,6 +37,7 @@ def make_pairs(torch: Any) -> list[tuple[Any, list[list[int]], Any]]:
 def plain_path(precision: str) -> tuple[Any, list[Any]]:
     """The plain step and its batches."""
     import torch
+
     from plain_step import TEXT, PlainStep
 
     inputs = []
@@ -52,13 +53,13 @@ def plain_path(precision: str) -> tuple[Any, list[Any]]:
 def our_path(precision: str) -> tuple[Any, list[Any]]:
     """Our step, as the trainer runs it, and its batches."""
     import torch
-    from plain_step import DECODER_BLOCKS, ENCODER_BLOCKS, PATCHES, VOCABULARY
 
     from aimv2.batch import make_batch
     from aimv2.config import Config
     from aimv2.models.create import create_model
     from aimv2.train.parallel import World, want_compile
     from aimv2.train.step import TrainStep
+    from plain_step import DECODER_BLOCKS, ENCODER_BLOCKS, PATCHES, VOCABULARY
 
     shape = {"decoder_depth": DECODER_BLOCKS, "decoder_vocab_size": VOCABULARY}
     model = create_model("aimv2-small-patch14-224", decoder=True, seed=0, depth=ENCODER_BLOCKS, **shape)

@@ -52,13 +52,11 @@ class Batch:
     bad: list[str]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device`` (asynchronously where its memory is pinned)."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if name not in ("keys", "bad")
-        }
-        return replace(self, **moved)
+        """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
+        tensors = {name: value for name, value in vars(self).items() if name not in ("keys", "bad")}
+        if str(device).startswith("cuda"):
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -272,9 +272,9 @@ class TrainStream:
         """Ends the data workers (they ignore the signal by which Python would end them at exit)."""
         atexit.unregister(self.close)
         self.batches = None
-        workers = getattr(self.loader, "_iterator", None)
-        if hasattr(workers, "_shutdown_workers"):
-            workers._shutdown_workers()
+        shut_down = getattr(getattr(self.loader, "_iterator", None), "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
 
     def state(self) -> Any:
         """The position after the batches taken so far (picklable)."""

@@ -68,13 +68,14 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:
         """Packed rows [B * I + R, D] -> rows ``keep`` [K] after the last norm, [K, D]."""
-        if self.compiled:
+        compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
+        if compiled:
             # rows differ from batch to batch: one kernel for all of them, whatever came before
             for rows in (x, packed.token_rows, keep):
                 torch._dynamo.mark_dynamic(rows, 0)
         for block in self.blocks[:-1]:
             x = block(x, packed=packed)
-            if self.compiled:
+            if compiled:
                 torch._dynamo.mark_dynamic(x, 0)
         return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
 

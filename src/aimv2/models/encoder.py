@@ -108,7 +108,8 @@ class VisionEncoder(nn.Module):
         x = self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
         mask = None
         if prefix_len is not None:
-            mask = prefix_attention_mask(prefix_len, x.shape[1], self.compiled)
+            compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
+            mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)
         depth = len(self.blocks)
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")

@@ -16,7 +16,7 @@ from aimv2.config import Config
 from aimv2.models.aimv2 import AIMv2
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.optim import make_optimizer, step_unless
-from aimv2.train.parallel import World, parallelize
+from aimv2.train.parallel import World, choose_products, parallelize
 from aimv2.train.schedule import learning_rate
 
 
@@ -46,6 +46,7 @@ class TrainStep:
         self.config, self.world = config, world
         self.objective = PretrainObjective(config.objective)
         self.patches = model.encoder.config.patches
+        choose_products(world.device)
         self.model: nn.Module = model.to(world.device)
         parallelize(model, config.train, world, compiled)
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -74,11 +75,11 @@ class TrainStep:
         """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""
         with self.autocast():
             terms = self.objective(self.model, batch)
-        weights = [self.objective.weights[name] for name in terms]
-        sums = torch.stack([total.float() for total, _ in terms.values()])
-        loss = (sums * torch.tensor(weights, device=sums.device) / counts.clamp(min=1).float()).sum()
+        totals = {name: total.float() for name, (total, _) in terms.items()}
+        means = [total / count for total, count in zip(totals.values(), counts.clamp(min=1).float())]
+        loss = torch.stack([self.objective.weights[name] * mean for name, mean in zip(totals, means)]).sum()
         (loss * self.world.size).backward()  # FSDP2 averages over ranks
-        return sums.detach().double()
+        return torch.stack(list(totals.values())).detach().double()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 products where the config asks for them; weights, residual stream, targets and losses stay fp32."""

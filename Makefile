@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/aimv2 pretrain --run $(RUN)
+	$(BIN)/aimv2 pretrain --run $(RUN) $$(test ! -e $(RUN)/config.yaml || echo --resume)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -16,7 +18,7 @@ import aimv2
 from aimv2.config import Config, get_value, leaf_keys, to_dict
 from aimv2.errors import UsageError
 from aimv2.evals.after_training import measure
-from aimv2.interop.model_folder import checkpoints
+from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.train import prepare
@@ -152,10 +154,27 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
         result |= trainer.figures | measure(config, model, trainer.tokenizer, say)
         result |= {"parameters": count(model), "encoder_parameters": count(model.encoder)}
         result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
-        result |= {"version": aimv2.__version__, "torch": torch.__version__, "cores": os.cpu_count()}
+        result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
         (run / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     world.barrier()
     return world.broadcast(result)
+
+
+def about_run(config: Config, weights: Path) -> dict[str, Any]:
+    """What a result must say of itself: data, seed, weights, machine, versions, command."""
+    data = to_dict(config)["data"]
+    return {
+        "data": data["train"],
+        "val_data": data["val"] or "val-* or test-* beside the training shards",
+        "seed": config.seed,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + ("" if not torch.cuda.is_available() else ", CUDA"),
+        "version": aimv2.__version__,
+        "torch": torch.__version__,
+        "command": " ".join(["aimv2", *sys.argv[1:]]),
+    }
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aimv2.errors import UsageError, nearest
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig
+from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_config
 
 FORMAT = "aimv2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -86,7 +86,9 @@ def find_model(source: str | Path) -> Path:
             return found[-1][1] / "model"
         raise UsageError(f"MODEL {text}: the run has no complete checkpoint yet")
     if not path.exists():
-        hint = f"; released weights of '{text}' can't be loaded yet" if text in MODELS else nearest(text, MODELS)
+        hint = (
+            f"; aimv2.create_model('{text}') gives it with random weights" if text in MODELS else nearest(text, MODELS)
+        )
         raise UsageError(f"MODEL {text}: no such folder; a model folder, RUN or RUN@STEP is expected{hint}")
     raise UsageError(f"MODEL {text}: a folder with {CONFIG} and {WEIGHTS} is expected, or a run folder")
 
@@ -98,6 +100,7 @@ def _read_config(folder: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
             raise UsageError(f"{folder / CONFIG}: format '{FORMAT}' expected, got {stored.get('format')!r}")
         encoder = _fill(EncoderConfig, stored["encoder"])
         decoder = _fill(DecoderConfig, stored["decoder"]) if "decoder" in stored else None
+        check_config(encoder, decoder or DecoderConfig())
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UsageError(f"{folder / CONFIG} can't be read as a model config: {error!r}") from None
     return encoder, decoder

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aimv2.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 def pretrain(
@@ -175,17 +171,20 @@ def load_model(
     source: str | Path,
     decoder: bool = False,
     revision: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
+    device: Any = None,
+    dtype: Any = None,
+) -> Any:
     """A saved model, ready to use.
 
     Args:
         source: a model folder, RUN (its newest checkpoint) or RUN@STEP.
         decoder: the whole AIMv2, with its tokeniser, instead of the encoder.
         revision: of a hub id; local folders have none.
-        device: where the weights go.
-        dtype: of the weights; as stored by default.
+        device: where the weights go, a torch.device or its name.
+        dtype: torch.dtype of the weights; as stored by default.
+
+    Returns:
+        VisionEncoder, or AIMv2 where ``decoder`` is true, in evaluation mode.
 
     Raises:
         UsageError: nothing to load, or weights that do not fit.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from aimv2 import __version__
-from aimv2.errors import UsageError, nearest
+from aimv2.errors import UsageError, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def complain(line: str) -> None:
 
 def dispatch(words: list[str]) -> int:
     """Finds the verb, parses its options, calls it and prints its result."""
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -101,8 +104,6 @@ def dispatch(words: list[str]) -> int:
         name = f"{name} {words.pop(0)}"
     if name not in VERBS:
         raise UsageError(f"unknown verb '{name}'{nearest(name, [*VERBS, *GROUPS])} (aimv2 --help lists them)")
-    as_json = "--json" in words
-    words = [word for word in words if word != "--json"]
     run = run_pretrain if name == "pretrain" else run_verb
     result = run(name, words)
     if result is None or os.environ.get("RANK", "0") != "0":
@@ -132,7 +133,7 @@ def make_parser(name: str) -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UsageError(" ".join(message.split()))
+            raise UsageError(one_line(message))
 
     verb = VERBS[name]
     return Parser(prog=f"aimv2 {name}", description=verb.summary, allow_abbrev=False)
@@ -160,13 +161,24 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
     parser.add_function_arguments(function, skip=set(plain))
     add_common(parser)
     if any(word in ("-h", "--help") for word in words):
-        parser.print_help()
+        print_help(parser)
         return None
     _check_options(parser, words)
     values = vars(parser.parse_args(_dashes(words)))
     for extra in ("json", "debug"):
         values.pop(extra, None)
     return function(**values)
+
+
+def print_help(parser: Any) -> None:
+    """jsonargparse's help, without what is refused (a file for a section, appending) and with dashes in a verb's options."""
+    lines = []
+    for line in parser.format_help().splitlines():
+        if re.match(r"  --\w+ CONFIG\b", line) or re.match(r"  --[\w.]+\.help\b", line):
+            continue
+        line = re.sub(r", --[\w.]+\+ \S+", "", line)
+        lines.append(re.sub(r"^  --[a-z_]+(?![\w.])", lambda found: found[0].replace("_", "-"), line))
+    print("\n".join(lines))
 
 
 def _docs(function: Callable[..., Any]) -> dict[str, str]:
@@ -218,7 +230,7 @@ def print_pretrain_help(name: str) -> None:
     )
     parser.add_class_arguments(Config, nested_key=None)
     add_common(parser)
-    parser.print_help()
+    print_help(parser)
 
 
 def read_options(words: list[str]) -> tuple[str | None, dict[str, Any], set[str]]:

@@ -11,6 +11,12 @@ class UsageError(ValueError):
     """
 
 
+def one_line(message: str) -> str:
+    """jsonargparse's report of a wrong value as one line."""
+    text = " ".join(message.split())
+    return text.removeprefix("Validation failed: ").replace("Parser key", "key")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error line: ``"; did you mean 'x'?"`` for the closest of ``known``, or ``""``."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

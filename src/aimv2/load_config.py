@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from aimv2.config import Config, flatten, get_value, known_keys, leaf_keys
-from aimv2.errors import UsageError, nearest
+from aimv2.errors import UsageError, nearest, one_line
 
 LIMITS: list[tuple[str, float, float]] = [
     ("train.steps", 1, float("inf")),
@@ -78,7 +78,7 @@ def parse(flat: dict[str, Any]) -> Config:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UsageError(_one_line(message))
+            raise UsageError(one_line(message))
 
     parser = Parser(exit_on_error=True)
     parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
@@ -93,12 +93,6 @@ def parse(flat: dict[str, Any]) -> Config:
     config = Config(**vars(parser.instantiate(parsed)))
     check_ranges(config)
     return config
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's report of a wrong value as one line."""
-    text = " ".join(message.split())
-    return text.removeprefix("Validation failed: ").removeprefix("Parser ").replace("Parser key", "key")
 
 
 def check_ranges(config: Config) -> None:

@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +246,7 @@ class TrainStream:
             blend_mode=DatasetBlendMode.DATASET_WEIGHT,
             repeat=True,
         )
+        warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always asks for it
         # a restart decodes again what was read since a worker's last own checkpoint: ten seconds' worth at most
         self.loader = get_savable_loader(dataset, checkpoint_every_sec=10)
         if config.workers:

@@ -1,7 +1,9 @@
 """Stopping and going on equals not stopping, bit for bit; checkpoints are complete, atomic, and kept as asked."""
 
+import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,12 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
+from aimv2.config import DataConfig
+from aimv2.data.shards import write_shard
+from aimv2.data.stream import TrainStream, View
+from aimv2.data.text import read_captions, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
 from runs import call, command, exact, metrics, options, resume, scenes, train
@@ -45,11 +52,35 @@ def test_log_window_survives_a_stop(data, tmp_path):
     assert [line for line in exact(tmp_path / "parts") if line["step"] in (3, 6)] == exact(tmp_path / "whole")
 
 
-def test_resume_is_exact_with_compiled_blocks_over_many_shapes(data, tmp_path):
+def uneven_captions(folder):
+    """Pictures with captions of 1 to 60 words, so that batches come in many shapes."""
+    draw = random.Random(0)
+    words = ["red", "blue", "green", "large", "small", "ring", "cross", "square", "circle", "top", "left", "right"]
+    samples = []
+    for number in range(200):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), tuple(draw.randrange(256) for _ in range(3))).save(file, "PNG")
+        caption = " ".join(draw.choices(words, k=draw.choice([1, 5, 20, 60])))
+        samples.append((f"k{number}", {"png": file.getvalue(), "txt": caption.encode()}))
+    write_shard(folder / "train-000000.tar", samples)
+    return folder
+
+
+def shapes_seen(data, steps, batch_size):
+    """Distinct shapes of a run's first batches."""
+    config = DataConfig(train=str(data), workers=0, shuffle_buffer=20, flip=0.0)
+    tokenizer = train_tokenizer(read_captions(data), 300)
+    stream = TrainStream(config, View(32, 16), tokenizer, batch_size, 0)
+    batches = [next(stream) for _ in range(steps)]
+    return {(len(b.token_rows), len(b.patch_rows), b.text.shape[1]) for b in batches}
+
+
+def test_resume_is_exact_with_compiled_blocks_over_many_shapes(tmp_path):
     if (reason := can_compile(torch.device("cpu"))) is not None:
         pytest.skip(f"torch.compile does not work here: {reason}")
-    # 4 pairs with captions of 6 to 18 tokens: more than 8 pairs of row buckets in 24 steps
+    data = uneven_captions(tmp_path)
     long = {"train__compile": "on", "train__steps": 24, "train__batch_size": 16, "train__precision": "bf16"}
+    assert len(shapes_seen(data, 24, 16)) > 8
     train(data, tmp_path / "whole", **long)
     started = call(*options(data, tmp_path / "parts", **long, train__stop_at=11))
     assert started.returncode == 0, started.stderr

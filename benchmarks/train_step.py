@@ -13,6 +13,7 @@ import json
 import multiprocessing as mp
 import resource
 import statistics
+import sys
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -69,7 +70,7 @@ def our_path(precision: str) -> tuple[Any, list[Any]]:
     world = World(0, 1, torch.device("cpu"))
     compiled, why_not = want_compile(config.train, world)
     if why_not:
-        print(json.dumps({"note": why_not}), flush=True)
+        print(why_not, file=sys.stderr, flush=True)
     step = TrainStep(model, config, world, compiled)  # type: ignore[arg-type]
     model.train()
     inputs = [make_batch(images, captions, prefix, PATCHES) for images, captions, prefix in make_pairs(torch)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,20 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
 
     Args:
         source: folder, glob, brace pattern or one tar
-        tokenizer: counts caption lengths in its tokens; null: in words
+        tokenizer: counts caption lengths in its tokens; null: in those of a BPE trained on the captions, as a run trains it
         min_side: images with a shorter side count as tiny, pixels
     """
     from aimv2.data.check import check_data
-    from aimv2.data.text import load_tokenizer
+    from aimv2.data.text import load_tokenizer, read_captions, train_tokenizer
 
-    count = None
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer, option="--tokenizer")
-        count = lambda text: len(loaded.encode(text, 1_000_000))  # noqa: E731
-    return check_data(source, tokenizer=count, min_side=min_side)
+        counter = load_tokenizer(tokenizer, option="--tokenizer")
+    else:
+        captions = list(islice(read_captions(source), 50_000))
+        if not captions:
+            return check_data(source, min_side=min_side)
+        counter = train_tokenizer(captions)
+    return check_data(source, tokenizer=lambda text: len(counter.encode(text, 1_000_000)), min_side=min_side)
 
 
 def data_shapes(out: str, count: int = 20000, size: int = 32, seed: int = 0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TEXT_BUCKET = 16  # T is rounded up to a multiple of this
+TEXT_BUCKET = 32  # T is rounded up to a multiple of this
 ROW_BUCKET = 32  # so is R
 PATCH_BUCKET = 128  # so is S
 

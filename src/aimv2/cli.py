@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimv2 import __version__
-from aimv2.errors import UsageError, nearest, one_line
+from aimv2.errors import RankError, UsageError, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,15 @@ VERBS = {
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 FLAGS = ("resume", "overwrite")
-DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said in one line
+DISK = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+)  # said in one line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             raise
-        complain(f"error: {' '.join(str(error).split())}")
+        complain(f"error: {' '.join(str(error).split())}", everywhere=isinstance(error, RankError))
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -77,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.code  # type: ignore[attr-defined]
 
 
-def complain(line: str) -> None:
-    """A line on standard error; under torchrun from rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+def complain(line: str, everywhere: bool = False) -> None:
+    """A line on standard error; under torchrun from rank 0 alone, unless the rank alone knows of it."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
 

@@ -76,7 +76,7 @@ class DataConfig:
         crop_ratio: range of the crop's aspect ratio
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
-        max_bad: undecodable samples before the run stops
+        max_bad: undecodable samples that a rank may meet before the run stops
         index_dir: where the index of shards that are not ours is kept; null: the user's cache folder
     """
 
@@ -270,15 +270,6 @@ def get_value(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def set_value(config: Config, key: str, value: Any) -> None:
-    """Sets the value at a dotted key."""
-    *sections, name = key.split(".")
-    target: Any = config
-    for part in sections:
-        target = getattr(target, part)
-    setattr(target, name, value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

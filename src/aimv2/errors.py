@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """
 
 
+class RankError(UsageError):
+    """A mistake that one rank alone met: that rank says it, whichever it is."""
+
+
 def one_line(message: str) -> str:
     """jsonargparse's report of a wrong value as one line."""
     text = " ".join(message.split())

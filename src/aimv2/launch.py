@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -16,14 +18,16 @@ import torch
 
 import aimv2
 from aimv2.config import Config, get_value, leaf_keys, to_dict
+from aimv2.data.stream import validation_shards
 from aimv2.errors import UsageError
 from aimv2.evals.after_training import measure
-from aimv2.interop.model_folder import WEIGHTS, checkpoints
+from aimv2.interop.model_folder import WEIGHTS, checkpoints, load_model
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.train import prepare
+from aimv2.train.files import write_aside
 from aimv2.train.loop import Trainer, memory_gb
-from aimv2.train.parallel import World, join_world, want_compile
+from aimv2.train.parallel import World, join_world, leave_world, want_compile
 from aimv2.train.schedule import learning_rate
 
 DEMO = Path(__file__).with_name("demo.yaml")
@@ -36,48 +40,83 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     check_keys(given, "on the command line")
     base = read_recipe(recipe) if recipe else {}
     options = parse({**base, **given})
-    if options.resume:
-        return resume(options, {**base, **given}, started, dry_run)
-    is_demo = recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
-    if is_demo:
-        recipe, base = str(DEMO), read_recipe(DEMO)
+    try:
+        if options.resume:
+            return resume(options, {**base, **given}, started, dry_run, print_config)
+        if recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA"):
+            return demo(given, started, dry_run, print_config)
+        return pretrain(recipe, base, given, started, dry_run, print_config)
+    finally:
+        leave_world()
+
+
+def pretrain(
+    recipe: str | None, base: dict[str, Any], given: dict[str, Any], started: float, dry_run: bool, print_config: bool
+) -> dict[str, Any]:
+    """A new run on the user's data, from a recipe or from defaults by image size."""
     config = parse({**base, **given})
-    if is_demo and print_config:
-        return describe_config(config, provenance(base, given, "demo"))
     run = None if dry_run or print_config else prepare.check_run_folder(config)
-    with tempfile.TemporaryDirectory() as scratch:
-        if is_demo:
-            config.data.train = make_scenes(config, run or Path(scratch))
-        prepare.locate_data(config)
-        if recipe is not None and print_config:  # a recipe can be read before there are data
-            return describe_config(config, provenance(base, given, recipe))
-        samples = prepare.first_samples(config, 64)
-        if recipe is None:
-            base = prepare.defaults_for(samples)
-            filled = parse({**base, **given})
-            filled.data = config.data
-            config = filled
-        prepare.check_captions(samples, config)
-        if print_config:
-            return describe_config(config, provenance(base, given, "image size"))
-        if dry_run:
+    prepare.locate_data(config)
+    if recipe is not None and print_config:  # a recipe can be read before there are data
+        return describe_config(config, provenance(base, given, recipe))
+    samples = prepare.first_samples(config, 64)
+    if recipe is None:
+        base = prepare.defaults_for(samples)
+        filled = parse({**base, **given})
+        filled.data = config.data
+        config = filled
+    prepare.check_captions(samples, config)
+    if print_config:
+        return describe_config(config, provenance(base, given, "image size"))
+    if run is None:
+        return try_one_step(config)
+    prepare.check_overwrite(config, run)
+    return start(config, run, started)
+
+
+def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
+    """The demo: captioned scenes, drawn into the run folder."""
+    base = read_recipe(DEMO)
+    config = parse({**base, **given})
+    if print_config:
+        return describe_config(config, provenance(base, given, "demo"))
+    prepare.shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
+    if config.data.tokenizer != "auto":
+        prepare.load_tokenizer(config.data.tokenizer)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            config.data.train = draw_scenes(config, Path(scratch) / "data")
+            prepare.locate_data(config)
             return try_one_step(config)
-        assert run is not None
+    run = prepare.check_run_folder(config)
+    world, out = join_world(), run / "data"
+    if world.main:
+        if out.exists() and not prepare.is_demo_data(out):
+            raise UsageError(f"--run {run}: {out} is in the way of the demo's scenes; choose another folder")
+        prepare.clear_run(run)
+        shutil.rmtree(out, ignore_errors=True)  # scenes of a run that never began
+        draw_scenes(config, run / ".scenes-aside")
+        (run / ".scenes-aside").rename(out)
+    world.barrier()
+    config.overwrite, config.data.train = False, str(out)
+    prepare.locate_data(config)
+    try:
         return start(config, run, started)
+    except UsageError:
+        if world.main and not prepare.holds_run(run):
+            shutil.rmtree(out, ignore_errors=True)
+            if not any(run.iterdir()):
+                run.rmdir()
+        raise
 
 
-def make_scenes(config: Config, folder: Path) -> str:
-    """The demo's shards, in the run folder."""
+def draw_scenes(config: Config, out: Path) -> str:
+    """The demo's shards."""
     from aimv2.data.scenes import write_scenes
 
-    world = join_world()
-    out = folder / "data"
-    if world.main:
-        prepare.clear_run(folder)  # a run to overwrite, or scenes whose drawing was interrupted
-        config.overwrite = False
-        say(f"drawing {DEMO_SCENES} captioned scenes")
-        write_scenes(str(out), DEMO_SCENES, size=32, seed=config.seed)
-    world.barrier()
+    shutil.rmtree(out, ignore_errors=True)
+    say(f"drawing {DEMO_SCENES} captioned scenes")
+    write_scenes(str(out), DEMO_SCENES, size=32, seed=config.seed)
     return str(out)
 
 
@@ -87,10 +126,16 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def build_trainer(config: Config, run: Path, world: World, known: Path | None) -> Trainer:
-    """Everything that a run needs, checked and built in memory; ``known`` holds a tokeniser trained before."""
+def build_trainer(
+    config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
+) -> Trainer:
+    """Everything that a run needs, checked and built in memory; ``known`` holds the tokeniser of a run that goes on."""
+    if not validation_shards(config.data):
+        say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'")
     tokenizer = prepare.get_tokenizer(config, known, world)
-    model = prepare.make_model(config, tokenizer.vocab_size if tokenizer else 1)
+    model = prepare.make_model(config, tokenizer.vocab_size if tokenizer else 1, resuming)
     compiled, line = want_compile(config.train, world)
     if line:
         say(line)
@@ -100,7 +145,7 @@ def build_trainer(config: Config, run: Path, world: World, known: Path | None) -
 def start(config: Config, run: Path, started: float) -> dict[str, Any]:
     """A new run."""
     world = join_world()
-    trainer = build_trainer(config, run, world, None)
+    trainer = build_trainer(config, run, world)
     if world.main:
         if config.overwrite:
             prepare.clear_run(run)
@@ -109,7 +154,7 @@ def start(config: Config, run: Path, started: float) -> dict[str, Any]:
     return finish(trainer, started, 0.0)
 
 
-def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool) -> dict[str, Any]:
+def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
     """Goes on with the run in the folder; a finished one gives its summary."""
     if not options.run:
         raise UsageError("--resume needs --run, the folder of the run")
@@ -118,13 +163,14 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     run = Path(options.run)
     config = prepare.resumed_values(run, given, parse)
     config.run, config.resume = str(run), False
+    if print_config:
+        return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
     summary = read_summary(run)
     if summary is not None and summary.get("step") == config.train.steps:
         say(f"the run in {run} is finished")
         return summary
     world = join_world()
-    tokenizer_home = run if (run / "tokenizer").is_dir() else None
-    trainer = build_trainer(config, run, world, tokenizer_home)
+    trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), resuming=True)
     found = prepare.find_resume(run, config, trainer.tokenizer, world)
     if found is not None:
         trainer.restore(found)
@@ -147,15 +193,13 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     if trainer.step < config.train.steps:
         return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
     if world.main:
-        from aimv2.api import load_model
-
-        model = load_model(checkpoints(run)[-1][1] / "model", decoder=True)
+        model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
         assert isinstance(model, AIMv2)
         result |= trainer.figures | measure(config, model, trainer.tokenizer, say)
         result |= {"parameters": count(model), "encoder_parameters": count(model.encoder)}
         result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
         result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
-        (run / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
     world.barrier()
     return world.broadcast(result)
 
@@ -212,11 +256,12 @@ def try_one_step(config: Config) -> dict[str, Any]:
     """Builds everything, reads one batch, runs one step (and one before it to warm up); writes nothing."""
     world = join_world()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(config, Path(scratch), world, None)
+        config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
+        trainer = build_trainer(config, Path(scratch), world)
         try:
             batch = next(trainer.stream)
             trainer.model.train()
-            trainer.train_step(batch)
+            trainer.train_step(batch)  # warms up
             trainer.check_finite()
             begin = time.perf_counter()
             trainer.train_step(batch)

@@ -24,7 +24,10 @@ LIMITS: list[tuple[str, float, float]] = [
     ("data.crop_scale", 1e-3, 1),
     ("data.flip", 0, 1),
     ("data.max_bad", 0, float("inf")),
-    ("optim.lr", 0, float("inf")),
+    ("optim.lr", 1e-12, 1e3),
+    ("optim.min_lr", 0, 1e3),
+    ("optim.start_lr", 0, 1e3),
+    ("optim.eps", 0, 1),
     ("optim.warmup", 0, float("inf")),
     ("optim.weight_decay", 0, float("inf")),
     ("optim.clip", 0, float("inf")),
@@ -32,6 +35,10 @@ LIMITS: list[tuple[str, float, float]] = [
     ("eval.every", 0, float("inf")),
     ("eval.samples", 1, float("inf")),
     ("eval.captions", 0, float("inf")),
+    ("eval.probe_samples", 0, float("inf")),
+    ("eval.probe_val_samples", 0, float("inf")),
+    ("data.max_pixels", 1, float("inf")),
+    ("seed", 0, 2**32 - 1),
     ("eval.probe_epochs", 1, float("inf")),
 ]
 
@@ -115,6 +122,15 @@ def check_ranges(config: Config) -> None:
         )
     if train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
+    if train.stop_at is not None and train.stop_at < 1:
+        raise UsageError(f"train.stop_at must be at least 1, got {train.stop_at}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UsageError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
+    low, high = config.data.crop_ratio
+    if not 0 < low <= high:
+        raise UsageError(f"data.crop_ratio must be two positive numbers in order, got {[low, high]}")
+    if not config.eval.prefixes:
+        raise UsageError("eval.prefixes must name at least one share of the patches, such as [0.5]")
     if not all(0 < share < 1 for share in config.eval.prefixes):
         raise UsageError(f"eval.prefixes must lie between 0 and 1, got {list(config.eval.prefixes)}")
     if isinstance(config.data.train, list):

@@ -30,7 +30,9 @@ from aimv2.data.images import ImageError, decode_image
 from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of
 from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import crop_resize, random_crop_box, to_pixels
-from aimv2.errors import UsageError
+from aimv2.errors import RankError, UsageError
+
+FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
 
 
 @dataclass
@@ -114,13 +116,17 @@ class PairEncoder(TaskEncoder):
         except ImageError as error:
             self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
             raise SkipSample() from None
+        except Exception as error:  # not the sample's fault: energon would try a hundred others
+            raise FatalSampleError(
+                f"{FATAL}{sample.get('__shard__', '')}/{key}: {type(error).__name__}: {error}"
+            ) from error
 
     def reject(self, name: str) -> None:
         """Notes a bad sample; past ``data.max_bad`` the worker gives up, naming them."""
         self.bad.append(name)
         self.fresh.append(name)
         if len(self.bad) > self.config.max_bad:
-            raise FatalSampleError(too_many_bad(self.bad, self.config.max_bad))
+            raise FatalSampleError(FATAL + too_many_bad(self.bad, self.config.max_bad))
 
     def see(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Crop, flip, caption and prefix of one visit."""
@@ -189,7 +195,13 @@ def training_sources(config: DataConfig) -> list[Source]:
 
 def training_shards(config: DataConfig) -> list[list[Path]]:
     """The tars of each source."""
-    return [find_shards(source.path, "train", option="data.train") for source in training_sources(config)]
+    found = [find_shards(source.path, "train", option="data.train") for source in training_sources(config)]
+    for source, shards in zip(training_sources(config), found):
+        if not shards:
+            raise UsageError(
+                f"data.train: {source.path} holds validation shards only (val-*, test-*); train-* are expected"
+            )
+    return found
 
 
 def validation_shards(config: DataConfig) -> list[Path]:
@@ -263,11 +275,12 @@ class TrainStream:
         try:
             parts = [next(self.batches) for _ in range(self.parts)]
         except FatalSampleError as error:
-            raise UsageError(str(error.__cause__ or error)) from None
+            line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback comes along
+            raise RankError(line.strip() or str(error)) from None
         batch = join_batches(parts, self.view.patches)
         self.bad += batch.bad
         if len(self.bad) > self.max_bad:
-            raise UsageError(too_many_bad(self.bad, self.max_bad))
+            raise RankError(too_many_bad(self.bad, self.max_bad))
         return batch
 
     def close(self) -> None:

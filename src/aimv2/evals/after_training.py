@@ -87,7 +87,7 @@ def probe_against_random(config: Config, model: AIMv2, view: View, say: Callable
     if not len(train[1]) or not len(test[1]):
         say("no probe: the training and validation shards hold no labels (.cls)")
         return {}
-    untrained = build(model.encoder.config, None, config.seed)
+    untrained = build(model.encoder.config, None, config.seed).to(model.encoder.mean.device)
     figures: dict[str, Any] = {}
     assert isinstance(untrained, VisionEncoder)
     for name, encoder in (("probe_top1", model.encoder), ("probe_top1_random", untrained)):

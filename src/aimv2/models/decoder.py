@@ -50,7 +50,7 @@ class TextHead(nn.Module):
             return self._loss(rows, targets)
         total = rows.new_zeros((), dtype=torch.float32)
         for part, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS)):
-            total = total + checkpoint(self._loss, part, target, use_reentrant=False)
+            total = total + checkpoint(self._loss, part, target, use_reentrant=False, preserve_rng_state=False)
         return total
 
     def _loss(self, rows: Tensor, targets: Tensor) -> Tensor:
@@ -64,19 +64,11 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
-        self.compiled = False  # set where the blocks are compiled
 
     def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:
         """Packed rows [B * I + R, D] -> rows ``keep`` [K] after the last norm, [K, D]."""
-        compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
-        if compiled:
-            # rows differ from batch to batch: one kernel for all of them, whatever came before
-            for rows in (x, packed.token_rows, keep):
-                torch._dynamo.mark_dynamic(rows, 0)
         for block in self.blocks[:-1]:
             x = block(x, packed=packed)
-            if compiled:
-                torch._dynamo.mark_dynamic(x, 0)
         return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
 
     def step(self, x: Tensor, caches: list[Cache] | None) -> Tensor:

@@ -137,9 +137,20 @@ def model_config(
 
 def check_config(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
     """Raises UsageError where the numbers do not fit each other."""
+    for part, names, shape in (
+        ("model.", ("patch_size", "width", "depth", "heads", "hidden"), encoder),
+        ("model.decoder_", ("width", "depth", "heads", "hidden", "vocab_size", "max_text"), decoder),
+    ):
+        for name in names:
+            if getattr(shape, name) < 1:
+                raise UsageError(f"{part}{name} must be at least 1, got {getattr(shape, name)}")
     if encoder.image_size is not None and encoder.image_size % encoder.patch_size:
         raise UsageError(
             f"model.image_size {encoder.image_size} is not a multiple of model.patch_size {encoder.patch_size}"
+        )
+    if encoder.image_size is not None and encoder.patches < 2:
+        raise UsageError(
+            f"model.image_size {encoder.image_size} holds fewer than 2 patches of model.patch_size {encoder.patch_size}"
         )
     for part, shape in (("model", encoder), ("model.decoder", decoder)):
         if shape.width % shape.heads or (shape.width // shape.heads) % 2:

@@ -77,7 +77,11 @@ def save_checkpoint(
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / "state").mkdir(parents=True)
-        world.barrier()
+    except OSError as error:
+        failure = _reason(error)
+    if any_failed(failure, world):
+        raise cannot_save(run, step, failure)
+    try:
         dcp.save({"model": weights, "optim": moments}, checkpoint_id=aside / "state")
         _write(aside / "state" / f"rank-{world.rank:05d}.pt", private)
         if world.main:
@@ -86,16 +90,10 @@ def save_checkpoint(
             _flush(aside)
     except Exception as error:  # DCP wraps what the disk said in errors of its own
         failure = _reason(error)
-    failed = world.max(torch.tensor(float(failure is not None), device=world.device))
-    if bool(failed):
+    if any_failed(failure, world):
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
-        last = checkpoints(run)
-        where = f"step {last[-1][0]} stays" if last else "there is none before it"
-        raise UsageError(
-            f"the checkpoint of step {step} could not be written to {run} ({failure or 'another rank failed'}); "
-            f"the last good checkpoint: {where}; make room and use --resume"
-        )
+        raise cannot_save(run, step, failure)
     if world.main:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -103,6 +101,21 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
     return final
+
+
+def any_failed(failure: str | None, world: World) -> bool:
+    """Whether any rank failed; all ranks ask together."""
+    return bool(world.max(torch.tensor(float(failure is not None), device=world.device)))
+
+
+def cannot_save(run: Path, step: int, failure: str | None) -> UsageError:
+    """The disk refused; what was there before is untouched."""
+    last = checkpoints(run)
+    where = f"step {last[-1][0]} stays" if last else "there is none before it"
+    return UsageError(
+        f"the checkpoint of step {step} could not be written to {run} ({failure or 'another rank failed'}); "
+        f"the last good checkpoint: {where}; make room and use --resume"
+    )
 
 
 def _write(path: Path, value: Any) -> None:

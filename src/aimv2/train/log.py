@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aimv2.config import LogConfig
-from aimv2.errors import UsageError
+from aimv2.train.files import write_aside
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -26,13 +27,13 @@ def cut_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    path.write_text("".join(kept))
+    write_aside(path, "".join(kept))
 
 
 class Log:
     """Figures of the main rank; other ranks get a log that does nothing."""
 
-    def __init__(self, run: Path, config: LogConfig, steps: int, start: int, active: bool, name: str = "") -> None:
+    def __init__(self, run: Path, config: LogConfig, steps: int, start: int, active: bool) -> None:
         self.active, self.steps = active, steps
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
@@ -41,7 +42,7 @@ class Log:
         cut_metrics(run / "metrics.jsonl", start)
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         self.writer = self._tensorboard(run, start) if config.tensorboard else None
-        self.wandb = self._wandb(run, config.wandb, name) if config.wandb else None
+        self.wandb = self._wandb(run, config.wandb) if config.wandb else None
         if self.console.is_terminal:
             columns = (BarColumn(20), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
             self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
@@ -54,12 +55,11 @@ class Log:
 
         return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
 
-    def _wandb(self, run: Path, project: str, name: str) -> Any:
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'") from None
-        return wandb.init(project=project, dir=str(run), name=name or run.name, id=run.name, resume="allow")
+    def _wandb(self, run: Path, project: str) -> Any:
+        import wandb
+
+        place = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]  # two runs may share a name, not a place
+        return wandb.init(project=project, dir=str(run), name=run.name, id=f"{run.name}-{place}", resume="allow")
 
     def say(self, line: str) -> None:
         """A line for the user, on standard error."""

@@ -47,9 +47,15 @@ class Trainer:
         compiled: bool = False,
     ) -> None:
         """``model`` has its weights already, equal on every rank. Writes nothing yet."""
+        part, accumulate = config.train.batch_size // world.size, config.train.accumulate
+        if part % accumulate:
+            raise UsageError(
+                f"train.batch_size {config.train.batch_size} gives {world.size} ranks {part} pairs each, which do not "
+                f"divide by train.accumulate {accumulate}; change one of them"
+            )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
         self.encoder, self.shape = model.encoder.config, model.decoder.config
-        self.flag = StopFlag()  # before any data worker starts
+        self.flag: StopFlag | None = None
         self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.shape.text)
         self.stream = TrainStream(
             config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
@@ -57,8 +63,11 @@ class Trainer:
         self.update = TrainStep(model, config, world, compiled)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.last: StepFigures | None = None
+        self.compiled = compiled
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
-        self.window = torch.zeros(5, dtype=torch.float64, device=world.device)
+        self.window = torch.zeros(4, dtype=torch.float64, device=world.device)  # text, pixel, norm, tokens
+        self.window_steps = 0
+        self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
         self.log: Log | None = None
 
@@ -78,7 +87,11 @@ class Trainer:
         train, every = self.config.train, self.config.eval.every
         log = self.log or self.open_log()
         last = min(train.steps, train.stop_at or train.steps)
+        self.flag = StopFlag()  # before any data worker starts
         self.model.train()
+        if self.compiled and self.step < last:
+            log.say("compiling the blocks")
+            self.update.warm_up(train.batch_size // self.world.size // train.accumulate, self.config.data.max_tokens)
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds
         saved = self.step if self.step else -1
@@ -94,7 +107,7 @@ class Trainer:
             if self.step == last or (train.save_every and self.step % train.save_every == 0):
                 self.save()
                 saved = self.step
-            self.leave_if_asked(saved)
+            self.leave_if_asked(saved, self.step == last)
         if saved != self.step:
             self.save()
 
@@ -102,32 +115,39 @@ class Trainer:
         """One optimizer step, and its part of the next line of metrics (kept on the device)."""
         self.last = figures = self.update(batch, self.step)
         self.step += 1
-        row = dict(zip(figures.names, figures.means)) | {"gradient": figures.norm}
-        tokens = dict(zip(figures.names, figures.counts)).get("text", figures.norm * 0)
-        pairs = figures.norm * 0 + len(batch) * self.world.size
-        self.window += torch.stack(
-            [row.get("text", pairs * 0), row.get("pixel", pairs * 0), row["gradient"], tokens, pairs]
-        )
+        self.window_steps += 1
+        nothing = torch.zeros_like(figures.norm)
+        means, counts = (dict(zip(figures.names, values)) for values in (figures.means, figures.counts))
+        row = [means.get("text", nothing), means.get("pixel", nothing), figures.norm, counts.get("text", nothing)]
+        self.window += torch.stack(row)
+        if self.first_broken is None:
+            self.first_broken = torch.zeros_like(figures.broken, dtype=torch.int64)
+        unseen = figures.broken & (self.first_broken == 0)
+        self.first_broken = torch.where(unseen, self.step, self.first_broken)
 
     def check_finite(self) -> None:
-        """Stops all ranks together where the last step met NaN or infinity; that step has not been applied."""
-        broken = self.last.broken.tolist() if self.last else []
-        if self.last and any(broken):
-            terms = ", ".join(name for name, bad in zip([*self.last.names, "gradient"], broken) if bad)
+        """Stops all ranks together where a step since the last look met NaN or infinity; it has not been applied."""
+        if self.last is None or self.first_broken is None:
+            return
+        broken = {name: at for name, at in zip([*self.last.names, "gradient"], self.first_broken.tolist()) if at}
+        if broken:
+            step = min(broken.values())
+            terms = ", ".join(name for name, at in broken.items() if at == step)
             raise UsageError(
-                f"step {self.step}: not finite: {terms}; the weights were left as they were before it; the last "
+                f"step {step}: not finite: {terms}; the weights were left as they were before it; the last "
                 "checkpoint is good; a lower optim.lr, more optim.warmup or a tighter optim.clip may help"
             )
 
     def report(self, log: Log) -> None:
         """One line of metrics: means over the steps since the last one."""
-        window, steps = self.window.tolist(), self.config.train.log_every
-        steps = self.step % steps or steps
+        window, steps = self.window.tolist(), self.window_steps
         now = time.perf_counter()
         seconds, done = now - self.mark, self.step - self.marked
         self.mark, self.marked = now, self.step
         self.window.zero_()
-        text, pixel, norm, tokens, pairs = (value / steps for value in window)
+        self.window_steps = 0
+        text, pixel, norm, tokens = (value / steps for value in window)
+        pairs = self.config.train.batch_size
         weights, names = self.update.objective.weights, self.last.names if self.last else []
         figures: dict[str, Any] = {"loss": weights["text"] * text + weights["pixel"] * pixel}
         figures |= {f"{n}_loss": value for n, value in (("text", text), ("pixel", pixel)) if n in names}
@@ -136,7 +156,7 @@ class Trainer:
         figures["pairs_per_s"] = pairs * done / seconds
         figures["tokens_per_s"] = (tokens + pairs * self.view.patches) * done / seconds
         if self.peak:
-            flops = step_flops(self.unwrapped(), int(pairs), self.view.patches, max(tokens, 1))
+            flops = step_flops(self.unwrapped(), pairs, self.view.patches, max(tokens, 1))
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
@@ -175,7 +195,7 @@ class Trainer:
         about = {
             "step": self.step,
             "seconds": self.seconds,
-            "window": self.window.tolist(),
+            "window": [*self.window.tolist(), self.window_steps],
             "figures": self.figures,
             "version": aimv2.__version__,
             "torch": torch.__version__,
@@ -199,11 +219,13 @@ class Trainer:
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
-    def leave_if_asked(self, saved: int) -> None:
-        """After a signal on any rank: all ranks save and leave together."""
-        if self.step % self.check_every:
-            return
-        code = int(self.world.max(torch.tensor(float(self.flag.code), device=self.world.device)))
+    def leave_if_asked(self, saved: int, now: bool) -> None:
+        """After a signal on any rank: all ranks save and leave together (``now``: look, whatever the step)."""
+        code = self.flag.code if self.flag else 0
+        if self.world.size > 1:
+            if self.step % self.check_every and not now:
+                return
+            code = int(self.world.max(torch.tensor(float(code), device=self.world.device)))
         if code:
             if saved != self.step:
                 self.save()
@@ -214,7 +236,8 @@ class Trainer:
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""
         self.stream.close()
-        self.flag.restore()
+        if self.flag is not None:
+            self.flag.restore()
         if self.log is not None:
             self.log.close()
 
@@ -225,7 +248,8 @@ class Trainer:
         self.stream.restore(private["data"])
         torch.set_rng_state(private["rng"])
         self.step, self.seconds, self.figures = about["step"], about["seconds"], about["figures"]
-        self.window.copy_(torch.tensor(about["window"], dtype=torch.float64))
+        *window, self.window_steps = about["window"]
+        self.window.copy_(torch.tensor(window, dtype=torch.float64))
 
 
 def shards_held(data: HeldOut, world: World) -> bool:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from aimv2.config import TrainConfig
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
+from aimv2.models.layers import Cache, Packed
 
 FP32_ERROR = 2e-6  # largest relative error of a 512-wide product that is still fp32; bf16 has 1e-3
 RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
@@ -69,8 +73,15 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # ranks wait for the first one while it measures the finished model
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, size, device)
+
+
+def leave_world() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def choose_products(device: torch.device) -> str:
@@ -122,10 +133,26 @@ def compile_blocks(model: AIMv2) -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
     for blocks, index in blocks_of(model):
-        blocks[index].compile()
+        block = getattr(blocks[index], "_checkpoint_wrapped_module", blocks[index])
+        # the forward, not the call: FSDP2's hooks stay outside, and what they return is marked again
+        block.forward = partial(run_compiled, torch.compile(block.forward))
     model.encoder.compiled = True
-    if model.decoder.config.text:
-        model.decoder.trunk.compiled = True
+
+
+def run_compiled(
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    mask: Any = None,
+    packed: Packed | None = None,
+    keep: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """A compiled block. Packed rows differ from batch to batch: marked dynamic, one kernel serves them all."""
+    if packed is not None and torch.is_grad_enabled():
+        for rows in (x, packed.token_rows, keep):
+            if rows is not None:
+                torch._dynamo.mark_dynamic(rows, 0)
+    return forward(x, mask=mask, packed=packed, keep=keep, cache=cache)
 
 
 def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -24,10 +24,12 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
 from aimv2.train.checkpoint import read_about, remove_unfinished
+from aimv2.train.files import write_aside
 from aimv2.train.parallel import World
 
 CONFIG = "config.yaml"
 PARTS = (CONFIG, "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "wandb", "tokenizer", "data")
+SCENES = "scenes"  # what the manifest of built-in data says
 TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on, at most
 
 # what may differ from the run's own configuration when it goes on
@@ -35,15 +37,6 @@ MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
-
-
-@dataclass
-class Prepared:
-    """What a trainer needs."""
-
-    model: AIMv2
-    tokenizer: Tokenizer | None
-    resume_from: Path | None
 
 
 # ---- where the data are ----
@@ -62,16 +55,19 @@ def locate_data(config: Config) -> None:
         source.path = os.path.abspath(os.path.expanduser(source.path)) if source.path else ""
     if data.val is not None:
         data.val = os.path.abspath(os.path.expanduser(data.val))
+    if os.path.exists(os.path.expanduser(data.tokenizer)) and data.tokenizer != "auto":
+        data.tokenizer = os.path.abspath(os.path.expanduser(data.tokenizer))  # else a hub name
+    if config.init is not None:
+        config.init = os.path.abspath(os.path.expanduser(config.init))
     if data.index_dir is not None:
         data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
 
 
 def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
     """The first samples of the first shard of each source."""
-    found = []
+    found: list[dict[str, bytes]] = []
     for shards in training_shards(config.data):
-        samples = islice((sample for _, sample in read_samples(shards[0])), count)
-        found += list(samples)
+        found += islice((sample for shard in shards for _, sample in read_samples(shard)), count)
     if not found:
         raise UsageError(f"data.train: an empty data set: no sample in {config.data.train}")
     return found
@@ -88,7 +84,7 @@ def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
 
 def _names(config: Config) -> str:
     train = config.data.train
-    return train if isinstance(train, str) else ", ".join(source.path for source in train or [])
+    return ", ".join(_paths(config)) if train else "data.train"
 
 
 # ---- defaults for one's own data ----
@@ -131,14 +127,21 @@ def training_captions(config: Config) -> Iterator[str]:
                 yield from (text for field in captions_of(sample).values() for text in field)
 
 
-def get_tokenizer(config: Config, run: Path | None, world: World) -> Tokenizer | None:
-    """The run's tokeniser: loaded, or trained on the training captions (rank 0, for all); None for images alone."""
+def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer | None:
+    """The run's tokeniser: loaded, or trained on the training captions (rank 0, for all); None for images alone.
+
+    Args:
+        config: of the run.
+        known: a folder with the tokeniser of the run that goes on; used where the configured one is not at hand.
+        world: the ranks.
+    """
     if config.objective.targets == "image":
         return None
-    if config.data.tokenizer != "auto":
-        return load_tokenizer(config.data.tokenizer)
-    if run is not None and (run / "tokenizer" / "tokenizer.json").exists():
-        return load_tokenizer(run / "tokenizer")
+    source = config.data.tokenizer
+    if source != "auto" and (known is None or Path(source).exists()):
+        return load_tokenizer(source)
+    if known is not None:
+        return load_tokenizer(known)
     trained = None
     if world.main:
         trained = train_tokenizer(islice(training_captions(config), TOKENIZER_CAPTIONS), config.data.vocab_size)
@@ -150,7 +153,9 @@ def shapes(config: Config, vocab_size: int) -> tuple[EncoderConfig, DecoderConfi
     given = {key: value for key, value in vars(config.model).items() if key != "name" and value is not None}
     decoder = {key.removeprefix("decoder_"): value for key, value in given.items() if key.startswith("decoder_")}
     encoder = {key: value for key, value in given.items() if not key.startswith("decoder_")}
-    decoder |= {"pixels": config.objective.targets != "text", "text": config.objective.targets != "image"}
+    objective = config.objective
+    scored = objective.targets == "image" or (objective.targets == "both" and objective.alpha > 0)
+    decoder |= {"pixels": scored, "text": objective.targets != "image"}  # no head that gets no gradient
     decoder |= {"vocab_size": vocab_size, "max_text": config.data.max_tokens}
     shape = model_config(config.model.name, decoder, **encoder)
     if shape[0].image_size is None:
@@ -158,12 +163,12 @@ def shapes(config: Config, vocab_size: int) -> tuple[EncoderConfig, DecoderConfi
     return shape
 
 
-def make_model(config: Config, vocab_size: int) -> AIMv2:
-    """The model with its first weights: random by ``seed``, or those of ``init``."""
+def make_model(config: Config, vocab_size: int, resuming: bool = False) -> AIMv2:
+    """The model with its first weights: random by ``seed``, or those of ``init`` (a checkpoint will replace them)."""
     encoder, decoder = shapes(config, vocab_size)
     model = build(encoder, decoder, config.seed)
     assert isinstance(model, AIMv2)
-    if config.init is not None:
+    if config.init is not None and not resuming:
         load_weights(model, find_model(config.init) / WEIGHTS)
     return model
 
@@ -185,15 +190,50 @@ def check_run_folder(config: Config) -> Path:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--run {run}: {parent} is not a writable folder")
-    if ((run / CONFIG).exists() or (run / "checkpoints").exists()) and not (config.resume or config.overwrite):
+    if holds_run(run) and not (config.resume or config.overwrite):
         raise UsageError(f"--run {run} holds a run; go on with --resume, or start anew with --overwrite")
     return run
 
 
+def holds_run(run: Path) -> bool:
+    """Whether a run lives in the folder."""
+    return (run / CONFIG).exists() or (run / "checkpoints").exists()
+
+
+def is_demo_data(folder: Path) -> bool:
+    """Whether a folder holds the demo's own scenes (and may be removed with its run)."""
+    try:
+        return json.loads((folder / "aimv2.json").read_text()).get("source") == SCENES
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_overwrite(config: Config, run: Path) -> None:
+    """Raises UsageError where clearing the run folder would take the data away."""
+    inside = [path for path in [*_paths(config), config.data.val, config.init] if path and _within(path, run)]
+    if config.overwrite and inside:
+        raise UsageError(
+            f"--overwrite would clear --run {run}, and {inside[0]} lies in it; move it, or choose another run"
+        )
+
+
+def _within(path: str, folder: Path) -> bool:
+    return Path(os.path.abspath(path.partition("@")[0])).is_relative_to(os.path.abspath(folder))
+
+
+def _paths(config: Config) -> list[str]:
+    train = config.data.train
+    return [train] if isinstance(train, str) else [source.path for source in train or []]
+
+
 def clear_run(run: Path) -> None:
     """Removes a run's own files from its folder, and nothing else."""
+    if not holds_run(run):
+        return
     for part in PARTS:
         path = run / part
+        if part == "data" and not is_demo_data(path):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -208,7 +248,7 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
             tokenizer.save(run / "tokenizer")
         stored = {key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite")}
         stored["train"]["stop_at"] = None  # of this start, not of the run
-        (run / CONFIG).write_text(yaml.safe_dump(stored, sort_keys=False))
+        write_aside(run / CONFIG, yaml.safe_dump(stored, sort_keys=False))
     except OSError as error:
         raise UsageError(f"--run {run} can't be written: {error.strerror}") from None
 
@@ -227,11 +267,9 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
     Raises:
         UsageError: no run there, or a given value that may not change and differs.
     """
-    from aimv2.load_config import read_recipe
-
     if not (run / CONFIG).is_file():
         raise UsageError(f"--resume: no run in {run} ({CONFIG} expected); leave --resume out to start one")
-    stored = read_recipe(run / CONFIG)
+    stored = stored_values(run)
     wanted = parse({**stored, **given})
     locate_data(wanted)
     own = parse(stored)
@@ -243,6 +281,19 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
                 "leave it out, or start another run"
             )
     return wanted
+
+
+def stored_values(run: Path) -> dict[str, Any]:
+    """The flat values of the run's config.yaml."""
+    from aimv2.load_config import read_recipe
+
+    return read_recipe(run / CONFIG)
+
+
+def known_tokenizer(run: Path) -> Path | None:
+    """A folder of the run that holds its tokeniser: the trained one, or the newest checkpoint's copy."""
+    homes = [run / "tokenizer", *(folder / "model" for _, folder in reversed(checkpoints(run)))]
+    return next((home for home in homes if (home / "tokenizer_config.json").exists()), None)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from aimv2.batch import Batch, split_batch
+from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
 from aimv2.models.aimv2 import AIMv2
 from aimv2.objectives.pretrain import PretrainObjective
@@ -45,7 +45,7 @@ class TrainStep:
     def __init__(self, model: AIMv2, config: Config, world: World, compiled: bool) -> None:
         self.config, self.world = config, world
         self.objective = PretrainObjective(config.objective)
-        self.patches = model.encoder.config.patches
+        self.patches, self.image_size = model.encoder.config.patches, model.encoder.config.image_size or 0
         choose_products(world.device)
         self.model: nn.Module = model.to(world.device)
         parallelize(model, config.train, world, compiled)
@@ -70,6 +70,24 @@ class TrainStep:
         step_unless(self.optimizer, broken.any().float(), rate)
         self.optimizer.zero_grad(set_to_none=True)
         return StepFigures(names, means, counts, norm, broken)
+
+    def warm_up(self, pairs: int, max_tokens: int) -> None:
+        """Compiles the kernels of every caption width before the first step, so that no step stalls later.
+
+        Args:
+            pairs: of a micro-batch on this rank.
+            max_tokens: of a caption.
+        """
+        size = self.image_size
+        for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
+            text = [[0] * min(width, max_tokens)] * pairs if self.objective.weights["text"] else [[]] * pairs
+            images = torch.zeros(pairs, 3, size, size, dtype=torch.uint8)
+            batch = make_batch(images, text, [max(self.patches // 2, 1)] * pairs, self.patches).to(self.world.device)
+            counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
+            self.backward(batch, counts)
+            self.optimizer.zero_grad(set_to_none=True)
+            if not self.objective.weights["text"]:
+                break
 
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""

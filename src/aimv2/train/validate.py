@@ -56,7 +56,7 @@ def read_held_out(
     rank: int = 0,
     world_size: int = 1,
 ) -> HeldOut:
-    """The first ``limit`` readable samples in shard order (0: all), every ``world_size``-th of them for ``rank``."""
+    """The first ``limit`` samples in shard order (0: all), every ``world_size``-th for ``rank``; unreadable ones left out."""
     images, captions, tokens, labels, keys = [], [], [], [], []
     seen = 0
     for key, sample in (pair for shard in shards for pair in read_samples(shard)):
@@ -65,13 +65,12 @@ def read_held_out(
         texts = [text for field in captions_of(sample).values() for text in field]
         if view.captions and not texts:
             continue
-        mine = seen % world_size == rank
-        try:
-            image = decode_image(image_bytes(sample)) if mine else None
-        except ImageError:
-            continue
         seen += 1
-        if image is None:
+        if (seen - 1) % world_size != rank:
+            continue
+        try:
+            image = decode_image(image_bytes(sample))
+        except ImageError:
             continue
         box = centre_crop_box(*image.size)
         images.append(to_pixels(crop_resize(image, box, (view.image_size, view.image_size))))

@@ -96,6 +96,7 @@ def test_no_run_folder(capsys, data):
 def test_empty_data(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refused(capsys, options(tmp_path / "empty", tmp_path / "run"), "data.train", "no .tar")
+    (tmp_path / "none").mkdir()
     write_shard(tmp_path / "none" / "train-000000.tar", [])
     refused(capsys, options(tmp_path / "none", tmp_path / "run"), "empty data set")
     assert not (tmp_path / "run").exists()
@@ -208,3 +209,55 @@ def test_model_that_is_none(tmp_path, capsys):
     refused(capsys, ["caption", tmp_path / "model", image], "config.json", "something")
     with pytest.raises(UsageError, match="no run in"):
         resume(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"optim.lr": 0}, ["optim.lr", "0"]),
+        ({"optim.betas": "[0.9, 1.5]"}, ["optim.betas", "1.5"]),
+        ({"model.heads": 0}, ["model.heads", "at least 1"]),
+        ({"model.decoder_depth": 0}, ["model.decoder_depth", "at least 1"]),
+        ({"model.image_size": 8}, ["model.image_size 8", "2 patches"]),
+        ({"eval.prefixes": "[]"}, ["eval.prefixes"]),
+        ({"train.stop_at": 0}, ["train.stop_at", "0"]),
+        ({"data.crop_ratio": "[0, 1]"}, ["data.crop_ratio"]),
+        ({"log.wandb": "project"}, ["log.wandb", "aimv2[wandb]"]),
+    ],
+)
+def test_numbers_out_of_range(data, tmp_path, capsys, more, named):
+    words = options(data, tmp_path / "run")
+    for key, value in more.items():
+        words += [f"--{key}", str(value)]
+    refused(capsys, words, *named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_leaves_what_is_not_its_own(tmp_path, capsys):
+    (tmp_path / "x" / "data").mkdir(parents=True)
+    (tmp_path / "x" / "data" / "holiday.jpg").write_bytes(picture())
+    refused(capsys, ["pretrain", "--run", tmp_path / "x"], "data", "in the way")
+    refused(capsys, ["pretrain", "--run", tmp_path / "y", "--model.image_size", "30"], "model.image_size 30")
+    assert tree(tmp_path) == ["x", "x/data", "x/data/holiday.jpg"]
+
+
+def test_overwrite_never_takes_the_data_away(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(scenes(tmp_path / "first"), run, train__steps=2)
+    inside = scenes(run / "shards")
+    refused(capsys, [*options(inside, run), "--overwrite"], "--overwrite", "shards")
+    assert (inside / "train-000000.tar").exists() and (run / "summary.json").exists()
+
+
+def test_only_validation_shards(tmp_path, capsys):
+    write_shard(tmp_path / "val-000000.tar", [("a", {"png": picture(), "txt": b"a word"})])
+    refused(capsys, options(tmp_path, tmp_path / "run"), "validation shards only")
+
+
+def test_resume_shows_its_configuration_without_training(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(data, run, train__stop_at=2)
+    assert main(["pretrain", "--run", str(run), "--resume", "--print-config", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["config"]["train.steps"] == 6 and shown["from"]["train.steps"].endswith("config.yaml")
+    assert len(exact(run)) == 2

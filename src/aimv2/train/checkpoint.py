@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -88,7 +89,7 @@ def save_checkpoint(
             write_model(aside / "model", full)  # type: ignore[arg-type]  # every value is a tensor
             (aside / "state" / "trainer.json").write_text(json.dumps(about))
             _flush(aside)
-    except Exception as error:  # DCP wraps what the disk said in errors of its own
+    except (Exception, CheckpointException) as error:  # DCP wraps what the disk said; its error is no Exception
         failure = _reason(error)
     if any_failed(failure, world):
         if world.main:

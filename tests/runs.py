@@ -96,5 +96,5 @@ def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.Comple
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*start, "-m", "aimv2", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
+        [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
     )

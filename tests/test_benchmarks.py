@@ -26,3 +26,26 @@ def test_data_benchmark_runs() -> None:
     assert result["ratio"] == pytest.approx(statistics.median(result["ratio_of_rounds"]), abs=1e-3)
     assert result["pixels_an_image"] == 500 * 375
     assert 30 < result["kilobytes_an_image"] < 200, "as heavy as photographs"
+
+
+@pytest.mark.long
+def test_step_benchmark_runs() -> None:
+    words = ["--rounds", "1", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "train_step.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # one object and nothing else
+    assert (result["rounds"], result["steps_a_round"]) == (1, 1)
+    assert result["allocator"] and isinstance(result["allocator"], str)
+    for precision in ("fp32", "bf16"):
+        figures = result[precision]
+        assert figures["images_per_s"] > 0 and figures["plain_images_per_s"] > 0
+        assert figures["ratio"] == pytest.approx(figures["images_per_s"] / figures["plain_images_per_s"])  # one round
+        assert figures["ratio_of_rounds"] == [pytest.approx(figures["ratio"], abs=1e-3)]
+        assert figures["memory_ratio"] == pytest.approx(figures["peak_memory_gb"] / figures["plain_peak_memory_gb"])
+        assert 0.05 < figures["plain_peak_memory_gb"] < 100, "1e9 bytes"

@@ -144,6 +144,7 @@ def test_images_alone_need_neither_captions_nor_a_tokenizer(tmp_path):
         file = io.BytesIO()
         Image.new("RGB", (32, 32), (6 * number, 255 - 6 * number, 90)).save(file, "PNG")
         samples.append((f"k{number}", {"png": file.getvalue()}))
+    (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data" / "train-000000.tar", samples)
     run = tmp_path / "run"
     nowhere = str(tmp_path / "no tokenizer")

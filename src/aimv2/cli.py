@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if words[:1] == ["--"]:  # torchrun -m aimv2 -- pretrain ...: without it torchrun takes --run for an option of its own
+    # torchrun -m aimv2 -- pretrain ...: without the dashes torchrun takes --run for an option of its own
+    if words[:1] == ["--"]:
         del words[0]
     try:
         code = dispatch(words)

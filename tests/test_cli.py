@@ -121,7 +121,8 @@ def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> Non
     assert "--json" in out and "--debug" in out
     for key, default in verb_options(name).items():
         own = r"(?:(?! --\w).)*?"  # up to the next option
-        said = re.search(rf" --{re.escape(key)}\b{own}\(type: {own}default: ([^\s)]+)", out)
+        shown = key if name == "pretrain" else key.replace("_", "-")
+        said = re.search(rf" --{re.escape(shown)}\b{own}\(type: {own}default: ([^\s)]+)", out)
         assert said, f"{name}: --{key} has no type and default in its help"
         if isinstance(default, int | float) and not isinstance(default, bool):
             assert float(said[1]) == default

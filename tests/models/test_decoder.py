@@ -189,7 +189,7 @@ def test_padding_tokens_and_rows_influence_nothing() -> None:
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5 * right.detach().abs().max().item())
 
 
-@pytest.mark.parametrize(("limit", "width"), [(77, 80), (20, 32), (16, 16)])
+@pytest.mark.parametrize(("limit", "width"), [(77, 96), (20, 32), (32, 32)])
 def test_the_longest_caption_fits_its_bucket(limit: int, width: int) -> None:
     """T is rounded up past the last text position; the longest caption still reads all positions there are."""
     model = tiny(decoder_max_text=limit)

@@ -181,6 +181,8 @@ class EvalConfig:
         captions: held-out images to caption at the end
         probe: attentive probe on labels (.cls) at the end, against the same probe on the untrained encoder
         probe_epochs: of that probe
+        probe_lr: its peak learning rate
+        probe_heads: of its attention; null: one for 64 values of the encoder's width
         probe_samples: labelled training images that the probe uses; 0: all
         probe_val_samples: labelled validation images that the probe is tested on; 0: all
     """
@@ -191,6 +193,8 @@ class EvalConfig:
     captions: int = 8
     probe: bool = False
     probe_epochs: int = 10
+    probe_lr: float = 1e-3
+    probe_heads: int | None = None
     probe_samples: int = 0
     probe_val_samples: int = 0
 

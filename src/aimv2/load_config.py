@@ -39,6 +39,7 @@ LIMITS: list[tuple[str, float, float]] = [
     ("eval.probe_val_samples", 0, float("inf")),
     ("data.max_pixels", 1, float("inf")),
     ("seed", 0, 2**32 - 1),
+    ("eval.probe_lr", 1e-12, 1e3),
     ("eval.probe_epochs", 1, float("inf")),
 ]
 

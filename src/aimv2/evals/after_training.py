@@ -14,6 +14,7 @@ from aimv2.config import Config
 from aimv2.data.shards import captions_of, find_shards, read_samples
 from aimv2.data.stream import View, training_shards, validation_shards
 from aimv2.data.text import Tokenizer
+from aimv2.errors import UsageError
 from aimv2.evals.ngram import bigram_loss, unigram_loss
 from aimv2.evals.probe import attentive_probe
 from aimv2.models.aimv2 import AIMv2
@@ -87,16 +88,22 @@ def probe_against_random(config: Config, model: AIMv2, view: View, say: Callable
     if not len(train[1]) or not len(test[1]):
         say("no probe: the training and validation shards hold no labels (.cls)")
         return {}
+    heads, width = config.eval.probe_heads, model.encoder.config.width
+    if heads is not None and width % heads:
+        raise UsageError(f"eval.probe_heads {heads} does not divide the encoder's width {width}")
     untrained = build(model.encoder.config, None, config.seed).to(model.encoder.mean.device)
     figures: dict[str, Any] = {}
     assert isinstance(untrained, VisionEncoder)
     for name, encoder in (("probe_top1", model.encoder), ("probe_top1_random", untrained)):
         say(f"{name}: attentive probe, {len(train[1])} training and {len(test[1])} test images")
+        probe = config.eval
         figures[name] = attentive_probe(
             encoder,
             train,
             test,
-            config.eval.probe_epochs,
+            probe.probe_epochs,
+            probe.probe_lr,
+            probe.probe_heads,
             flip=config.data.flip > 0,
             seed=config.seed,
         )

@@ -35,6 +35,7 @@ def attentive_probe(
     test: tuple[Tensor, Tensor],
     epochs: int = 10,
     lr: float = 1e-3,
+    heads: int | None = None,
     weight_decay: float = 0.05,
     size: int = 256,
     flip: bool = False,
@@ -48,6 +49,7 @@ def attentive_probe(
         train, test: (uint8 [N, 3, H, W], int64 labels [N]).
         epochs: over the training images.
         lr: peak of a cosine with half an epoch of warm-up; AdamW, betas 0.9 and 0.999, clip 3.0.
+        heads: of the probe's attention; None: width / 64.
         weight_decay: of AdamW.
         size: batch.
         flip: train on the mirrored images too (features cached for both).
@@ -63,7 +65,7 @@ def attentive_probe(
     classes = int(max(labels.max(), test[1].max())) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = AttentiveProbe(views[0].shape[-1], classes).to(device)
+        head = AttentiveProbe(views[0].shape[-1], classes, heads).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     order = torch.Generator().manual_seed(seed)
     batches = -(-len(labels) // size)

@@ -104,6 +104,8 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
     if tokenizer is not None:
         counter = load_tokenizer(tokenizer, option="--tokenizer")
     else:
+        if not any(mark in source for mark in "*?[{") and not Path(source).expanduser().exists():
+            raise UsageError(f"DIR: {source!r} does not exist; a folder, glob, brace pattern or one tar is expected")
         captions = list(islice(read_captions(source), 50_000))
         if not captions:
             return check_data(source, min_side=min_side)

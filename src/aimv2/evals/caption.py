@@ -75,4 +75,8 @@ def caption_files(
         if len(waiting) >= batch_size:
             write()
     write()
+    if not captions:
+        raise UsageError(
+            f"IMAGES: none of {len(rejected)} could be read; {rejected[0]['image']}: {rejected[0]['reason']}"
+        )
     return {"captions": captions, "rejected": rejected}

@@ -20,7 +20,7 @@ from aimv2.cli import VERBS, main, read_options
 from aimv2.config import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.load_config import read_recipe
-from runs import TINY, options, scenes, train
+from runs import TINY, call, options, scenes, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-small.yaml"
 
@@ -379,3 +379,14 @@ def test_a_run_is_not_overwritten_unasked(shell: Shell, data: Path, run: Path) -
     assert "train.steps is 1 there, got 9" in shell.refuses("pretrain", "--run", run, "--resume", "--train.steps", 9)
     assert tree(run) == before
     assert shell.json("pretrain", "--run", run, "--resume")["step"] == 1
+
+
+def test_a_rank_of_several_says_everything_before_it_ends():
+    for words, code, out, err in (
+        (["--version"], 0, f"{aimv2.__version__}\n", ""),
+        (["nonsense"], 2, "", "error: "),
+    ):
+        ended = call(*words, env={"WORLD_SIZE": "2", "RANK": "0"})
+        assert ended.returncode == code
+        assert ended.stdout == out
+        assert ended.stderr.startswith(err)

@@ -88,6 +88,20 @@ def main(argv: list[str] | None = None) -> int:
         return error.code  # type: ignore[attr-defined]
 
 
+def run() -> None:
+    """The command: :func:`main`, and the process ends with its code.
+
+    One rank of several ends at once: gloo's threads may still hold tensors of the last collective, and one that lets go of
+    them while the interpreter is taken down aborts a process whose work is done.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def complain(line: str, everywhere: bool = False) -> None:
     """A line on standard error; under torchrun from rank 0 alone, unless the rank alone knows of it."""
     if everywhere or os.environ.get("RANK", "0") == "0":

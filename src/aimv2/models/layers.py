@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.models.masks import cached_mask, prefix_mask
+from aimv2.models.masks import cached_mask, causal_mask, prefix_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NORM_EPS = 1e-5  # RMSNorm, everywhere
+PRODUCT_LENGTH = {False: 256, True: 1024}  # positions; True: bf16. Beyond, SDPA is faster or the scores too large
 
 
 class Packed(NamedTuple):
@@ -52,8 +53,24 @@ class Cache:
             self.key, self.value = self.key[rows], self.value[rows]
 
 
+def product_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention as two products around a masked softmax; faster than SDPA on a CPU where sequences are short.
+
+    Args:
+        q, k, v: [B, H, N, d].
+        allowed: bool, broadcast to [B, H, N, N], or None for all.
+
+    Returns:
+        [B, H, N, d].
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None) -> Tensor:
-    """Causal or prefix attention as two products around a masked softmax, for torch.compile on a CPU.
+    """:func:`product_attention`, causal or with a prefix, for torch.compile on a CPU.
 
     The mask is a comparison of positions fused into the softmax: no [B, N, N] mask is ever stored.
 
@@ -64,13 +81,15 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None)
     Returns:
         [B, H, N, d].
     """
-    position = torch.arange(q.shape[2], device=q.device)
-    allowed = position[None, :] <= position[:, None]  # [N, N]
-    if prefix_len is not None:
-        allowed = allowed | (position < prefix_len[:, None, None, None])  # [B, 1, N, N]
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    weights = scores.float().masked_fill(~allowed, float("-inf")).softmax(-1)
-    return weights.to(v.dtype) @ v
+    length = q.shape[2]
+    if prefix_len is None:
+        return product_attention(q, k, v, causal_mask(length, q.device))
+    return product_attention(q, k, v, prefix_mask(prefix_len, length)[:, None])
+
+
+def prefers_products(q: Tensor) -> bool:
+    """Whether two products beat SDPA: on a CPU up to PRODUCT_LENGTH positions (its kernel's backward pass is slow)."""
+    return q.device.type == "cpu" and q.shape[2] <= PRODUCT_LENGTH[q.dtype == torch.bfloat16]
 
 
 class Attention(nn.Module):
@@ -99,10 +118,11 @@ class Attention(nn.Module):
             [B, N, D].
         """
         q, k, v = self.split(qkv)
+        compiling, products = torch.compiler.is_compiling() and q.device.type == "cpu", prefers_products(q)
         if mask is None:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = product_attention(q, k, v, None) if products else F.scaled_dot_product_attention(q, k, v)
         elif isinstance(mask, str):
-            if torch.compiler.is_compiling() and q.device.type == "cpu":
+            if compiling or products:
                 out = inline_attention(q, k, v, None)
             else:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -111,7 +131,8 @@ class Attention(nn.Module):
 
             out = flex_attention(q, k, v, block_mask=mask)
         elif mask.dtype == torch.bool:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            plain = product_attention if products else F.scaled_dot_product_attention
+            out = plain(q, k, v, mask)
         else:
             out = inline_attention(q, k, v, mask)
         return out.transpose(1, 2).flatten(2)

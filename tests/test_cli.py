@@ -234,7 +234,7 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
         (["pretrain", "--train", "3", "--run", "r"], "'train' on the command line is a section"),
         (["data", "shapes"], "out"),
         (["data", "shapes", "x", "--count", "many"], "count"),
-        (["caption", "no-such-model", "x.png"], "MODEL no-such-model: no such folder"),
+        (["caption", "no-such-model", "x.png"], "MODEL no-such-model: no such file, folder, run or released name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

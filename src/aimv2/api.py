@@ -180,28 +180,31 @@ def load_model(
     device: Any = None,
     dtype: Any = None,
 ) -> Any:
-    """A saved model, ready to use.
+    """Any AIMV2, ready to use.
 
     Args:
-        source: a model folder, RUN (its newest checkpoint) or RUN@STEP.
+        source: a released name (``aimv2-large-patch14-224``), hub id, folder, ``.safetensors`` file, RUN (its newest
+            checkpoint) or RUN@STEP; in the released, transformers, timm or our layout, found from the keys.
         decoder: the whole AIMv2, with its tokeniser, instead of the encoder.
-        revision: of a hub id; local folders have none.
+        revision: of a hub id; released names have pinned ones.
         device: where the weights go, a torch.device or its name.
         dtype: torch.dtype of the weights; as stored by default.
 
     Returns:
-        VisionEncoder, or AIMv2 where ``decoder`` is true, in evaluation mode.
+        VisionEncoder; LiT for an image-text pair; AIMv2 where ``decoder`` is true; in evaluation mode.
 
     Raises:
         UsageError: nothing to load, or weights that do not fit.
     """
+    from aimv2.data.clip_text import find_clip_tokenizer
     from aimv2.data.text import load_tokenizer
-    from aimv2.interop import model_folder
+    from aimv2.interop import load
+    from aimv2.models.lit import LiT
 
-    if revision is not None:
-        raise UsageError(f"revision {revision}: {source} is a local folder, which has no revisions")
-    model = model_folder.load_model(source, decoder, device, dtype)
-    folder = model_folder.find_model(source)
-    if decoder and (folder / "tokenizer_config.json").exists():
-        model.tokenizer = load_tokenizer(folder, option="MODEL")  # type: ignore[assignment]
+    at = load.locate(source, revision)
+    model = load.load_model(at, decoder, device=device, dtype=dtype)
+    if decoder and (at.folder / "tokenizer_config.json").exists():
+        model.tokenizer = load_tokenizer(at.folder, option="MODEL")  # type: ignore[assignment]
+    if isinstance(model, LiT):
+        model.tokenizer = find_clip_tokenizer(at.folder, model.config.text)
     return model

@@ -21,7 +21,8 @@ from aimv2.config import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream import validation_shards
 from aimv2.errors import UsageError
 from aimv2.evals.after_training import measure
-from aimv2.interop.model_folder import WEIGHTS, checkpoints, load_model
+from aimv2.interop.load import load_model
+from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.train import prepare

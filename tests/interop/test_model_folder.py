@@ -13,7 +13,8 @@ from torch import nn
 
 from aimv2 import load_model as load_by_name
 from aimv2.errors import UsageError
-from aimv2.interop.model_folder import _read_config, checkpoints, find_model, load_model, save_model, write_model
+from aimv2.interop.load import load_model
+from aimv2.interop.model_folder import _read_config, checkpoints, find_model, save_model, write_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
@@ -90,7 +91,7 @@ def test_every_config_survives_json(tmp_path: Path, name: str) -> None:
     with torch.device("meta"):
         model = AIMv2(encoder, decoder)
     write_model(tmp_path, model.config_dict(), {})
-    assert _read_config(tmp_path) == (encoder, decoder)
+    assert _read_config(tmp_path) == (None, encoder, decoder)
 
 
 def run_folder(folder: Path, steps: list[int]) -> Path:
@@ -197,7 +198,7 @@ def test_a_planted_pickle_is_refused_and_never_run(tmp_path: Path, name: str, fo
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'aimv2-large-patch14-224'"):
         load_model("aimv2-larg-patch14-224")
-    with pytest.raises(UsageError, match=r"MODEL .*nothing.*model folder, RUN or RUN@STEP"):
+    with pytest.raises(UsageError, match=r"MODEL .*nothing.*no such file, folder, run or released name"):
         load_model(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"config.json and model.safetensors"):
         load_model(tmp_path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError
+from aimv2.interop.hub import unreachable
 
 MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
@@ -93,6 +94,10 @@ class Tokenizer:
         if self._is_fast and self._suffix:
             text = text.replace(self._suffix, " ")
         return " ".join(text.split())
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+        return self._backend.get_vocab().get(token)
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``: for `load_tokenizer` and AutoTokenizer."""
@@ -194,7 +199,7 @@ def _from_hub(name: str, option: str) -> Tokenizer:
 
     found = try_to_load_from_cache(name, "tokenizer.json")
     if not isinstance(found, str):
-        why = _unreachable()
+        why = unreachable()
         if why:
             try:
                 return _from_transformers(name, name, option, offline=True)
@@ -208,17 +213,6 @@ def _from_hub(name: str, option: str) -> Tokenizer:
         except Exception as error:
             raise _refuse(name, option, _first_line(error)) from error
     return _from_file(Path(found), Path(found).with_name("tokenizer_config.json"), name, option)
-
-
-def _unreachable() -> str:
-    """Why the hub cannot be reached, "" where it can: its own client retries for most of a minute."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        return _first_line(error)
-    return ""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> Tokenizer:

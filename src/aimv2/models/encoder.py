@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.models.layers import NORM_EPS, Block, prefix_attention_mask
+from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask
+from aimv2.models.pool import AttentionPool
 from aimv2.models.positions import patchify, sincos_positions
 from aimv2.models.sizes import EncoderConfig
 
@@ -53,6 +55,7 @@ class VisionEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.head = AttentionPool(config.width, config.pool_heads) if config.pool_heads else None
         self.compiled = False  # set where the blocks are compiled: picks the mask's form
         self.mean: Tensor
         self.std: Tensor
@@ -92,32 +95,116 @@ class VisionEncoder(nn.Module):
                 f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
             )
 
-    def forward(self, images: Tensor, prefix_len: Tensor | None = None, layers: Sequence[int] | None = None) -> Any:
+    def forward(
+        self, images: Tensor | Sequence[Tensor], prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
+    ) -> Any:
         """Encodes images.
 
         Args:
-            images: uint8 or normalised float [B, 3, H, W].
+            images: uint8 or normalised float [B, 3, H, W]; or, without a prefix, a list of [3, H, W] of different sizes
+                (packed without padding, equal to one at a time; native models).
             prefix_len: int64 [B], each in 1..I-1: causal attention behind a prefix that all see (training).
                 None: bidirectional.
             layers: indices of blocks whose outputs are wanted too (before the last norm; negative counts from the end).
 
         Returns:
-            [B, I, D] after the last norm; with ``layers`` a pair of that and a list of [B, I, D].
+            [B, I, D] after the last norm, or for a list a list of [I, D]; with ``layers`` a pair of that and a list of
+            the same for each layer.
         """
-        self.check_images(images)
-        x = self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
-        mask = None
-        if prefix_len is not None:
-            compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
-            mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)
         depth = len(self.blocks)
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
         wanted = [layer % depth for layer in layers or ()]
+        if not isinstance(images, Tensor):
+            return self._forward_list(images, wanted, layers is None)
+        x = self._embed(images)
+        mask = None
+        if prefix_len is not None:
+            compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
+            mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)
+        x, kept = self._trunk(x, mask, wanted)
+        return x if layers is None else (x, kept)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, I, D], with positions."""
+        self.check_images(images)
+        return self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
+
+    def _trunk(self, x: Tensor, mask: Any, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x, mask)
             if index in wanted:
                 kept[index] = x
-        x = self.norm(x)
-        return x if layers is None else (x, [kept[index] for index in wanted])
+        return self.norm(x), [kept[index] for index in wanted]
+
+    def _forward_list(self, images: Sequence[Tensor], wanted: Sequence[int], plain: bool) -> Any:
+        """Images [3, H, W] of any sizes, packed in one row; see :meth:`forward`."""
+        if not len(images):
+            raise ValueError("images: at least one is expected, got an empty list")
+        rows = [self._embed(image[None])[0] for image in images]
+        lengths = tuple(len(row) for row in rows)
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=rows[0].device)
+        x, kept = self._trunk(torch.cat(rows)[None], Documents(lengths, starts), wanted)
+        out, *inner = (list(part[0].split(lengths)) for part in (x, *kept))
+        return out if plain else (out, inner)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D] through the pooling head.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self.head is None:
+            raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
+        return self.head(self(images))
+
+    def encode(
+        self,
+        images: Tensor | Sequence[Tensor],
+        layers: Sequence[int] | None = None,
+        pool: str | None = None,
+        as_map: bool = False,
+    ) -> Any:
+        """Features in the form that is wanted.
+
+        Args:
+            images: uint8 or normalised float [B, 3, H, W], or a list of [3, H, W] (native models: of any sizes).
+            layers: blocks whose outputs are wanted, each through the last norm; None: the last one's.
+            pool: None for all patches, ``mean`` of the patches, or ``head`` (models with a pooling head).
+            as_map: [B, D, h, w] instead of [B, I, D]; without ``pool``.
+
+        Returns:
+            [B, I, D], [B, D] or [B, D, h, w], or for a list a list of one each (without the B); with ``layers`` a list
+            of that.
+
+        Raises:
+            ValueError: an unknown pool, a pool and a map at once, no pooling head, images that the model can't see.
+        """
+        if pool not in (None, "mean", "head"):
+            raise ValueError(f"pool: None, 'mean' or 'head' expected, got {pool!r}")
+        if as_map and pool:
+            raise ValueError(f"as_map gives all patches; pool='{pool}' gives none of them: choose one")
+        if pool == "head" and self.head is None:
+            raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
+        if layers is None:
+            found = [self(images)]
+        else:
+            hidden = self(images, layers=layers)[1]
+            found = [[self.norm(x) for x in one] if isinstance(one, list) else self.norm(one) for one in hidden]
+        if isinstance(images, Tensor):
+            out: list[Any] = [self._form(one, images, pool, as_map) for one in found]
+        else:
+            out = [[self._form(x[None], image, pool, as_map)[0] for x, image in zip(one, images)] for one in found]
+        return out[0] if layers is None else out
+
+    def _form(self, features: Tensor, images: Tensor, pool: str | None, as_map: bool) -> Tensor:
+        if pool == "mean":
+            return features.mean(dim=1)
+        if pool == "head":
+            assert self.head is not None
+            return self.head(features)
+        if as_map:
+            patch = self.config.patch_size
+            return features.transpose(1, 2).unflatten(2, (images.shape[-2] // patch, images.shape[-1] // patch))
+        return features

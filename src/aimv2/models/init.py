@@ -9,6 +9,8 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.decoder import MultimodalDecoder, TextHead
 from aimv2.models.encoder import PatchEmbed, VisionEncoder
 from aimv2.models.layers import Block
+from aimv2.models.lit import LiT, TextEncoder
+from aimv2.models.pool import AttentionPool
 
 
 def _xavier(weight: torch.Tensor, parts: int, generator: torch.Generator | None) -> None:
@@ -40,6 +42,13 @@ def _patch_embed(embed: PatchEmbed, generator: torch.Generator | None) -> None:
         nn.init.normal_(embed.position, std=0.02, generator=generator)
 
 
+def _pool(head: AttentionPool, generator: torch.Generator | None) -> None:
+    nn.init.normal_(head.query, std=0.02, generator=generator)
+    for linear in (head.key, head.value, head.proj):
+        _xavier(linear.weight, 1, generator)
+    nn.init.zeros_(head.proj.bias)
+
+
 def _decoder(decoder: MultimodalDecoder, generator: torch.Generator | None) -> None:
     bound = 1 / math.sqrt(decoder.project.in_features)
     nn.init.uniform_(decoder.project.weight, -bound, bound, generator=generator)
@@ -56,10 +65,10 @@ def _decoder(decoder: MultimodalDecoder, generator: torch.Generator | None) -> N
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int | None = None) -> None:
-    """Fills every parameter and buffer of an encoder or an AIMv2, whatever it held.
+    """Fills every parameter and buffer of an encoder, an AIMv2 or a LiT pair, whatever it held.
 
     Args:
-        model: VisionEncoder or AIMv2, on any real device.
+        model: VisionEncoder, AIMv2 or LiT, on any real device.
         seed: of a generator of its own; None draws from torch's global one.
     """
     device = next(model.parameters()).device
@@ -75,6 +84,15 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             _decoder(module, generator)
         elif isinstance(module, VisionEncoder):
             module.fill_constants()
+        elif isinstance(module, AttentionPool):
+            _pool(module, generator)
+        elif isinstance(module, TextEncoder):
+            nn.init.normal_(module.embed.weight, std=0.02, generator=generator)
+            nn.init.normal_(module.position, std=0.01, generator=generator)
+        elif isinstance(module, LiT):
+            _xavier(module.image_projection.weight, 1, generator)
+            _xavier(module.text_projection.weight, 1, generator)
+            nn.init.constant_(module.log_scale, -math.log(module.config.temperature))
         else:
             assert (
                 isinstance(module, AIMv2 | TextHead)

@@ -33,6 +33,16 @@ class Packed(NamedTuple):
     text: int  # T
 
 
+class Documents(NamedTuple):
+    """Images of different sizes in one row without padding: each attends to itself alone.
+
+    ``lengths`` are their numbers of patches; ``starts`` is int32 [images + 1] on the device, the running sum from 0.
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+
+
 class Cache:
     """Keys and values already computed, for one block: [B, H, cached, d] each."""
 
@@ -112,12 +122,15 @@ class Attention(nn.Module):
 
         Args:
             qkv: [B, N, 3 * D].
-            mask: None = all see all; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; or a flex BlockMask.
+            mask: None = all see all; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask; or
+                Documents (B = 1).
 
         Returns:
             [B, N, D].
         """
         q, k, v = self.split(qkv)
+        if isinstance(mask, Documents):
+            return self.attend_documents(q, k, v, mask)
         compiling, products = torch.compiler.is_compiling() and q.device.type == "cpu", prefers_products(q)
         if mask is None:
             out = product_attention(q, k, v, None) if products else F.scaled_dot_product_attention(q, k, v)
@@ -136,6 +149,25 @@ class Attention(nn.Module):
         else:
             out = inline_attention(q, k, v, mask)
         return out.transpose(1, 2).flatten(2)
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: Documents) -> Tensor:
+        """Bidirectional attention within each document: [1, H, N, d] each -> [1, N, D].
+
+        On CUDA in half precision one variable-length kernel, elsewhere one call a document.
+        """
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_available():
+            from torch.nn.attention.varlen import varlen_attn
+
+            longest = max(rows.lengths)
+            q, k, v = (part[0].transpose(0, 1).contiguous() for part in (q, k, v))  # [N, H, d]
+            out: Any = varlen_attn(q, k, v, rows.starts, rows.starts, longest, longest)
+            return out.flatten(1)[None]
+        parts = []
+        for q1, k1, v1 in zip(*(part.split(rows.lengths, dim=2) for part in (q, k, v))):
+            products = prefers_products(q1)
+            plain = product_attention(q1, k1, v1, None) if products else F.scaled_dot_product_attention(q1, k1, v1)
+            parts.append(plain.transpose(1, 2).flatten(2))
+        return torch.cat(parts, dim=1)
 
     def attend_packed(self, qkv: Tensor, rows: Packed) -> Tensor:
         """Causal attention over [image ; caption] for packed rows: [B * I + R, 3 * D] -> [B * I + R, D]."""
@@ -216,6 +248,13 @@ class Block(nn.Module):
             x, attended = x.index_select(0, keep), attended.index_select(0, keep)
         x = x + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
+
+
+def varlen_available() -> bool:
+    """True where torch has variable-length attention."""
+    import importlib.util
+
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def flex_available() -> bool:

@@ -27,6 +27,7 @@ class EncoderConfig:
     std: tuple[float, float, float] = IMAGENET_STD
     min_patches: int = NATIVE_PATCHES[0]  # native only
     max_patches: int = NATIVE_PATCHES[1]
+    pool_heads: int = 0  # heads of a pooling head behind the encoder (released LiT); 0: none
 
     @property
     def patches(self) -> int:

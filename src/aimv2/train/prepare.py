@@ -19,7 +19,8 @@ from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import image_bytes, training_shards
 from aimv2.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
-from aimv2.interop.model_folder import WEIGHTS, checkpoints, find_model, load_weights
+from aimv2.interop.load import fill_whole
+from aimv2.interop.model_folder import checkpoints
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
@@ -169,7 +170,7 @@ def make_model(config: Config, vocab_size: int, resuming: bool = False) -> AIMv2
     model = build(encoder, decoder, config.seed)
     assert isinstance(model, AIMv2)
     if config.init is not None and not resuming:
-        load_weights(model, find_model(config.init) / WEIGHTS)
+        fill_whole(model, config.init)
     return model
 
 

@@ -1,0 +1,282 @@
+"""Weight layouts in the wild, as tables: which of their tensors one of ours is made of.
+
+A rule says that our tensor is theirs joined along the first dimension (query, key, value; gate, up), reshaped where the
+numbers of dimensions differ. It reads both ways, so import and export are one table, and nothing is ever computed:
+round trips are lossless.
+
+Layouts: ``released`` (the hub files of the authors), ``transformers``, ``timm``, ``trainer`` (checkpoints of the released
+training code), ``ours``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aimv2.errors import UsageError
+from aimv2.models.lit import TextConfig
+from aimv2.models.sizes import DecoderConfig, EncoderConfig
+
+EMBED = ("proj.weight", "proj.bias", "norm.weight", "position")
+BLOCK = ("norm1.weight", "attn.qkv.weight", "attn.proj.weight", "norm2.weight", "mlp.gate_up.weight", "mlp.down.weight")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Names of a trunk's tensors in one layout; ``{i}`` is the block.
+
+    Attributes:
+        block: theirs for each of BLOCK, with spaces between parts.
+        norm: the norm behind the last block.
+    """
+
+    block: tuple[str, ...]
+    norm: str
+
+
+_RELEASED = Trunk(
+    (
+        "trunk.blocks.{i}.norm_1.weight",
+        "trunk.blocks.{i}.attn.qkv.weight",
+        "trunk.blocks.{i}.attn.proj.weight",
+        "trunk.blocks.{i}.norm_2.weight",
+        "trunk.blocks.{i}.mlp.fc1.weight trunk.blocks.{i}.mlp.fc3.weight",
+        "trunk.blocks.{i}.mlp.fc2.weight",
+    ),
+    "trunk.post_trunk_norm.weight",
+)
+_TRAINER = Trunk(
+    (
+        _RELEASED.block[0],
+        " ".join(f"trunk.blocks.{{i}}.attn.{part}_proj.weight" for part in "qkv"),
+        *_RELEASED.block[2:],
+    ),
+    _RELEASED.norm,
+)
+_TRANSFORMERS = Trunk(
+    (
+        "encoder.layers.{i}.rms_norm1.weight",
+        " ".join(f"encoder.layers.{{i}}.attention.{part}_proj.weight" for part in "qkv"),
+        "encoder.layers.{i}.attention.out_proj.weight",
+        "encoder.layers.{i}.rms_norm2.weight",
+        "encoder.layers.{i}.ffn.gate_proj.weight encoder.layers.{i}.ffn.up_proj.weight",
+        "encoder.layers.{i}.ffn.down_proj.weight",
+    ),
+    "rms_norm.weight",
+)
+_TIMM = Trunk(
+    (
+        "blocks.{i}.norm1.weight",
+        "blocks.{i}.attn.qkv.weight",
+        "blocks.{i}.attn.proj.weight",
+        "blocks.{i}.norm2.weight",
+        "blocks.{i}.mlp.fc1_g.weight blocks.{i}.mlp.fc1_x.weight",
+        "blocks.{i}.mlp.fc2.weight",
+    ),
+    "norm.weight",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of everything in one layout.
+
+    Attributes:
+        trunk: names within the image encoder and within the text tower.
+        embed: theirs for each of EMBED.
+        head: the pooling head: query, key, value, output weight, output bias; empty where the layout has none.
+        image: prefix of the image encoder where it stands alone.
+        pair: prefixes of image encoder and text tower in a LiT pair; None where the layout has none.
+        text: token embedding and positions of the text tower.
+        ends: image projection, text projection, log of the scale of the pair.
+    """
+
+    trunk: Trunk
+    embed: tuple[str, ...]
+    head: tuple[str, ...] = ()
+    image: str = ""
+    pair: tuple[str, str] | None = None
+    text: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "released": Layout(
+        _RELEASED,
+        (
+            "preprocessor.patchifier.proj.weight",
+            "preprocessor.patchifier.proj.bias",
+            "preprocessor.patchifier.norm.weight",
+            "preprocessor.pos_embed",
+        ),
+        ("head.cls_token", "head.k.weight", "head.v.weight", "head.linear.weight", "head.linear.bias"),
+        pair=("image_encoder.", "text_encoder."),
+        text=("preprocessor.text_embedding.weight", "preprocessor.positional_embedding"),
+        ends=("image_projector.weight", "text_projector.weight", "log_logit_scale"),
+    ),
+    "transformers": Layout(
+        _TRANSFORMERS,
+        (
+            "embeddings.patch_embed.weight",
+            "embeddings.patch_embed.bias",
+            "embeddings.rms_norm.weight",
+            "embeddings.position_embedding.weight",
+        ),
+        (
+            "head.cls_token",
+            "head.k_proj.weight",
+            "head.v_proj.weight",
+            "head.output_proj.weight",
+            "head.output_proj.bias",
+        ),
+        pair=("vision_model.", "text_model."),
+        text=("embeddings.token_embedding.weight", "embeddings.position_embedding.weight"),
+        ends=("visual_projection.weight", "text_projection.weight", "logit_scale"),
+    ),
+    "timm": Layout(
+        _TIMM,
+        ("patch_embed.proj.weight", "patch_embed.proj.bias", "patch_embed.norm.weight", "pos_embed"),
+    ),
+    "trainer": Layout(
+        _TRAINER,
+        (
+            "preprocessor.blocks.0.patchifier.proj.weight",
+            "preprocessor.blocks.0.patchifier.proj.bias",
+            "preprocessor.blocks.0.patchifier.norm.weight",
+            "preprocessor.blocks.0.pos_embed",
+        ),
+        image="models.image_encoder.",
+    ),
+}
+
+# the decoder of the released training code: ours, theirs
+TRAINER_DECODER = {
+    "decoder.project.weight": "preprocessor.vision_preprocessor.module.weight",
+    "decoder.project.bias": "preprocessor.vision_preprocessor.module.bias",
+    "decoder.token_embed.weight": "preprocessor.text_preprocessor.text_embedding.weight",
+    "decoder.text_position": "preprocessor.text_preprocessor.positional_embedding",
+    "decoder.bos": "preprocessor.text_preprocessor.cls_token",
+    "decoder.text_head.linear.weight": "head.blocks.0.linear.weight",
+    "decoder.pixel_head.weight": "head.blocks.1.linear.weight",
+}
+
+Rules = dict[str, tuple[str, ...]]  # our key -> theirs, in order
+
+
+def _trunk_rules(trunk: Trunk, depth: int, ours: str, theirs: str) -> Rules:
+    rules: Rules = {}
+    for i in range(depth):
+        for key, names in zip(BLOCK, trunk.block):
+            rules[f"{ours}blocks.{i}.{key}"] = tuple(theirs + name.format(i=i) for name in names.split())
+    rules[f"{ours}norm.weight"] = (theirs + trunk.norm,)
+    return rules
+
+
+def encoder_rules(layout: str, shape: EncoderConfig, ours: str = "", theirs: str = "") -> Rules:
+    """Our key -> their keys, for an image encoder.
+
+    Args:
+        layout: of LAYOUTS.
+        shape: of the encoder; a native one has no positions, ``pool_heads`` says whether there is a pooling head.
+        ours, theirs: prefixes of the two sides.
+
+    Raises:
+        UsageError: the layout has no place for a pooling head.
+    """
+    names = LAYOUTS[layout]
+    if shape.pool_heads and not names.head:
+        raise UsageError(f"the {layout} layout has no pooling head; --to released or transformers keeps it")
+    rules: Rules = {
+        f"{ours}patch_embed.{key}": (theirs + name,)
+        for key, name in zip(EMBED, names.embed)
+        if key != "position" or shape.image_size is not None
+    }
+    rules |= _trunk_rules(names.trunk, shape.depth, ours, theirs)
+    if shape.pool_heads:
+        parts = ("query", "key.weight", "value.weight", "proj.weight", "proj.bias")
+        rules |= {f"{ours}head.{part}": (theirs + name,) for part, name in zip(parts, names.head)}
+    return rules
+
+
+def pair_rules(layout: str, image_shape: EncoderConfig, text_shape: TextConfig) -> Rules:
+    """Our key -> their keys, for a LiT pair.
+
+    Raises:
+        UsageError: the layout has no pairs.
+    """
+    names = LAYOUTS[layout]
+    if names.pair is None:
+        raise UsageError(f"the {layout} layout has no image-text pairs; --to released or transformers keeps both")
+    image, text = names.pair
+    rules = encoder_rules(layout, image_shape, "image.", image)
+    rules |= {f"text.{key}": (text + name,) for key, name in zip(("embed.weight", "position"), names.text)}
+    rules |= _trunk_rules(names.trunk, text_shape.depth, "text.", text)
+    ends = ("image_projection.weight", "text_projection.weight", "log_scale")
+    return rules | {key: (name,) for key, name in zip(ends, names.ends)}
+
+
+def trainer_rules(encoder: EncoderConfig, decoder: DecoderConfig) -> Rules:
+    """Our key -> their keys, for encoder and decoder of the released training code."""
+    rules = encoder_rules("trainer", encoder, "encoder.", LAYOUTS["trainer"].image)
+    theirs = "models.text_decoder."
+    rules |= {key: (theirs + name,) for key, name in TRAINER_DECODER.items()}
+    return rules | _trunk_rules(_TRAINER, decoder.depth, "decoder.trunk.", theirs)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file's keys say it is.
+
+    Attributes:
+        layout: a name of LAYOUTS, or ``ours``.
+        image: prefix of the image encoder's keys.
+        text: prefix of the text tower's (LiT) or decoder's keys; None: an encoder alone.
+        head: whether the encoder has a pooling head.
+        position: whether the encoder has a position parameter.
+    """
+
+    layout: str
+    image: str
+    text: str | None
+    head: bool
+    position: bool
+
+
+def detect(keys: Iterable[str], where: str) -> Found:
+    """The layout of a file, from its keys alone.
+
+    Args:
+        keys: of the file.
+        where: said in the error line.
+
+    Raises:
+        UsageError: no layout fits; names a key.
+    """
+    known = set(keys)
+    for image in ("encoder.", ""):
+        if f"{image}mlp.gate_up.weight" in known or f"{image}blocks.0.mlp.gate_up.weight" in known:
+            text = "decoder." if any(key.startswith("decoder.") for key in known) else None
+            return Found("ours", image, text, f"{image}head.query" in known, f"{image}patch_embed.position" in known)
+    if "image.blocks.0.mlp.gate_up.weight" in known:
+        return Found("ours", "image.", "text.", True, "image.patch_embed.position" in known)
+    for name, layout in LAYOUTS.items():
+        prefixes = [layout.image, *(layout.pair[:1] if layout.pair else ())]
+        for image in prefixes:
+            if image + layout.embed[0] in known and image + layout.trunk.norm in known:
+                head = bool(layout.head) and image + layout.head[0] in known
+                second = layout.pair[1] if layout.pair and image == layout.pair[0] else "models.text_decoder."
+                text = second if any(key.startswith(second) for key in known) else None
+                return Found(name, image, text, head, image + layout.embed[3] in known)
+    some = min(known, default="none at all")
+    raise UsageError(
+        f"{where}: no layout of AIMV2 fits its keys (the first is '{some}'); released, transformers, timm, "
+        "the released training code's and ours are read"
+    )
+
+
+def count_blocks(keys: Iterable[str], template: str) -> int:
+    """How many blocks there are whose key fits ``template`` (with ``{i}``)."""
+    known, depth = set(keys), 0
+    while template.format(i=depth) in known:
+        depth += 1
+    return depth

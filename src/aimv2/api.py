@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, nearest
 
 
 def pretrain(
@@ -171,6 +171,200 @@ def caption(
 
     loaded = load_model(model, decoder=True)
     return caption_files(loaded, images, max_tokens, temperature, top_p, beams, seed, batch_size)
+
+
+def models() -> dict[str, Any]:
+    """Every model by name: parameters, arithmetic of an image, input size, licence and revision of what is released."""
+    from aimv2.interop import hub
+    from aimv2.models.sizes import MODELS, encoder_flops, encoder_parameters
+
+    rows = []
+    for name in sorted({**MODELS, **dict.fromkeys(hub.RELEASED)}, key=lambda name: (name not in hub.RELEASED,)):
+        shape = hub.shape_of(name) if name in hub.RELEASED else MODELS[name][0]
+        pair = name.endswith("-lit")
+        rows.append(
+            {
+                "name": name,
+                "parameters": hub.PAIR_PARAMETERS if pair else encoder_parameters(shape),
+                "gflop_an_image": round(encoder_flops(shape) / 1e9, 2),
+                "input": f"{shape.image_size} px"
+                if shape.image_size
+                else f"{shape.min_patches}-{shape.max_patches} patches",
+                "patch": shape.patch_size,
+                "licence": hub.LICENCE if name in hub.RELEASED else None,
+                "revision": hub.RELEASED.get(name),
+            }
+        )
+    return {"models": rows}
+
+
+def convert(
+    source: str,
+    out: str,
+    to: str,
+    revision: str | None = None,
+    precision: str | None = None,
+    images: str | None = None,
+    samples: int = 300,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write a model in the layout of the tool that will open it.
+
+    Args:
+        source: MODEL: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
+        out: a new or empty folder
+        to: released, transformers, timm, onnx, openvino or safetensors (ours, with the decoder)
+        revision: of a hub id
+        precision: of openvino: fp32, bf16 or int8
+        images: a folder of images of the kind that will be seen, for int8
+        samples: images read from it
+        licence: of the weights, for the model card
+    """
+    from aimv2.interop import convert as out_of
+    from aimv2.interop import load
+    from aimv2.interop.card import card
+    from aimv2.models.aimv2 import AIMv2
+
+    if to not in out_of.FORMATS:
+        raise UsageError(f"--to {to}: one of {', '.join(out_of.FORMATS)} is expected{nearest(to, out_of.FORMATS)}")
+    for option, value in (("--precision", precision), ("--images", images)):
+        if value is not None and to != "openvino":
+            raise UsageError(f"{option} is of --to openvino; --to {to} keeps the weights as they are")
+    out_of.prepare_out(out)
+    at = load.locate(source, revision)
+    model = load.load_model(at, decoder=to == "safetensors" and load.has_decoder(at))
+    encoder: Any = model.encoder if isinstance(model, AIMv2) else getattr(model, "image", model)
+    options: dict[str, Any] = {}
+    if to == "openvino":
+        options["precision"] = precision or "fp32"
+        if images is not None:
+            options["pixels"] = read_pixels(encoder, images, samples)
+    readme = card(at, encoder.config, to, str(out), licence)
+    folder = out_of.convert(model, out, to, readme, **options)
+    copy_tokenizer(at.folder, folder, to)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"out": str(folder), "to": to, "model": encoder.config.name, "files": files}
+
+
+def copy_tokenizer(source: Path, out: Path, to: str) -> None:
+    """The tokeniser travels with the models that read or write text."""
+    import shutil
+
+    if to in ("safetensors", "released", "transformers"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
+            if (source / name).is_file():
+                shutil.copy(source / name, out / name)
+
+
+def read_pixels(encoder: Any, images: str, samples: int) -> list[Any]:
+    """Up to ``samples`` images of a folder as the encoder sees them, in batches of one size."""
+    from aimv2.data.images import ImageError, decode_image
+    from aimv2.data.transforms import image_transform
+    from aimv2.evals.caption import image_files
+
+    transform, found = image_transform(encoder), list[Any]()
+    for path in image_files([images]):
+        if len(found) == samples:
+            break
+        try:
+            found.append(transform(decode_image(path))[None])
+        except ImageError:
+            continue
+    return found
+
+
+def embed(
+    model: str,
+    images: str,
+    out: str,
+    pool: str = "mean",
+    layer: int | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Features of a folder of images, as one array and the list of its rows.
+
+    Args:
+        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
+        images: folder of images or of shards, or one image
+        out: folder of the features: features.npy, images.jsonl, embed.json; interrupted and started again it goes on
+        pool: mean of the patches, head (models with a pooling head), or none: every patch (not native)
+        layer: a block, counted from 0 or from the end (-2); null: the last one
+        batch_size: images at once
+        device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the products, fp32 or bf16
+    """
+    from aimv2.evals.embed import embed_images
+
+    return embed_images(
+        model, load_model(model, device=device or usual_device()), images, out, pool, layer, batch_size, precision
+    )
+
+
+def usual_device() -> str:
+    """cuda where there is one, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def push(
+    model: str,
+    repository: str,
+    to: str = "transformers",
+    private: bool = False,
+    licence: str | None = None,
+    message: str = "Upload an AIMV2 encoder",
+) -> dict[str, Any]:
+    """Upload a model to the hub, with its card.
+
+    Args:
+        model: a folder, .safetensors file, RUN or RUN@STEP
+        repository: owner/name on the hub; made where it does not exist
+        to: the layout: transformers, released, timm, onnx or safetensors (ours, with the decoder)
+        private: for a new repository
+        licence: of the weights, for the model card
+        message: of the commit
+    """
+    import tempfile
+
+    from aimv2.interop import hub
+
+    if not hub.is_hub_id(repository):
+        raise UsageError(f"REPOSITORY {repository}: owner/name is expected")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "model"
+        result = convert(model, str(out), to, licence=licence)
+        readme = out / "README.md"
+        readme.write_text(readme.read_text().replace(str(out), repository))
+        url = hub.upload(out, repository, private, message)
+    return {"url": url, "to": to, "files": result["files"]}
+
+
+def save_pretrained(model: Any, out: str | Path, to: str = "safetensors", licence: str | None = None) -> Path:
+    """Write a model that is in memory, with its card.
+
+    Args:
+        model: VisionEncoder, LiT or AIMv2.
+        out: a new or empty folder.
+        to: see :func:`convert`.
+        licence: of the weights, for the card.
+
+    Returns:
+        the folder.
+    """
+    from aimv2.interop import convert as out_of
+    from aimv2.interop.card import card
+    from aimv2.interop.load import Source
+
+    encoder = getattr(model, "encoder", model)
+    source = Source("a model in memory", Path(out) / "none", ())
+    folder = out_of.convert(model, out, to, card(source, encoder.config, to, str(out), licence))
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None and to == "safetensors":
+        getattr(tokenizer, "tokenizer", tokenizer).save(folder)
+    return folder
 
 
 def load_model(

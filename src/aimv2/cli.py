@@ -37,6 +37,10 @@ VERBS = {
     "data shapes": Verb("data_shapes", ("out",), "write the built-in captioned scenes"),
     "tokenizer train": Verb("tokenizer_train", ("captions", "out"), "train a BPE on captions"),
     "caption": Verb("caption", ("model", "images*"), "write captions of images"),
+    "models": Verb("models", (), "every model by name: parameters, arithmetic, input size, licence, revision"),
+    "convert": Verb("convert", ("source", "out"), "write a model for transformers, timm, ONNX, OpenVINO or ours"),
+    "embed": Verb("embed", ("model", "images", "out"), "features of a folder of images, as one array"),
+    "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 FLAGS = ("resume", "overwrite")

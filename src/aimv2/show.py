@@ -16,6 +16,8 @@ def show(name: str, result: dict[str, Any]) -> None:
             console.print(f"{row['image']}\t{row['caption']}")
         for row in result["rejected"]:
             Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")
+    elif name == "models":
+        show_models(console, result)
     elif name == "data check":
         from aimv2.data.check import render_check
 
@@ -24,6 +26,29 @@ def show(name: str, result: dict[str, Any]) -> None:
         show_config(console, result)
     else:
         show_figures(console, result)
+
+
+def show_models(console: Console, result: dict[str, Any]) -> None:
+    """A line a model; released ones first."""
+    table = Table(box=None, pad_edge=False)
+    for head, side in (
+        ("name", "left"),
+        ("params", "right"),
+        ("GFLOP", "right"),
+        ("input", "left"),
+        ("licence", "left"),
+    ):
+        table.add_column(head, justify="right" if side == "right" else "left", no_wrap=True)
+    for row in result["models"]:
+        licence = row["licence"] or "-"
+        table.add_row(
+            row["name"], f"{row['parameters'] / 1e6:,.1f}M", f"{row['gflop_an_image']:,.1f}", row["input"], licence
+        )
+    console.print(table)
+    console.print(
+        "GFLOP: of one image (native: 256 patches). With a licence: released, load_model takes the name; --json"
+    )
+    console.print("adds the pinned revisions. Without: create_model gives it with random weights.")
 
 
 def show_config(console: Console, result: dict[str, Any]) -> None:

@@ -203,10 +203,10 @@ def test_full_disk_while_saving(data, tmp_path):
 def test_model_that_is_none(tmp_path, capsys):
     image = tmp_path / "a.png"
     image.write_bytes(picture())
-    refused(capsys, ["caption", tmp_path / "none", image], "MODEL", "no such folder")
+    refused(capsys, ["caption", tmp_path / "none", image], "MODEL", "no such file, folder, run or released name")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"format": "something"}))
-    refused(capsys, ["caption", tmp_path / "model", image], "config.json", "something")
+    refused(capsys, ["caption", tmp_path / "model", image], "model.safetensors", "is expected")
     with pytest.raises(UsageError, match="no run in"):
         resume(tmp_path / "model")
 

@@ -242,13 +242,14 @@ def prepare_out(out: str | Path) -> Path:
     return path
 
 
-def convert(model: nn.Module, out: str | Path, to: str, **options: Any) -> Path:
+def convert(model: nn.Module, out: str | Path, to: str, card: str = "", **options: Any) -> Path:
     """Writes a model in another layout.
 
     Args:
         model: VisionEncoder, LiT or AIMv2 (of which ``safetensors`` keeps the decoder; the others hold no decoder).
         out: a new or empty folder.
         to: of FORMATS.
+        card: README.md of the folder; none where empty.
         **options: of the exporter (see :mod:`aimv2.interop.onnx` and :mod:`aimv2.interop.openvino`).
 
     Returns:
@@ -259,15 +260,22 @@ def convert(model: nn.Module, out: str | Path, to: str, **options: Any) -> Path:
     """
     if to not in FORMATS:
         raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}")
+    from aimv2.interop.onnx import to_onnx
+    from aimv2.interop.openvino import to_openvino
+
     writers: dict[str, Callable[..., None]] = {
         "released": lambda: to_released(encoder_of(model), folder),
         "transformers": lambda: to_transformers(encoder_of(model), folder),
         "timm": lambda: to_timm(encoder_of(model), folder),
+        "onnx": lambda: to_onnx(encoder_of(model), folder),
+        "openvino": lambda **options: to_openvino(encoder_of(model), folder, **options),
         "safetensors": lambda: save_model(model, folder),
     }
     folder = prepare_out(out)
     try:
         writers[to](**options)
+        if card:
+            (folder / "README.md").write_text(card)
     except BaseException:
         for path in folder.iterdir():
             path.unlink()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from aimv2.errors import UsageError
+from aimv2.models.sizes import MODELS, EncoderConfig
 
 OWNER = "apple"
 LICENCE = "apple-amlr"  # of the released weights
@@ -29,6 +30,7 @@ RELEASED = {
     "aimv2-large-patch14-native": "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629",
     "aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
 }
+PAIR_PARAMETERS = 436_680_193  # of the LiT pair (PAPER.md section 6)
 WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -39,6 +41,11 @@ WANTED = [
     "merges.txt",
     "special_tokens_map.json",
 ]  # never a pickle
+
+
+def shape_of(name: str) -> EncoderConfig:
+    """The row of the sizes table behind a released name."""
+    return MODELS[name.removesuffix("-distilled").removesuffix("-lit")][0]
 
 
 def is_hub_id(source: str) -> bool:
@@ -105,3 +112,24 @@ def complete(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(folder)
     return folder
+
+
+def upload(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Uploads a folder, making the repository where there is none; returns its address.
+
+    Raises:
+        UsageError: the hub can't be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if why := unreachable():
+        raise UsageError(f"REPOSITORY {repository}: the hub can't be reached ({why}); nothing was uploaded")
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message=message)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"REPOSITORY {repository}: the hub refuses ({why}); log in with: hf auth login") from None
+    return str(address)

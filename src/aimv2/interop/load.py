@@ -356,6 +356,13 @@ def decoder_config(weights: Weights) -> DecoderConfig:
 # ---- the whole of it ----
 
 
+def has_decoder(source: Source) -> bool:
+    """Whether a model has a decoder beside its encoder."""
+    with Weights(source.files) as weights:
+        found = layouts.detect(weights.keys(), weights.where)
+    return found.text is not None and (found.layout == "trainer" or found.text == "decoder.")
+
+
 def load_model(
     source: str | Path | Source,
     decoder: bool = False,

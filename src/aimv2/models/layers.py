@@ -99,6 +99,8 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None)
 
 def prefers_products(q: Tensor) -> bool:
     """Whether two products beat SDPA: on a CPU up to PRODUCT_LENGTH positions (its kernel's backward pass is slow)."""
+    if torch.compiler.is_exporting():  # the length may be unknown, and other engines know attention by its name
+        return False
     return q.device.type == "cpu" and q.shape[2] <= PRODUCT_LENGTH[q.dtype == torch.bfloat16]
 
 

@@ -136,6 +136,28 @@ def model_config(
     return encoder, result
 
 
+def encoder_parameters(config: EncoderConfig) -> int:
+    """Parameters of an encoder, without building it."""
+    width, pixels = config.width, 3 * config.patch_size**2
+    block = 2 * width + 4 * width**2 + 3 * width * config.hidden
+    head = width + 3 * width**2 + width if config.pool_heads else 0
+    positions = config.patches * width if config.image_size is not None else 0
+    return width * pixels + 2 * width + positions + config.depth * block + width + head
+
+
+def encoder_flops(config: EncoderConfig, patches: int | None = None) -> int:
+    """FLOPs (2 a multiply-add) of one image: products of the linears and of attention.
+
+    Args:
+        config: the encoder.
+        patches: of the image; None: those of the fixed size, 256 for a native model.
+    """
+    count = patches or (config.patches if config.image_size is not None else 256)
+    width = config.width
+    block = 2 * (4 * width**2 + 3 * width * config.hidden) + 4 * width * count
+    return count * (2 * 3 * config.patch_size**2 * width + config.depth * block)
+
+
 def check_config(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
     """Raises UsageError where the numbers do not fit each other."""
     for part, names, shape in (

@@ -1,0 +1,98 @@
+"""The encoder as an ONNX file (dynamo exporter), with a dynamic batch and, for native models, dynamic height and width."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimv2.errors import UsageError
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.lit import LiT
+
+FILE = "model.onnx"
+INPUT, FEATURES, POOLED = "pixel_values", "features", "pooled"
+
+
+class Exported(nn.Module):
+    """What an exported file computes: normalised float pixels to features, and the pooled ones where there is a head.
+
+    The checks of the image size are left to whoever calls the file: a graph can't raise a sentence.
+    """
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """[B, 3, H, W] -> [B, I, D], or a pair of that and [B, D]."""
+        x = self.encoder.patch_embed(pixel_values)
+        features, _ = self.encoder._trunk(x, None, ())
+        return features if self.encoder.head is None else (features, self.encoder.head(features))
+
+
+def need(package: str, extra: str, given: str) -> None:
+    """Raises UsageError where an optional package is missing; says which extra to install."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{given} needs {package}; install it with: pip install 'aimv2[{extra}]'")
+
+
+def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
+    """The image encoder of ``model``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    image = model.image if isinstance(model, LiT) else model
+    if not isinstance(image, VisionEncoder):
+        raise UsageError(f"--to {to}: an image encoder is expected, got {type(image).__name__}")
+    return image
+
+
+def example(encoder: VisionEncoder) -> tuple[Tensor, dict[str, Any]]:
+    """Pixels to trace with, and what of their shape may vary."""
+    config = encoder.config
+    side = config.image_size or config.patch_size * 12
+    pixels = torch.zeros(2, 3, side, side if config.image_size else side + 2 * config.patch_size)
+    varies: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    if config.image_size is None:
+        varies = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    weight = encoder.patch_embed.proj.weight
+    return pixels.to(weight.device, weight.dtype), {"pixel_values": varies}
+
+
+def to_onnx(model: nn.Module, out: Path) -> None:
+    """Writes ``model.onnx`` (its weights beside it where they are many) into ``out``.
+
+    Raises:
+        UsageError: no image encoder, or the extra is not installed.
+    """
+    need("onnx", "onnx", "--to onnx")
+    need("onnxscript", "onnx", "--to onnx")
+    encoder = image_encoder(model, "onnx").eval().float()
+    pixels, varies = example(encoder)
+    wrapped = Exported(encoder)
+    logger = logging.getLogger("torch.onnx")  # tells of every library that is not installed
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                wrapped,
+                (pixels,),
+                str(out / FILE),
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[FEATURES] + ([POOLED] if encoder.head is not None else []),
+                dynamic_shapes=varies,
+                external_data=sum(p.numel() for p in encoder.parameters()) * 4 > 1.5e9,
+            )
+    finally:
+        logger.setLevel(before)

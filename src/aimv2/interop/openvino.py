@@ -1,0 +1,107 @@
+"""The encoder for OpenVINO: fp32, bf16 (the same file, run in bf16) and int8 (weights and activations, calibrated)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimv2.errors import UsageError, nearest
+from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder, need
+
+FILE = "openvino_model.xml"
+ABOUT = "openvino_config.json"
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def to_openvino(model: nn.Module, out: Path, precision: str = "fp32", pixels: Sequence[Tensor] | None = None) -> None:
+    """Writes ``openvino_model.xml``, its ``.bin`` and ``openvino_config.json`` into ``out``.
+
+    Args:
+        model: with an image encoder.
+        out: a folder.
+        precision: ``fp32``; ``bf16``: products in bf16 on processors that have it; ``int8``.
+        pixels: uint8 or normalised images [B, 3, H, W] that tell the ranges of activations; int8 alone, a few hundred
+            images of the kind that will be seen.
+
+    Raises:
+        UsageError: no image encoder, an unknown precision, int8 without images, the extra is not installed.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"--precision {precision}: one of {', '.join(PRECISIONS)} expected{nearest(precision, PRECISIONS)}"
+        )
+    need("openvino", "openvino", "--to openvino")
+    encoder = image_encoder(model, "openvino").eval().float()
+    if precision == "int8":
+        need("nncf", "openvino", "--precision int8")
+        if not pixels:
+            raise UsageError("--precision int8 needs --images: a folder of images of the kind that will be seen")
+    import openvino
+
+    inputs, varies = example(encoder)
+    with torch.no_grad():
+        program = torch.export.export(Exported(encoder), (inputs,), dynamic_shapes=varies)
+    graph = openvino.convert_model(program)
+    graph.inputs[0].get_tensor().set_names({INPUT})
+    for output, name in zip(graph.outputs, (FEATURES, POOLED)):
+        output.get_tensor().set_names({name})
+    if precision == "int8":
+        graph = quantize(graph, [encoder.normalize(part) for part in pixels or ()])
+    openvino.save_model(graph, out / FILE, compress_to_fp16=False)
+    config = encoder.config
+    about = {
+        "precision": precision,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "mean": config.mean,
+        "std": config.std,
+    }
+    (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def quantize(graph: Any, pixels: Sequence[Tensor]) -> Any:
+    """Post-training quantisation of products to int8; norms, softmax and residual stream stay as they are."""
+    import logging
+
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    images = [image[None].numpy() for part in pixels for image in part]
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(images),
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(images),
+        fast_bias_correction=True,
+    )
+
+
+class OpenVINOEncoder:
+    """A written folder, ready to run on the CPU: ``encoder(images)`` -> features, as a tensor."""
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        need("openvino", "openvino", str(folder))
+        import openvino
+
+        path = Path(folder)
+        if not (path / FILE).is_file():
+            raise UsageError(f"MODEL {folder}: no {FILE}; write one with: aimv2 convert SRC OUT --to openvino")
+        self.about = json.loads((path / ABOUT).read_text())
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        options["INFERENCE_PRECISION_HINT"] = "bf16" if self.about["precision"] == "bf16" else "f32"
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self.run = openvino.Core().compile_model(path / FILE, "CPU", options)
+        self.mean, self.std = (torch.tensor(self.about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 or normalised float [B, 3, H, W] -> float32 [B, I, D]."""
+        if images.dtype == torch.uint8:
+            images = (images.float() / 255 - self.mean) / self.std
+        return torch.from_numpy(self.run(images.float().numpy())[0].copy())

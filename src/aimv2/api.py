@@ -187,9 +187,7 @@ def models() -> dict[str, Any]:
                 "name": name,
                 "parameters": hub.PAIR_PARAMETERS if pair else encoder_parameters(shape),
                 "gflop_an_image": round(encoder_flops(shape) / 1e9, 2),
-                "input": f"{shape.image_size} px"
-                if shape.image_size
-                else f"{shape.min_patches}-{shape.max_patches} patches",
+                "input": f"{shape.image_size} px" if shape.image_size else "any size",
                 "patch": shape.patch_size,
                 "licence": hub.LICENCE if name in hub.RELEASED else None,
                 "revision": hub.RELEASED.get(name),

@@ -40,15 +40,13 @@ def show_models(console: Console, result: dict[str, Any]) -> None:
     ):
         table.add_column(head, justify="right" if side == "right" else "left", no_wrap=True)
     for row in result["models"]:
-        licence = row["licence"] or "-"
-        table.add_row(
-            row["name"], f"{row['parameters'] / 1e6:,.1f}M", f"{row['gflop_an_image']:,.1f}", row["input"], licence
-        )
+        flops = row["gflop_an_image"]
+        size, flops = f"{row['parameters'] / 1e6:,.1f}M", f"{flops:,.0f}" if flops >= 100 else f"{flops:.3g}"
+        table.add_row(row["name"], size, flops, row["input"], row["licence"] or "-")
     console.print(table)
-    console.print(
-        "GFLOP: of one image (native: 256 patches). With a licence: released, load_model takes the name; --json"
-    )
-    console.print("adds the pinned revisions. Without: create_model gives it with random weights.")
+    console.print("GFLOP: of one image (native: 256 patches). With a licence: released, load_model")
+    console.print("takes the name (--json adds the pinned revision). Without: create_model gives it")
+    console.print("with random weights.")
 
 
 def show_config(console: Console, result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def to_openvino(model: nn.Module, out: Path, precision: str = "fp32", pixels: Se
     import openvino
 
     inputs, varies = example(encoder)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.export.export(Exported(encoder), (inputs,), dynamic_shapes=varies)
-    graph = openvino.convert_model(program)
+        graph = openvino.convert_model(program)
     graph.inputs[0].get_tensor().set_names({INPUT})
     for output, name in zip(graph.outputs, (FEATURES, POOLED)):
         output.get_tensor().set_names({name})

@@ -371,6 +371,7 @@ def load_model(
     revision: str | None = None,
     device: Any = None,
     dtype: Any = None,
+    backend: str = "torch",
 ) -> Any:
     """Any AIMV2, ready to use.
 
@@ -381,9 +382,12 @@ def load_model(
         revision: of a hub id; released names have pinned ones.
         device: where the weights go, a torch.device or its name.
         dtype: torch.dtype of the weights; as stored by default.
+        backend: torch, jax or mlx (optional extras; the encoder alone, fp32: see
+            :class:`aimv2.interop.arrays.ArrayEncoder`).
 
     Returns:
-        VisionEncoder; LiT for an image-text pair; AIMv2 where ``decoder`` is true; in evaluation mode.
+        VisionEncoder; LiT for an image-text pair; AIMv2 where ``decoder`` is true; in evaluation mode. ArrayEncoder for
+        another backend.
 
     Raises:
         UsageError: nothing to load, or weights that do not fit.
@@ -391,9 +395,16 @@ def load_model(
     from aimv2.data.clip_text import find_clip_tokenizer
     from aimv2.data.text import load_tokenizer
     from aimv2.interop import load
+    from aimv2.interop.arrays import BACKENDS, to_arrays
     from aimv2.models.lit import LiT
 
+    if backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r}: one of {', '.join(BACKENDS)} is expected{nearest(backend, BACKENDS)}")
+    if backend != "torch" and (decoder or device is not None or dtype is not None):
+        raise UsageError(f"backend={backend!r} gives the encoder alone, in fp32: leave out decoder, device and dtype")
     at = load.locate(source, revision)
+    if backend != "torch":
+        return to_arrays(load.load_model(at), backend)
     model = load.load_model(at, decoder, device=device, dtype=dtype)
     if decoder and (at.folder / "tokenizer_config.json").exists():
         model.tokenizer = load_tokenizer(at.folder, option="MODEL")  # type: ignore[assignment]

@@ -78,23 +78,6 @@ class VisionEncoder(nn.Module):
             return images
         return (images.float() / 255 - self.mean) / self.std
 
-    def check_images(self, images: Tensor) -> None:
-        """Raises ValueError for a shape this model can't see correctly."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
-        config, (height, width) = self.config, images.shape[2:]
-        if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
-            raise ValueError(
-                f"{config.name} sees {config.image_size} x {config.image_size} px, got {height} x {width}; resize with "
-                "aimv2.image_transform, or create the model with another image_size"
-            )
-        patches = (height // config.patch_size) * (width // config.patch_size)
-        if config.image_size is None and not config.min_patches <= patches <= config.max_patches:
-            raise ValueError(
-                f"{config.name} sees {config.min_patches} to {config.max_patches} patches of {config.patch_size} px, "
-                f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
-            )
-
     def forward(
         self, images: Tensor | Sequence[Tensor], prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
     ) -> Any:
@@ -127,7 +110,7 @@ class VisionEncoder(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, I, D], with positions."""
-        self.check_images(images)
+        self.config.check_pixels(tuple(images.shape))
         return self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
 
     def _trunk(self, x: Tensor, mask: Any, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -35,6 +35,23 @@ class EncoderConfig:
         assert self.image_size is not None, "a native model has no fixed number of patches"
         return (self.image_size // self.patch_size) ** 2
 
+    def check_pixels(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for a shape of images that this model can't see correctly."""
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {list(shape)}")
+        height, width = shape[2:]
+        if self.image_size is not None and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"{self.name} sees {self.image_size} x {self.image_size} px, got {height} x {width}; resize with "
+                "aimv2.image_transform, or create the model with another image_size"
+            )
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        if self.image_size is None and not self.min_patches <= patches <= self.max_patches:
+            raise ValueError(
+                f"{self.name} sees {self.min_patches} to {self.max_patches} patches of {self.patch_size} px, "
+                f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
+            )
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
-import resource
 import statistics
 import sys
-import time
-from multiprocessing.connection import Connection
 from typing import Any
+
+from turns import in_turns
 
 PAIRS, SHORTEST, LONGEST, BATCHES = 8, 8, 39, 6
 
@@ -77,45 +75,12 @@ def our_path(precision: str) -> tuple[Any, list[Any]]:
     return (lambda batch: float(step(batch, 1).means.sum())), inputs
 
 
-def serve(path: str, precision: str, pipe: Connection) -> None:
-    """A process: warms up, then does the asked number of steps each time it is asked."""
-    run, batches = {"plain": plain_path, "ours": our_path}[path](precision)
-    slowest = 0.0
-    for batch in batches:
-        begin = time.perf_counter()
-        run(batch)
-        slowest = max(slowest, time.perf_counter() - begin)
-    pipe.send(slowest)
-    at = 0
-    while (steps := pipe.recv()) is not None:
-        begin = time.perf_counter()
-        for _ in range(steps):
-            run(batches[at % len(batches)])
-            at += 1
-        pipe.send(time.perf_counter() - begin)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-
-
 def measure(precision: str, rounds: int, steps: int) -> dict[str, Any]:
     """Both paths in turns."""
-    context = mp.get_context("spawn")
-    pipes, workers = {}, []
-    for path in ("plain", "ours"):
-        pipes[path], far = context.Pipe()
-        workers.append(context.Process(target=serve, args=(path, precision, far), daemon=True))
-        workers[-1].start()
-        pipes[path].recv()  # warm before the other starts
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    for _ in range(rounds):
-        for path, pipe in pipes.items():
-            pipe.send(steps)
-            seconds[path].append(pipe.recv() / steps)
-    memory = {}
-    for path, pipe in pipes.items():
-        pipe.send(None)
-        memory[path] = pipe.recv()
-    for worker in workers:
-        worker.join()
+    seconds, memory, missing = in_turns(
+        {"plain": (plain_path, (precision,)), "ours": (our_path, (precision,))}, rounds, steps
+    )
+    assert not missing, missing
     rate = {path: PAIRS / statistics.median(values) for path, values in seconds.items()}
     return {
         "images_per_s": rate["ours"],

@@ -3,7 +3,8 @@
     python benchmarks/infer.py [--rounds 7] [--only torch_fp32,transformers_fp32]
 
 Every path lives in a process of its own and they take turns, a few at a time beside transformers in fp32; weights are random
-and the same. ``part`` is the time as a part of what transformers takes eager in fp32 (below 1 is faster). The exported files are written to a temporary folder first.
+and the same. ``part`` is the time as a part of what transformers takes eager in fp32 (below 1 is faster). The exported files
+are written to a temporary folder first.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m engine
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

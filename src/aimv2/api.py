@@ -73,6 +73,8 @@ def data_import(
     """
     from aimv2.data.importing import import_data
 
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1 expected")
     more: dict[str, Any] = {} if workers is None else {"workers": workers}
     return import_data(
         source,
@@ -137,6 +139,9 @@ def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str
     """
     from aimv2.data.text import read_captions, train_tokenizer
 
+    folder = Path(out).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"OUT {out}: something is there already; give a new folder, or an empty one")
     tokenizer = train_tokenizer(read_captions(captions), vocab_size)
     try:
         tokenizer.save(Path(out))
@@ -169,6 +174,8 @@ def caption(
     """
     from aimv2.evals.caption import caption_files
 
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: at least 1 expected")
     loaded = load_model(model, decoder=True)
     return caption_files(loaded, images, max_tokens, temperature, top_p, beams, seed, batch_size)
 
@@ -199,7 +206,7 @@ def models() -> dict[str, Any]:
 def convert(
     source: str,
     out: str,
-    to: str,
+    to: str = "transformers",
     revision: str | None = None,
     precision: str | None = None,
     images: str | None = None,
@@ -236,15 +243,15 @@ def convert(
     if to == "openvino":
         options["precision"] = precision or "fp32"
         if images is not None:
-            options["pixels"] = read_pixels(encoder, images, samples)
+            options["pixels"] = _read_pixels(encoder, images, samples)
     readme = card(at, encoder.config, to, str(out), licence)
     folder = out_of.convert(model, out, to, readme, **options)
-    copy_tokenizer(at.folder, folder, to)
+    _copy_tokenizer(at.folder, folder, to)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"out": str(folder), "to": to, "model": encoder.config.name, "files": files}
 
 
-def copy_tokenizer(source: Path, out: Path, to: str) -> None:
+def _copy_tokenizer(source: Path, out: Path, to: str) -> None:
     """The tokeniser travels with the models that read or write text."""
     import shutil
 
@@ -254,7 +261,7 @@ def copy_tokenizer(source: Path, out: Path, to: str) -> None:
                 shutil.copy(source / name, out / name)
 
 
-def read_pixels(encoder: Any, images: str, samples: int) -> list[Any]:
+def _read_pixels(encoder: Any, images: str, samples: int) -> list[Any]:
     """Up to ``samples`` images of a folder as the encoder sees them, in batches of one size."""
     from aimv2.data.images import ImageError, decode_image
     from aimv2.data.transforms import image_transform
@@ -296,11 +303,11 @@ def embed(
     from aimv2.evals.embed import embed_images
 
     return embed_images(
-        model, load_model(model, device=device or usual_device()), images, out, pool, layer, batch_size, precision
+        model, load_model(model, device=device or _usual_device()), images, out, pool, layer, batch_size, precision
     )
 
 
-def usual_device() -> str:
+def _usual_device() -> str:
     """cuda where there is one, else cpu."""
     import torch
 

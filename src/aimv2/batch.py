@@ -3,7 +3,7 @@
 Legend: B pairs, I patches an image, T padded caption length, R caption rows, S scored patches.
 
 Which patches and tokens are scored is decided here, on the host, from lengths alone: no boolean indexing later, so
-no wait for a GPU, and no rule by token id (PAPER.md section 9).
+no wait for a GPU, and no rule by token id (unlike the released training code).
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def print_help(parser: Any) -> None:
         if re.match(r"  --\w+ CONFIG\b", line) or re.match(r"  --[\w.]+\.help\b", line):
             continue
         line = re.sub(r", --[\w.]+\+ \S+", "", line)
-        lines.append(re.sub(r"^  --[a-z_]+(?![\w.])", lambda found: found[0].replace("_", "-"), line))
+        lines.append(re.sub(r"(?<=[ \[])--[a-z_]+(?![\w.])", lambda found: found[0].replace("_", "-"), line))
     print("\n".join(lines))
 
 

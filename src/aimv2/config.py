@@ -72,7 +72,7 @@ class DataConfig:
         max_tokens: caption tokens, end of text included
         workers: data worker processes a rank; 0 reads in the training process
         shuffle_buffer: samples from which the next one is drawn, in each worker
-        crop_scale: smallest share of the image's area that a random crop keeps (PAPER.md 4.1)
+        crop_scale: smallest share of the image's area that a random crop keeps (AIMV2, Table A1)
         crop_ratio: range of the crop's aspect ratio
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
@@ -97,7 +97,7 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What is learnt (PAPER.md section 1; the ablations of section 6).
+    """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
         name: the objective
@@ -114,7 +114,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule (PAPER.md 4.1, Table A1).
+    """AdamW and its schedule (AIMV2, Table A1).
 
     Args:
         lr: peak learning rate

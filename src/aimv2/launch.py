@@ -33,6 +33,7 @@ from aimv2.train.schedule import learning_rate
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEMO_SCENES = 20_000
+TRIED = 3  # steps of a dry run; the quickest is told
 
 
 def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_config: bool) -> dict[str, Any]:
@@ -67,6 +68,9 @@ def pretrain(
         filled.data = config.data
         config = filled
     prepare.check_captions(samples, config)
+    prepare.check_labels(samples, config)
+    for line in prepare.remarks(config):
+        say(line)
     if print_config:
         return describe_config(config, provenance(base, given, "image size"))
     if run is None:
@@ -161,6 +165,8 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         raise UsageError("--resume needs --run, the folder of the run")
     if dry_run:
         raise UsageError("--dry-run tries a new run; leave --resume out")
+    if options.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite removes it; give one of them")
     run = Path(options.run)
     config = prepare.resumed_values(run, given, parse)
     config.run, config.resume = str(run), False
@@ -254,7 +260,7 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
 
 
 def try_one_step(config: Config) -> dict[str, Any]:
-    """Builds everything, reads one batch, runs one step (and one before it to warm up); writes nothing."""
+    """Builds everything, reads one batch, runs a step on it (TRIED times: the first one warms up); writes nothing."""
     world = join_world()
     with tempfile.TemporaryDirectory() as scratch:
         config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
@@ -262,12 +268,17 @@ def try_one_step(config: Config) -> dict[str, Any]:
         try:
             batch = next(trainer.stream)
             trainer.model.train()
-            trainer.train_step(batch)  # warms up
-            trainer.check_finite()
-            begin = time.perf_counter()
-            trainer.train_step(batch)
-            trainer.check_finite()
-            seconds = time.perf_counter() - begin
+            if trainer.compiled:
+                say("compiling the blocks")
+                share = config.train.batch_size // world.size // config.train.accumulate
+                trainer.update.warm_up(share, config.data.max_tokens)
+            taken = []
+            for _ in range(TRIED):
+                begin = time.perf_counter()
+                trainer.train_step(batch)
+                trainer.check_finite()
+                taken.append(time.perf_counter() - begin)
+            seconds = min(taken)
         finally:
             trainer.close()
     tokens = int(batch.token_count)

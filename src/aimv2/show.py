@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rich.console import Console
@@ -50,10 +51,10 @@ def show_models(console: Console, result: dict[str, Any]) -> None:
 
 
 def show_config(console: Console, result: dict[str, Any]) -> None:
-    """key: value  # where it came from"""
+    """``key: value  # where it came from``, which is a recipe too."""
     for key, value in result["config"].items():
-        console.print(f"{key + ':':<28} {value!s:<34} # {result['from'][key]}")
-    console.print(f"learning rate: {curve(result['learning_rate'])}")
+        console.print(f"{key + ':':<28} {json.dumps(value):<34} # {result['from'][key]}")
+    console.print(f"# learning rate: {curve(result['learning_rate'])}")
 
 
 def show_figures(console: Console, result: dict[str, Any]) -> None:

@@ -162,6 +162,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 def _import_in_a_child(src: str, out: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.setsid()  # a terminal's Ctrl-C goes to the whole group: parent and workers
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     import_data(src, out, shard_size=20, workers=2, progress=False)

@@ -368,8 +368,8 @@ def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
-    with pytest.raises(UsageError, match=r"my_photos is no path here, and as a hub data set") as caught:
-        run("my_photos", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"someone/my_photos is no path here, and as a hub data set") as caught:
+        run("someone/my_photos", tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ import aimv2
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
 
+pytestmark = pytest.mark.engine
 SHAPES = [(28, 2, 28, 28), (None, 2, 42, 98), (None, 1, 14, 56)]
 
 

@@ -29,6 +29,7 @@ def worst(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((got - wanted).abs().max() / wanted.abs().max()).detach())
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("image_size", "shapes"), [(28, FIXED), (None, NATIVE)])
 def test_onnx(image_size: int | None, shapes: list, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -42,6 +43,7 @@ def test_onnx(image_size: int | None, shapes: list, tmp_path: Path) -> None:
         assert worst(torch.from_numpy(pooled), model.pooled(images)) < 1e-4
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("image_size", "shapes"), [(28, FIXED), (None, NATIVE)])
 def test_openvino(image_size: int | None, shapes: list, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
@@ -56,6 +58,7 @@ def test_openvino(image_size: int | None, shapes: list, tmp_path: Path) -> None:
             assert worst(runs(images), model(images)) < allowed
 
 
+@pytest.mark.engine
 def test_openvino_int8_is_near_and_smaller(tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     from aimv2.interop.openvino import OpenVINOEncoder

@@ -253,7 +253,7 @@ def test_names_and_shapes_of_every_released_size_are_those_of_transformers(name:
     assert found == shapes
 
 
-TIMM = {  # of timm's vit_large_patch14 with SwiGLU and RMSNorm (LAYOUTS.md), block 0
+TIMM = {  # of timm's vit_large_patch14 with SwiGLU and RMSNorm, block 0
     "patch_embed.proj.weight": (1024, 3, 14, 14),
     "patch_embed.proj.bias": (1024,),
     "patch_embed.norm.weight": (1024,),

@@ -23,7 +23,7 @@ def tiny(image_size: int | None) -> VisionEncoder:
 
 
 def reference_names(key: str) -> list[str]:
-    """Our parameter -> the parts of transformers' that it is made of, in order (LAYOUTS.md)."""
+    """Our parameter -> the parts of transformers' that it is made of, in order."""
     ends = {
         "patch_embed.proj.weight": ["embeddings.patch_embed.weight"],
         "patch_embed.proj.bias": ["embeddings.patch_embed.bias"],

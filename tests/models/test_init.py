@@ -1,4 +1,4 @@
-"""Initialisation reaches every value and follows PAPER.md section 2, "Init"."""
+"""Initialisation reaches every value and follows the released training code."""
 
 import math
 

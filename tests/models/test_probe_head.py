@@ -1,4 +1,4 @@
-"""The attentive probe against its formula (PAPER.md section 5.1)."""
+"""The attentive probe against its formula (AIMV1, attentive probe)."""
 
 import torch
 

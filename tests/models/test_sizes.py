@@ -30,7 +30,7 @@ def size_of(module: nn.Module) -> int:
     ("size", "millions"), [("large", 309.2), ("huge", 680.9), ("1B", 1235.0), ("3B", 2720.7), ("base", 85.6)]
 )
 def test_counts_of_table_1(size: str, millions: float) -> None:
-    # what is counted is the encoder of 224 px, all of it (PAPER.md section 2)
+    # what is counted is the encoder of 224 px, all of it (AIMV2, Table 1)
     assert round(size_of(meta_encoder(f"aimv2-{size}-patch14-224")) / 1e6, 1) == millions
 
 

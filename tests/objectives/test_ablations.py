@@ -1,4 +1,4 @@
-"""Every variant of PAPER.md section 6 trains: each parameter that should learn gets a gradient, and no other exists."""
+"""Every variant of AIMV2's Table 9 trains: each parameter that should learn gets a gradient, and no other exists."""
 
 import pytest
 import torch

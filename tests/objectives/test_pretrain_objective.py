@@ -1,4 +1,4 @@
-"""The objective against a slow loss written from PAPER.md, and its independence of how pairs are grouped."""
+"""The objective against a slow loss written from the paper, and its independence of how pairs are grouped."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def predictions(model: AIMv2, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slow_loss(model: AIMv2, batch: Batch) -> dict[str, tuple[float, int]]:
-    """PAPER.md section 1, one number at a time."""
+    """AIMV2, Figure 1, one number at a time."""
     image, logits = predictions(model, batch)
     found = {"text": (0.0, 0), "pixel": (0.0, 0)}
     for b in range(len(batch)):

@@ -22,7 +22,7 @@ def test_groups_partition_the_model() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in (decayed, plain)]
     assert sorted(groups[0] + groups[1]) == sorted(names.values())
-    # PAPER.md 4.1: bias, norm, positions and BOS are not decayed, the text embedding table is
+    # AIMV2, Table A1: bias, norm, positions and BOS are not decayed, the text embedding table is
     kept = ("bias", "norm.weight", "norm1.weight", "norm2.weight", "position", "bos")
     assert all(name.endswith(kept) for name in groups[1])
     assert not any(name.endswith(kept) for name in groups[0])

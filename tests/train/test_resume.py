@@ -147,9 +147,14 @@ def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number,
         and (not (run / "metrics.jsonl").exists() or len(metrics_safely(run)) < 3)
     ):
         time.sleep(0.1)
-    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the data workers too
+    for _ in range(3):  # a terminal's Ctrl-C reaches the data workers too, and people are impatient
+        os.killpg(process.pid, number)
+        time.sleep(0.1)
+        if process.poll() is not None:
+            break
     process.wait(timeout=60)
     stderr = said.read_text()
+    assert stderr.count("stopping after this step, and saving") == 1
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], stderr
     assert f"aimv2 pretrain --run {run} --resume" in stderr and "Traceback" not in stderr
     (folder,) = (run / "checkpoints").iterdir()

@@ -1,4 +1,4 @@
-"""The learning rate's shape: where it starts, peaks and ends (PAPER.md 4.1)."""
+"""The learning rate's shape: where it starts, peaks and ends (AIMV2, Table A1)."""
 
 import math
 from itertools import pairwise

@@ -133,10 +133,17 @@ def import_data(
     opened = open_source(source, captions, columns, template, split, skip=out.resolve())
     _prepare(out, options)
     chooser = ValChooser(val_fraction, _val_names(val_list))
+    if val_list is not None and not chooser.names:
+        raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
     plan = Plan(opened, chooser, shard_size)
     wanted = (os.cpu_count() or 1) if workers is None else workers
     notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
     if chooser.names and (unmatched := len(chooser.names - chooser.matched)):
+        if not chooser.matched:
+            raise UsageError(
+                f"--val-list {val_list}: none of its {unmatched} names is a key or image name of {source}; the shards of "
+                f"{out} are left unfinished: remove them, or give another list and another OUT"
+            )
         log.warning("--val-list: %d of %d names match no image", unmatched, len(chooser.names))
     result = _finish(out, notes, plan.rejects, opened, options)
     return {"out": str(out), **result, "seconds": round(time.monotonic() - started, 2)}

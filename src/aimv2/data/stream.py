@@ -1,7 +1,7 @@
 """The stream of training batches: shards -> samples -> crops and tokens -> batches, through megatron-energon.
 
 Everything random about a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart
-repeats nothing and no two workers share a stream (DESIGN.md, Randomness).
+repeats nothing and no two workers share a stream .
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Genera
 
 
 def draw_prefix(rng: np.random.Generator, patches: int) -> int:
-    """M ~ Uniform{1..I-1} (PAPER.md sections 1 and 10)."""
+    """M ~ Uniform{1..I-1} (AIMV2, Figure 1)."""
     return int(rng.integers(1, patches)) if patches > 1 else 1
 
 

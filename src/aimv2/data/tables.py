@@ -339,7 +339,7 @@ def open_source(
         raise UsageError(f"SRC: {source} is a {kind or 'nameless'} file; expected {EXPECTED}")
     if kind == ".tar":
         return open_tars(find_shards(source, "train", option="SRC"))
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not path.parent.exists():
         return open_hub(source, split, columns)
     raise UsageError(f"SRC: {source} does not exist; expected {EXPECTED}")
 

@@ -1,6 +1,6 @@
 """Captions in, token ids out: cleaning, tokenizers, and caption files.
 
-Cleaning follows the released code (PAPER.md, section 1): broken Unicode repaired, HTML entities undone
+Cleaning follows the released code (AIMV2's tokenisation): broken Unicode repaired, HTML entities undone
 twice, white space collapsed, lower case. A token row is the caption's ids and then the end-of-text id, at
 most ``max_tokens`` in all. The beginning of text is an embedding that the decoder learns, so it has no id,
 and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths tell them apart.
@@ -269,6 +269,9 @@ def read_captions(path: str | Path) -> Iterator[str]:
         return _shard_captions(path)
     if file.suffix in (".jsonl", ".ndjson", ".json"):
         return _json_captions(file)
+    with file.open("rb") as start:
+        if b"\0" in start.read(8192):
+            raise UsageError(f"CAPTIONS: {file} is no text file; a txt, CSV, TSV or JSONL file, or shards, expected")
     delimiter = {".csv": ",", ".tsv": "\t"}.get(file.suffix) or _table_delimiter(file)
     return _table_captions(file, delimiter) if delimiter else _line_captions(file)
 

@@ -1,4 +1,4 @@
-"""From a picture to uint8 pixels: the crops of PAPER.md 4.1, and the plain transforms for everyone else."""
+"""From a picture to uint8 pixels: the crops of AIMV2, Table A1, and the plain transforms for everyone else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
 
     Args:
         model: a name of the sizes table, a VisionEncoder, or an AIMv2.
-        train: random crop and flip (PAPER.md 4.1) instead of resize and centre crop.
+        train: random crop and flip (AIMV2, Table A1) instead of resize and centre crop.
         seed: of the random crops; None: from the operating system.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The attentive probe on a frozen encoder (PAPER.md section 5.1), in its smallest form: one head on cached features.
+"""The attentive probe on a frozen encoder (AIMV1, attentive probe), in its smallest form: one head on cached features.
 
 Legend: N images, I patches, D width, C classes.
 """

@@ -48,14 +48,6 @@ def _tensors(model: nn.Module, layout: str) -> dict[str, Tensor]:
     return renamed(model, layouts.encoder_rules(layout, model.config))
 
 
-def _about(model: nn.Module) -> dict[str, str]:
-    """What the weights do not tell, kept in the file for those who have it alone."""
-    image = model.image if isinstance(model, LiT) else model
-    assert isinstance(image, VisionEncoder)
-    about = {"format": "pt", "heads": str(image.config.heads)}
-    return about | ({"text_heads": str(model.config.text.heads)} if isinstance(model, LiT) else {})
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -158,7 +150,7 @@ def to_released(model: nn.Module, out: Path) -> None:
             "vision_config": config,
             "text_config": _text_config(model, released=True),
         }
-    save_file(_tensors(model, "released"), out / WEIGHTS, _about(model))
+    save_file(_tensors(model, "released"), out / WEIGHTS, {"format": "pt"})
     _write_json(out / CONFIG, config)
     _write_json(out / "preprocessor_config.json", preprocessor(image.config))
 
@@ -180,7 +172,7 @@ def to_transformers(model: nn.Module, out: Path) -> None:
             "text_config": _text_config(model, released=False),
         }
     config["dtype"] = str(next(image.parameters()).dtype).removeprefix("torch.")
-    save_file(_tensors(model, "transformers"), out / WEIGHTS, _about(model))
+    save_file(_tensors(model, "transformers"), out / WEIGHTS, {"format": "pt"})
     _write_json(out / CONFIG, config)
     _write_json(out / "preprocessor_config.json", preprocessor(image.config))
 
@@ -217,7 +209,7 @@ def to_timm(model: nn.Module, out: Path) -> None:
             "num_heads": config.heads,
         },
     }
-    save_file(_tensors(model, "timm"), out / WEIGHTS, _about(model))
+    save_file(_tensors(model, "timm"), out / WEIGHTS, {"format": "pt"})
     _write_json(out / CONFIG, about)
 
 

@@ -11,7 +11,7 @@ from aimv2.models.sizes import MODELS, EncoderConfig
 OWNER = "apple"
 LICENCE = "apple-amlr"  # of the released weights
 
-# name -> revision that the released loader pins (LAYOUTS.md)
+# name -> revision that the released loader pins
 RELEASED = {
     "aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
     "aimv2-huge-patch14-224": "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1",
@@ -30,7 +30,7 @@ RELEASED = {
     "aimv2-large-patch14-native": "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629",
     "aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
 }
-PAIR_PARAMETERS = 436_680_193  # of the LiT pair (PAPER.md section 6)
+PAIR_PARAMETERS = 436_680_193  # of the LiT pair (the released file)
 WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",

@@ -129,14 +129,12 @@ class Weights:
         self.files = tuple(files)
         self.stack = ExitStack()
         self.handles: dict[str, Any] = {}
-        self.about: dict[str, str] = {}  # what the files say beside their tensors
 
     def __enter__(self) -> Weights:
         for file in self.files:
             try:
                 handle = self.stack.enter_context(safe_open(file, "pt"))
                 self.handles |= dict.fromkeys(handle.keys(), handle)
-                self.about |= handle.metadata() or {}
             except (SafetensorError, OSError) as error:
                 self.stack.close()
                 raise UsageError(f"{file} can't be read as safetensors: {error}") from None
@@ -273,7 +271,7 @@ def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen:
             )
         image_size = grid * patch
     told = stored.get("num_attention_heads") or stored.get("heads") or (stored.get("model_args") or {}).get("num_heads")
-    heads = int(told or weights.about.get("heads") or usual_heads(width, weights.where))
+    heads = int(told or usual_heads(width, weights.where))
     eps = stored.get("rms_norm_eps", 1e-5)
     if abs(eps - 1e-5) > 1e-9:
         raise UsageError(f"{weights.where}: rms_norm_eps {eps} in {model_folder.CONFIG}; AIMV2 has 1e-5")
@@ -320,9 +318,7 @@ def pair_config(found: Found, weights: Weights, stored: dict[str, Any], seen: di
     config = TextConfig(
         width=width,
         depth=int(text.get("num_hidden_layers") or layouts.count_blocks(weights.keys(), prefix + names.trunk.block[0])),
-        heads=int(
-            text.get("num_attention_heads") or weights.about.get("text_heads") or usual_heads(width, weights.where)
-        ),
+        heads=int(text.get("num_attention_heads") or usual_heads(width, weights.where)),
         hidden=weights.shape(prefix + names.trunk.block[4].split()[0].format(i=0))[0],
         vocab_size=vocab,
         max_text=weights.shape(prefix + names.text[1])[0],

@@ -37,8 +37,7 @@ def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **config}, indent=1)
     (folder / CONFIG).write_text(text + "\n")
-    about = {"format": "pt"} | ({"heads": str(config["encoder"]["heads"])} if "encoder" in config else {})
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, about)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     if card:
         (folder / "README.md").write_text(card)
 

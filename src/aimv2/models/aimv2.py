@@ -24,7 +24,7 @@ class CaptionTokenizer(Protocol):
 
 
 class AIMv2(nn.Module):
-    """A vision encoder with prefix attention under a causal multimodal decoder (PAPER.md Figure 1)."""
+    """A vision encoder with prefix attention under a causal multimodal decoder (AIMV2, Figure 1)."""
 
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The multimodal decoder: image features, then [BOS] and the caption, read causally (PAPER.md sections 1 and 2).
+"""The multimodal decoder: image features, then [BOS] and the caption, read causally (AIMV2, Figure 1).
 
 Legend: B pairs, I patches, T padded caption, R caption rows, S scored patches, D decoder width, P = p * p * 3, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""The vision encoder: patches in, features out (PAPER.md section 2, Table 1).
+"""The vision encoder: patches in, features out (AIMV2, Table 1).
 
 Legend: B images, h x w patch grid, I = h * w, p patch side, D width.
 """

@@ -1,4 +1,4 @@
-"""All initialisation in one place (PAPER.md section 2, "Init")."""
+"""All initialisation in one place (the released training code)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The parts of every trunk: attention in its forms, SwiGLU, and the pre-norm block (PAPER.md section 2).
+"""The parts of every trunk: attention in its forms, SwiGLU, and the pre-norm block (AIMV2, Table 1).
 
 Legend: B samples, N positions, D width, H heads, d = D / H, R packed rows.
 """

@@ -1,5 +1,5 @@
 """The image-text pair of locked-image tuning: frozen encoder with a pooling head, causal text tower, shared space
-(PAPER.md sections 2 and 4.5).
+(AIMV2, locked-image tuning).
 
 Legend: B images or texts, N patches, T tokens, D width, P width of the shared space.
 """

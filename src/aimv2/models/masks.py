@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def causal_mask(length: int, device: torch.device | str | None = None) -> Tensor:
-    """Each position sees itself and what is before it (decoder, PAPER.md section 1).
+    """Each position sees itself and what is before it (decoder, AIMV2, Figure 1).
 
     Returns:
         bool [length, length].
@@ -15,7 +15,7 @@ def causal_mask(length: int, device: torch.device | str | None = None) -> Tensor
 
 
 def prefix_mask(prefix_len: Tensor, length: int) -> Tensor:
-    """Causal, and the first ``prefix_len`` positions are seen by all (encoder, PAPER.md section 1).
+    """Causal, and the first ``prefix_len`` positions are seen by all (encoder, AIMV2, Figure 1).
 
     Args:
         prefix_len: int [B], each in 1..length.

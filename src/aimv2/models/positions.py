@@ -32,7 +32,7 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 
 def sincos_positions(height: int, width: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """2-D sine-cosine positions of an h x w grid (native models, LAYOUTS.md).
+    """2-D sine-cosine positions of an h x w grid (native models).
 
     The first half of the values encodes the column, the last half the row; each half is all sines, then all cosines
     of ``position / 10000 ** (k / (dim / 4))``.
@@ -53,7 +53,7 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | s
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Learned positions of a square grid for another grid (bicubic, antialiased; PAPER.md section 10).
+    """Learned positions of a square grid for another grid (bicubic, antialiased).
 
     Args:
         positions: [1, I, D], I a square.

@@ -1,4 +1,4 @@
-"""The attentive probe: the head that measures a frozen encoder (PAPER.md section 5.1).
+"""The attentive probe: the head that measures a frozen encoder (AIMV1, attentive probe).
 
 Legend: B images, N tokens, D width, H heads, C classes.
 """

@@ -1,4 +1,4 @@
-"""Every model by name: one row a size (PAPER.md section 2, Table 1). Adding a size is adding a row."""
+"""Every model by name: one row a size (AIMV2, Table 1). Adding a size is adding a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The AIMV2 objective: next patch and next token (PAPER.md sections 1 and 10).
+"""The AIMV2 objective: next patch and next token (AIMV2, Figure 1).
 
 Legend: B pairs, I patches, S scored patches, R caption rows, P = p * p * 3 values a patch.
 """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+PATIENCE = 10.0  # seconds in which another Ctrl-C is taken for impatience
 
 
 class Interrupted(Exception):
@@ -21,15 +24,33 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """Installs the handlers; ``code`` is 0 until a signal came. A second Ctrl-C ends at once, as it always did."""
+    """Installs the handlers; ``code`` is 0 until a signal came.
+
+    Further signals are held while the run saves, and for PATIENCE seconds after the first; one after that ends at once.
+
+    Attributes:
+        saving: set by the loop while it writes a checkpoint.
+    """
 
     def __init__(self) -> None:
-        self.code = 0
+        self.code, self.since, self.saving = 0, 0.0, False
         self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.code = EXIT_CODES[signal.Signals(number)]
-        signal.signal(number, self.before[signal.Signals(number)])
+        now = time.monotonic()
+        if not self.code:
+            self.code, self.since = EXIT_CODES[signal.Signals(number)], now
+            self._say("stopping after this step, and saving")
+        elif self.saving or now - self.since < PATIENCE:
+            self._say("saving, a moment")
+        else:
+            self.restore()
+            os.kill(os.getpid(), number)
+
+    def _say(self, line: str) -> None:
+        """From a handler: no buffered stream, and from the first rank alone."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"{line}\n".encode())
 
     def restore(self) -> None:
         """Puts the handlers back that were there before."""

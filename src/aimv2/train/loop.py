@@ -192,6 +192,8 @@ class Trainer:
         """A complete checkpoint of this step."""
         start = time.perf_counter()
         self.check_finite()
+        if self.flag is not None:
+            self.flag.saving = True
         about = {
             "step": self.step,
             "seconds": self.seconds,
@@ -208,6 +210,8 @@ class Trainer:
             self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
             self.config.train.keep,
         )  # fmt: skip
+        if self.flag is not None:
+            self.flag.saving = False
         self.mark += time.perf_counter() - start
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -236,7 +240,9 @@ class Trainer:
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""
         self.stream.close()
-        if self.flag is not None:
+        if (
+            self.flag is not None and not self.flag.code
+        ):  # after a signal, impatient ones are held until the process ends
             self.flag.restore()
         if self.log is not None:
             self.log.close()

@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW.
 
-    With ``decay=full`` a step does ``p *= 1 - weight_decay * lr / peak`` (PAPER.md 4.1), which is AdamW's rule with
+    With ``decay=full`` a step does ``p *= 1 - weight_decay * lr / peak`` (AIMV2, Table A1), which is AdamW's rule with
     ``weight_decay / peak``.
     """
     strength = config.weight_decay

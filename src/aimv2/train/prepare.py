@@ -83,6 +83,31 @@ def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
         )
 
 
+def check_labels(samples: list[dict[str, bytes]], config: Config) -> None:
+    """Raises UsageError where ``eval.probe`` is asked for and no sample has a label."""
+    if config.eval.probe and not any(sample.get("cls") for sample in samples):
+        raise UsageError(
+            f"eval.probe: labels missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.cls; "
+            "leave eval.probe out, or import a class-folder tree"
+        )
+
+
+def remarks(config: Config) -> list[str]:
+    """What is allowed and seldom meant, a line each."""
+    lines = []
+    if config.optim.warmup >= config.train.steps:
+        lines.append(
+            f"optim.warmup {config.optim.warmup} is not shorter than train.steps {config.train.steps}: the learning rate "
+            "never reaches optim.lr"
+        )
+    lines += [
+        f"{path}: its import was not finished (run `aimv2 data import` again to go on); training on what is there"
+        for path in _paths(config)
+        if (Path(path) / ".import").is_dir()
+    ]
+    return lines
+
+
 def _names(config: Config) -> str:
     train = config.data.train
     return ", ".join(_paths(config)) if train else "data.train"

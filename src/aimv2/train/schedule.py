@@ -1,4 +1,4 @@
-"""The learning rate of each step: a pure function (PAPER.md 4.1 and "More of the released code")."""
+"""The learning rate of each step: a pure function (AIMV2, Table A1; the released training code)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Validation on a split of its own: deterministic views, fixed prefix lengths, fp32 (PAPER.md sections 9 and 10)."""
+"""Validation on a split of its own: deterministic views, fixed prefix lengths, fp32 (unlike the released training code)."""
 
 from __future__ import annotations
 

@@ -223,7 +223,11 @@ def test_hours_follow_from_the_arithmetic_of_a_step(size: str) -> None:
     assert found == pytest.approx({"hours": hours, "a_pair": a_pair, "total": total}, rel=0.005)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
+# the twin of finetune-classes is tests/train/test_finetune.py
+PRETRAINING = [recipe for recipe in RECIPES if read_recipe(recipe).get("objective.name", "pretrain") == "pretrain"]
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=by_name)
 def test_twin_runs(recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIMV2_DATA", str(home / "data"))
     run = tmp_path / "run"

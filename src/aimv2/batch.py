@@ -36,6 +36,7 @@ class Batch:
             Position i predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0).
         token_count: int64 [], real entries of ``token_rows``.
         patch_count: int64 [], real entries of ``patch_rows``.
+        labels: int64 [B], classes; -1 without one.
         keys: the samples' names.
         bad: samples that could not be decoded since the last batch, with the reason.
     """
@@ -48,6 +49,7 @@ class Batch:
     patch_rows: Tensor
     token_count: Tensor
     patch_count: Tensor
+    labels: Tensor
     keys: list[str]
     bad: list[str]
 
@@ -100,6 +102,7 @@ def make_batch(
     keys: Sequence[str] = (),
     bad: Sequence[str] = (),
     text_width: int | None = None,
+    labels: Sequence[int] | Tensor | None = None,
 ) -> Batch:
     """Collates images and tokenised captions and lists what will be scored.
 
@@ -111,6 +114,7 @@ def make_batch(
         keys: B names (for messages).
         bad: undecodable samples met on the way.
         text_width: T; by default the longest caption rounded up to its bucket.
+        labels: B classes; none by default.
     """
     import torch
 
@@ -132,6 +136,7 @@ def make_batch(
         patch_rows=_pad(scored, PATCH_BUCKET, 0),
         token_count=torch.tensor(len(real)),
         patch_count=torch.tensor(len(scored)),
+        labels=torch.as_tensor([-1] * len(captions) if labels is None else labels, dtype=torch.int64),
         keys=list(keys),
         bad=list(bad),
     )
@@ -155,6 +160,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         patches,
         [key for batch in batches for key in batch.keys],
         [bad for batch in batches for bad in batch.bad],
+        labels=torch.cat([batch.labels for batch in batches]),
     )
 
 
@@ -173,6 +179,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
             patches,
             batch.keys[at : at + size],
             batch.bad if at == 0 else (),
+            labels=batch.labels[at : at + size],
         )
         for at in range(0, len(batch), size)
     ]

@@ -96,10 +96,11 @@ def run() -> None:
     """The command: :func:`main`, and the process ends with its code.
 
     One rank of several ends at once: gloo's threads may still hold tensors of the last collective, and one that lets go of
-    them while the interpreter is taken down aborts a process whose work is done.
+    them while the interpreter is taken down aborts a process whose work is done. So does a run that was asked to stop: a
+    further signal would find the interpreter without its handlers.
     """
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code in (130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -100,16 +100,24 @@ class ObjectiveConfig:
     """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
-        name: the objective
+        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe
         alpha: weight of the pixel loss beside the text loss (Table 9c)
         targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
         attention: of the encoder in training; bidirectional only with targets=text
+        freeze: probe alone: leave the encoder as it is; false trains all of it
+        classes: probe alone: their number; null: the largest label of the training shards + 1
+        heads: probe alone: of its attention; null: one for 64 values of the encoder's width
+        smoothing: probe alone: label smoothing
     """
 
-    name: Literal["pretrain"] = "pretrain"
+    name: Literal["pretrain", "probe"] = "pretrain"
     alpha: float = 0.4
     targets: Literal["both", "image", "text"] = "both"
     attention: Literal["prefix", "bidirectional"] = "prefix"
+    freeze: bool = True
+    classes: int | None = None
+    heads: int | None = None
+    smoothing: float = 0.0
 
 
 @dataclass
@@ -127,6 +135,7 @@ class OptimConfig:
         weight_decay: strength; see decay
         decay: full = the paper's fully decoupled rule (p *= 1 - weight_decay * lr / peak); torch = lr * weight_decay
         clip: largest norm of the gradient; 0 does not clip
+        layer_decay: rate of a block of the encoder as a part of the next one's; 1 trains all at one rate
     """
 
     lr: float = 1e-3
@@ -139,6 +148,7 @@ class OptimConfig:
     weight_decay: float = 1e-4
     decay: Literal["full", "torch"] = "full"
     clip: float = 1.0
+    layer_decay: float = 1.0
 
 
 @dataclass
@@ -150,7 +160,7 @@ class TrainConfig:
         stop_at: save and end at this step without touching the schedule
         batch_size: pairs a step over all ranks
         accumulate: micro-batches a step
-        precision: of the products; weights, targets and losses are fp32 always
+        precision: of the products; weights, targets and losses are fp32 always; fp16 scales the loss
         compile: torch.compile of each block; auto: where a compiler is found
         checkpointing: recompute blocks in the backward pass instead of keeping their inside
         save_every: steps between checkpoints; 0: only at the end
@@ -162,7 +172,7 @@ class TrainConfig:
     stop_at: int | None = None
     batch_size: int = 8192
     accumulate: int = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: Literal["auto", "on", "off"] = "auto"
     checkpointing: bool = False
     save_every: int = 1000
@@ -218,7 +228,8 @@ class Config:
 
     Args:
         run: the run folder
-        init: a model folder, run or RUN@STEP whose weights to start from
+        init: a model whose weights to start from: with objective.name=probe any encoder (released name, hub id,
+            folder, file, run), else a model folder, run or RUN@STEP with its decoder
         seed: of weights, data order, crops, prefixes
         resume: go on with the run in the folder
         overwrite: remove the run in the folder first

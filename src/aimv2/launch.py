@@ -139,6 +139,8 @@ def build_trainer(
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'")
+    if config.objective.name == "probe" and world.size > 1:
+        raise UsageError("objective.name=probe: its batch norm sees one process; start it without torchrun")
     tokenizer = prepare.get_tokenizer(config, known, world)
     model = prepare.make_model(config, tokenizer.vocab_size if tokenizer else 1, resuming)
     compiled, line = want_compile(config.train, world)
@@ -200,10 +202,13 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     if trainer.step < config.train.steps:
         return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
     if world.main:
-        model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
-        assert isinstance(model, AIMv2)
-        result |= trainer.figures | measure(config, model, trainer.tokenizer, say)
-        result |= {"parameters": count(model), "encoder_parameters": count(model.encoder)}
+        result |= trainer.figures
+        if config.objective.name == "pretrain":
+            model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
+            assert isinstance(model, AIMv2)
+            result |= measure(config, model, trainer.tokenizer, say)
+        whole = trainer.unwrapped()
+        result |= {"parameters": count(whole), "encoder_parameters": count(whole.encoder)}
         result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
         result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
         write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
@@ -285,7 +290,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
     model = trainer.unwrapped()
     return {
         "encoder_parameters": count(model.encoder),
-        "decoder_parameters": count(model.decoder),
+        "decoder_parameters": count(model) - count(model.encoder),
         "ranks": world.size,
         "batch_size": config.train.batch_size,
         "patches_a_step": config.train.batch_size * trainer.view.patches,

@@ -31,6 +31,8 @@ LIMITS: list[tuple[str, float, float]] = [
     ("optim.warmup", 0, float("inf")),
     ("optim.weight_decay", 0, float("inf")),
     ("optim.clip", 0, float("inf")),
+    ("optim.layer_decay", 1e-3, 1),
+    ("objective.smoothing", 0, 0.999),
     ("objective.alpha", 0, float("inf")),
     ("eval.every", 0, float("inf")),
     ("eval.samples", 1, float("inf")),
@@ -121,6 +123,10 @@ def check_ranges(config: Config) -> None:
             "objective.attention=bidirectional shows the patches to be predicted; it needs objective.targets=text, "
             f"got {objective.targets}"
         )
+    if objective.name == "probe" and config.init is None and objective.freeze:
+        raise UsageError("objective.name=probe trains a head on a frozen encoder: --init MODEL says which")
+    if objective.classes is not None and objective.classes < 2:
+        raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
     if train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
     if train.stop_at is not None and train.stop_at < 1:

@@ -218,6 +218,12 @@ def image_of(parts: Parts) -> tuple[str, bytes] | None:
     return next(((name, parts[name]) for name in IMAGE_EXTENSIONS if name in parts), None)
 
 
+def label_of(sample: dict[str, bytes]) -> int:
+    """The class of a sample (KEY.cls), -1 where it has none."""
+    text = sample.get("cls", b"").decode(errors="replace").strip()
+    return int(text) if text.isdigit() else -1
+
+
 def captions_of(parts: Parts) -> dict[str, list[str]]:
     """Captions of a sample by field; {} where it has none.
 

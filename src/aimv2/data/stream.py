@@ -27,7 +27,7 @@ from PIL import Image
 from aimv2.batch import Batch, join_batches, make_batch
 from aimv2.config import DataConfig, Source
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of
+from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of, label_of
 from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import RankError, UsageError
@@ -151,6 +151,7 @@ class PairEncoder(TaskEncoder):
             "image": to_pixels(image),
             "tokens": tokens,
             "prefix": draw_prefix(rng, self.view.patches),
+            "label": label_of(parts),
         }
 
     @stateless
@@ -163,6 +164,7 @@ class PairEncoder(TaskEncoder):
             self.view.patches,
             [sample["__key__"] for sample in samples],
             fresh,
+            labels=[sample["label"] for sample in samples],
         )
 
 

@@ -173,14 +173,14 @@ class Weights:
         return self.handles[key].get_slice(key)
 
 
-def fill(model: nn.Module, weights: Weights, rules: Rules, skip: str | None = None) -> None:
+def fill(model: nn.Module, weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -> None:
     """Copies a file's tensors into a model's parameters by a table of names, strictly.
 
     Args:
         model: with real parameters.
         weights: open files.
         rules: our key -> theirs, joined along the first dimension.
-        skip: keys of the file with this prefix are left unread; any other that no rule names is an error.
+        skip: keys of the file with these prefixes are left unread; any other that no rule names is an error.
 
     Raises:
         UsageError: a missing, extra or misshaped key, by its name in the file.
@@ -199,7 +199,7 @@ def fill(model: nn.Module, weights: Weights, rules: Rules, skip: str | None = No
                     )
                 part.copy_(weights.get(name).reshape(part.shape))
                 used.add(name)
-    if extra := sorted(key for key in weights.keys() if key not in used and not (skip and key.startswith(skip))):  # noqa: SIM118
+    if extra := sorted(key for key in weights.keys() if key not in used and not key.startswith(skip)):  # noqa: SIM118
         raise UsageError(f"{weights.where}: key '{extra[0]}' is not part of the model")
 
 
@@ -396,8 +396,8 @@ def load_model(
     return model.eval()
 
 
-def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, str | None]:
-    """The model without memory, its table of names, and the prefix of what may stay unread."""
+def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
+    """The model without memory, its table of names, and the prefixes of what may stay unread."""
     stored = read_json(at.folder / model_folder.CONFIG)
     seen = read_json(at.folder / "preprocessor_config.json")
     with torch.device("meta"):
@@ -407,25 +407,25 @@ def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn
             raise UsageError(f"MODEL {at.given}: an encoder alone, without a decoder")
         if found.text is not None and found.layout != "trainer":
             pair = pair_config(found, weights, stored, seen)
-            return LiT(pair), layouts.pair_rules(found.layout, pair.encoder, pair.text), None
+            return LiT(pair), layouts.pair_rules(found.layout, pair.encoder, pair.text), ()
         shape = encoder_config(found, weights, stored.get("vision_config") or stored, seen)
         if decoder:
             parts = decoder_config(weights)
-            return AIMv2(shape, parts), layouts.trainer_rules(shape, parts), None
+            return AIMv2(shape, parts), layouts.trainer_rules(shape, parts), ()
         rules = layouts.encoder_rules(found.layout, shape, "", found.image)
-        return VisionEncoder(shape), rules, "models.text_decoder." if found.layout == "trainer" else None
+        return VisionEncoder(shape), rules, ("models.text_decoder.",) if found.layout == "trainer" else ()
 
 
 def _plan_ours(
     at: Source, weights: Weights, found: Found, decoder: bool, stored: dict[str, Any], seen: dict[str, Any]
-) -> tuple[nn.Module, Rules, str | None]:
+) -> tuple[nn.Module, Rules, tuple[str, ...]]:
     if "format" in stored:
         model = model_folder.build_empty(at.folder, decoder)
         if model is None:
             raise UsageError(f"MODEL {at.given}: an encoder alone, without a decoder")
         prefix = "encoder." if isinstance(model, VisionEncoder) else ""
-        return model, {key: (prefix + key,) for key in model.state_dict()}, "decoder." if prefix else None
+        return model, {key: (prefix + key,) for key in model.state_dict()}, ("decoder.", "probe.") if prefix else ()
     if decoder or found.text:
         raise UsageError(f"MODEL {at.given}: more than an encoder, and no {model_folder.CONFIG} beside {weights.where}")
     encoder = VisionEncoder(encoder_config(found, weights, stored, seen))
-    return encoder, {key: (found.image + key,) for key in encoder.state_dict()}, None
+    return encoder, {key: (found.image + key,) for key in encoder.state_dict()}, ()

@@ -11,6 +11,7 @@ from aimv2.models.encoder import PatchEmbed, VisionEncoder
 from aimv2.models.layers import Block
 from aimv2.models.lit import LiT, TextEncoder
 from aimv2.models.pool import AttentionPool
+from aimv2.models.probe_head import AttentiveProbe
 
 
 def _xavier(weight: torch.Tensor, parts: int, generator: torch.Generator | None) -> None:
@@ -42,6 +43,15 @@ def _patch_embed(embed: PatchEmbed, generator: torch.Generator | None) -> None:
         nn.init.normal_(embed.position, std=0.02, generator=generator)
 
 
+def _probe(head: AttentiveProbe, generator: torch.Generator | None) -> None:
+    nn.init.normal_(head.query, std=0.02, generator=generator)
+    for linear in (head.key, head.value, head.linear):
+        bound = 1 / math.sqrt(linear.in_features)
+        nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    nn.init.zeros_(head.linear.bias)
+    head.norm.reset_running_stats()
+
+
 def _pool(head: AttentionPool, generator: torch.Generator | None) -> None:
     nn.init.normal_(head.query, std=0.02, generator=generator)
     for linear in (head.key, head.value, head.proj):
@@ -65,10 +75,10 @@ def _decoder(decoder: MultimodalDecoder, generator: torch.Generator | None) -> N
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int | None = None) -> None:
-    """Fills every parameter and buffer of an encoder, an AIMv2 or a LiT pair, whatever it held.
+    """Fills every parameter and buffer of an encoder or a model around one, whatever it held.
 
     Args:
-        model: VisionEncoder, AIMv2 or LiT, on any real device.
+        model: VisionEncoder, AIMv2, LiT or Classifier, on any real device.
         seed: of a generator of its own; None draws from torch's global one.
     """
     device = next(model.parameters()).device
@@ -84,6 +94,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             _decoder(module, generator)
         elif isinstance(module, VisionEncoder):
             module.fill_constants()
+        elif isinstance(module, AttentiveProbe):
+            _probe(module, generator)
         elif isinstance(module, AttentionPool):
             _pool(module, generator)
         elif isinstance(module, TextEncoder):
@@ -97,5 +109,5 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             assert (
                 isinstance(module, AIMv2 | TextHead)
                 or not list(module.parameters(recurse=False))
-                or isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+                or isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | nn.BatchNorm1d)
             ), f"no initialisation for {type(module).__name__}"

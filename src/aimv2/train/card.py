@@ -12,17 +12,25 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
     train, optim = config.train, config.optim
     measured = "\n".join(f"| {key} | {value:.4f} |" for key, value in figures.items()) or "| none yet | |"
     size = f"{encoder.image_size} px" if encoder.image_size else "any size"
+    objective, use = config.objective, "`aimv2.load_model(FOLDER)` (encoder)"
+    if objective.name == "probe":
+        what = "AIMV2 vision encoder with an attentive probe" + ("" if objective.freeze else ", both trained on labels")
+        learnt = f"classes, {'frozen encoder' if objective.freeze else 'encoder trained'}, init {config.init}"
+    else:
+        what = "AIMV2 vision encoder with its multimodal decoder, pre-trained"
+        learnt = f"{objective.targets}, alpha {objective.alpha:g}, {objective.attention} attention"
+        use += " or `aimv2.load_model(FOLDER, decoder=True)`"
     return f"""# {encoder.name}
 
-AIMV2 vision encoder with its multimodal decoder, pre-trained with aimv2 {aimv2.__version__}.
+{what}, with aimv2 {aimv2.__version__}.
 
 - {encoder.width} wide, {encoder.depth} blocks, patches of {encoder.patch_size} px, {size}
 - step {step} of {train.steps}, {train.batch_size} pairs a step, peak learning rate {optim.lr:g}, {train.precision}
-- objective: {config.objective.targets}, alpha {config.objective.alpha:g}, {config.objective.attention} attention
+- objective: {learnt}
 
 | measured on the validation split | |
 |---|---|
 {measured}
 
-Load it with `aimv2.load_model(FOLDER)` (encoder) or `aimv2.load_model(FOLDER, decoder=True)`.
+Load it with {use}.
 """

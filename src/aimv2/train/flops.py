@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from aimv2.models.aimv2 import AIMv2
+from aimv2.models.classifier import Classifier
 from aimv2.models.layers import Block
+from aimv2.models.sizes import encoder_flops
 
 # dense bf16 FLOP/s of accelerators, by a part of their name
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
@@ -21,9 +23,13 @@ def _block_flops(block: Block, rows: float, length: float) -> float:
     return rows * (2 * weights + 4 * width * length)
 
 
-def step_flops(model: AIMv2, pairs: int, patches: int, tokens: float) -> float:
+def step_flops(model: AIMv2 | Classifier, pairs: int, patches: int, tokens: float) -> float:
     """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all."""
-    encoder, decoder = model.encoder, model.decoder
+    encoder = model.encoder
+    if isinstance(model, Classifier):
+        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        return (3 if trained else 1) * pairs * encoder_flops(encoder.config)
+    decoder = model.decoder
     rows = pairs * patches
     total = float(rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width)
     for block in encoder.blocks:

@@ -17,6 +17,7 @@ from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
 from aimv2.models.aimv2 import AIMv2
+from aimv2.models.classifier import Classifier
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.flops import peak_flops, step_flops
@@ -25,7 +26,7 @@ from aimv2.train.log import Log
 from aimv2.train.parallel import World
 from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
-from aimv2.train.validate import HeldOut, read_held_out, validate
+from aimv2.train.validate import HeldOut, read_held_out, validate, validate_classes
 
 
 class Trainer:
@@ -40,7 +41,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: AIMv2,
+        model: AIMv2 | Classifier,
         tokenizer: Tokenizer | None,
         run: Path,
         world: World,
@@ -54,9 +55,10 @@ class Trainer:
                 f"divide by train.accumulate {accumulate}; change one of them"
             )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
-        self.encoder, self.shape = model.encoder.config, model.decoder.config
+        self.encoder = model.encoder.config
+        captions = isinstance(model, AIMv2) and model.decoder.config.text
         self.flag: StopFlag | None = None
-        self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.shape.text)
+        self.view = View(self.encoder.image_size or 0, self.encoder.patches, captions)
         self.stream = TrainStream(
             config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
         )
@@ -65,7 +67,9 @@ class Trainer:
         self.last: StepFigures | None = None
         self.compiled = compiled
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
-        self.window = torch.zeros(4, dtype=torch.float64, device=world.device)  # text, pixel, norm, tokens
+        self.terms = [name for name, weight in self.update.objective.weights.items() if weight]
+        # terms, norm, tokens
+        self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
         self.window_steps = 0
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
@@ -118,7 +122,7 @@ class Trainer:
         self.window_steps += 1
         nothing = torch.zeros_like(figures.norm)
         means, counts = (dict(zip(figures.names, values)) for values in (figures.means, figures.counts))
-        row = [means.get("text", nothing), means.get("pixel", nothing), figures.norm, counts.get("text", nothing)]
+        row = [*(means[term] for term in self.terms), figures.norm, counts.get("text", nothing)]
         self.window += torch.stack(row)
         if self.first_broken is None:
             self.first_broken = torch.zeros_like(figures.broken, dtype=torch.int64)
@@ -146,11 +150,11 @@ class Trainer:
         self.mark, self.marked = now, self.step
         self.window.zero_()
         self.window_steps = 0
-        text, pixel, norm, tokens = (value / steps for value in window)
+        *means, norm, tokens = (value / steps for value in window)
         pairs = self.config.train.batch_size
-        weights, names = self.update.objective.weights, self.last.names if self.last else []
-        figures: dict[str, Any] = {"loss": weights["text"] * text + weights["pixel"] * pixel}
-        figures |= {f"{n}_loss": value for n, value in (("text", text), ("pixel", pixel)) if n in names}
+        weights = self.update.objective.weights
+        figures: dict[str, Any] = {"loss": sum(weights[term] * mean for term, mean in zip(self.terms, means))}
+        figures |= {f"{term}_loss": mean for term, mean in zip(self.terms, means)}
         figures["lr"] = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
         figures["grad_norm"] = norm
         figures["pairs_per_s"] = pairs * done / seconds
@@ -161,8 +165,8 @@ class Trainer:
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
 
-    def unwrapped(self) -> AIMv2:
-        assert isinstance(self.model, AIMv2)
+    def unwrapped(self) -> AIMv2 | Classifier:
+        assert isinstance(self.model, AIMv2 | Classifier)
         return self.model
 
     @property
@@ -181,12 +185,19 @@ class Trainer:
         if not shards_held(self.held_out, self.world):
             return
         start = time.perf_counter()
-        self.figures = validate(
-            self.model, self.held_out, self.view.patches, self.config.eval.prefixes, self.world,
-            self.shape.text, self.shape.pixels,
-        )  # fmt: skip
+        self.figures = self.measure(self.held_out)
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
+
+    def measure(self, data: HeldOut) -> dict[str, float]:
+        """What the objective's own validation says of held-out samples."""
+        model = self.unwrapped()
+        if isinstance(model, Classifier):
+            return validate_classes(self.model, data, self.world)
+        shape = model.decoder.config
+        return validate(
+            self.model, data, self.view.patches, self.config.eval.prefixes, self.world, shape.text, shape.pixels
+        )
 
     def save(self) -> None:
         """A complete checkpoint of this step."""
@@ -205,7 +216,7 @@ class Trainer:
             "layout": [self.world.size, self.config.data.workers],
             "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else None,
         }
-        private = {"data": self.stream.state(), "rng": torch.get_rng_state()}
+        private = {"data": self.stream.state(), "rng": torch.get_rng_state(), "scale": self.update.loss_scale.cpu()}
         save_checkpoint(
             self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
             self.config.train.keep,
@@ -253,6 +264,7 @@ class Trainer:
         private = load_checkpoint(folder, self.model, self.optimizer, self.world)
         self.stream.restore(private["data"])
         torch.set_rng_state(private["rng"])
+        self.update.loss_scale.copy_(private["scale"])
         self.step, self.seconds, self.figures = about["step"], about["seconds"], about["figures"]
         *window, self.window_steps = about["window"]
         self.window.copy_(torch.tensor(window, dtype=torch.float64))

@@ -28,6 +28,19 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"name": "decayed", "params": decayed}, {"name": "plain", "params": plain}]
 
 
+def layer_of(name: str, depth: int) -> int:
+    """How deep a parameter of the encoder lies: 0 for the patches, i + 1 for block i, depth + 1 for all behind them.
+
+    Args:
+        name: in the whole model.
+        depth: blocks of the encoder.
+    """
+    parts = name.split(".")
+    if parts[0] != "encoder" or parts[1] in ("norm", "head"):
+        return depth + 1
+    return int(parts[2]) + 1 if parts[1] == "blocks" else 0
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW.
 
@@ -39,12 +52,31 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         strength /= config.lr
     groups = parameter_groups(model)
     groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
+    if config.layer_decay != 1:
+        groups = split_by_layer(model, groups, config.layer_decay)
+    groups = [{"scale": 1.0, **group} for group in groups if any(p.requires_grad for p in group["params"])]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """The same groups cut by depth, each with ``scale``: its rate as a part of the last layer's."""
+    depth = len(model.encoder.blocks)  # type: ignore[arg-type, union-attr]
+    layer = {
+        id(p): layer_of(name.replace("_checkpoint_wrapped_module.", ""), depth) for name, p in model.named_parameters()
+    }
+    out = []
+    for group in groups:
+        for at in sorted({layer[id(p)] for p in group["params"]}):
+            params = [p for p in group["params"] if layer[id(p)] == at]
+            out.append({**group, "name": f"{group['name']} {at}", "params": params, "scale": decay ** (depth + 1 - at)})
+    return out
 
 
 def step_unless(optimizer: torch.optim.AdamW, broken: torch.Tensor, lr: float) -> None:
     """One step at rate ``lr``, left out on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1: no wait for it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
     optimizer.grad_scale, optimizer.found_inf = None, broken  # type: ignore[attr-defined]
     optimizer.step()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aimv2.config import TrainConfig
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
+from aimv2.models.classifier import Classifier
 from aimv2.models.layers import Cache, Packed
 
 FP32_ERROR = 2e-6  # largest relative error of a 512-wide product that is still fp32; bf16 has 1e-3
@@ -115,16 +116,16 @@ def can_compile(device: torch.device) -> str | None:
         return lines[0][:120] if lines else type(error).__name__
 
 
-def blocks_of(model: AIMv2) -> list[tuple[nn.ModuleList, int]]:
+def blocks_of(model: AIMv2 | Classifier) -> list[tuple[nn.ModuleList, int]]:
     """Where each block sits: (list, index)."""
     lists = [model.encoder.blocks]
     for trunk in ("trunk", "pixel_trunk"):
-        if hasattr(model.decoder, trunk):
+        if isinstance(model, AIMv2) and hasattr(model.decoder, trunk):
             lists.append(getattr(model.decoder, trunk).blocks)
     return [(blocks, index) for blocks in lists for index in range(len(blocks))]
 
 
-def compile_blocks(model: AIMv2) -> None:
+def compile_blocks(model: AIMv2 | Classifier) -> None:
     """torch.compile of each block. Shapes are static, but for the decoder's packed rows, which are marked dynamic.
 
     Nothing turns dynamic by itself: kernels that depend on the history of shapes would make a resumed run differ.
@@ -155,7 +156,7 @@ def run_compiled(
     return forward(x, mask=mask, packed=packed, keep=keep, cache=cache)
 
 
-def parallelize(model: AIMv2, config: TrainConfig, world: World, compiled: bool) -> None:
+def parallelize(model: AIMv2 | Classifier, config: TrainConfig, world: World, compiled: bool) -> None:
     """Checkpointing, then compile, then FSDP2, each by block, in place.
 
     Args:

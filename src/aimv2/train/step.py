@@ -14,10 +14,13 @@ from torch.distributed.tensor import DTensor
 from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
 from aimv2.models.aimv2 import AIMv2
-from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.models.classifier import Classifier
+from aimv2.objectives import make_objective
 from aimv2.train.optim import make_optimizer, step_unless
 from aimv2.train.parallel import World, choose_products, parallelize
 from aimv2.train.schedule import learning_rate
+
+FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
 
 
 @dataclass
@@ -30,6 +33,7 @@ class StepFigures:
         counts: float64 [terms].
         norm: float64 [], the gradient's norm before clipping.
         broken: bool [terms + 1], which terms and (last) whether the gradient were not finite; then nothing was updated.
+            In fp16 the gradient is never called broken: the loss was scaled too much, and is scaled less from then on.
     """
 
     names: list[str]
@@ -42,14 +46,17 @@ class StepFigures:
 class TrainStep:
     """A model made ready for the machine, its optimizer, and the step over both."""
 
-    def __init__(self, model: AIMv2, config: Config, world: World, compiled: bool) -> None:
+    def __init__(self, model: AIMv2 | Classifier, config: Config, world: World, compiled: bool) -> None:
         self.config, self.world = config, world
-        self.objective = PretrainObjective(config.objective)
+        self.objective = make_objective(config.objective)
         self.patches, self.image_size = model.encoder.config.patches, model.encoder.config.image_size or 0
         choose_products(world.device)
         self.model: nn.Module = model.to(world.device)
         parallelize(model, config.train, world, compiled)
         self.optimizer = make_optimizer(self.model, config.optim)
+        # of the loss, in fp16: (factor, steps since it last changed); kept on the device
+        start = FIRST_SCALE if config.train.precision == "fp16" else 1.0
+        self.loss_scale = torch.tensor([start, 0.0], device=world.device)
 
     def __call__(self, batch: Batch, step: int) -> StepFigures:
         """Optimizer step number ``step`` on this rank's part of the global batch."""
@@ -68,6 +75,10 @@ class TrainStep:
         broken = ~torch.isfinite(torch.cat([means, norm[None]]))
         rate = learning_rate(step, config.train.steps, config.optim)
         step_unless(self.optimizer, broken.any().float(), rate)
+        if config.train.precision == "fp16":
+            self.adapt_scale(broken[-1])
+            broken = broken & torch.tensor([True] * len(names) + [False], device=broken.device)
+            norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
         self.optimizer.zero_grad(set_to_none=True)
         return StepFigures(names, means, counts, norm, broken)
 
@@ -80,13 +91,13 @@ class TrainStep:
         """
         size = self.image_size
         for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
-            text = [[0] * min(width, max_tokens)] * pairs if self.objective.weights["text"] else [[]] * pairs
+            text = [[0] * min(width, max_tokens)] * pairs if self.objective.weights.get("text") else [[]] * pairs
             images = torch.zeros(pairs, 3, size, size, dtype=torch.uint8)
             batch = make_batch(images, text, [max(self.patches // 2, 1)] * pairs, self.patches).to(self.world.device)
             counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
             self.backward(batch, counts)
             self.optimizer.zero_grad(set_to_none=True)
-            if not self.objective.weights["text"]:
+            if not self.objective.weights.get("text"):
                 break
 
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
@@ -96,17 +107,29 @@ class TrainStep:
         totals = {name: total.float() for name, (total, _) in terms.items()}
         means = [total / count for total, count in zip(totals.values(), counts.clamp(min=1).float())]
         loss = torch.stack([self.objective.weights[name] * mean for name, mean in zip(totals, means)]).sum()
-        (loss * self.world.size).backward()  # FSDP2 averages over ranks
+        (loss * self.world.size * self.loss_scale[0]).backward()  # FSDP2 averages over ranks
         return torch.stack(list(totals.values())).detach().double()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 products where the config asks for them; weights, residual stream, targets and losses stay fp32."""
+        """Half-precision products where the config asks for them; weights, residual stream, targets and losses stay fp32."""
         if self.config.train.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, torch.bfloat16)
+        half = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float16
+        return torch.autocast(self.world.device.type, half)
+
+    def adapt_scale(self, overflowed: Tensor) -> None:
+        """Halves the scale of the loss where the gradient overflowed, doubles it after SCALE_EVERY steps without."""
+        factor, since = self.loss_scale
+        grows = since + 1 >= SCALE_EVERY
+        factor = torch.where(overflowed, factor / 2, torch.where(grows, factor * 2, factor)).clamp(1.0, 2.0**24)
+        self.loss_scale = torch.stack([factor, torch.where(overflowed | grows, torch.zeros_like(since), since + 1)])
 
     def clip(self) -> Tensor:
-        """Scales the gradient to ``optim.clip`` where it is longer; its norm before that, float64 []."""
+        """Takes the scale of the loss out of the gradient and cuts it to ``optim.clip``; its norm before, float64 []."""
         limit = self.config.optim.clip or math.inf
+        if self.config.train.precision == "fp16":
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale[0])
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()

@@ -14,7 +14,7 @@ from torch import nn
 from aimv2.batch import Batch, make_batch
 from aimv2.config import ObjectiveConfig
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import captions_of, read_samples
+from aimv2.data.shards import captions_of, label_of, read_samples
 from aimv2.data.stream import View, image_bytes
 from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
@@ -39,12 +39,6 @@ class HeldOut:
     tokens: list[list[int]]
     labels: torch.Tensor
     keys: list[str]
-
-
-def read_label(sample: dict[str, bytes]) -> int:
-    """The class of a sample, -1 where it has none."""
-    text = sample.get("cls", b"").decode(errors="replace").strip()
-    return int(text) if text.lstrip("-").isdigit() else -1
 
 
 def read_held_out(
@@ -76,7 +70,7 @@ def read_held_out(
         images.append(to_pixels(crop_resize(image, box, (view.image_size, view.image_size))))
         captions.append(texts[0] if texts else "")
         tokens.append(tokenizer.encode(texts[0], max_tokens) if tokenizer and texts else [])
-        labels.append(read_label(sample))
+        labels.append(label_of(sample))
         keys.append(key)
     pixels = np.stack(images) if images else np.zeros((0, 3, view.image_size, view.image_size), np.uint8)
     return HeldOut(torch.from_numpy(pixels), captions, tokens, torch.tensor(labels), keys)
@@ -151,3 +145,26 @@ def validate(
             figures |= {"val_pixel_loss": sum(losses.values()) / len(losses), **losses}
     model.train(was_training)
     return figures
+
+
+@torch.no_grad()
+def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 64) -> dict[str, float]:
+    """Loss and top-1 accuracy on the labelled held-out images of all ranks.
+
+    Returns:
+        ``val_class_loss`` (nats an image) and ``val_top1`` (0..1).
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right, labelled
+    with torch.compiler.set_stance("force_eager"):
+        for at in range(0, len(data.keys), size):
+            images, labels = data.images[at : at + size], data.labels[at : at + size]
+            batch = make_batch(images, [[]] * len(labels), [1] * len(labels), 2, labels=labels).to(world.device)
+            logits = model(batch).float()
+            loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+            right = (logits.argmax(-1) == batch.labels).sum()
+            sums += torch.stack([loss.double(), right.double(), (batch.labels >= 0).sum().double()])
+    model.train(was_training)
+    loss_sum, right_sum, count = world.sum(sums).tolist()
+    return {"val_class_loss": loss_sum / max(count, 1), "val_top1": right_sum / max(count, 1)}

@@ -1,0 +1,37 @@
+"""Classification on top of the encoder: the attentive probe, or with it the whole encoder.
+
+Legend: B images, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aimv2.batch import Batch
+from aimv2.config import ObjectiveConfig
+
+Terms = dict[str, tuple[Tensor, Tensor]]
+UNLABELLED = -1
+
+
+class ProbeObjective:
+    """Cross-entropy of the labelled images, in fp32."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.smoothing = config.smoothing
+        self.weights = {"class": 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Labelled images of a batch: int64 []."""
+        return {"class": (batch.labels != UNLABELLED).sum()}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
+        """``class``: (summed cross-entropy in nats, labelled images); fp32 [] and int64 []."""
+        logits = model(batch)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = F.cross_entropy(
+                logits.float(), batch.labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=self.smoothing
+            )
+        return {"class": (loss, self.counts(batch)["class"])}

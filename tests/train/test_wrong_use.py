@@ -48,7 +48,7 @@ def tree(folder):
         ({"train.stpes": 5}, ["train.stpes", "train.steps"]),
         ({"train.steps": "many"}, ["train.steps", "int", "many"]),
         ({"train.steps": 0}, ["train.steps", "at least 1", "0"]),
-        ({"train.precision": "fp16"}, ["train.precision", "fp16", "bf16"]),
+        ({"train.precision": "fp8"}, ["train.precision", "fp8", "bf16"]),
         ({"optim.weight_decay": 0.05}, ["optim.weight_decay", "0.05", "optim.decay=torch"]),
         ({"objective.attention": "bidirectional"}, ["objective.attention", "objective.targets=text"]),
         ({"model.name": "aimv2-tiny-patch9-32"}, ["model.name", "aimv2-tiny-patch8-32"]),

@@ -34,6 +34,9 @@ def worst(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_onnx(image_size: int | None, shapes: list, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = encoder(image_size, pool_heads=2)
+    half = build(model.config, None, seed=0).bfloat16()
+    convert(half, tmp_path / "half", "onnx")
+    assert next(half.parameters()).dtype == torch.bfloat16  # exporting leaves the model as it was
     convert(model, tmp_path / "out", "onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     for shape_ in shapes:

@@ -15,6 +15,7 @@ from aimv2.interop.convert import convert
 from aimv2.load_config import read_recipe
 from aimv2.models.classifier import Classifier
 from aimv2.models.create import build
+from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.train.optim import layer_of, make_optimizer
 from aimv2.train.parallel import World
@@ -92,6 +93,7 @@ def test_resume_is_exact(precision: str, data: Path, tmp_path: Path) -> None:
     more = {"train__steps": 6, "train__precision": precision}
     finetune(data, tmp_path / "whole", init, **more)
     finetune(data, tmp_path / "parts", init, **more, train__stop_at=3)
+    init.rename(tmp_path / "gone")  # the run has all that it needs
     resume(tmp_path / "parts")
     keys = ("step", "class_loss", "grad_norm", "lr")
     one, two = ([[line.get(key) for key in keys] for line in metrics(tmp_path / name)] for name in ("whole", "parts"))
@@ -123,8 +125,6 @@ def test_an_overflow_in_fp16_halves_the_scale_and_skips_the_step() -> None:
     config.objective.name, config.objective.freeze = "probe", False
     config.train.precision, config.train.steps = "fp16", 10
     model = Classifier(SHAPE, 5)
-    from aimv2.models.init import init_weights
-
     init_weights(model, 0)
     step = TrainStep(model, config, World(0, 1, torch.device("cpu")), False)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
@@ -137,6 +137,17 @@ def test_an_overflow_in_fp16_halves_the_scale_and_skips_the_step() -> None:
     step.loss_scale[0] = FIRST_SCALE / 8
     step(batch, 5)
     assert not torch.equal(model.encoder.blocks[0].attn.qkv.weight, before)
+
+
+def test_compiling_leaves_the_batch_norm_alone() -> None:
+    config = Config()
+    config.objective.name, config.train.precision = "probe", "fp32"
+    model = Classifier(SHAPE, 5)
+    init_weights(model, 0)
+    step = TrainStep(model, config, World(0, 1, torch.device("cpu")), False)
+    model.train()
+    step.warm_up(4, 8)
+    assert model.probe.norm.num_batches_tracked == 0 and not model.probe.norm.running_mean.any()
 
 
 def test_wrong_use(data: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The stream of training batches: shards -> samples -> crops and tokens -> batches, through megatron-energon.
 
 Everything random about a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart
-repeats nothing and no two workers share a stream .
+repeats nothing and no two workers share a stream.
 """
 
 from __future__ import annotations

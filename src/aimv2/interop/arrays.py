@@ -15,16 +15,16 @@ import numpy as np
 from aimv2.errors import UsageError
 from aimv2.interop.onnx import need
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.layers import NORM_EPS
 from aimv2.models.sizes import EncoderConfig
 
 BACKENDS = ("torch", "jax", "mlx")
-EPS = 1e-5
 Params = dict[str, Any]
 
 
 def rms_norm(xp: ModuleType, x: Any, weight: Any) -> Any:
     """[..., D] -> [..., D]."""
-    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + EPS) * weight
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * weight
 
 
 def sincos(height: int, width: int, dim: int) -> np.ndarray:

@@ -17,11 +17,11 @@ from aimv2.interop.layouts import Rules
 from aimv2.interop.model_folder import CONFIG, WEIGHTS, save_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.layers import NORM_EPS
 from aimv2.models.lit import LiT
 from aimv2.models.sizes import EncoderConfig
 
 FORMATS = ("released", "transformers", "timm", "onnx", "openvino", "safetensors")
-NORM_EPS = 1e-5
 
 
 def renamed(model: nn.Module, rules: Rules) -> dict[str, Tensor]:
@@ -71,9 +71,9 @@ def preprocessor(config: EncoderConfig) -> dict[str, Any]:
     return about | {"do_resize": True, "size": {"shortest_edge": size}} | crop
 
 
-def _released_config(config: EncoderConfig) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "model_type": "aimv2",
+def _shape(config: EncoderConfig) -> dict[str, Any]:
+    """What both configurations call by the same names."""
+    return {
         "hidden_size": config.width,
         "intermediate_size": config.hidden,
         "num_hidden_layers": config.depth,
@@ -81,11 +81,13 @@ def _released_config(config: EncoderConfig) -> dict[str, Any]:
         "num_channels": 3,
         "patch_size": config.patch_size,
         "rms_norm_eps": NORM_EPS,
-        "attention_dropout": 0.0,
-        "projection_dropout": 0.0,
         "qkv_bias": False,
-        "use_bias": False,
     }
+
+
+def _released_config(config: EncoderConfig) -> dict[str, Any]:
+    about = {"model_type": "aimv2", **_shape(config), "use_bias": False}
+    about |= {"attention_dropout": 0.0, "projection_dropout": 0.0}
     return about | ({} if config.image_size is None else {"image_size": config.image_size})
 
 
@@ -93,16 +95,9 @@ def _transformers_config(config: EncoderConfig) -> dict[str, Any]:
     return {
         "architectures": ["Aimv2VisionModel"],
         "model_type": "aimv2_vision_model",
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_channels": 3,
+        **_shape(config),
         "image_size": config.image_size or 224,
-        "patch_size": config.patch_size,
-        "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
-        "qkv_bias": False,
         "mlp_bias": False,
         "use_head": bool(config.pool_heads),
         "is_native": config.image_size is None,

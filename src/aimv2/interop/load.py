@@ -143,9 +143,6 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.handles
-
     @property
     def where(self) -> str:
         return str(self.files[0])

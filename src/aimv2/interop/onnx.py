@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -43,7 +44,7 @@ def need(package: str, extra: str, given: str) -> None:
 
 
 def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
-    """The image encoder of ``model``.
+    """A copy in fp32 of the image encoder of ``model``, which stays as it is.
 
     Raises:
         UsageError: there is none.
@@ -51,7 +52,7 @@ def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
     image = model.image if isinstance(model, LiT) else model
     if not isinstance(image, VisionEncoder):
         raise UsageError(f"--to {to}: an image encoder is expected, got {type(image).__name__}")
-    return image
+    return copy.deepcopy(image).eval().float()
 
 
 def example(encoder: VisionEncoder) -> tuple[Tensor, dict[str, Any]]:
@@ -74,7 +75,7 @@ def to_onnx(model: nn.Module, out: Path) -> None:
     """
     need("onnx", "onnx", "--to onnx")
     need("onnxscript", "onnx", "--to onnx")
-    encoder = image_encoder(model, "onnx").eval().float()
+    encoder = image_encoder(model, "onnx")
     pixels, varies = example(encoder)
     wrapped = Exported(encoder)
     logger = logging.getLogger("torch.onnx")  # tells of every library that is not installed

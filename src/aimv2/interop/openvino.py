@@ -37,7 +37,7 @@ def to_openvino(model: nn.Module, out: Path, precision: str = "fp32", pixels: Se
             f"--precision {precision}: one of {', '.join(PRECISIONS)} expected{nearest(precision, PRECISIONS)}"
         )
     need("openvino", "openvino", "--to openvino")
-    encoder = image_encoder(model, "openvino").eval().float()
+    encoder = image_encoder(model, "openvino")
     if precision == "int8":
         need("nncf", "openvino", "--precision int8")
         if not pixels:

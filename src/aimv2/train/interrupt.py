@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -27,9 +29,6 @@ class StopFlag:
     """Installs the handlers; ``code`` is 0 until a signal came.
 
     Further signals are held while the run saves, and for PATIENCE seconds after the first; one after that ends at once.
-
-    Attributes:
-        saving: set by the loop while it writes a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -46,6 +45,15 @@ class StopFlag:
         else:
             self.restore()
             os.kill(os.getpid(), number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While a checkpoint is written no signal ends the process."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
 
     def _say(self, line: str) -> None:
         """From a handler: no buffered stream, and from the first rank alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,6 @@ class Trainer:
         """A complete checkpoint of this step."""
         start = time.perf_counter()
         self.check_finite()
-        if self.flag is not None:
-            self.flag.saving = True
         about = {
             "step": self.step,
             "seconds": self.seconds,
@@ -217,12 +216,12 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else None,
         }
         private = {"data": self.stream.state(), "rng": torch.get_rng_state(), "scale": self.update.loss_scale.cpu()}
-        save_checkpoint(
-            self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
-            self.config.train.keep,
-        )  # fmt: skip
-        if self.flag is not None:
-            self.flag.saving = False
+        held = self.flag.held() if self.flag is not None else contextlib.nullcontext()
+        with held:
+            save_checkpoint(
+                self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
+                self.config.train.keep,
+            )  # fmt: skip
         self.mark += time.perf_counter() - start
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -251,9 +250,8 @@ class Trainer:
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""
         self.stream.close()
-        if (
-            self.flag is not None and not self.flag.code
-        ):  # after a signal, impatient ones are held until the process ends
+        # after a signal, impatient ones are held until the process ends
+        if self.flag is not None and not self.flag.code:
             self.flag.restore()
         if self.log is not None:
             self.log.close()

@@ -203,19 +203,21 @@ def make_classifier(config: Config, resuming: bool = False) -> Classifier:
     """The encoder of ``init`` (or a new one) under an attentive probe, its size that of ``init``."""
     objective = config.objective
     source = None
-    if config.init is not None:
-        loaded = load_model(config.init)
+    # a run that goes on has its encoder in its own folder: --init may be gone by then
+    origin = config.run if resuming and config.run and checkpoints(Path(config.run)) else config.init
+    if origin is not None:
+        loaded = load_model(origin)
         source = getattr(loaded, "image", loaded)
         assert isinstance(source, VisionEncoder)
     shape: EncoderConfig = source.config if source is not None else shapes(config, 1)[0]  # type: ignore[assignment]
     if shape.image_size is None:
         raise UsageError(f"init {config.init}: a native model; training sees one image size, give model.image_size")
-    classes = objective.classes or count_classes(config)
+    objective.classes = objective.classes or count_classes(config)  # counted once: config.yaml keeps it
     heads = objective.heads
     if heads is not None and shape.width % heads:
         raise UsageError(f"objective.heads {heads} does not divide the encoder's width {shape.width}")
     with torch.device("meta"):
-        model = Classifier(replace(shape, pool_heads=0), classes, heads)
+        model = Classifier(replace(shape, pool_heads=0), objective.classes, heads)
     model.to_empty(device="cpu")
     init_weights(model, config.seed)
     if source is not None and not resuming:

@@ -77,7 +77,7 @@ class TrainStep:
         step_unless(self.optimizer, broken.any().float(), rate)
         if config.train.precision == "fp16":
             self.adapt_scale(broken[-1])
-            broken = broken & torch.tensor([True] * len(names) + [False], device=broken.device)
+            broken = torch.cat([broken[:-1], torch.zeros_like(broken[-1:])])
             norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
         self.optimizer.zero_grad(set_to_none=True)
         return StepFigures(names, means, counts, norm, broken)
@@ -90,6 +90,7 @@ class TrainStep:
             max_tokens: of a caption.
         """
         size = self.image_size
+        kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from what is made up here
         for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
             text = [[0] * min(width, max_tokens)] * pairs if self.objective.weights.get("text") else [[]] * pairs
             images = torch.zeros(pairs, 3, size, size, dtype=torch.uint8)
@@ -99,6 +100,8 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             if not self.objective.weights.get("text"):
                 break
+        for buffer, before in zip(self.model.buffers(), kept):
+            buffer.copy_(before)
 
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""

@@ -73,6 +73,14 @@ def test_native_layers_and_patches(tmp_path: Path) -> None:
     ]
 
 
+def test_nothing_readable_leaves_nothing(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"none of 1 could be read; broken\.jpg: "):
+        api.embed(str(tmp_path / "m"), str(tmp_path / "broken.jpg"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_are_images_too(tmp_path: Path) -> None:
     model_at(tmp_path / "m")
     write_scenes(tmp_path / "scenes", 12, val_count=2, size=32)

@@ -91,6 +91,11 @@ def embed_images(
             lines.flush()  # a row counts as done once its line is there
             done += len(batch)
     rejected = [row for row in map(json.loads, rows.read_text().splitlines()) if "rejected" in row]
+    if len(rejected) == count:
+        for name in (ABOUT, ROWS, FEATURES):
+            (folder / name).unlink()
+        folder.rmdir()
+        raise UsageError(f"IMAGES: none of {count} could be read; {rejected[0]['image']}: {rejected[0]['rejected']}")
     return {"out": str(folder), "images": count, "rejected": len(rejected), "shape": shape}
 
 

@@ -39,7 +39,9 @@ VERBS = {
     "caption": Verb("caption", ("model", "images*"), "write captions of images"),
     "models": Verb("models", (), "every model by name: parameters, arithmetic, input size, licence, revision"),
     "convert": Verb("convert", ("source", "out"), "write a model for transformers, timm, ONNX, OpenVINO or ours"),
-    "embed": Verb("embed", ("model", "images", "out"), "features of a folder of images, as one array"),
+    "embed": Verb(
+        "embed", ("model", "images", "out"), "features of images: a folder, a list or shards in, arrays or Parquet out"
+    ),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}

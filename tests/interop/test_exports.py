@@ -176,7 +176,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
         (["convert", "aimv2-lage-patch14-224", "OUT", "--to", "timm"], "did you mean 'aimv2-large-patch14-224'"),
         (["embed", "M", "nowhere", "OUT"], "no such file or folder"),
         (["embed", "M", "M", "OUT", "--pool", "max"], "mean, head or none expected"),
-        (["embed", "M", "M", "OUT", "--pool", "head"], "no pooling head"),
+        (["embed", "M", "M", "OUT", "--pool", "attention"], "no pooling head"),
         (["embed", "M", "M", "OUT", "--layer", "7"], "-3 to 2 expected"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -62,9 +62,9 @@ def test_forms_of_encode() -> None:
     assert [tuple(m.shape) for m in maps] == [(32, 3, 7), (32, 4, 4)]
     assert [tuple(m.shape) for m in model.encode(images, layers=[0, 1], pool="mean")[1]] == [(32,), (32,)]
     for wrong, said in (
-        ({"pool": "max"}, "'mean' or 'head' expected"),
+        ({"pool": "max"}, "'mean' or 'attention' expected"),
         ({"pool": "mean", "as_map": True}, "choose one"),
-        ({"pool": "head"}, "no pooling head"),
+        ({"pool": "attention"}, "no pooling head"),
     ):
         with pytest.raises(ValueError, match=said):
             model.encode(image, **wrong)

@@ -1,180 +1,264 @@
-"""Features of many images: one array on disk, one line an image; goes on where it was stopped.
+"""Features of many images: files of equal parts on disk, each whole or absent; goes on where it was stopped.
 
-Legend: N images, I patches, D width.
+Legend: N images, I patches, D width, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import os
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import find_shards, image_of, read_samples
+from aimv2.data.pictures import Picture, pictures
 from aimv2.data.transforms import image_transform
 from aimv2.errors import UsageError
-from aimv2.evals.caption import image_files
+from aimv2.evals.weights import weights_hash
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
+from aimv2.train.files import write_aside
 
-ABOUT, ROWS, FEATURES = "embed.json", "images.jsonl", "features.npy"
-
-
-def pictures(source: str) -> tuple[int, Iterator[tuple[str, Any]]]:
-    """How many images there are, and (name, file or bytes) of each: of a folder, of shards, or one image."""
-    path = Path(source).expanduser()
-    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        shards = find_shards(source, "train", option="IMAGES")
-
-        def samples() -> Iterator[tuple[str, Any]]:
-            for shard in shards:
-                for key, sample in read_samples(shard):
-                    if (found := image_of(sample)) is not None:
-                        yield key, found[1]
-
-        return sum(1 for _ in samples()), samples()
-    files = list(image_files([source]))
-    root = path if path.is_dir() else path.parent
-    return len(files), ((str(file.relative_to(root)), file) for file in files)
+ABOUT, REJECTED = "embed.json", "rejected.jsonl"
+THREADS = 4  # that decode ahead of the model
+FORMATS, POOLS = ("npy", "parquet"), ("mean", "attention", "none")
 
 
-def embed_images(
-    name: str, model: Any, source: str, out: str, pool: str, layer: int | None, batch_size: int, precision: str
-) -> dict[str, Any]:
-    """See :func:`aimv2.api.embed`.
+@dataclass(frozen=True)
+class Wanted:
+    """Which features, and how they are written.
 
-    Returns:
-        ``images``, ``rejected``, ``shape`` and ``out``.
+    Attributes:
+        pool: mean of the patches, attention (the pooling head) or none: every patch.
+        layers: of blocks; () is the output of the last one alone.
+        format: npy or parquet.
+        shard_size: images a file.
+        batch_size: images at once.
+        precision: of the products; fp32 is stored as float32, bf16 as float16.
+    """
+
+    pool: str
+    layers: tuple[int, ...]
+    format: str
+    shard_size: int
+    batch_size: int
+    precision: str
+
+
+def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -> dict[str, Any]:
+    """See :func:`aimv2.api.embed`. Under torchrun each rank writes every WORLD_SIZE-th file.
 
     Raises:
         UsageError: options that do not fit the model, images that do not exist, ``out`` of something else.
     """
     encoder = model.image if isinstance(model, LiT) else model
     assert isinstance(encoder, VisionEncoder)
-    check_options(encoder, pool, layer, batch_size, precision)
-    count, images = pictures(source)
-    if not count:
-        raise UsageError(f"IMAGES {source}: no image there")
+    check_options(encoder, wanted)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    count = sum(1 for _ in pictures(source))
     about = {
         "model": name,
-        "weights": fingerprint(encoder),
+        "weights_sha256": weights_hash(encoder),
         "source": str(Path(source).expanduser().resolve()),
         "images": count,
-        "pool": pool,
-        "layer": layer,
-        "precision": precision,
+        "pool": wanted.pool,
+        "layers": list(wanted.layers),
+        "format": wanted.format,
+        "shard_size": wanted.shard_size,
+        "precision": wanted.precision,
     }
-    folder = Path(out).expanduser()
-    done = begin(folder, about)
-    shape = [count, *([] if pool != "none" else [encoder.config.patches]), encoder.config.width]
-    mode = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(folder / FEATURES, mode=mode, dtype=np.float32, shape=tuple(shape))
-    batches = batched(islice(images, done, None), batch_size)
-    total = -(-(count - done) // batch_size)
-    rows = folder / ROWS
-    with rows.open("a") as lines:
-        for batch in track(batches, "embedding", total=total, console=_console(), transient=True):
-            features, notes = embed_batch(encoder, batch, pool, layer, precision)
-            array[done : done + len(batch)] = features
-            array.flush()
-            lines.writelines(json.dumps(note) + "\n" for note in notes)
-            lines.flush()  # a row counts as done once its line is there
-            done += len(batch)
-    rejected = [row for row in map(json.loads, rows.read_text().splitlines()) if "rejected" in row]
-    if len(rejected) == count:
-        for name in (ABOUT, ROWS, FEATURES):
-            (folder / name).unlink()
-        folder.rmdir()
-        raise UsageError(f"IMAGES: none of {count} could be read; {rejected[0]['image']}: {rejected[0]['rejected']}")
-    return {"out": str(folder), "images": count, "rejected": len(rejected), "shape": shape}
+    folder, parts = Path(out).expanduser(), -(-count // wanted.shard_size)
+    begin(folder, about, rank)
+    with Progress(console=Console(file=sys.stderr), transient=True, disable=rank != 0) as progress:
+        task = progress.add_task("embedding", total=count // size)
+        listed = pictures(source)
+        for part in range(parts):
+            images = islice(listed, wanted.shard_size)
+            if part % size != rank or (folder / f"features-{part:05d}.json").is_file():
+                deque(images, maxlen=0)
+                continue
+            write_part(folder, part, encoder, images, wanted, lambda done: progress.advance(task, done))
+    return finish(folder, parts, count) if rank == 0 else {"out": str(folder)}
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(file=sys.stderr)
-
-
-def check_options(encoder: VisionEncoder, pool: str, layer: int | None, batch_size: int, precision: str) -> None:
+def check_options(encoder: VisionEncoder, wanted: Wanted) -> None:
     """Raises UsageError for options out of range."""
-    if pool not in ("mean", "head", "none"):
-        raise UsageError(f"--pool {pool}: mean, head or none expected")
-    if pool == "head" and encoder.head is None:
-        raise UsageError(f"--pool head: {encoder.config.name} has no pooling head; --pool mean")
-    if pool == "none" and encoder.config.image_size is None:
-        raise UsageError("--pool none: a native model gives each image another number of patches; --pool mean")
-    if layer is not None and not -encoder.config.depth <= layer < encoder.config.depth:
-        raise UsageError(f"--layer {layer}: {-encoder.config.depth} to {encoder.config.depth - 1} expected")
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: at least 1 expected")
-    if precision not in ("fp32", "bf16"):
-        raise UsageError(f"--precision {precision}: fp32 or bf16 expected")
+    if wanted.pool not in POOLS:
+        raise UsageError(f"--pool {wanted.pool}: {', '.join(POOLS[:-1])} or {POOLS[-1]} expected")
+    if wanted.pool == "attention" and encoder.head is None:
+        raise UsageError(f"--pool attention: {encoder.config.name} has no pooling head; --pool mean")
+    if wanted.format not in FORMATS:
+        raise UsageError(f"--format {wanted.format}: npy or parquet expected")
+    if wanted.pool == "none" and encoder.config.image_size is None and wanted.format == "npy":
+        raise UsageError(
+            "--pool none: a native model gives each image another number of patches, which an array can't hold; "
+            "--format parquet, or --pool mean"
+        )
+    for layer in wanted.layers:
+        if not -encoder.config.depth <= layer < encoder.config.depth:
+            raise UsageError(f"--layers {layer}: {-encoder.config.depth} to {encoder.config.depth - 1} expected")
+    for option, value in (("--batch-size", wanted.batch_size), ("--shard-size", wanted.shard_size)):
+        if value < 1:
+            raise UsageError(f"{option} {value}: at least 1 expected")
+    if wanted.precision not in ("fp32", "bf16"):
+        raise UsageError(f"--precision {wanted.precision}: fp32 or bf16 expected")
 
 
-def begin(folder: Path, about: dict[str, Any]) -> int:
-    """Makes the folder, or finds how far an interrupted run of the same work got: rows done."""
+def begin(folder: Path, about: dict[str, Any], rank: int) -> None:
+    """Makes the folder, or makes sure that it holds the same work."""
+    if rank:
+        while not (folder / ABOUT).is_file():  # the first rank writes it, or ends all of us
+            time.sleep(0.05)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         stored = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).is_file() else None
         if stored != about:
             different = [key for key in about if stored and stored.get(key) != about[key]]
             what = f"features of another {' and '.join(different)}" if different else "something else"
             raise UsageError(f"OUT {folder}: holds {what}; give a new folder")
-        lines = (folder / ROWS).read_text().splitlines(keepends=True) if (folder / ROWS).is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        (folder / ROWS).write_text("".join(whole))
-        return len(whole) if (folder / FEATURES).is_file() else 0
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    return 0
+    write_aside(folder / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
-def batched(images: Iterator[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:
+def write_part(
+    folder: Path, part: int, encoder: VisionEncoder, images: Iterator[Picture], wanted: Wanted, advance: Any
+) -> None:
+    """One file of features, its keys, and last the note that says it is whole."""
+    keys, rejected, blocks = [], list[dict[str, str]](), list[list[Any]]()
+    for batch in batched(decoded(images, encoder), wanted.batch_size):
+        good = [(key, pixels) for key, pixels in batch if isinstance(pixels, Tensor)]
+        rejected += [{"key": key, "reason": why} for key, why in batch if isinstance(why, str)]
+        if good:
+            keys += [key for key, _ in good]
+            blocks.append(features_of(encoder, [pixels for _, pixels in good], wanted))
+        advance(len(batch))
+    if keys:
+        write = write_parquet if wanted.format == "parquet" else write_npy
+        write(folder, part, keys, [row for block in blocks for row in block], wanted)
+    note = {"rows": len(keys), "rejected": rejected}
+    write_aside(folder / f"features-{part:05d}.json", json.dumps(note) + "\n")
+
+
+def decoded(images: Iterator[Picture], encoder: VisionEncoder) -> Iterator[tuple[str, Tensor | str]]:
+    """(key, pixels uint8 [3, H, W], or why there are none), decoded ahead in threads, in order."""
+    transform = image_transform(encoder)
+
+    def read(picture: Picture) -> tuple[str, Tensor | str]:
+        key, content = picture
+        try:
+            return key, transform(decode_image(content()))
+        except ImageError as error:
+            return key, str(error)
+        except OSError as error:
+            return key, f"cannot be read: {error.strerror or error}"
+
+    waiting: deque[Future[tuple[str, Tensor | str]]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for picture in images:
+            waiting.append(pool.submit(read, picture))
+            if len(waiting) > 4 * THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     """Lists of at most ``size``."""
-    while batch := list(islice(images, size)):
+    while batch := list(islice(items, size)):
         yield batch
 
 
 @torch.inference_mode()
-def embed_batch(
-    encoder: VisionEncoder, batch: list[tuple[str, Any]], pool: str, layer: int | None, precision: str
-) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Features float32 [N, D] or [N, I, D] of one batch (NaN where an image can't be read), and a note a row."""
-    transform, device = image_transform(encoder), encoder.mean.device
-    seen: list[Tensor] = []
-    places, notes = [], []
-    for place, (name, image) in enumerate(batch):
-        try:
-            seen.append(transform(decode_image(image)).to(device))
-            places.append(place)
-            notes.append({"image": name})
-        except ImageError as error:
-            notes.append({"image": name, "rejected": str(error)})
-    width = encoder.config.width
-    shape = (len(batch), width) if pool != "none" else (len(batch), encoder.config.patches, width)
-    out = np.full(shape, np.nan, np.float32)
-    if seen:
-        images = torch.stack(seen) if encoder.config.image_size is not None else seen
-        half = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-        with half:
-            found = encoder.encode(images, None if layer is None else [layer], None if pool == "none" else pool)
-        found = found[0] if layer is not None else found
-        out[places] = (found if isinstance(found, Tensor) else torch.stack(found)).float().cpu().numpy()
-    return out, notes
+def features_of(encoder: VisionEncoder, seen: list[Tensor], wanted: Wanted) -> list[Any]:
+    """A row an image: [D] or [I, D] for one layer, [L, D] or [L, I, D] for several; numpy, in the stored precision."""
+    device = encoder.mean.device
+    half = wanted.precision == "bf16"
+    images = [pixels.to(device) for pixels in seen]
+    given: Any = torch.stack(images) if encoder.config.image_size is not None else images
+    with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():
+        found = encoder.encode(given, wanted.layers or None, wanted.pool)
+    layers = found if wanted.layers else [found]
+    rows = []
+    for at in range(len(seen)):
+        row = torch.stack([layer[at].float() for layer in layers]).cpu().numpy()
+        row = row if len(wanted.layers) > 1 else row[0]
+        rows.append(row.astype(np.float16) if half else row)
+    if half and not all(np.isfinite(row).all() for row in rows):
+        raise UsageError("--precision bf16: a feature is larger than float16 holds; --precision fp32")
+    return rows
 
 
-def fingerprint(encoder: VisionEncoder) -> str:
-    """16 hex digits over the sums of the weights: tells one checkpoint from another without reading every byte twice."""
-    digest = hashlib.sha256()
-    for value in encoder.state_dict().values():
-        digest.update(value.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def write_npy(folder: Path, part: int, keys: list[str], rows: list[np.ndarray], wanted: Wanted) -> None:
+    """``features-PPPPP.npy`` [n, ...] and ``keys-PPPPP.txt``, a key a line."""
+    (folder / f"keys-{part:05d}.txt").write_text("".join(" ".join(key.split("\n")) + "\n" for key in keys))
+    aside = folder / f".features-{part:05d}.npy"
+    np.save(aside, np.stack(rows))
+    aside.rename(folder / aside.name[1:])
+
+
+def write_parquet(folder: Path, part: int, keys: list[str], rows: list[np.ndarray], wanted: Wanted) -> None:
+    """``features-PPPPP.parquet``: ``key``, then ``features``, or ``layer_I`` for each of several layers.
+
+    With ``pool=none`` a value is the flat [I, D] of an image and ``patches`` says I.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"key": pa.array(keys)}
+    dense = wanted.pool == "none"
+    if dense:
+        columns["patches"] = pa.array([row.shape[-2] for row in rows], pa.int32())
+    several = len(wanted.layers) > 1
+    for at, name in enumerate([f"layer_{layer}" for layer in wanted.layers] if several else ["features"]):
+        flat = [(row[at] if several else row).reshape(-1) for row in rows]
+        values = pa.array(np.concatenate(flat))
+        offsets = pa.array(np.cumsum([0, *map(len, flat)]), pa.int64())
+        columns[name] = (
+            pa.LargeListArray.from_arrays(offsets, values)
+            if dense
+            else pa.FixedSizeListArray.from_arrays(values, len(flat[0]))
+        )
+    aside = folder / f".features-{part:05d}.parquet"
+    pq.write_table(pa.table(columns), aside)
+    aside.rename(folder / aside.name[1:])
+
+
+def finish(folder: Path, parts: int, count: int) -> dict[str, Any]:
+    """Waits for the files of all ranks; writes ``rejected.jsonl``.
+
+    Raises:
+        UsageError: no image could be read; nothing is left behind.
+    """
+    notes = [folder / f"features-{part:05d}.json" for part in range(parts)]
+    while missing := [note for note in notes if not note.is_file()]:
+        assert int(os.environ.get("WORLD_SIZE", "1")) > 1, missing
+        time.sleep(0.2)
+    read = [json.loads(note.read_text()) for note in notes]
+    rejected = [line for note in read for line in note["rejected"]]
+    if len(rejected) == count:
+        for path in [*notes, folder / ABOUT]:
+            path.unlink()
+        folder.rmdir()
+        raise UsageError(f"IMAGES: none of {count} could be read; {rejected[0]['key']}: {rejected[0]['reason']}")
+    write_aside(folder / REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
+    return {
+        "out": str(folder),
+        "images": count,
+        "rows": count - len(rejected),
+        "rejected": len(rejected),
+        "files": parts,
+    }

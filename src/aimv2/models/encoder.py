@@ -154,7 +154,8 @@ class VisionEncoder(nn.Module):
         Args:
             images: uint8 or normalised float [B, 3, H, W], or a list of [3, H, W] (native models: of any sizes).
             layers: blocks whose outputs are wanted, each through the last norm; None: the last one's.
-            pool: None for all patches, ``mean`` of the patches, or ``head`` (models with a pooling head).
+            pool: ``none`` or None for all patches, ``mean`` of the patches, or ``attention``: the pooling head, where the
+                model has one.
             as_map: [B, D, h, w] instead of [B, I, D]; without ``pool``.
 
         Returns:
@@ -164,11 +165,11 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: an unknown pool, a pool and a map at once, no pooling head, images that the model can't see.
         """
-        if pool not in (None, "mean", "head"):
-            raise ValueError(f"pool: None, 'mean' or 'head' expected, got {pool!r}")
-        if as_map and pool:
+        if pool not in (None, "none", "mean", "attention"):
+            raise ValueError(f"pool: 'none', 'mean' or 'attention' expected, got {pool!r}")
+        if as_map and pool not in (None, "none"):
             raise ValueError(f"as_map gives all patches; pool='{pool}' gives none of them: choose one")
-        if pool == "head" and self.head is None:
+        if pool == "attention" and self.head is None:
             raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
         if layers is None:
             found = [self(images)]
@@ -184,7 +185,7 @@ class VisionEncoder(nn.Module):
     def _form(self, features: Tensor, images: Tensor, pool: str | None, as_map: bool) -> Tensor:
         if pool == "mean":
             return features.mean(dim=1)
-        if pool == "head":
+        if pool == "attention":
             assert self.head is not None
             return self.head(features)
         if as_map:

@@ -1,0 +1,16 @@
+"""One number for all weights of a model."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and every byte of the parameters and buffers: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        whole = value.detach().cpu().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

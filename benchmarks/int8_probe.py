@@ -13,8 +13,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-
 import aimv2
 from aimv2.data.shards import find_shards
 from aimv2.data.stream import View

@@ -298,6 +298,6 @@ def try_one_step(config: Config) -> dict[str, Any]:
         "memory_gb": memory_gb(world.device),
         "seconds_a_step": seconds,
         "expected_hours": seconds * config.train.steps / 3600,
-        "samples": trainer.stream.samples,
+        "samples": getattr(trainer.stream, "samples"),  # noqa: B009  of the training data
         "learning_rate": rate_curve(config),
     }

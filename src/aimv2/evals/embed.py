@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from aimv2.data.ahead import ahead, batched
 from aimv2.data.images import ImageError, decode_image
 from aimv2.data.pictures import Picture, pictures
 from aimv2.data.transforms import image_transform
@@ -34,7 +34,6 @@ from aimv2.models.lit import LiT
 from aimv2.train.files import write_aside
 
 ABOUT, REJECTED = "embed.json", "rejected.jsonl"
-THREADS = 4  # that decode ahead of the model
 FORMATS, POOLS = ("npy", "parquet"), ("mean", "attention", "none")
 
 
@@ -166,20 +165,7 @@ def decoded(images: Iterator[Picture], encoder: VisionEncoder) -> Iterator[tuple
         except OSError as error:
             return key, f"cannot be read: {error.strerror or error}"
 
-    waiting: deque[Future[tuple[str, Tensor | str]]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for picture in images:
-            waiting.append(pool.submit(read, picture))
-            if len(waiting) > 4 * THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most ``size``."""
-    while batch := list(islice(items, size)):
-        yield batch
+    return ahead(read, images)
 
 
 @torch.inference_mode()

@@ -1,31 +1,338 @@
-"""The attentive probe on a frozen encoder (AIMV1, attentive probe), in its smallest form: one head on cached features.
+"""The attentive probe on a frozen encoder, every rate and decay of the grid at once (AIMV2, Table A2).
 
-Legend: N images, I patches, D width, C classes.
+Legend: N images, I patches, D width, G heads of a sweep, C classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from aimv2.config import Config, ObjectiveConfig
+from aimv2.data.ahead import ahead, batched
+from aimv2.data.images import ImageError
+from aimv2.errors import UsageError
+from aimv2.evals.features import Cached, cached_features
+from aimv2.evals.frozen import LAST, Frozen
+from aimv2.evals.probe_stream import FeatureStream, ImageStream
+from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.probe_head import AttentiveProbe
+from aimv2.models.probe_head import ProbeSweep, Trial
+from aimv2.train import prepare
+from aimv2.train.files import write_aside
+from aimv2.train.log import Log
+from aimv2.train.loop import Stream, Trainer
+from aimv2.train.parallel import World
+
+if TYPE_CHECKING:
+    from aimv2.data.labelled import Labelled
+
+RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)  # AIMV2, Table A2
+DECAYS = (0.05, 0.1)
+ABOUT = "probe.json"
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Everything that decides a probe beside encoder and data; the defaults are the paper's (AIMV2, Table A2).
+
+    Attributes:
+        protocol: attentive or efficient.
+        layers: names of layers; every pair of rate and decay is trained on each.
+        rates, decays: the grid: peak learning rates and weight decays.
+        epochs: over the training images, on a cosine down to ``min_lr``.
+        warmup: epochs, part of them.
+        batch_size: images a step.
+        heads: of the attention, or queries; None: width / 64, or 32 queries.
+        augmented: train on augmented images instead of cached features.
+        flip: cached features of the mirrored images too.
+        min_lr, clip: end of the cosine; largest norm of a head's gradient.
+    """
+
+    protocol: str = "attentive"
+    layers: tuple[str, ...] = (LAST,)
+    rates: tuple[float, ...] = RATES
+    decays: tuple[float, ...] = DECAYS
+    epochs: int = 100
+    warmup: float = 0.0
+    batch_size: int = 512
+    heads: int | None = None
+    augmented: bool = False
+    flip: bool = False
+    min_lr: float = 1e-5
+    clip: float = 3.0
+
+    def trials(self) -> list[Trial]:
+        """The heads of a sweep, layer by layer."""
+        return [Trial(layer, lr, decay) for layer in self.layers for lr in self.rates for decay in self.decays]
+
+
+class ProbeTrainer(Trainer):
+    """The one loop over a sweep: no validation on the way, the heads alone are saved."""
+
+    again = ""  # what a user types after an interruption
+    saves = True
+
+    def open_log(self) -> Log:
+        log = super().open_log()
+        self.peak = None  # the arithmetic of heads alone says nothing of a device
+        return log
+
+    def validate(self, log: Log) -> None:
+        """Left to whoever holds the splits."""
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        sweep = self.model
+        assert isinstance(sweep, ProbeSweep)
+        write_model(folder, sweep.config_dict(), weights)
+
+    def command_to_go_on(self) -> str:
+        return self.again
+
+    def save(self) -> None:
+        if self.saves:
+            super().save()
+
+
+def train_sweep(
+    sweep: ProbeSweep,
+    stream: Stream,
+    images: int,
+    settings: ProbeSettings,
+    seed: int,
+    run: Path,
+    device: torch.device,
+    again: str = "",
+    saves: bool = True,
+) -> ProbeSweep:
+    """Trains the heads in place, in the one loop; a run folder that holds a beginning is gone on with.
+
+    Args:
+        sweep: with fresh heads.
+        stream: of batches of ``settings.batch_size``.
+        images: training images, which make an epoch.
+        settings: see there.
+        seed: told to the run.
+        run: its folder.
+        device: where the heads are trained.
+        again: the command that goes on after an interruption.
+        saves: keep checkpoints; not beside other ranks, which would have to take part.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
+    size = min(settings.batch_size, images)
+    steps = settings.epochs * (images // size)
+    config = Config(objective=ObjectiveConfig(name="sweep"), run=str(run), seed=seed)
+    config.data.workers = 0
+    config.log.tensorboard = False
+    config.eval.every = 0
+    config.train = dataclasses.replace(
+        config.train,
+        steps=steps,
+        batch_size=size,
+        precision="fp32",
+        compile="off",
+        save_every=max(steps // 10, 1),
+        keep=1,
+        log_every=max(steps // 20, 1),
+    )
+    config.optim = dataclasses.replace(
+        config.optim,
+        lr=max(settings.rates),
+        min_lr=settings.min_lr,
+        warmup=round(settings.warmup * (images // size)),
+        betas=(0.9, 0.999),
+        clip=settings.clip,
+    )
+    world = World(0, 1, device)
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream)
+    trainer.again, trainer.saves = again, saves
+    prepare.open_run(run, config, None)
+    found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
+    if found is not None:
+        trainer.restore(found)
+    trainer.open_log()
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return sweep
+
+
+def fresh_sweep(
+    width: int, classes: int, settings: ProbeSettings, seed: int, device: torch.device, trunk: Any = None
+) -> ProbeSweep:
+    """Heads that all start from the same weights, so that rate and decay are what differs."""
+    trials = settings.trials()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sweep = ProbeSweep(width, classes, trials, settings.protocol, usual_heads(width, settings), trunk)
+        first = sweep.heads[0].state_dict()
+        for head in sweep.heads:
+            head.load_state_dict(first)
+    return sweep.to(device)
+
+
+def usual_heads(width: int, settings: ProbeSettings) -> int | None:
+    """Heads that divide the width: about one for 64 values where nothing else is asked for.
+
+    Raises:
+        UsageError: heads that do not.
+    """
+    if settings.heads is not None:
+        if settings.heads < 1 or width % settings.heads:
+            raise UsageError(f"--heads {settings.heads} does not divide the features' width {width}")
+        return settings.heads
+    if settings.protocol == "efficient":
+        return None
+    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+
+
+@torch.no_grad()
+def predict(sweep: ProbeSweep, batches: Iterator[list[Tensor]]) -> np.ndarray:
+    """The likeliest class by every head: int64 [G, N]."""
+    sweep.eval()
+    device = next(sweep.parameters()).device
+    parts = [sweep.logits([x.to(device) for x in features]).argmax(-1).cpu() for features in batches]
+    return torch.cat(parts, 1).numpy()
+
+
+def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Tensor]]:
+    """Batches of cached features, one tensor a layer."""
+    for at in range(0, len(cached.labels), size):
+        yield [torch.from_numpy(np.array(layer[at : at + size])) for layer in cached.features]
+
+
+class Seen:
+    """A split seen through the trunk batch by batch, nothing kept; notes which images could be read."""
+
+    def __init__(self, frozen: Frozen, data: Labelled, layers: Sequence[str], size: int = 64) -> None:
+        self.frozen, self.data, self.layers, self.size = frozen, data, list(layers), size
+        self.rows: list[int] = []
+        self.rejected: list[dict[str, str]] = []
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        self.rows, self.rejected = [], []
+
+        def read(row: int) -> tuple[int, np.ndarray | str]:
+            try:
+                return row, self.frozen.see(self.data.image(row))
+            except ImageError as error:
+                return row, str(error)
+
+        for batch in batched(ahead(read, range(len(self.data.labels))), self.size):
+            good = [(row, pixels) for row, pixels in batch if isinstance(pixels, np.ndarray)]
+            self.rejected += [{"key": self.data.keys[row], "reason": why} for row, why in batch if isinstance(why, str)]
+            if good:
+                self.rows += [row for row, _ in good]
+                yield self.frozen(torch.from_numpy(np.stack([pixels for _, pixels in good])), self.layers)
+
+
+@dataclass
+class Outcome:
+    """What a sweep answered on one split.
+
+    Attributes:
+        predicted: int64 [G, N].
+        labels: int64 [N].
+        rejected: images that could not be read.
+    """
+
+    predicted: np.ndarray
+    labels: np.ndarray
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def top1(self) -> np.ndarray:
+        """Of each head: float64 [G], 0..1."""
+        return (self.predicted == self.labels).mean(1)
+
+
+@dataclass
+class Splits:
+    """Where the heads learn, where one of them is chosen, and where it is tested."""
+
+    train: Labelled
+    select: Labelled | None  # None: the paper's way, on the test split
+    test: Labelled
+
+
+def run_sweep(
+    frozen: Frozen, splits: Splits, settings: ProbeSettings, seed: int, out: Path, workers: int, again: str, batch: int
+) -> tuple[Outcome, Outcome]:
+    """Trains all heads with one seed and asks them on the split that chooses and on the test split."""
+    layers, train = settings.layers, splits.train
+    run = out / "run" / f"seed-{seed}"
+    if not settings.augmented:
+        folder = out / "features"
+        views = [
+            cached_features(frozen, train, layers, "none", folder, batch, flip)
+            for flip in ([False, True] if settings.flip else [False])
+        ]
+        labels = views[0].labels
+        size = min(settings.batch_size, len(labels))
+        sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device)
+        stream: Stream = FeatureStream([view.features for view in views], labels, size, seed)
+        train_sweep(sweep, stream, len(labels), settings, seed, run, frozen.device, again)
+        outcomes = []
+        for split in (splits.select, splits.test):
+            if split is None:
+                continue
+            held = cached_features(frozen, split, layers, "none", folder, batch)
+            outcomes.append(Outcome(predict(sweep, from_cache(held)), held.labels, held.rejected))
+        return outcomes[0], outcomes[-1]
+    size = min(settings.batch_size, len(train.labels))
+    sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device, trunk=frozen)
+    stream = ImageStream(train, frozen.image_size, size, seed, workers)
+    train_sweep(sweep, stream, len(train.labels), settings, seed, run, frozen.device, again)
+    outcomes = []
+    for split in (splits.select, splits.test):
+        if split is not None:
+            seen = Seen(frozen, split, layers, batch)
+            predicted = predict(sweep, iter(seen))
+            outcomes.append(Outcome(predicted, split.labels[seen.rows], seen.rejected))
+    return outcomes[0], outcomes[-1]
+
+
+def same_work(out: Path, about: dict[str, Any]) -> None:
+    """Notes what an output folder is for, or makes sure that it is for this.
+
+    Raises:
+        UsageError: it holds another evaluation.
+    """
+    file = out / ABOUT
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        different = [key for key in about if stored.get(key) != about[key]]
+        if different:
+            raise UsageError(
+                f"--out {out}: holds an evaluation with another {' and '.join(different)} "
+                f"({different[0]}: {stored.get(different[0])}, here {about[different[0]]}); give a new folder"
+            )
+        return
+    write_aside(file, json.dumps(about, indent=1) + "\n")
+
+
+# ---- one head on images in memory: what a training run is followed by ----
 
 
 @torch.no_grad()
 def features(encoder: Any, images: Tensor, size: int = 256, flip: bool = False) -> Tensor:
-    """Frozen post-norm features, bidirectional: uint8 [N, 3, H, W] -> bf16 [N, I, D] on the CPU."""
+    """Frozen post-norm features, bidirectional: uint8 [N, 3, H, W] -> float16 [N, I, D] on the CPU."""
     device = encoder.mean.device
     parts = []
     with torch.compiler.set_stance("force_eager"):
         for part in images.split(size):
             seen = part.to(device)
-            parts.append(encoder(seen.flip(-1) if flip else seen).to(torch.bfloat16).cpu())
+            parts.append(encoder(seen.flip(-1) if flip else seen).to(torch.float16).cpu())
     return torch.cat(parts)
 
 
@@ -39,7 +346,7 @@ def attentive_probe(
     flip: bool = False,
     seed: int = 0,
 ) -> float:
-    """Trains the probe on frozen features and tests it; ``flip``: on the mirrored images too.
+    """One attentive probe on images in memory; ``flip``: on the mirrored images too.
 
     Args:
         encoder: stays as it is.
@@ -51,7 +358,10 @@ def attentive_probe(
     """
     encoder.eval()
     views = [features(encoder, train[0])] + ([features(encoder, train[0], flip=True)] if flip else [])
-    return train_probe(views, train[1], features(encoder, test[0]), test[1], epochs, lr, heads, seed=seed)
+    test_features = features(encoder, test[0])
+    return train_probe(
+        views, train[1], test_features, test[1], epochs, lr, heads, seed=seed, device=encoder.mean.device
+    )
 
 
 def train_probe(
@@ -65,6 +375,7 @@ def train_probe(
     weight_decay: float = 0.05,
     size: int = 256,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> float:
     """One head on features that were computed before.
 
@@ -72,47 +383,24 @@ def train_probe(
         views: of the training images, [N, I, D] each; one of them is drawn for each batch.
         labels: int64 [N].
         test, test_labels: [M, I, D], int64 [M].
-        epochs: over the training images.
-        lr: peak of a cosine with half an epoch of warm-up; AdamW, betas 0.9 and 0.999, clip 3.0.
+        epochs: over the training images, half of the first one warming up.
+        lr, weight_decay: of AdamW, at the peak of the cosine.
         heads: of the probe's attention; None: width / 64.
-        weight_decay: of AdamW.
         size: batch.
         seed: of the head and the order.
+        device: where the head is trained; the CPU by default.
 
     Returns:
         top-1 accuracy on the test features, 0..1.
     """
-    classes = int(max(labels.max(), test_labels.max())) + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = AttentiveProbe(views[0].shape[-1], classes, heads)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    order = torch.Generator().manual_seed(seed)
-    batches = -(-len(labels) // size)
-    total, warmup, step = epochs * batches, max(1, batches // 2), 0
-    head.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=order).split(size):
-            view = views[int(torch.randint(len(views), (1,), generator=order))]
-            rate = min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / total)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
-            loss = F.cross_entropy(head(view[rows].float()), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 3.0)
-            optimizer.step()
-            step += 1
-    return top1(head, test, test_labels)
-
-
-@torch.no_grad()
-def top1(head: AttentiveProbe, seen: Tensor, labels: Tensor, size: int = 512) -> float:
-    """Share of images whose likeliest class is right."""
-    head.eval()
-    device = head.query.device
-    right = sum(
-        int((head(part.to(device).float()).argmax(-1).cpu() == wanted).sum())
-        for part, wanted in zip(seen.split(size), labels.split(size))
+    settings = ProbeSettings(
+        rates=(lr,), decays=(weight_decay,), epochs=epochs, warmup=0.5, batch_size=size, heads=heads, min_lr=0.0
     )
-    return right / max(len(labels), 1)
+    device = device or torch.device("cpu")
+    classes = int(max(labels.max(), test_labels.max())) + 1
+    sweep = fresh_sweep(views[0].shape[-1], classes, settings, seed, device)
+    stream = FeatureStream([[view.numpy()] for view in views], labels.numpy(), min(size, len(labels)), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        train_sweep(sweep, stream, len(labels), settings, seed, Path(folder) / "run", device, saves=False)
+    predicted = predict(sweep, ([part] for part in test.split(256)))
+    return float((predicted[0] == test_labels.numpy()).mean())

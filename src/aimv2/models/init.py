@@ -49,7 +49,8 @@ def _probe(head: AttentiveProbe, generator: torch.Generator | None) -> None:
         bound = 1 / math.sqrt(linear.in_features)
         nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
     nn.init.zeros_(head.linear.bias)
-    head.norm.reset_running_stats()
+    if head.norm is not None:
+        head.norm.reset_running_stats()
 
 
 def _pool(head: AttentionPool, generator: torch.Generator | None) -> None:

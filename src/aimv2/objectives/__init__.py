@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from aimv2.config import ObjectiveConfig
 from aimv2.objectives.pretrain import PretrainObjective
-from aimv2.objectives.probe import ProbeObjective
+from aimv2.objectives.probe import ProbeObjective, SweepObjective
 
-Objective = PretrainObjective | ProbeObjective
+Objective = PretrainObjective | ProbeObjective | SweepObjective
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a configuration names."""
+    if config.name == "sweep":
+        return SweepObjective(config)
     return ProbeObjective(config) if config.name == "probe" else PretrainObjective(config)

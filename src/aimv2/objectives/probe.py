@@ -35,3 +35,28 @@ class ProbeObjective:
                 logits.float(), batch.labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=self.smoothing
             )
         return {"class": (loss, self.counts(batch)["class"])}
+
+
+class SweepObjective:
+    """Cross-entropy of many probes at once; the sum over them, since each learns from its own part alone."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.smoothing = config.smoothing
+        self.weights = {"sweep": 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Labelled images of a batch: int64 []."""
+        return {"sweep": (batch.labels != UNLABELLED).sum()}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
+        """``sweep``: (cross-entropy in nats summed over images and probes, labelled images); fp32 [] and int64 []."""
+        logits = model(batch).float()  # [G, B, C]
+        labels = batch.labels.expand(len(logits), -1)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1),
+            labels.flatten(),
+            ignore_index=UNLABELLED,
+            reduction="sum",
+            label_smoothing=self.smoothing,
+        )
+        return {"sweep": (loss, self.counts(batch)["sweep"])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.classifier import Classifier
+from aimv2.models.probe_head import ProbeSweep
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.flops import peak_flops, step_flops
@@ -28,6 +29,18 @@ from aimv2.train.parallel import World
 from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.validate import HeldOut, read_held_out, validate, validate_classes
+
+
+class Stream(Protocol):
+    """Endless batches of this rank, restorable."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Trainer:
@@ -42,13 +55,14 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: AIMv2 | Classifier,
+        model: AIMv2 | Classifier | ProbeSweep,
         tokenizer: Tokenizer | None,
         run: Path,
         world: World,
         compiled: bool = False,
+        stream: Stream | None = None,
     ) -> None:
-        """``model`` has its weights already, equal on every rank. Writes nothing yet."""
+        """``model`` has its weights already, equal on every rank. ``stream``: other than of ``config.data``. Writes nothing yet."""
         part, accumulate = config.train.batch_size // world.size, config.train.accumulate
         if part % accumulate:
             raise UsageError(
@@ -56,13 +70,17 @@ class Trainer:
                 f"divide by train.accumulate {accumulate}; change one of them"
             )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
-        self.encoder = model.encoder.config
-        captions = isinstance(model, AIMv2) and model.decoder.config.text
         self.flag: StopFlag | None = None
-        self.view = View(self.encoder.image_size or 0, self.encoder.patches, captions)
-        self.stream = TrainStream(
-            config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
-        )
+        if stream is None:
+            assert not isinstance(model, ProbeSweep)
+            self.encoder = model.encoder.config
+            captions = isinstance(model, AIMv2) and model.decoder.config.text
+            self.view = View(self.encoder.image_size or 0, self.encoder.patches, captions)
+            self.stream: Stream = TrainStream(
+                config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
+            )
+        else:
+            self.stream, self.view = stream, View(0, 0, False)
         self.update = TrainStep(model, config, world, compiled)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.last: StepFigures | None = None
@@ -243,9 +261,11 @@ class Trainer:
         if code:
             if saved != self.step:
                 self.save()
-            raise Interrupted(
-                f"stopped at step {self.step}, saved; go on with: aimv2 pretrain --run {self.run} --resume", code
-            )
+            raise Interrupted(f"stopped at step {self.step}, saved; go on with: {self.command_to_go_on()}", code)
+
+    def command_to_go_on(self) -> str:
+        """What a user types after an interruption."""
+        return f"aimv2 pretrain --run {self.run} --resume"
 
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from aimv2.config import OptimConfig
+from aimv2.models.probe_head import ProbeSweep
 
 DECAYED = (nn.Linear, nn.Conv2d, nn.Embedding)  # their matrices; norms, biases, positions and [BOS] are not decayed
 
@@ -50,6 +52,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     strength = config.weight_decay
     if config.decay == "full" and strength:
         strength /= config.lr
+    if isinstance(model, ProbeSweep):
+        return torch.optim.AdamW(sweep_groups(model), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     groups = parameter_groups(model)
     groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
     if config.layer_decay != 1:
@@ -58,6 +62,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def sweep_groups(model: ProbeSweep) -> list[dict[str, Any]]:
+    """Each head at its own peak rate and weight decay (``lr * decay``, as PyTorch means it; AIMV2, Table A2)."""
+    groups = []
+    for head, trial in zip(model.heads, model.trials):
+        for group, decay in zip(parameter_groups(head), (trial.weight_decay, 0.0)):
+            if group["params"]:
+                groups.append({**group, "weight_decay": decay, "peak": trial.lr, "scale": 1.0})
+    return groups
 
 
 def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
@@ -74,9 +88,12 @@ def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float)
     return out
 
 
-def step_unless(optimizer: torch.optim.AdamW, broken: torch.Tensor, lr: float) -> None:
-    """One step at rate ``lr``, left out on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1: no wait for it."""
+def step_unless(optimizer: torch.optim.AdamW, broken: torch.Tensor, rate: Callable[[float | None], float]) -> None:
+    """One step, left out on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1: no wait for it.
+
+    ``rate`` gives the learning rate for a group's own peak (None: the run's).
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = rate(group.get("peak")) * group["scale"]
     optimizer.grad_scale, optimizer.found_inf = None, broken  # type: ignore[attr-defined]
     optimizer.step()

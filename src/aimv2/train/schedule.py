@@ -5,13 +5,13 @@ import math
 from aimv2.config import OptimConfig
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+def learning_rate(step: int, steps: int, config: OptimConfig, peak: float | None = None) -> float:
     """The rate of optimizer step ``step`` (0 .. steps - 1).
 
     Linear warm-up from ``start_lr``, then: *cosine* to ``min_lr``; *half-cosine*, ``lr * (1 + cos(pi t / 2)) / 2``, half
-    the peak at the end; *cooldown*, linear to ``min_lr``; *constant*.
+    the peak at the end; *cooldown*, linear to ``min_lr``; *constant*. ``peak`` replaces ``optim.lr``.
     """
-    peak, warmup = config.lr, min(config.warmup, steps)
+    peak, warmup = config.lr if peak is None else peak, min(config.warmup, steps)
     if step < warmup:
         return config.start_lr + (peak - config.start_lr) * step / warmup
     t = (step - warmup) / max(steps - warmup, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.classifier import Classifier
+from aimv2.models.probe_head import ProbeSweep
 from aimv2.objectives import make_objective
 from aimv2.train.optim import make_optimizer, step_unless
 from aimv2.train.parallel import World, choose_products, parallelize
@@ -46,13 +48,17 @@ class StepFigures:
 class TrainStep:
     """A model made ready for the machine, its optimizer, and the step over both."""
 
-    def __init__(self, model: AIMv2 | Classifier, config: Config, world: World, compiled: bool) -> None:
+    def __init__(self, model: AIMv2 | Classifier | ProbeSweep, config: Config, world: World, compiled: bool) -> None:
         self.config, self.world = config, world
         self.objective = make_objective(config.objective)
-        self.patches, self.image_size = model.encoder.config.patches, model.encoder.config.image_size or 0
+        self.patches, self.image_size = 2, 0  # of a sweep, which is never split or warmed up
+        if not isinstance(model, ProbeSweep):
+            shape = model.encoder.config
+            self.patches, self.image_size = shape.patches, shape.image_size or 0
         choose_products(world.device)
         self.model: nn.Module = model.to(world.device)
-        parallelize(model, config.train, world, compiled)
+        if not isinstance(model, ProbeSweep):
+            parallelize(model, config.train, world, compiled)
         self.optimizer = make_optimizer(self.model, config.optim)
         # of the loss, in fp16: (factor, steps since it last changed); kept on the device
         start = FIRST_SCALE if config.train.precision == "fp16" else 1.0
@@ -73,7 +79,7 @@ class TrainStep:
         means = world.sum(sums) / counts.clamp(min=1)
         norm = self.clip()
         broken = ~torch.isfinite(torch.cat([means, norm[None]]))
-        rate = learning_rate(step, config.train.steps, config.optim)
+        rate = partial(learning_rate, step, config.train.steps, config.optim)
         step_unless(self.optimizer, broken.any().float(), rate)
         if config.train.precision == "fp16":
             self.adapt_scale(broken[-1])
@@ -134,5 +140,8 @@ class TrainStep:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale[0])
+        if isinstance(self.model, ProbeSweep):  # heads that know nothing of each other
+            norms = [nn.utils.clip_grad_norm_(head.parameters(), limit) for head in self.model.heads]
+            return torch.stack(norms).max().double()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()

@@ -1,0 +1,21 @@
+"""Every verb of the command line as one function. Heavy imports happen inside."""
+
+from aimv2.api.features import embed
+from aimv2.api.language import caption
+from aimv2.api.models import convert, load_model, models, push, save_pretrained
+from aimv2.api.train import data_check, data_import, data_shapes, pretrain, tokenizer_train
+
+__all__ = [
+    "caption",
+    "convert",
+    "data_check",
+    "data_import",
+    "data_shapes",
+    "embed",
+    "load_model",
+    "models",
+    "pretrain",
+    "push",
+    "save_pretrained",
+    "tokenizer_train",
+]

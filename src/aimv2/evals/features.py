@@ -1,0 +1,200 @@
+"""Features of a labelled data set, computed once: on disk where a folder is given, and checked to be this encoder's.
+
+Legend: N images, I patches, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from aimv2.data.ahead import ahead, batched
+from aimv2.data.images import ImageError
+from aimv2.errors import UsageError
+from aimv2.evals.frozen import LAST, Frozen
+from aimv2.train.files import write_aside
+
+if TYPE_CHECKING:
+    from aimv2.data.labelled import Labelled
+
+ABOUT = "about.json"
+FLUSH = 20  # batches between two notes of how far it got
+POOLS = ("mean", "attention", "none")
+
+
+@dataclass
+class Cached:
+    """Features and labels of the images that could be read.
+
+    Attributes:
+        features: one array a layer: [N, D] float32 where patches are pooled, else [N, I, D] float16, memory-mapped.
+        labels: int64 [N].
+        keys: N names.
+        rejected: ``{"key", "reason"}`` of the images that could not be read.
+        home: holds the temporary folder, where there is no other.
+    """
+
+    features: list[np.ndarray]
+    labels: np.ndarray
+    keys: list[str]
+    rejected: list[dict[str, str]]
+    home: Any = field(default=None, repr=False)
+
+
+def cached_features(
+    frozen: Frozen,
+    data: Labelled,
+    layers: Sequence[str] = (LAST,),
+    pool: str = "mean",
+    folder: Path | None = None,
+    batch_size: int = 64,
+    flip: bool = False,
+) -> Cached:
+    """The trunk runs once over all images; what ``folder`` holds already is read, an interrupted pass goes on.
+
+    Args:
+        frozen: the encoder.
+        data: the images.
+        layers: see :meth:`aimv2.evals.frozen.Frozen.__call__`; all in one pass.
+        pool: mean of the patches; attention: the model's pooling head (last layer alone); none: every patch.
+        folder: of the cache; None: a temporary one.
+        batch_size: images at once.
+        flip: of the mirrored images.
+
+    Raises:
+        UsageError: a cache of another model, data or view; no image could be read; values too large for float16.
+    """
+    home = tempfile.TemporaryDirectory() if folder is None else None
+    root = Path(home.name) if home is not None else folder
+    assert root is not None
+    at = root / f"{data.split}-{pool}{'-flip' if flip else ''}"
+    about = {
+        "model": frozen.name,
+        "weights_sha256": frozen.sha256 or frozen.name,
+        "image_size": frozen.image_size,
+        "layers": list(layers),
+        "pool": pool,
+        "images": len(data.labels),
+        "keys_sha256": hashlib.sha256("\n".join(data.keys).encode()).hexdigest(),
+    }
+    state = _begin(at, about)
+    if state["done"] < len(data.labels):
+        _run(frozen, data, list(layers), pool, at, state, batch_size, flip)
+    lost = {line["row"] for line in state["rejected"]}
+    rows = np.array([row for row in range(len(data.labels)) if row not in lost], dtype=np.int64)
+    if not len(rows):
+        first = state["rejected"][0]
+        raise UsageError(f"--data: no image could be read; {first['key']}: {first['reason']}")
+    arrays = [np.load(at / f"{name}.npy", mmap_mode="r")[: len(rows)] for name in layers]
+    if pool != "none":
+        arrays = [np.array(array) for array in arrays]
+    rejected = [{"key": line["key"], "reason": line["reason"]} for line in state["rejected"]]
+    return Cached(arrays, data.labels[rows], [data.keys[row] for row in rows], rejected, home)
+
+
+def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The state of a cache folder; a fresh one where there is none.
+
+    Raises:
+        UsageError: it was made from something else.
+    """
+    file = at / ABOUT
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        different = [key for key in about if stored["about"].get(key) != about[key]]
+        if different:
+            name = different[0] if different[0] != "model" or len(different) == 1 else different[1]
+            raise UsageError(
+                f"--out: the feature cache {at} was made by another model or data ({name}: "
+                f"{stored['about'].get(name)}, here {about[name]}); give a new folder"
+            )
+        return stored
+    at.mkdir(parents=True, exist_ok=True)
+    return {"about": about, "done": 0, "written": 0, "rejected": []}
+
+
+def _run(
+    frozen: Frozen,
+    data: Labelled,
+    layers: list[str],
+    pool: str,
+    at: Path,
+    state: dict[str, Any],
+    batch_size: int,
+    flip: bool,
+) -> None:
+    """Fills the arrays from ``state["done"]`` on; rows of unreadable images are not written."""
+    count = len(data.labels)
+    arrays: list[np.ndarray] = []
+
+    def read(row: int) -> tuple[int, np.ndarray | str]:
+        try:
+            return row, frozen.see(data.image(row))
+        except ImageError as error:
+            return row, str(error)
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task(f"features, {data.split}", total=count, completed=state["done"])
+        for number, batch in enumerate(batched(ahead(read, range(state["done"], count)), batch_size)):
+            good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+            lost = [(row, why) for row, why in batch if isinstance(why, str)]
+            state["rejected"] += [{"row": row, "key": data.keys[row], "reason": why} for row, why in lost]
+            if good:
+                found = _features(frozen, torch.from_numpy(np.stack(good)), layers, pool, flip)
+                arrays = arrays or _open(at, layers, found, count)
+                for array, values in zip(arrays, found):
+                    array[state["written"] : state["written"] + len(good)] = values
+            state["done"] += len(batch)
+            state["written"] += len(good)
+            if number % FLUSH == FLUSH - 1 or state["done"] == count:
+                for array in arrays:
+                    array.flush()  # type: ignore[attr-defined]
+                write_aside(at / ABOUT, json.dumps(state) + "\n")
+            progress.advance(task, len(batch))
+
+
+def _features(frozen: Frozen, images: Tensor, layers: list[str], pool: str, flip: bool) -> list[np.ndarray]:
+    """[B, D] float32 or [B, I, D] float16 a layer."""
+    found = frozen(images.flip(-1) if flip else images, layers)
+    if pool == "attention":
+        head = getattr(frozen.module, "head", None)
+        if head is None or layers != [LAST]:
+            raise UsageError(f"--pool attention: {frozen.name} has no pooling head behind these layers; --pool mean")
+        with torch.inference_mode():
+            found = [head(found[0])]
+    elif pool == "mean":
+        found = [x.mean(1) for x in found]
+    arrays = [x.float().cpu().numpy() for x in found]
+    if pool != "none":
+        return arrays
+    halves = [array.astype(np.float16) for array in arrays]
+    if not all(np.isfinite(array).all() for array in halves):
+        raise UsageError(
+            "--features cached: a feature is larger than float16 holds; --features augmented, or --layers last"
+        )
+    return halves
+
+
+def _open(at: Path, layers: list[str], found: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """The files of the arrays, made or opened again."""
+    opened: list[np.ndarray] = []
+    for name, values in zip(layers, found):
+        file = at / f"{name}.npy"
+        if file.is_file():
+            opened.append(np.lib.format.open_memmap(file, mode="r+"))
+        else:
+            shape = (count, *values.shape[1:])
+            opened.append(np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape))
+    return opened

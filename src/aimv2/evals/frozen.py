@@ -1,0 +1,284 @@
+"""Frozen encoders of any origin behind one face: images in, patch features out.
+
+Legend: B images, N patches, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
+from aimv2.errors import UsageError
+from aimv2.evals.weights import weights_hash
+from aimv2.models.create import build
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.positions import pixel_patches
+from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD
+
+LAST, AVERAGE = "last", "avg6"
+CROP = 0.875  # share of the shorter side that the test view keeps of an image larger than the input (the released code)
+NATIVE_SIZE = 224  # of a native model, where nothing else is asked for
+
+
+class Features(Protocol):
+    """uint8 images [B, 3, H, W] and names of layers -> a tensor [B, N, D] for each."""
+
+    def __call__(self, images: Tensor, layers: Sequence[str]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An encoder that is measured.
+
+    Attributes:
+        name: as the user gave it.
+        kind: ours, transformers, timm, openvino, random or pixels.
+        image_size: pixels a side of what it sees.
+        width: D.
+        depth: blocks; 0 where its inside can't be asked for.
+        sha256: of its weights.
+        run: see :class:`Features`.
+        module: the weights, to be hashed again; None where there are none.
+        device: where it runs.
+    """
+
+    name: str
+    kind: str
+    image_size: int
+    width: int
+    depth: int
+    sha256: str
+    run: Features
+    module: nn.Module | None
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, layers: Sequence[str] = (LAST,)) -> list[Tensor]:
+        """Features of uint8 images [B, 3, H, W], one [B, N, D] a layer, on ``device``.
+
+        ``last`` is the output after the last norm, ``avg6`` the mean of the last six blocks' outputs before it, ``i``
+        the output of block i through the last norm.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return self.run(images.to(self.device, non_blocking=True), layers)
+
+    def see(self, image: Image.Image) -> np.ndarray:
+        """The test view, uint8 [3, H, W]: the centred square, 0.875 of it where the image is larger than the input."""
+        share = CROP if min(image.size) > self.image_size else 1.0
+        left, top, right, bottom = centre_crop_box(*image.size)
+        cut = (1 - share) * (right - left) / 2
+        box = (left + cut, top + cut, right - cut, bottom - cut)
+        return to_pixels(crop_resize(image, box, (self.image_size, self.image_size)))
+
+    def layer_names(self, asked: str) -> list[str]:
+        """``last``, ``avg6``, block numbers with commas (negative ones from the end), or ``all``.
+
+        Raises:
+            UsageError: a layer that the encoder does not have.
+        """
+        if asked == "all":
+            if not self.depth:
+                raise UsageError(f"--layers all: {self.name} ({self.kind}) gives its last features alone")
+            return [*map(str, range(self.depth - 1)), LAST]
+        names = []
+        for word in str(asked).split(","):
+            if word == LAST or (word == AVERAGE and self.depth >= 6):
+                names.append(word)
+            elif word.lstrip("-").isdigit() and -self.depth <= int(word) < self.depth:
+                names.append(str(int(word) % self.depth))
+            else:
+                blocks = f" or a block, {-self.depth} to {self.depth - 1}," if self.depth else ""
+                raise UsageError(
+                    f"--layers {word}: last, all, avg6 (six blocks or more){blocks} expected for {self.name}"
+                )
+        return names
+
+    def unchanged(self) -> bool:
+        """Whether the weights are still what they were when the encoder was opened."""
+        return self.module is None or weights_hash(self.module) == self.sha256
+
+
+def open_frozen(source: str, device: str | torch.device = "cpu", image_size: int | None = None) -> Frozen:
+    """An encoder to measure.
+
+    Args:
+        source: anything of ours or released (:func:`aimv2.load_model`), a folder or hub id of a ``transformers`` vision
+            model, ``timm:NAME`` where timm imports, or a folder that ``aimv2 convert --to openvino`` wrote.
+        device: where it runs.
+        image_size: of a native model, pixels a side; 224 by default.
+
+    Raises:
+        UsageError: nothing that can be loaded.
+    """
+    from aimv2.interop import load, openvino
+    from aimv2.models.lit import LiT
+
+    device = torch.device(device)
+    folder = Path(source).expanduser()
+    if source.startswith("timm:"):
+        return _timm(source, device)
+    if (folder / openvino.FILE).is_file():
+        return _openvino(source, folder)
+    at = load.locate(source)
+    kind = load.read_json(at.folder / "config.json").get("model_type")
+    if kind is not None and not str(kind).startswith("aimv2"):
+        return _transformers(source, at.folder, device)
+    model = load.load_model(at, device=device)
+    encoder = model.image if isinstance(model, LiT) else model
+    assert isinstance(encoder, VisionEncoder)
+    return of_encoder(source, encoder, image_size)
+
+
+def of_encoder(name: str, encoder: VisionEncoder, image_size: int | None = None, kind: str = "ours") -> Frozen:
+    """A VisionEncoder that is in memory; it is put into evaluation mode."""
+    config = encoder.eval().config
+    if image_size is not None and config.image_size not in (None, image_size):
+        raise UsageError(f"--image-size {image_size}: {name} sees {config.image_size} px alone")
+    size = config.image_size or image_size or NATIVE_SIZE // config.patch_size * config.patch_size
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        depth = config.depth
+        wanted = sorted({int(name) for name in layers if name not in (LAST, AVERAGE)})
+        if AVERAGE in layers:
+            wanted = sorted({*wanted, *range(depth - 6, depth)})
+        last, kept = encoder(images, layers=wanted)
+        blocks = dict(zip(wanted, kept))
+        found = {LAST: last}
+        if AVERAGE in layers:
+            found[AVERAGE] = torch.stack([blocks[i] for i in range(depth - 6, depth)]).mean(0)
+        return [found[name] if name in found else encoder.norm(blocks[int(name)]) for name in layers]
+
+    return Frozen(
+        name, kind, size, config.width, config.depth, weights_hash(encoder), run, encoder, encoder.mean.device
+    )
+
+
+def random_twin(frozen: Frozen, seed: int = 0) -> Frozen:
+    """The same encoder with random weights: what architecture and probe know by themselves.
+
+    Raises:
+        UsageError: not one of ours.
+    """
+    if not isinstance(frozen.module, VisionEncoder):
+        raise UsageError(f"--baselines random: {frozen.name} ({frozen.kind}) is not an AIMV2; its twin can't be drawn")
+    encoder = build(frozen.module.config, None, seed).to(frozen.device)
+    assert isinstance(encoder, VisionEncoder)
+    return of_encoder(f"random {frozen.module.config.name} (seed {seed})", encoder, frozen.image_size, "random")
+
+
+def raw_pixels(frozen: Frozen) -> Frozen:
+    """The patches' own pixels, normalised, as features: [B, N, 3 * p * p] on the grid of ``frozen``."""
+    patch = getattr(getattr(frozen.module, "config", None), "patch_size", None) or frozen.image_size // 8
+    mean, std = (torch.tensor(v, device=frozen.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        return [pixel_patches((images.float() / 255 - mean) / std, patch)] * len(layers)
+
+    return replace(
+        frozen, name="raw pixels", kind="pixels", width=3 * patch * patch, depth=0, sha256="", run=run, module=None
+    )
+
+
+def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
+    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers) are left out."""
+    from transformers import AutoModel
+
+    try:
+        model: Any = AutoModel.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
+    model = getattr(model, "vision_model", model).eval().to(device)
+    seen = _read_processor(folder)
+    config = model.config
+    size = seen.get("size") or getattr(config, "image_size", 224)
+    size = max(size) if isinstance(size, list | tuple) else int(size or 224)
+    mean, std = (torch.tensor(seen[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def patches(x: Tensor) -> Tensor:
+        if x.ndim == 4:  # a convolutional map
+            return x.flatten(2).transpose(1, 2)
+        known = getattr(config, "num_register_tokens", None)
+        extra = known + 1 if known is not None else x.shape[1] - math.isqrt(x.shape[1]) ** 2
+        return x[:, extra:]
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        out = model(pixel_values=(images.float() / 255 - mean) / std, output_hidden_states=True)
+        hidden = out.hidden_states
+        found = []
+        for name in layers:
+            if name == LAST:
+                found.append(patches(out.last_hidden_state))
+            elif name == AVERAGE:
+                found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
+            else:
+                found.append(patches(hidden[int(name) + 1]))
+        return found
+
+    with torch.inference_mode():
+        probe = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+        width = run(probe, [LAST])[0].shape[-1]
+    depth = getattr(config, "num_hidden_layers", 0)
+    return Frozen(source, "transformers", size, width, depth, weights_hash(model), run, model, device)
+
+
+def _read_processor(folder: Path) -> dict[str, Any]:
+    """Input size, mean and std of ``preprocessor_config.json``; ImageNet's where it is absent."""
+    path = folder / "preprocessor_config.json"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
+    size = size or stored.get("size")
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    return {
+        "size": size,
+        "mean": stored.get("image_mean") or IMAGENET_MEAN,
+        "std": stored.get("image_std") or IMAGENET_STD,
+    }
+
+
+def _timm(source: str, device: torch.device) -> Frozen:
+    """``timm:NAME``, with its pretrained weights."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
+    model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
+    about = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(about[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        x = model.forward_features((images.float() / 255 - mean) / std)
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x[:, getattr(model, "num_prefix_tokens", 0) :]
+        return [x] * len(layers)
+
+    size = about["input_size"][-1]
+    return Frozen(source, "timm", size, model.num_features, 0, weights_hash(model), run, model, device)
+
+
+def _openvino(source: str, folder: Path) -> Frozen:
+    """What ``aimv2 convert --to openvino`` wrote, int8 too; on the CPU."""
+    import hashlib
+
+    from aimv2.interop.openvino import FILE, OpenVINOEncoder
+
+    encoder = OpenVINOEncoder(folder)
+    if encoder.about["image_size"] is None:
+        raise UsageError(f"MODEL {source}: a native model in OpenVINO; measure the model that it was made from")
+    size = encoder.about["image_size"]
+    width = encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
+    digest = hashlib.sha256((folder / FILE).with_suffix(".bin").read_bytes()).hexdigest()
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        return [encoder(images)] * len(layers)
+
+    return Frozen(source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"))

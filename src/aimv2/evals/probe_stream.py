@@ -1,0 +1,153 @@
+"""Batches for a sweep of probes: cached features, or images augmented anew at each visit.
+
+Both are endless, their order is a pure function of (seed, epoch), and their state is the number of batches taken.
+
+Legend: B images, N tokens, D width, V cached views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aimv2.batch import Batch, make_batch
+from aimv2.data.augment import augment
+from aimv2.data.images import ImageError
+from aimv2.data.transforms import to_pixels
+
+if TYPE_CHECKING:
+    from aimv2.data.labelled import Labelled
+
+
+def order_of(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The rows of an epoch: a permutation of 0 .. count - 1."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def rows_of_step(step: int, count: int, size: int, seed: int) -> tuple[int, np.ndarray]:
+    """Epoch and rows [size] of a step; what does not fill a batch at an epoch's end is left out of that epoch."""
+    epoch, at = divmod(step, count // size)
+    return epoch, order_of(seed, epoch, count)[at * size : (at + 1) * size]
+
+
+class FeatureStream:
+    """Batches whose ``images`` are cached features, float16 or float32 [B, layers, N, D]."""
+
+    def __init__(self, views: Sequence[Sequence[np.ndarray]], labels: np.ndarray, size: int, seed: int) -> None:
+        """``views``: of the same images, each a list of one array [N, tokens, D] a layer; one is drawn for each batch."""
+        self.views, self.labels, self.size, self.seed, self.step = views, labels, size, seed, 0
+        self.known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __next__(self) -> Batch:
+        epoch, at = divmod(self.step, len(self.labels) // self.size)
+        if self.known[0] != epoch:
+            self.known = (epoch, order_of(self.seed, epoch, len(self.labels)))
+        rows = np.sort(
+            self.known[1][at * self.size : (at + 1) * self.size]
+        )  # in the file's order: it is read from disk
+        view = self.views[int(np.random.default_rng([self.seed, self.step, 1]).integers(len(self.views)))]
+        features = torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1))
+        self.step += 1
+        return _batch(features, self.labels[rows])
+
+    def state(self) -> int:
+        return self.step
+
+    def restore(self, state: int) -> None:
+        self.step = state
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ImageStream:
+    """Batches of augmented images, uint8 [B, 3, S, S]; decoded in worker processes."""
+
+    def __init__(self, data: Labelled, image_size: int, size: int, seed: int, workers: int) -> None:
+        self.data, self.image_size, self.size, self.seed, self.workers = data, image_size, size, seed, workers
+        self.step = 0
+        self.batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Batch:
+        if self.batches is None:
+            loader: Any = torch.utils.data.DataLoader(
+                _Views(self.data, self.image_size, self.seed),
+                batch_sampler=_Steps(self.step, len(self.data.labels), self.size, self.seed),
+                num_workers=self.workers,
+                collate_fn=_collate,
+                worker_init_fn=_ignore_signals,
+            )
+            self.batches = iter(loader)
+        self.step += 1
+        return next(self.batches)
+
+    def state(self) -> int:
+        return self.step
+
+    def restore(self, state: int) -> None:
+        self.step, self.batches = state, None
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        end = getattr(self.batches, "_shutdown_workers", None)
+        if end is not None:
+            end()
+        self.batches = None
+
+
+class _Steps:
+    """(epoch, row) of each image of each step, from ``first`` on, without end."""
+
+    def __init__(self, first: int, count: int, size: int, seed: int) -> None:
+        self.first, self.count, self.size, self.seed = first, count, size, seed
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.first
+        while True:
+            epoch, rows = rows_of_step(step, self.count, self.size, self.seed)
+            yield [(epoch, int(row)) for row in rows]
+            step += 1
+
+
+class _Views(torch.utils.data.Dataset[Any]):
+    """Augmented images by (epoch, row)."""
+
+    def __init__(self, data: Labelled, image_size: int, seed: int) -> None:
+        self.data, self.image_size, self.seed = data, image_size, seed
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """(pixels uint8 [3, S, S], label); an image that can't be read is gray and has no label."""
+        epoch, row = place
+        name = int.from_bytes(hashlib.sha256(self.data.keys[row].encode()).digest()[:8], "little")
+        rng = np.random.default_rng([self.seed, epoch, row, name])
+        try:
+            view = augment(self.data.image(row), self.image_size, rng)
+        except ImageError:
+            return np.full((3, self.image_size, self.image_size), 128, np.uint8), -1
+        return to_pixels(view), int(self.data.labels[row])
+
+
+def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in samples]))
+    return _batch(pixels, np.array([label for _, label in samples]))
+
+
+def _batch(images: torch.Tensor, labels: np.ndarray) -> Batch:
+    return make_batch(
+        images, [[]] * len(labels), [1] * len(labels), 2, labels=torch.from_numpy(labels.astype(np.int64))
+    )
+
+
+def _ignore_signals(number: int) -> None:
+    """A terminal's Ctrl-C reaches workers too; they must live until the state is saved."""
+    torch.set_num_threads(1)
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_IGN)

@@ -1,0 +1,118 @@
+"""The file that a measurement leaves: what was measured, how, the figures, and the command that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aimv2
+from aimv2.errors import UsageError
+from aimv2.evals.frozen import Frozen
+from aimv2.train.files import write_aside
+
+FORMAT = "aimv2 result 1"
+FILE = "result.json"
+
+
+def make_result(
+    verb: str,
+    protocol: dict[str, Any],
+    model: dict[str, Any],
+    data: dict[str, Any],
+    figures: dict[str, Any],
+    seconds: float,
+    seed: int | list[int] | None = 0,
+) -> dict[str, Any]:
+    """A result, ready to be written.
+
+    Args:
+        verb: of the command line.
+        protocol: everything that decides the figures beside model and data.
+        model: see :func:`about_model`.
+        data: ``name``, ``source``, ``split``, counts.
+        figures: what was measured; shares are 0..1.
+        seconds: of the whole command.
+        seed: or all of them.
+    """
+    return {
+        "format": FORMAT,
+        "verb": verb,
+        "model": model,
+        "data": data,
+        "protocol": protocol,
+        "seed": seed,
+        "figures": figures,
+        "seconds": seconds,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" + (", CUDA" if torch.cuda.is_available() else ""),
+        "version": aimv2.__version__,
+        "torch": torch.__version__,
+        "command": " ".join(["aimv2", *sys.argv[1:]]),
+    }
+
+
+def about_model(frozen: Frozen) -> dict[str, Any]:
+    """What a result says of an encoder; with the proof that measuring left it as it was.
+
+    Raises:
+        RuntimeError: the weights have changed: a mistake of ours.
+    """
+    if not frozen.unchanged():
+        raise RuntimeError(f"{frozen.name}: the frozen weights changed while they were measured")
+    return {
+        "name": frozen.name,
+        "kind": frozen.kind,
+        "weights_sha256": frozen.sha256,
+        "unchanged": True,
+        "image_size": frozen.image_size,
+        "width": frozen.width,
+    }
+
+
+def check_out(out: str | None) -> Path | None:
+    """The folder of ``--out``, made; None without one.
+
+    Raises:
+        UsageError: it holds something else than an evaluation.
+    """
+    if out is None:
+        return None
+    folder = Path(out).expanduser()
+    ours = {FILE, "features", "run", "probe.json", "layers.png", "result.png"}
+    if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
+        raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_result(out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``result.json`` into ``out``, where there is one; returns the result."""
+    if out is not None:
+        write_aside(out / FILE, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file, or the one in a folder.
+
+    Raises:
+        UsageError: not a result, or one of another version.
+    """
+    file = Path(path).expanduser()
+    file = file / FILE if file.is_dir() else file
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"RESULT {path}: can't be read as a result file: {error}") from None
+    made_by = stored.get("format") if isinstance(stored, dict) else None
+    if made_by != FORMAT:
+        what = f"is '{made_by}'" if made_by else "names no format"
+        raise UsageError(f"RESULT {path}: {what}, '{FORMAT}' expected; measure it again with this version")
+    return stored

@@ -34,9 +34,8 @@ def ours(folder: str, precision: str, compiled: bool, device: str) -> tuple[Any,
     import torch
 
     import aimv2
-    from aimv2.train.parallel import choose_products
 
-    choose_products(torch.device(device))
+    aimv2.fast_products(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = aimv2.load_model(folder, device=device, dtype=dtype)
     if compiled:
@@ -45,12 +44,16 @@ def ours(folder: str, precision: str, compiled: bool, device: str) -> tuple[Any,
     return on_device(torch, model, pixels(torch, dtype), device)
 
 
-def theirs(folder: str, precision: str, compiled: bool, device: str) -> tuple[Any, list[Any]]:
-    """transformers."""
+def theirs(folder: str, precision: str, compiled: bool, device: str, fast: bool = False) -> tuple[Any, list[Any]]:
+    """transformers; ``fast``: with the setting for products that ours runs with."""
     import torch
     from transformers import AutoModel
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if fast:
+        import aimv2
+
+        aimv2.fast_products(device)
     model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     if compiled:
         model = torch.compile(model)
@@ -155,6 +158,8 @@ def main() -> None:
         paths: dict[str, Any] = {}
         for precision in ("fp32", "bf16"):
             paths[f"transformers_{precision}"] = (theirs, (str(out / "transformers"), precision, False, device))
+            if precision == "fp32":
+                paths["transformers_fast_fp32"] = (theirs, (str(out / "transformers"), precision, False, device, True))
             paths[f"transformers_compiled_{precision}"] = (theirs, (str(out / "transformers"), precision, True, device))
             paths[f"plain_{precision}"] = (plain, (str(out / "ours"), precision, device))
             paths[f"torch_{precision}"] = (ours, (str(out / "ours"), precision, False, device))

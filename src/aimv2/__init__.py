@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
     from aimv2.models.encoder import VisionEncoder as VisionEncoder
     from aimv2.models.lit import LiT as LiT
+    from aimv2.models.products import fast_products as fast_products
     from aimv2.models.sizes import list_models as list_models
 
 _HOME = {
@@ -27,6 +28,7 @@ _HOME = {
     "MultimodalDecoder": "aimv2.models.decoder",
     "VisionEncoder": "aimv2.models.encoder",
     "create_model": "aimv2.models.create",
+    "fast_products": "aimv2.models.products",
     "image_transform": "aimv2.data.transforms",
     "list_models": "aimv2.models.sizes",
     "load_model": "aimv2.api",

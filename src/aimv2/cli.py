@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +43,17 @@ VERBS = {
     "embed": Verb(
         "embed", ("model", "images", "out"), "features of images: a folder, a list or shards in, arrays or Parquet out"
     ),
+    "probe": Verb("probe", ("model",), "measure a frozen encoder: the attentive probe's whole grid at once"),
+    "knn": Verb("knn", ("model",), "measure a frozen encoder: nearest neighbours by cosine, a sweep over k"),
+    "linear": Verb("linear", ("model",), "measure a frozen encoder: a linear classifier, by L-BFGS or SGD"),
+    "fewshot": Verb("fewshot", ("model",), "measure a frozen encoder: a few images a class, over several draws"),
+    "segment": Verb("segment", ("model",), "measure a frozen encoder: segmentation by a linear probe on its patches"),
+    "depth": Verb("depth", ("model",), "measure a frozen encoder: depth by a linear probe on its patches"),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 FLAGS = ("resume", "overwrite")
+RANK_WAITS = 5.0  # seconds
 DISK = (
     errno.EACCES,
     errno.EPERM,
@@ -72,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             raise
+        if not isinstance(error, RankError) and os.environ.get("RANK", "0") != "0":
+            time.sleep(RANK_WAITS)  # torchrun ends all ranks with the first; the one that speaks must get there
         complain(f"error: {' '.join(str(error).split())}", everywhere=isinstance(error, RankError))
         return 2
     except KeyboardInterrupt:
@@ -195,10 +205,15 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
     if any(word in ("-h", "--help") for word in words):
         print_help(parser)
         return None
+    words = _join_negative(words)
     _check_options(parser, words)
     values = vars(parser.parse_args(_dashes(words)))
     for extra in ("json", "debug"):
         values.pop(extra, None)
+    if "model" in plain:
+        from aimv2.models.products import fast_products
+
+        fast_products(values.get("device") or "cpu")
     return function(**values)
 
 
@@ -227,6 +242,17 @@ def _dashes(words: list[str]) -> list[str]:
     for word in words:
         head, equals, tail = word.partition("=")
         out.append((head.replace("-", "_").replace("__", "--", 1) if head.startswith("--") else head) + equals + tail)
+    return out
+
+
+def _join_negative(words: list[str]) -> list[str]:
+    """``--layers -6,-1`` is ``--layers=-6,-1``: no option of ours starts with a digit."""
+    out: list[str] = []
+    for word in words:
+        if re.match(r"-\d", word) and out and out[-1].startswith("--") and "=" not in out[-1]:
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
     return out
 
 

@@ -1,8 +1,11 @@
 """Every verb of the command line as one function. Heavy imports happen inside."""
 
+from aimv2.api.classify import fewshot, knn, linear
+from aimv2.api.dense import depth, segment
 from aimv2.api.features import embed
 from aimv2.api.language import caption
 from aimv2.api.models import convert, load_model, models, push, save_pretrained
+from aimv2.api.probe import probe
 from aimv2.api.train import data_check, data_import, data_shapes, pretrain, tokenizer_train
 
 __all__ = [
@@ -11,11 +14,17 @@ __all__ = [
     "data_check",
     "data_import",
     "data_shapes",
+    "depth",
     "embed",
+    "fewshot",
+    "knn",
+    "linear",
     "load_model",
     "models",
     "pretrain",
+    "probe",
     "push",
     "save_pretrained",
+    "segment",
     "tokenizer_train",
 ]

@@ -46,6 +46,16 @@ def centre_crop_box(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
+def resized_crop_box(width: int, height: int, size: int) -> Box:
+    """What is left of an image whose shorter side is resized to ``size`` and whose middle is cropped, in whole pixels of the
+    resized image (the preprocessor files of the released models)."""
+    longer = int(size * max(width, height) / min(width, height))
+    start, scale = (longer - size) // 2, max(width, height) / longer
+    if width >= height:
+        return start * scale, 0, (start + size) * scale, height
+    return 0, start * scale, width, (start + size) * scale
+
+
 def crop_resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
     """The ``box`` of the image at ``size`` (width, height), bicubic, antialiased."""
     if box == (0, 0, *size) and image.size == size:
@@ -96,11 +106,14 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
         image = to_rgb(image)
         width, height = image.size
         if config.image_size is None:
-            size = native_size(width, height, config.patch_size, config.min_patches, config.max_patches)
-            image = crop_resize(image, (0, 0, width, height), size)
+            whole = native_size(width, height, config.patch_size, config.min_patches, config.max_patches)
+            image = crop_resize(image, (0, 0, width, height), whole)
         else:
-            box = random_crop_box(rng, width, height, 0.4, (0.75, 1.3333)) if train else centre_crop_box(width, height)
-            image = crop_resize(image, box, (config.image_size, config.image_size))
+            size = config.image_size
+            box = (
+                random_crop_box(rng, *image.size, 0.4, (0.75, 1.3333)) if train else resized_crop_box(*image.size, size)
+            )
+            image = crop_resize(image, box, (size, size))
         if train and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return torch.from_numpy(to_pixels(image))

@@ -23,7 +23,6 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.classifier import Classifier
 from aimv2.models.layers import Cache, Packed
 
-FP32_ERROR = 2e-6  # largest relative error of a 512-wide product that is still fp32; bf16 has 1e-3
 RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
 
 
@@ -83,27 +82,6 @@ def leave_world() -> None:
     """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def choose_products(device: torch.device) -> str:
-    """Lets a CPU use oneDNN for fp32 products where that stays true fp32 (it is the faster library there).
-
-    ``medium`` allows lower precision; whether the library takes that liberty depends on the processor, so it is tried: a
-    product is compared with fp64, and the setting kept only if its error is that of fp32.
-
-    Returns:
-        the precision in force, ``medium`` or ``highest``.
-    """
-    if device.type != "cpu":
-        return torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(512, 512, generator=draw) for _ in range(2))
-    exact = x.double() @ weight.double().T
-    error = (nn.functional.linear(x, weight).double() - exact).abs().max() / exact.abs().max()
-    if error > FP32_ERROR:
-        torch.set_float32_matmul_precision("highest")
-    return torch.get_float32_matmul_precision()
 
 
 def can_compile(device: torch.device) -> str | None:

@@ -17,9 +17,10 @@ from aimv2.config import Config
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.classifier import Classifier
 from aimv2.models.probe_head import ProbeSweep
+from aimv2.models.products import fast_products
 from aimv2.objectives import make_objective
 from aimv2.train.optim import make_optimizer, step_unless
-from aimv2.train.parallel import World, choose_products, parallelize
+from aimv2.train.parallel import World, parallelize
 from aimv2.train.schedule import learning_rate
 
 FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
@@ -55,7 +56,7 @@ class TrainStep:
         if not isinstance(model, ProbeSweep):
             shape = model.encoder.config
             self.patches, self.image_size = shape.patches, shape.image_size or 0
-        choose_products(world.device)
+        fast_products(world.device)
         self.model: nn.Module = model.to(world.device)
         if not isinstance(model, ProbeSweep):
             parallelize(model, config.train, world, compiled)

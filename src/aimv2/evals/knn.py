@@ -1,0 +1,222 @@
+"""The classifier without training: an image has the class of the training images nearest to it, by cosine.
+
+Legend: N test images, M training images, B of a block, D width, C classes, S values of k, k = the largest of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aimv2.errors import UsageError
+from aimv2.evals.pooled import Asked, Pooled, measure, open_splits, scores_of
+from aimv2.evals.scores import top1
+
+USUAL_K = 20  # the headline where nothing chooses k (Caron et al., DINO, 2021: 20 works best for most)
+BLOCK, SHELF = 512, 16384  # test and training images at once: a block of similarities takes 32 MiB
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """Everything that decides a kNN beside encoder and data.
+
+    Attributes:
+        ks: numbers of neighbours, rising.
+        weights: uniform: every neighbour has one vote; distance: exp(cosine / temperature) votes (DINO).
+        temperature: of the votes.
+        backend: torch or faiss.
+    """
+
+    ks: tuple[int, ...]
+    weights: str = "uniform"
+    temperature: float = 0.07
+    backend: str = "torch"
+
+
+def usual_backend(asked: str, device: torch.device) -> str:
+    """``auto``: faiss on a CPU where it is installed (about half of torch's time there), else torch.
+
+    Raises:
+        UsageError: faiss asked for and absent.
+    """
+    there = importlib.util.find_spec("faiss") is not None
+    if asked == "faiss" and not there:
+        raise UsageError("--backend faiss: not installed (pip install faiss-cpu), or --backend torch")
+    if asked == "auto":
+        return "faiss" if there and device.type == "cpu" else "torch"
+    return asked
+
+
+def predict(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, settings: KnnSettings, device: torch.device
+) -> np.ndarray:
+    """The class of each test image for each k.
+
+    Cosine of a vector of zeros is 0. Equal votes go to the class with the lower number; of equally near training images
+    (to the last bit of the computed cosine) the earlier one counts as nearer, with faiss whichever it finds.
+
+    Args:
+        train, test: float32 [M, D] and [N, D], not normalised.
+        labels: int64 [M], 0..C-1.
+        classes: C.
+        settings: the largest k at most M.
+        device: of the computation with torch.
+
+    Returns:
+        int64 [S, N]; memory beside features and answers does not grow with N or M.
+    """
+    assert max(settings.ks) <= len(train)
+    known = torch.from_numpy(labels).to(device)
+    parts = []
+    for similarity, rows in neighbours(train, test, max(settings.ks), settings.backend, device):
+        found = known[rows.to(device)]
+        parts.append(vote(similarity.to(device), found, classes, settings).cpu())
+    return torch.cat(parts, 1).numpy()
+
+
+def vote(similarity: Tensor, found: Tensor, classes: int, settings: KnnSettings) -> Tensor:
+    """Cosines [B, k] and classes [B, k] of the neighbours, nearest first -> the winners for each k, int64 [S, B]."""
+    if settings.weights == "uniform":
+        weights = torch.ones_like(similarity, dtype=torch.float64)
+    else:  # exp((s - 1) / T) elects the same class as exp(s / T), and can't overflow
+        weights = ((similarity.double() - 1) / settings.temperature).exp()
+    votes = torch.zeros(len(found), classes, dtype=torch.float64, device=found.device)
+    winners, done = [], 0
+    for k in settings.ks:
+        votes.scatter_add_(1, found[:, done:k], weights[:, done:k])
+        winners.append(votes.argmax(1))  # the first of equal ones
+        done = k
+    return torch.stack(winners)
+
+
+def neighbours(
+    train: np.ndarray, test: np.ndarray, k: int, backend: str, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each block of test images: cosines [B, k], falling, and rows of the training images [B, k]."""
+    if backend == "faiss":
+        import faiss
+
+        index = faiss.IndexFlatIP(train.shape[1])
+        for at in range(0, len(train), SHELF):
+            index.add(_unit(train[at : at + SHELF]).numpy())
+        for at in range(0, len(test), BLOCK):
+            similarity, rows = index.search(_unit(test[at : at + BLOCK]).numpy(), k)
+            yield torch.from_numpy(similarity), torch.from_numpy(rows)
+        return
+    for at in range(0, len(test), BLOCK):
+        yield _nearest(_unit(test[at : at + BLOCK]).to(device), train, k)
+
+
+def _unit(features: np.ndarray) -> Tensor:
+    """Rows of unit length; a row of zeros stays."""
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)), dim=1)
+
+
+def _nearest(queries: Tensor, train: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """Queries [B, D] against all training images, a shelf at a time; what is kept is the best k so far."""
+    best = queries.new_empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for at in range(0, len(train), SHELF):
+        similarity = queries @ _unit(train[at : at + SHELF]).to(queries.device).T
+        columns = _top_columns(similarity, min(k, similarity.shape[1]))
+        best = torch.cat([best, similarity.gather(1, columns)], 1)
+        rows = torch.cat([rows, columns + at], 1)
+        best, order = best.sort(dim=1, descending=True, stable=True)  # earlier rows stand first and stay first
+        best, rows = best[:, :k], rows.gather(1, order[:, :k])
+    return best, rows
+
+
+def _top_columns(similarity: Tensor, k: int) -> Tensor:
+    """The columns [B, k], rising, of each row's k largest values; of equal values the first columns."""
+    values, columns = similarity.topk(k, dim=1)
+    crowded = (similarity >= values[:, -1:]).sum(1) > k  # topk took any of the equal ones
+    if crowded.any():
+        columns[crowded] = similarity[crowded].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return columns.sort(dim=1).values
+
+
+def knn_figures(pooled: Pooled, settings: KnnSettings) -> dict[str, Any]:
+    """The sweep over k for each layer; layer and k are chosen on the validation split alone, where there is one."""
+    classes, train, test = len(pooled.classes), pooled.train, pooled.test
+    table, answers = [], []
+    for number, layer in enumerate(pooled.layers):
+
+        def asked(features: np.ndarray, known: np.ndarray = train.features[number]) -> np.ndarray:
+            return predict(known, train.labels, features, classes, settings, pooled.device)
+
+        chosen_on = asked(pooled.val.features[number]) if pooled.val is not None else None
+        answer = asked(test.features[number])
+        for at, k in enumerate(settings.ks):
+            row: dict[str, Any] = {"layer": layer, "k": k}
+            if pooled.val is not None and chosen_on is not None:
+                row["selection_top1"] = top1(chosen_on[at], pooled.val.labels)
+            table.append({**row, "test_top1": top1(answer[at], test.labels)})
+            answers.append(answer[at])
+    if pooled.val is not None:
+        best = max(range(len(table)), key=lambda at: table[at]["selection_top1"])  # the first of equal ones
+        how = "validation split"
+    else:
+        usual = min(settings.ks, key=lambda k: (abs(k - USUAL_K), k))
+        best = pooled.headline() * len(settings.ks) + settings.ks.index(usual)
+        how = f"nothing: no validation split; k={usual} and layer {table[best]['layer']} are fixed"
+    figures = scores_of(answers[best], pooled)
+    figures |= {
+        "chosen": [{"layer": table[best]["layer"], "k": table[best]["k"]}],
+        "selected_on": how,
+        "table": table,
+    }
+    if len(pooled.layers) > 1:
+        rows = [row for row in table if row["k"] == table[best]["k"]]
+        figures["by_layer"] = {row["layer"]: row["test_top1"] for row in rows}
+    return figures
+
+
+def measure_knn(
+    asked: Asked, ks: Sequence[int], weights: str, temperature: float, backend: str, started: float | None = None
+) -> dict[str, Any]:
+    """Opens the data, measures, writes.
+
+    Args:
+        asked: model, data, layers, limits.
+        ks: numbers of neighbours; those above the number of training images are left out, and said.
+        weights, temperature, backend: see :class:`KnnSettings`; backend may be auto.
+        started: ``time.perf_counter()`` at the begin of the command.
+
+    Raises:
+        UsageError: what does not fit.
+    """
+    started = time.perf_counter() if started is None else started
+    backend = usual_backend(backend, torch.device(asked.device))
+    splits = open_splits(asked)
+    wanted = sorted(set(ks))
+
+    def settings(images: int) -> KnnSettings:
+        few = tuple(k for k in wanted if k <= images)
+        if not few:
+            raise UsageError(f"--k {wanted[0]}: more than the {images} training images; a smaller k expected")
+        return KnnSettings(few, weights, temperature, backend)
+
+    settings(len(splits.train.labels))  # said before the trunk runs
+    protocol = {
+        "name": "kNN",
+        "similarity": "cosine",
+        "neighbours_from": "training split",
+        "k": wanted,
+        "weights": "uniform" if weights == "uniform" else f"exp(cosine / {temperature})",
+        "backend": backend,
+    }
+
+    def method(pooled: Pooled) -> dict[str, Any]:
+        mine = settings(len(pooled.train.labels))
+        left_out = [k for k in wanted if k not in mine.ks]
+        return knn_figures(pooled, mine) | ({"k_left_out": left_out} if left_out else {})
+
+    return measure("knn", asked, splits, protocol, method, started)

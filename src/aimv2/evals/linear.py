@@ -1,0 +1,271 @@
+"""A linear classifier on pooled features: L-BFGS with CLIP's search over its strength, or SGD over a grid of rates.
+
+Legend: N images, B images a step, D width, C classes, G rates of the grid.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aimv2.errors import UsageError
+from aimv2.evals.pooled import Asked, Pooled, measure, open_splits, scores_of
+from aimv2.evals.scores import top1
+
+SOLVERS = ("lbfgs", "sgd")
+HELD_OUT = 0.2  # of each class's training images, where a data set has no validation split
+# CLIP (Radford et al., 2021, appendix A.3): L-BFGS, at most 1000 iterations, strength between 1e-6 and 1e6 in 96 steps
+PER_DECADE, LAST_STEP, FIRST_STRIDE, ITERATIONS = 8, 96, 16, 1000
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+EPOCHS, BATCH, MOMENTUM = 100, 1024, 0.9
+
+Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]  # features, labels -> a classifier
+
+
+def logistic(
+    features: np.ndarray, labels: np.ndarray, c: float, intercept: bool = True
+) -> tuple[Callable[[np.ndarray], np.ndarray], bool]:
+    """Logistic regression by scikit-learn's L-BFGS on the features as they are.
+
+    Args:
+        features: [N, D].
+        labels: int64 [N], two classes or more.
+        c: inverse strength of the squared norm against the summed loss.
+        intercept: with a bias, which is not punished.
+
+    Returns:
+        (features to classes, whether it converged within 1000 iterations).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told by the result
+        model = LogisticRegression(C=c, max_iter=ITERATIONS, fit_intercept=intercept).fit(features, labels)
+    return model.predict, int(np.max(model.n_iter_)) < ITERATIONS
+
+
+def strength(step: int) -> float:
+    """C of a step of CLIP's scale, 0..96: 1e-6 to 1e6, eight steps a decade."""
+    return 10.0 ** (step / PER_DECADE - 6)
+
+
+def search(score: Callable[[int], float]) -> dict[int, float]:
+    """CLIP's search: seven steps over the whole scale, then both sides of the peak at half the distance, down to one step.
+
+    Args:
+        score: of a step, 0..96; called once for each that is looked at, 15 at most.
+
+    Returns:
+        the scores by step, in the order of the scale; of equal ones the first (the stronger regularisation) is the peak.
+    """
+    found = {step: score(step) for step in range(0, LAST_STEP + 1, FIRST_STRIDE)}
+    stride = FIRST_STRIDE
+    while stride > 1:
+        stride //= 2
+        best = peak(found)
+        for step in (best - stride, best + stride):
+            if 0 <= step <= LAST_STEP and step not in found:
+                found[step] = score(step)
+    return dict(sorted(found.items()))
+
+
+def peak(found: dict[int, float]) -> int:
+    """The first step with the highest score."""
+    return max(sorted(found), key=lambda step: found[step])
+
+
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (kept, held out), rising: a fifth of each class's images is held out, drawn; of a single image none.
+
+    Raises:
+        UsageError: no class has images enough.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = max(round(HELD_OUT * len(rows)), 1) if len(rows) > 1 else 0
+        held[rows[:count]] = True
+    if not held.any():
+        raise UsageError("--data: no class has two training images; a validation split or more images expected")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+class Standard:
+    """Features to mean 0 and deviation 1, both of the training images: rates then mean the same for every encoder."""
+
+    def __init__(self, features: np.ndarray, device: torch.device) -> None:
+        self.device = device
+        self.mean = features.mean(0, dtype=np.float64).astype(np.float32)
+        self.scale = 1 / np.maximum(features.std(0, dtype=np.float64), 1e-6).astype(np.float32)
+
+    def __call__(self, features: np.ndarray) -> Tensor:
+        return torch.from_numpy((features - self.mean) * self.scale).to(self.device)
+
+
+def sgd(
+    x_ND: Tensor, labels: Tensor, classes: int, rates: tuple[float, ...], seed: int, epochs: int = EPOCHS
+) -> tuple[Tensor, Tensor]:
+    """Softmax regression by SGD with momentum, every rate at once: one product for all logits, one for all gradients.
+
+    Args:
+        x_ND: standardised features [N, D].
+        labels: int64 [N].
+        classes: C.
+        rates: G peak rates, on a cosine down to 0; no decay of weights.
+        seed: of the order of images.
+        epochs: over the images.
+
+    Returns:
+        weights [D, G, C] and biases [G, C], zero at the start. A rate that is too high may leave NaN, in its part alone.
+    """
+    count, device = len(labels), x_ND.device
+    size = min(BATCH, count)
+    lr = torch.tensor(rates, device=device).view(-1, 1)  # [G, 1]
+    weight, bias = (torch.zeros(n, len(rates), classes, device=device) for n in (x_ND.shape[1], 1))
+    moving = [torch.zeros_like(part) for part in (weight, bias)]
+    order = torch.Generator().manual_seed(seed)
+    steps, step = epochs * (count // size), 0
+    for _ in range(epochs):
+        shuffled = torch.randperm(count, generator=order).to(device)
+        for at in range(0, count - size + 1, size):
+            rows = shuffled[at : at + size]
+            x_BD = x_ND[rows]
+            error = ((x_BD @ weight.flatten(1)).view(size, len(rates), classes) + bias).softmax(-1)  # [B, G, C]
+            error[torch.arange(size, device=device), :, labels[rows]] -= 1
+            error /= size
+            now = lr * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+            gradients = ((x_BD.T @ error.flatten(1)).view_as(weight), error.sum(0, keepdim=True))
+            for part, speed, gradient in zip((weight, bias), moving, gradients):
+                speed.mul_(MOMENTUM).add_(gradient)
+                part.sub_(now * speed)
+            step += 1
+    return weight, bias[0]
+
+
+def sgd_predict(weight: Tensor, bias: Tensor, features: np.ndarray, see: Standard) -> np.ndarray:
+    """The likeliest class by every rate: int64 [G, N]."""
+    parts = []
+    for at in range(0, len(features), BATCH):
+        logits = (see(features[at : at + BATCH]) @ weight.flatten(1)).view(-1, *bias.shape) + bias  # [B, G, C]
+        parts.append(logits.argmax(-1).T.cpu())
+    return torch.cat(parts, 1).numpy()
+
+
+def sweep_lbfgs(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]
+) -> tuple[list[dict[str, Any]], int]:
+    """CLIP's search: rows of the table, and which was best."""
+    converged: dict[int, bool] = {}
+
+    def score(step: int) -> float:
+        predict, converged[step] = logistic(*train, strength(step))
+        return top1(predict(val[0]), val[1])
+
+    found = search(score)
+    rows = [
+        {"C": strength(step), "selection_top1": value, "converged": converged[step]} for step, value in found.items()
+    ]
+    return rows, list(found).index(peak(found))
+
+
+def sweep_sgd(
+    train: tuple[np.ndarray, np.ndarray],
+    val: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[list[dict[str, Any]], int]:
+    """All rates in one computation: rows of the table, and which was best (the lowest of equal ones)."""
+    see = Standard(train[0], device)
+    heads = sgd(see(train[0]), torch.from_numpy(train[1]).to(device), classes, RATES, seed)
+    tops = [top1(predicted, val[1]) for predicted in sgd_predict(*heads, val[0], see)]
+    return [{"rate": rate, "selection_top1": top} for rate, top in zip(RATES, tops)], int(np.argmax(tops))
+
+
+def refit(row: dict[str, Any], x: np.ndarray, y: np.ndarray, test: np.ndarray, pooled: Pooled, seed: int) -> np.ndarray:
+    """Learns from all images [N, D] with the chosen value; the classes of the test images."""
+    if "C" in row:
+        return logistic(x, y, row["C"])[0](test)
+    see, labels = Standard(x, pooled.device), torch.from_numpy(y).to(pooled.device)
+    heads = sgd(see(x), labels, len(pooled.classes), (row["rate"],), seed)
+    return sgd_predict(*heads, test, see)[0]
+
+
+def linear_figures(pooled: Pooled, solver: str, seed: int) -> dict[str, Any]:
+    """For each layer: the sweep on the validation images, then a fit on training and validation images, tested once.
+
+    The headline's layer is the one that was best on the validation images.
+    """
+    known, val = pooled.train, pooled.val
+    if len(np.unique(known.labels)) < 2:
+        raise UsageError("--data: the training images have one class; two or more expected (a higher --train-limit?)")
+    kept, held = hold_out(known.labels, seed) if val is None else (np.arange(len(known.labels)), None)
+    if len(np.unique(known.labels[kept])) < 2:
+        raise UsageError("--data: one class is left when a fifth is held out; more training images expected")
+    table: list[dict[str, Any]] = []
+    best: list[dict[str, Any]] = []
+    answers = []
+    for number, layer in enumerate(pooled.layers):
+        x, y = known.features[number], known.labels
+        train = (x[kept], y[kept])
+        if val is not None:
+            select = (val.features[number], val.labels)
+            x, y = np.concatenate([x, select[0]]), np.concatenate([y, select[1]])
+        else:
+            select = (x[held], y[held])
+        if solver == "lbfgs":
+            rows, chosen = sweep_lbfgs(train, select)
+        else:
+            rows, chosen = sweep_sgd(train, select, len(pooled.classes), seed, pooled.device)
+        answers.append(refit(rows[chosen], x, y, pooled.test.features[number], pooled, seed))
+        rows[chosen]["test_top1"] = top1(answers[-1], pooled.test.labels)
+        table += [{"layer": layer, **row} for row in rows]
+        best.append({"layer": layer, **rows[chosen]})
+    head = max(range(len(best)), key=lambda at: best[at]["selection_top1"])
+    figures = scores_of(answers[head], pooled)
+    how = "validation split" if val is not None else f"{len(held if held is not None else ())} training images held out"
+    figures |= {
+        "chosen": [{key: best[head][key] for key in ("layer", "C", "rate") if key in best[head]}],
+        "selected_on": how,
+        "table": table,
+    }
+    if len(pooled.layers) > 1:
+        figures["by_layer"] = {row["layer"]: row["test_top1"] for row in best}
+    return figures
+
+
+def measure_linear(asked: Asked, solver: str, started: float | None = None) -> dict[str, Any]:
+    """Opens the data, measures, writes.
+
+    Args:
+        asked: model, data, layers, limits.
+        solver: lbfgs or sgd.
+        started: ``time.perf_counter()`` at the begin of the command.
+
+    Raises:
+        UsageError: what does not fit.
+    """
+    started = time.perf_counter() if started is None else started
+    protocol: dict[str, Any] = {"name": "linear", "solver": solver, "refit_on": "training and validation images"}
+    if solver == "lbfgs":
+        protocol |= {"features": "as they are", "C": "1e-6 to 1e6, 8 steps a decade, CLIP's search"}
+        protocol |= {"iterations": ITERATIONS}
+    else:
+        protocol |= {"features": "standardised by the training images", "rates": list(RATES), "epochs": EPOCHS}
+        protocol |= {"batch_size": BATCH, "momentum": MOMENTUM}
+    return measure(
+        "linear",
+        asked,
+        open_splits(asked),
+        protocol,
+        lambda pooled: linear_figures(pooled, solver, asked.seed),
+        started,
+    )

@@ -1,0 +1,164 @@
+"""How well captions fit images, by the decoder's own probabilities: log p(caption | image), for all of both.
+
+Legend: B images, C captions, I patches, T tokens of the longest caption in a part, D decoder width, H heads, V vocabulary.
+
+An image is read once: its keys and values of every block stay, and all captions are read behind them, in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aimv2.models.aimv2 import AIMv2, CaptionTokenizer
+from aimv2.models.decoder import IGNORED, MultimodalDecoder
+from aimv2.models.layers import Cache
+
+CHUNK_POSITIONS = 16384  # image and caption positions that attention holds at once
+CHUNK_ROWS = 1024  # rows of fp32 logits at once: 128 MiB of a vocabulary of 32,000
+
+
+class ImageMemory:
+    """What the decoder keeps of B images: keys and values [B, H, I, d] of every block."""
+
+    def __init__(self, caches: list[Cache]) -> None:
+        self.caches = caches
+
+    @property
+    def images(self) -> int:
+        """B."""
+        assert self.caches[0].key is not None
+        return self.caches[0].key.shape[0]
+
+    @property
+    def patches(self) -> int:
+        """I."""
+        assert self.caches[0].key is not None
+        return self.caches[0].key.shape[2]
+
+    def behind(self, block: int, image: int, captions: int) -> Cache:
+        """A block's cache of one image for ``captions`` rows, without a copy; what is added to it is not kept here."""
+        cache, held = Cache(), self.caches[block]
+        assert held.key is not None and held.value is not None
+        cache.key = held.key[image].expand(captions, -1, -1, -1)
+        cache.value = held.value[image].expand(captions, -1, -1, -1)
+        return cache
+
+
+@torch.no_grad()
+def read_images(model: AIMv2, images: Tensor) -> ImageMemory:
+    """Encoder and decoder over the images, once whatever is asked of them.
+
+    Args:
+        model: with a text head, in evaluation mode.
+        images: uint8 or normalised float [B, 3, H, W]; all patches see each other, as when captions are written.
+
+    Raises:
+        ValueError: a model without a text head.
+    """
+    if not model.decoder.config.text:
+        raise ValueError("this model has no text head (it was trained with objective.targets=image)")
+    caches = model.decoder.new_caches()
+    with torch.compiler.set_stance("force_eager"):
+        model.decoder.read_image(model.encoder(images.to(model.encoder.mean.device)), caches)
+    return ImageMemory(caches)
+
+
+@torch.no_grad()
+def log_likelihood(model: AIMv2, memory: ImageMemory, captions: Sequence[Sequence[int]]) -> Tensor:
+    """log p(caption | image) of every image with every caption: the sum over its tokens, end of text included.
+
+    Neither padding nor what else is in the batch changes a value.
+
+    Args:
+        model: that read the images, in evaluation mode.
+        memory: of B images, from :func:`read_images`.
+        captions: C lists of 1 to ``max_text`` token ids, each ending with end of text.
+
+    Returns:
+        float64 [B, C] on the CPU, nats, never above 0.
+    """
+    limit = model.decoder.config.max_text
+    assert all(1 <= len(caption) <= limit for caption in captions), f"captions of 1 to {limit} tokens expected"
+    out = torch.empty(memory.images, len(captions), dtype=torch.float64)
+    for places, text in _parts(captions, memory.patches):
+        text = text.to(model.decoder.bos.device)
+        for image in range(memory.images):
+            out[image, places] = _of_one_image(model.decoder, memory, image, text)
+    return out
+
+
+def score(
+    model: AIMv2, images: Tensor, captions: Sequence[str], tokenizer: CaptionTokenizer | None = None, mean: bool = False
+) -> Tensor:
+    """Scores captions as texts: log p(caption | image) for every image with every caption.
+
+    Args:
+        model: with a text head, in evaluation mode.
+        images: uint8 or normalised float [B, 3, H, W].
+        captions: C texts.
+        tokenizer: other than the model's own.
+        mean: a token, instead of the sum.
+
+    Returns:
+        float64 [B, C] on the CPU, nats.
+
+    Raises:
+        ValueError: no tokeniser, no text head.
+    """
+    tokens = tokenize(model, captions, tokenizer)
+    found = log_likelihood(model, read_images(model, images), tokens)
+    return found / torch.tensor([len(ids) for ids in tokens]) if mean else found
+
+
+def tokenize(model: AIMv2, captions: Sequence[str], tokenizer: CaptionTokenizer | None = None) -> list[list[int]]:
+    """Texts as the decoder was taught them: cut to ``max_text`` tokens, end of text the last.
+
+    Raises:
+        ValueError: no tokeniser.
+    """
+    tokenizer = tokenizer or model.tokenizer
+    if tokenizer is None:
+        raise ValueError("no tokenizer: load the model from its folder, or give tokenizer=")
+    return [tokenizer.encode(text, model.decoder.config.max_text) for text in captions]  # type: ignore[attr-defined]
+
+
+def _parts(captions: Sequence[Sequence[int]], patches: int) -> list[tuple[Tensor, Tensor]]:
+    """Captions of similar length together: (places int64 [c], tokens int64 [c, T], padded with IGNORED)."""
+    order = sorted(range(len(captions)), key=lambda place: len(captions[place]))
+    parts, begun = list[list[int]](), list[int]()
+    for place in order:  # lengths only grow, so the newest is the part's longest
+        if begun and (len(begun) + 1) * (patches + len(captions[place])) > CHUNK_POSITIONS:
+            parts.append(begun)
+            begun = []
+        begun.append(place)
+    parts += [begun] * bool(begun)
+    out = []
+    for part in parts:
+        text = torch.full((len(part), len(captions[part[-1]])), IGNORED, dtype=torch.int64)
+        for row, place in enumerate(part):
+            text[row, : len(captions[place])] = torch.tensor(captions[place], dtype=torch.int64)
+        out.append((torch.tensor(part), text))
+    return out
+
+
+def _of_one_image(decoder: MultimodalDecoder, memory: ImageMemory, image: int, text: Tensor) -> Tensor:
+    """[c, T] padded with IGNORED -> float64 [c] on the CPU.
+
+    Padding lies behind the real tokens, which read causally: it is fed as token 0 and its output is dropped.
+    """
+    x = decoder.caption_inputs(text.clamp(min=0), text.shape[1])
+    for number, block in enumerate(decoder.trunk.blocks):
+        x = block(x, cache=memory.behind(number, image, len(text)))
+    real = (text != IGNORED).flatten().nonzero().flatten()
+    rows, targets = decoder.trunk.norm(x).flatten(0, 1).index_select(0, real), text.flatten().index_select(0, real)
+    logs = [
+        -F.cross_entropy(decoder.text_head(part).float(), target, reduction="none")
+        for part, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS))
+    ]
+    of_caption = real // text.shape[1]
+    total = torch.zeros(len(text), dtype=torch.float64)
+    return total.index_add(0, of_caption.cpu(), torch.cat(logs).double().cpu())

@@ -1,0 +1,177 @@
+"""The verb on real folders: splits, choice, seeds, layers, baselines, resuming, and what is refused."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aimv2.data.labelled import open_labelled
+from PIL import Image
+
+from aimv2 import api
+from aimv2.errors import UsageError
+from aimv2.evals.features import cached_features
+from aimv2.evals.frozen import open_frozen
+from aimv2.evals.probe import ProbeTrainer
+from aimv2.evals.probe_stream import ImageStream
+from aimv2.interop.convert import convert
+from aimv2.models.create import build
+from aimv2.models.sizes import EncoderConfig
+from aimv2.train.interrupt import Interrupted
+
+COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
+
+
+def model_at(folder: Path, seed: int = 0) -> str:
+    convert(build(EncoderConfig("tiny", 64, 6, 2, 96, 7, 28), None, seed=seed).eval(), folder, "safetensors")
+    return str(folder)
+
+
+def squares(folder: Path, split: str, count: int, seed: int) -> None:
+    """``count`` images a class: noise around the class's colour."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / split / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(rng.normal(colour, 60, (30, 34, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_at(tmp_path_factory.mktemp("probe") / "m")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three colours: 16, 4 and 8 images a class."""
+    folder = tmp_path_factory.mktemp("probe") / "colours"
+    for seed, (split, count) in enumerate((("train", 16), ("val", 4), ("test", 8))):
+        squares(folder, split, count, seed)
+    return folder
+
+
+QUICK = {"epochs": 8, "batch_size": 16, "rates": "1e-3,1e-2", "decays": "0.05,0.1"}
+
+
+def test_the_best_head_is_chosen_on_the_validation_split(model: str, data: Path, tmp_path: Path) -> None:
+    broken = data / "test" / "red" / "0.png"
+    kept = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    try:
+        result = api.probe(model, str(data), out=str(tmp_path / "out"), baselines="random,pixels", **QUICK)
+    finally:
+        broken.write_bytes(kept)
+    stored = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    figures = result["figures"]
+    assert figures["selected_on"] == "validation split" and len(figures["table"]) == 4
+    best = max(figures["table"], key=lambda row: row["selection_top1"])
+    assert figures["chosen"][0]["lr"] == best["lr"]
+    assert figures["top1"] >= 0.9 and figures["unreadable"] == 1
+    confusion = np.array(figures["confusion"])
+    assert confusion.sum() == 23 and confusion.trace() / 23 == pytest.approx(figures["top1"])
+    low, high = figures["top1_interval"]
+    assert low < figures["top1"] <= high
+    assert figures["baselines"]["pixels"]["top1"] > 0.5 and set(figures["baselines"]) == {"random", "pixels"}
+    assert result["model"]["unchanged"] is True and len(result["model"]["weights_sha256"]) == 64
+    assert (result["data"]["train_images"], result["data"]["test_images"]) == (48, 24)
+    assert list(figures["per_class"]) == ["blue", "green", "red"]
+
+
+def test_seeds_layers_and_a_held_out_part(model: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = api.probe(
+        model, str(data), layers="all", seeds="0,1", select="heldout", protocol="efficient", out=str(out), **QUICK
+    )
+    figures = result["figures"]
+    assert list(figures["by_layer"]) == ["0", "1", "2", "3", "4", "last"]
+    assert figures["selected_on"] == "5 training images, held out" and result["data"]["train_images"] == 43
+    assert len(figures["top1_by_seed"]) == 2 and figures["interval"].startswith("95%, t")
+    assert len(figures["table"]) == 6 * 4 and (out / "layers.png").stat().st_size > 1000
+    assert api.probe(model, str(data), layers="avg6,-2", select="test", **QUICK)["figures"]["selected_on"].startswith(
+        "test"
+    )
+
+
+def test_augmented_images_differ_by_epoch_and_train(model: str, data: Path) -> None:
+    train = open_labelled(str(data), "train")
+    assert train is not None
+    stream = ImageStream(train, 28, 24, seed=0, workers=0)
+    batches = [next(stream) for _ in range(4)]
+    again = ImageStream(train, 28, 24, seed=0, workers=2)
+    again.restore(2)
+    third = next(again)
+    again.close()
+    assert np.array_equal(third.images, batches[2].images) and np.array_equal(third.labels, batches[2].labels)
+    assert batches[0].images.shape == (24, 3, 28, 28)
+    assert sorted(np.concatenate([batches[0].labels, batches[1].labels])) == sorted(train.labels)
+    result = api.probe(model, str(data), features="augmented", workers=0, **{**QUICK, "epochs": 12})
+    assert result["protocol"]["features"] == "augmented" and result["figures"]["top1"] > 0.6
+
+
+def test_stopped_and_gone_on_is_not_stopping(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {**QUICK, "seeds": "3"}
+    whole = api.probe(model, str(data), out=str(tmp_path / "a"), **words)
+    real, calls = ProbeTrainer.train_step, []
+
+    def stops(self: ProbeTrainer, batch: object) -> None:
+        calls.append(1)
+        if len(calls) == 11:
+            signal.raise_signal(signal.SIGINT)
+        real(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ProbeTrainer, "train_step", stops)
+    with pytest.raises(Interrupted, match=r"stopped at step 11, saved; go on with: aimv2 "):
+        api.probe(model, str(data), out=str(tmp_path / "b"), **words)
+    parts = api.probe(model, str(data), out=str(tmp_path / "b"), **words)
+    assert len(calls) == 8 * 3
+    assert parts["figures"] == whole["figures"]
+    with pytest.raises(UsageError, match="evaluation with another settings"):
+        api.probe(model, str(data), out=str(tmp_path / "b"), **{**words, "epochs": 9})
+
+
+def test_a_cache_of_another_model_is_refused(model: str, data: Path, tmp_path: Path) -> None:
+    train = open_labelled(str(data), "train")
+    assert train is not None
+    first = cached_features(open_frozen(model), train, folder=tmp_path / "features")
+    again = cached_features(open_frozen(model), train, folder=tmp_path / "features")
+    assert np.array_equal(first.features[0], again.features[0])
+    other = open_frozen(model_at(tmp_path / "other", seed=1))
+    with pytest.raises(UsageError, match="made by another model or data"):
+        cached_features(other, train, folder=tmp_path / "features")
+
+
+def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    for name, theirs in (
+        ("vit", ViTModel(ViTConfig(**common, intermediate_size=48))),
+        ("dino", Dinov2Model(Dinov2Config(**common, mlp_ratio=2))),
+    ):
+        theirs.save_pretrained(tmp_path / name)
+        frozen = open_frozen(str(tmp_path / name))
+        assert (frozen.kind, frozen.width, frozen.image_size, frozen.depth) == ("transformers", 32, 28, 2)
+        assert api.probe(str(tmp_path / name), str(data), layers="all", **QUICK)["figures"]["top1"] > 0.4
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"data": None}, "--data is missing"),
+        ({"protocol": "attentiv"}, "did you mean 'attentive'"),
+        ({"layers": "9"}, "--layers 9: last, all, avg6"),
+        ({"rates": "a"}, "--rates a: numbers"),
+        ({"heads": 5}, "--heads 5 does not divide"),
+        ({"select": "validation"}, "--select validation"),
+        ({"image_size": 56}, "--image-size 56"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(options: dict, said: str, model: str, data: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        api.probe(model, **{"data": str(data), **QUICK, **options})

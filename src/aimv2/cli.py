@@ -37,7 +37,8 @@ VERBS = {
     "data check": Verb("data_check", ("source",), "look over shards before training"),
     "data shapes": Verb("data_shapes", ("out",), "write the built-in captioned scenes"),
     "tokenizer train": Verb("tokenizer_train", ("captions", "out"), "train a BPE on captions"),
-    "caption": Verb("caption", ("model", "images*"), "write captions of images"),
+    "caption": Verb("caption", ("model", "images*"), "write captions of images, or score them against references"),
+    "compare": Verb("compare", ("results*",), "results beside the paper's tables: text, Markdown, JSON, a plot"),
     "models": Verb("models", (), "every model by name: parameters, arithmetic, input size, licence, revision"),
     "convert": Verb("convert", ("source", "out"), "write a model for transformers, timm, ONNX, OpenVINO or ours"),
     "embed": Verb(
@@ -49,6 +50,8 @@ VERBS = {
     "fewshot": Verb("fewshot", ("model",), "measure a frozen encoder: a few images a class, over several draws"),
     "segment": Verb("segment", ("model",), "measure a frozen encoder: segmentation by a linear probe on its patches"),
     "depth": Verb("depth", ("model",), "measure a frozen encoder: depth by a linear probe on its patches"),
+    "zeroshot": Verb("zeroshot", ("model",), "classify by the texts of the classes: a LiT pair, or a decoder's likelihood"),
+    "retrieve": Verb("retrieve", ("model",), "find images by captions and captions by images: recall at k"),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
@@ -207,7 +210,7 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
         return None
     words = _join_negative(words)
     _check_options(parser, words)
-    values = vars(parser.parse_args(_dashes(words)))
+    values = vars(parser.parse_args(_bare_switches(parser, _dashes(words))))
     for extra in ("json", "debug"):
         values.pop(extra, None)
     if "model" in plain:
@@ -253,6 +256,21 @@ def _join_negative(words: list[str]) -> list[str]:
             out[-1] += f"={word}"
         else:
             out.append(word)
+    return out
+
+
+def _bare_switches(parser: Any, words: list[str]) -> list[str]:
+    """--score is --score=true: an option of true or false with no such word behind it."""
+    switches = {
+        name
+        for action in parser._actions
+        if getattr(action, "_typehint", None) is bool
+        for name in action.option_strings
+    }
+    out = []
+    for word, following in zip(words, [*words[1:], ""]):
+        bare = word in switches and following.lower() not in ("true", "false", "yes", "no")
+        out.append(f"{word}=true" if bare else word)
     return out
 
 

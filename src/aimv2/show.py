@@ -12,7 +12,13 @@ from rich.table import Table
 def show(name: str, result: dict[str, Any]) -> None:
     """Prints a verb's result."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if name == "caption":
+    if name == "compare":
+        console.print(result["text"])
+    elif name == "caption" and "figures" in result:
+        from aimv2.evals.caption_score import render_scores
+
+        console.print(render_scores(result))
+    elif name == "caption":
         for row in result["captions"]:
             console.print(f"{row['image']}\t{row['caption']}")
         for row in result["rejected"]:
@@ -23,10 +29,40 @@ def show(name: str, result: dict[str, Any]) -> None:
         from aimv2.data.check import render_check
 
         console.print(render_check(result))
+    elif "figures" in result and "protocol" in result:
+        show_result(console, result)
     elif "config" in result and "from" in result:
         show_config(console, result)
     else:
         show_figures(console, result)
+
+
+def show_result(console: Console, result: dict[str, Any]) -> None:
+    """What was measured and how, the figures, then baselines and layers as rows."""
+    figures, data = result["figures"], result["data"]
+    console.print(
+        f"{result['model']['name']} on {data.get('dataset') or data['name']}: {result['protocol'].get('name', result['verb'])}"
+    )
+    rows: list[tuple[str, str]] = []
+    for key, value in figures.items():
+        if isinstance(value, bool | int | str) or value is None:
+            rows.append((key, str(value)))
+        elif isinstance(value, float):
+            rows.append((key, f"{value:.4f}"))
+        elif isinstance(value, list) and value and all(isinstance(x, int | float) for x in value):
+            rows.append((key, "  ".join(f"{x:.4f}" for x in value)))
+        elif isinstance(value, dict) and key in ("by_layer", "image_to_text", "text_to_image", "by_shots"):
+            rows += [(f"{key} {name}", f"{x:.4f}") for name, x in value.items() if isinstance(x, float)]
+    for chosen in figures.get("chosen", [])[:1]:
+        rows.append(("chosen", "  ".join(f"{key} {value}" for key, value in chosen.items())))
+    for name, other in figures.get("baselines", {}).items():
+        shown = next(((key, value) for key, value in other.items() if isinstance(value, float)), None)
+        if shown is not None:
+            rows.append((f"baseline: {name}", f"{shown[0]} {shown[1]:.4f}"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, text in rows:
+        table.add_row(key, text)
+    console.print(table)
 
 
 def show_models(console: Console, result: dict[str, Any]) -> None:

@@ -212,7 +212,7 @@ def test_gradient_in_parts_is_each_heads_own(monkeypatch: pytest.MonkeyPatch) ->
         leaf = head.clone().requires_grad_()
         torch.nn.functional.cross_entropy(upsample(leaf, (8, 8)), target.long(), ignore_index=-1).backward()
         wanted.append(leaf.grad)
-    for budget in (2**24, 5 * 8 * 8 * 3):
+    for budget in (2**22, 5 * 8 * 8 * 3):
         monkeypatch.setattr(dense_heads, "BUDGET", budget)
         torch.testing.assert_close(output_gradient(Segmentation(5), low, target), torch.stack(wanted))
 
@@ -262,7 +262,7 @@ def test_values_of_masks_and_depths(tmp_path: Path) -> None:
     ids = np.array([[0, 1, 150], [255, 2, 0]], np.uint8)
     grey, palette, deep = (tmp_path / f"{name}.png" for name in ("l", "p", "d"))
     Image.fromarray(ids).save(grey)
-    coloured = Image.fromarray(ids, "P") if ids.ndim == 3 else Image.fromarray(ids).convert("P")
+    coloured = Image.fromarray(ids).convert("P")
     coloured.putdata(ids.ravel().tolist())
     coloured.save(palette)
     for file in (grey, palette):
@@ -307,7 +307,8 @@ def test_segment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["table"][1]["held_out_miou"] > figures["table"][0]["held_out_miou"]
     assert figures["selected_on"] == "2 training images, held out"
     assert [line["key"] for line in figures["unreadable"]["train"]] == ["1_03.jpg"]
-    assert figures["baselines"]["pixels"]["miou"] > 0.5 and 0 < figures["baselines"]["random"]["miou"] < 1
+    assert figures["baselines"]["pixels"]["miou"] > 0.5
+    assert figures["baselines"]["random"]["miou"] == figures["miou"]  # the model is untrained, drawn with the same seed
     assert result["model"]["unchanged"] and result["model"]["weights_sha256"] == before
     again = api.segment(str(tmp_path / "m"), str(root), out=str(tmp_path / "out"), **QUICK)
     assert again["figures"]["miou"] == figures["miou"] and "baselines" not in again["figures"]
@@ -390,7 +391,8 @@ WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
     (None, {"val_fraction": 0.5}, "has a test split of its own, val"),
     (None, {"layers": "9"}, "--layers 9: last"),
     (None, {"rates": "fast"}, "--rates fast: numbers"),
-    (None, {"rates": "1e38", "epochs": 9}, "--rates: outputs left the finite numbers"),
+    (None, {"rates": "1e-3,1e38"}, "--rates 1e-3,1e38: above 0, at most 1"),
+    (None, {"weight_decay": -0.1}, r"--weight-decay -0\.1: 0 to 1"),
     (None, {"epochs": 0}, "--epochs 0: at least 1"),
     (None, {"baselines": "pixel"}, "--baselines pixel: .*did you mean 'pixels'"),
 ]
@@ -421,8 +423,11 @@ def test_wrong_use_of_native_models_depth_and_folders(tmp_path: Path, capsys: py
     with pytest.raises(UsageError, match=r"no depth folder \(depth, depths\)"):
         api.depth(str(tmp_path / "native"), str(root), image_size=28)
     with pytest.raises(UsageError, match="no images folder there; ROOT/"):
-        api.segment(str(tmp_path / "native"), str(root / "train" / "images"))
-    assert main(["segment", str(tmp_path / "native"), "--data", str(tmp_path / "none")]) == 2
+        api.segment(str(tmp_path / "native"), str(root / "train" / "images"), image_size=28)
+    capsys.readouterr()
+    assert main(["segment", str(tmp_path / "native"), "--image-size", "28", "--data", str(tmp_path / "none")]) == 2
     assert main(["depth", str(tmp_path / "native")]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"error: --data {tmp_path / 'none'}: no such folder", "error: --data is missing: a folder of images and depth maps"]  # fmt: skip
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --data {tmp_path / 'none'}: no such folder",
+        "error: --data is missing: a folder of images and depth maps",
+    ]

@@ -18,11 +18,12 @@ from aimv2.data.images import decode_image
 from aimv2.data.pictures import pictures
 from aimv2.data.scenes import write_scenes
 from aimv2.data.transforms import image_transform
-from aimv2.errors import UsageError
+from aimv2.errors import RankError, UsageError
 from aimv2.evals import embed as module
 from aimv2.evals.weights import weights_hash
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
+from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
 
 
@@ -102,7 +103,11 @@ def test_nothing_readable_leaves_nothing(tmp_path: Path) -> None:
 def test_shards_and_lists_are_images_too(tmp_path: Path) -> None:
     model_at(tmp_path / "m")
     write_scenes(tmp_path / "scenes", 12, val_count=2, size=32)
-    assert api.embed(str(tmp_path / "m"), str(tmp_path / "scenes"), str(tmp_path / "out"))["images"] == 12
+    assert (
+        api.embed(str(tmp_path / "m"), str(tmp_path / "scenes"), str(tmp_path / "out"))["images"] == 14
+    )  # both splits
+    train = str(tmp_path / "scenes" / "train-*.tar")
+    assert api.embed(str(tmp_path / "m"), train, str(tmp_path / "out1"))["images"] == 12
     files = photographs(tmp_path / "photos", 3)
     listed = tmp_path / "some.txt"
     listed.write_text(f"photos/2.png\n\n{files[0]}\nphotos/none.png\n")
@@ -140,16 +145,17 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     files = photographs(tmp_path / "photos", 9)
     files[4].write_bytes(b"no image")
     words = [str(tmp_path / "m"), str(tmp_path / "photos")]
-    api.embed(*words, str(tmp_path / "one"), shard_size=2)
-    command = [sys.executable, "-m", "aimv2", "embed", *words, str(tmp_path / "two"), "--shard-size", "2", "--json"]
-    ranks = [
+    processes = [
         subprocess.Popen(
-            command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "aimv2", "embed", *words, str(tmp_path / out), "--shard-size", "2", "--json"],
+            env={**os.environ, "RANK": rank, "WORLD_SIZE": size},
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        for rank in range(2)
+        for out, rank, size in (("two", "0", "2"), ("two", "1", "2"), ("one", "0", "1"))
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
     assert json.loads(said[0])["rows"] == 8 and said[1] == ""
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
@@ -182,3 +188,194 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         api.embed(*words, str(tmp_path / "parts"), **more, pool="none")
     with pytest.raises(UsageError, match="holds something else"):
         api.embed(*words, str(tmp_path / "photos"))
+
+
+# ---- going on ----
+
+
+def test_another_list_of_as_many_images_is_not_gone_on_with(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos", 5)
+    words = (str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+    api.embed(*words, shard_size=2)
+    note = json.loads((tmp_path / "out" / "features-00001.json").read_text())
+    assert (note["first"], note["last"]) == ("2.png", "3.png")
+    (tmp_path / "photos" / "0.png").rename(tmp_path / "photos" / "9.png")
+    with pytest.raises(UsageError, match="holds features of another list of images; give a new folder"):
+        api.embed(*words, shard_size=2)
+    (tmp_path / "photos" / "9.png").rename(tmp_path / "photos" / "0.png")
+    api.embed(*words, shard_size=2)
+    part = tmp_path / "out" / "features-00001.json"
+    part.write_text(part.read_text().replace("2.png", "1.png"))
+    with pytest.raises(RankError, match=r"features-00001.json is not of the images 2.png to 3.png"):
+        api.embed(*words, shard_size=2)
+
+
+def test_images_that_change_meanwhile_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_at(tmp_path / "m")
+    files = photographs(tmp_path / "photos", 4)
+    real = module.begin
+
+    def begins(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        files[0].rename(tmp_path / "photos" / "new.png")
+
+    monkeypatch.setattr(module, "begin", begins)
+    with pytest.raises(UsageError, match="the images changed while they were embedded"):
+        api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+
+
+def test_the_same_weights_under_another_name_go_on(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos", 3)
+    words = (str(tmp_path / "photos"), str(tmp_path / "out"))
+    api.embed(str(tmp_path / "m"), *words)
+    before = (tmp_path / "out" / "embed.json").read_bytes()
+    api.embed(str(tmp_path / "m" / "." / ".." / "m"), *words)
+    (tmp_path / "m").rename(tmp_path / "other")
+    assert api.embed(str(tmp_path / "other"), *words)["rows"] == 3
+    assert (tmp_path / "out" / "embed.json").read_bytes() == before
+    config = EncoderConfig("tiny", 32, 3, 2, 48, 14, 28)
+    convert(build(config, None, seed=1), tmp_path / "another", "safetensors")
+    with pytest.raises(UsageError, match="features of another model;"):
+        api.embed(str(tmp_path / "another"), *words)
+
+
+def test_leftovers_go_and_a_broken_note_is_one_line(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos", 3)
+    words, out = (str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out")), tmp_path / "out"
+    out.mkdir()
+    for name in (".embed.json.aside", ".features-00000.npy", ".features-00001.json.aside"):
+        (out / name).write_bytes(b"half")
+    assert api.embed(*words, shard_size=2)["rows"] == 3
+    (out / ".features-00000.parquet").write_bytes(b"half")
+    api.embed(*words, shard_size=2)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    for text in ("{", "[]", "\xff"):
+        (out / "embed.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UsageError, match=r"embed.json (can't be read|is of something else)") as error:
+            api.embed(*words, shard_size=2)
+        assert len(str(error.value).splitlines()) == 1
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="holds something else"):
+        api.embed(*words[:2], str(tmp_path / "new"))
+
+
+def test_the_bar_counts_this_processs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.share(7, 2, 0, 2) == [2, 2] and module.share(7, 2, 1, 2) == [2, 1]
+    assert module.share(7, 10, 0, 2) == [7] and module.share(7, 10, 1, 2) == []
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos")
+    bars = []
+
+    class Kept(module.Progress):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)  # type: ignore[arg-type]
+            bars.append(self)
+
+    monkeypatch.setattr(module, "Progress", Kept)
+    words = (str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+    api.embed(*words, shard_size=3)
+    (tmp_path / "out" / "features-00001.json").unlink()  # one to do again, two to skip
+    api.embed(*words, shard_size=3)
+    assert [(bar.tasks[0].completed, bar.tasks[0].total) for bar in bars] == [(7, 7), (7, 7)]
+
+
+# ---- images that others would stumble over ----
+
+
+def test_names_and_links_that_are_odd(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    folder = tmp_path / "photos"
+    one = photographs(folder, 1)[0].read_bytes()
+    names = [b"a\xff.png", b"line\nend.png", b"re\rturn.png", b'quote"d.png', "é\u2028.png".encode()]
+    for name in names:
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(one)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "2.png").write_bytes(one)
+    (folder / "inner" / "back").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
+    for form in ("npy", "parquet"):
+        result = api.embed(str(tmp_path / "m"), str(folder), str(tmp_path / form), format=form)
+        assert (result["rows"], result["rejected"]) == (len(names) + 2, 2)
+    rejected = [json.loads(line) for line in (tmp_path / "npy" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in rejected] == ["gone.png", "loop.png"]
+    lines = (tmp_path / "npy" / "keys-00000.txt").read_text(encoding="utf-8").splitlines()
+    assert "a\\udcff.png" in lines and "line\\nend.png" in lines
+    back = {os.fsencode(json.loads(f'"{line}"')) for line in lines}
+    assert back == {*names, b"0.png", b"inner/2.png"}
+    assert pq.read_table(tmp_path / "parquet" / "features-00000.parquet").column("key").to_pylist() == lines
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_may_not_be_read_is_a_line(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "shut").mkdir(mode=0)
+    result = api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+    assert (result["rows"], result["rejected"]) == (2, 1)
+    assert '"shut"' in (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    write_scenes(tmp_path / "scenes", 12, val_count=2, size=32)
+    tar = tmp_path / "scenes" / "train-000000.tar"
+    whole = api.embed(str(tmp_path / "m"), str(tar), str(tmp_path / "whole"))["rows"]
+    tar.write_bytes(tar.read_bytes()[:-12_000])
+    result = api.embed(str(tmp_path / "m"), str(tmp_path / "scenes"), str(tmp_path / "out"))
+    assert 2 < result["rows"] < whole + 2 and result["rejected"] == 1
+    line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert line["key"] == "train-000000.tar" and "only its whole samples are read" in line["reason"]
+    rows, all_rows = rows_of(tmp_path / "out"), rows_of(tmp_path / "whole")
+    np.testing.assert_allclose(rows[: result["rows"] - 2], all_rows[: result["rows"] - 2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stray_tar_among_photographs_is_none_of_them(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", 4, val_count=2, size=32)
+    photographs(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "backup.tar").write_bytes((tmp_path / "scenes" / "train-000000.tar").read_bytes())
+    assert [key for key, _ in pictures(str(tmp_path / "photos"))] == ["0.png", "1.png"]
+    for name in ("stats.json", "notes.txt", "train-000000.tar.idx"):
+        (tmp_path / "scenes" / name).write_text("{}")
+    assert sum(1 for _ in pictures(str(tmp_path / "scenes"))) == 6
+
+
+def test_a_list_of_odd_lines(tmp_path: Path) -> None:
+    model_at(tmp_path / "m")
+    photographs(tmp_path / "photos", 1)
+    listed = tmp_path / "some.txt"
+    listed.write_text("photos/0.png\n~nobody-of-that-name/x.png\nphotos/\0.png\nphotos\n")
+    result = api.embed(str(tmp_path / "m"), str(listed), str(tmp_path / "out"))
+    assert (result["rows"], result["rejected"]) == (1, 3)
+    listed.write_bytes(b"photos/0.png\nphotos/\xff.png\n")
+    with pytest.raises(UsageError, match=r"some.txt: UTF-8 text with a path a line is expected") as error:
+        api.embed(str(tmp_path / "m"), str(listed), str(tmp_path / "out2"))
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out2").exists()
+
+
+def test_files_of_all_patches_are_bounded() -> None:
+    def size(width: int, image: int | None, layers: int, precision: str, pool: str = "none") -> int:
+        config = EncoderConfig("x", width, 1, 2, 48, 14, image)
+        with torch.device("meta"):
+            encoder = VisionEncoder(config)
+        return module.usual_shard_size(encoder, module.Wanted(pool, tuple(range(layers)), "npy", None, 1, precision))
+
+    assert size(1024, 224, 0, "fp32") == 512  # 256 patches of 4 KiB: a MiB an image
+    assert size(1024, 224, 4, "fp32") == 128 and size(1024, 224, 0, "bf16") == 1000
+    assert size(1024, None, 0, "fp32") == 32  # up to 4096 patches
+    assert size(1024, 224, 0, "fp32", "mean") == 1000
+
+
+def test_what_one_rank_meets_is_said_by_it(tmp_path: Path) -> None:
+    config = EncoderConfig("tiny", 32, 1, 2, 48, 14, 28)
+    model = build(config, None, seed=0)
+    torch.nn.init.constant_(model.norm.weight, 1e6)
+    convert(model, tmp_path / "m", "safetensors")
+    photographs(tmp_path / "photos", 2)
+    with pytest.raises(RankError, match="larger than float16 holds"):
+        api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"), precision="bf16")

@@ -101,28 +101,6 @@ def test_released_names_have_rows_and_forty_digits() -> None:
         assert hub.shape_of(name).name in MODELS
 
 
-def cached(root: Path, repository: str, revision: str, model: torch.nn.Module) -> None:
-    """Puts a model where the hub's client keeps what it has downloaded."""
-    folder = root / f"models--{repository.replace('/', '--')}"
-    convert(model, folder / "snapshots" / revision, "released")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revision)
-
-
-def test_released_name_and_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = encoder(28)
-    name = "aimv2-large-patch14-224"
-    cached(tmp_path, f"apple/{name}", hub.RELEASED[name], model)
-    cached(tmp_path, "someone/else", "1" * 40, model)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("asked the hub for what it had"))
-    import huggingface_hub._snapshot_download as client
-
-    monkeypatch.setattr(client.constants, "HF_HUB_CACHE", str(tmp_path))
-    for source, revision in ((name, None), (f"apple/{name}", None), ("someone/else", None), ("someone/else", "1" * 40)):
-        equal(aimv2.load_model(source, revision=revision), model)
-
-
 def test_unreachable_hub_says_what_to_download(tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     ended = call("convert", "aimv2-large-patch14-224", str(tmp_path / "out"), "--to", "timm", env=env)

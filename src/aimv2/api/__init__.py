@@ -1,15 +1,18 @@
 """Every verb of the command line as one function. Heavy imports happen inside."""
 
 from aimv2.api.classify import fewshot, knn, linear
+from aimv2.api.compare import compare
 from aimv2.api.dense import depth, segment
 from aimv2.api.features import embed
 from aimv2.api.language import caption
+from aimv2.api.match import retrieve, zeroshot
 from aimv2.api.models import convert, load_model, models, push, save_pretrained
 from aimv2.api.probe import probe
 from aimv2.api.train import data_check, data_import, data_shapes, pretrain, tokenizer_train
 
 __all__ = [
     "caption",
+    "compare",
     "convert",
     "data_check",
     "data_import",
@@ -24,7 +27,9 @@ __all__ = [
     "pretrain",
     "probe",
     "push",
+    "retrieve",
     "save_pretrained",
     "segment",
     "tokenizer_train",
+    "zeroshot",
 ]

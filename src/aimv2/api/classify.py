@@ -21,7 +21,7 @@ def knn(
     backend: str = "auto",
     layers: str = "last",
     pool: str = "mean",
-    baselines: str = "",
+    baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
     image_size: int | None = None,
@@ -43,7 +43,7 @@ def knn(
         backend: torch, faiss, or auto (faiss on a CPU where it is installed); both are exact
         layers: last, avg6, all, or blocks with commas; all in the same pass
         pool: mean of the patches, or attention (models with a pooling head)
-        baselines: random (the same encoder untrained), pixels, or both with a comma
+        baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
         image_size: of a native model, pixels a side
@@ -84,7 +84,7 @@ def linear(
     dataset: str | None = None,
     solver: str = "lbfgs",
     layers: str = "last",
-    baselines: str = "",
+    baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
     image_size: int | None = None,
@@ -105,7 +105,7 @@ def linear(
         dataset: a registered name, whose counts are then checked; null: any data set
         solver: lbfgs (logistic regression, CLIP's search over C) or sgd (a grid of rates in one computation)
         layers: last, avg6, all, or blocks with commas; the trunk runs once, the best on the validation images is reported
-        baselines: random (the same encoder untrained), pixels, or both with a comma
+        baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
         image_size: of a native model, pixels a side
@@ -129,7 +129,7 @@ def fewshot(
     shots: str = "1,5,10",
     seeds: int = 5,
     layers: str = "last",
-    baselines: str = "",
+    baselines: str | None = None,
     test_limit: int = 0,
     image_size: int | None = None,
     batch_size: int = 64,
@@ -147,7 +147,7 @@ def fewshot(
         shots: images a class; the headline is of the largest number
         seeds: draws
         layers: last, avg6, all, or blocks with commas; the headline is of last where it is among them, else of the first
-        baselines: random (the same encoder untrained), pixels, or both with a comma
+        baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         test_limit: test images, drawn; 0: all
         image_size: of a native model, pixels a side
         batch_size: images at once
@@ -171,7 +171,7 @@ def _asked(
     dataset: str | None,
     layers: str,
     pool: str,
-    baselines: str,
+    baselines: str | None,
     train_limit: int,
     test_limit: int,
     image_size: int | None,
@@ -187,7 +187,7 @@ def _asked(
 
     if data is None:
         raise UsageError("--data is missing: labelled images (class folders, shards, CIFAR's pickles, a CSV list)")
-    names = words(baselines)
+    names = words(baselines or "")
     for name in names:
         _one_of("--baselines", name, BASELINES)
     if batch_size < 1:

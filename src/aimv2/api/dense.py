@@ -26,14 +26,15 @@ def segment(
     epochs: int = 20,
     batch_size: int = 16,
     seeds: str = "0",
-    baselines: str = "",
+    baselines: str | None = None,
     image_size: int | None = None,
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Segment by a linear probe on frozen patch features (mIoU, 0 to 1); classes that are neither there nor predicted are
-    left out of the mean.
+    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1.
+
+    Classes that are neither there nor predicted are left out of the mean.
 
     Args:
         model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model,
@@ -47,7 +48,7 @@ def segment(
         val_fraction: of data without a test split: the share of images that is drawn for it
         layers: last, avg6, or blocks with commas; several are concatenated
         rates: peak learning rates; all are trained at once and one is chosen on a held-out tenth of the training images
-        weight_decay: of AdamW
+        weight_decay: of AdamW, 0 to 1
         epochs: over the training images
         batch_size: images a step
         seeds: of weights and order, with commas
@@ -91,14 +92,15 @@ def depth(
     epochs: int = 20,
     batch_size: int = 16,
     seeds: str = "0",
-    baselines: str = "",
+    baselines: str | None = None,
     image_size: int | None = None,
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25). The probe
-    is a linear regression of metres by least squares, kept within the range of the training depths.
+    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
+
+    The probe is a linear regression of metres by least squares, kept within the range of the training depths.
 
     Args:
         model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model,
@@ -110,7 +112,7 @@ def depth(
         val_fraction: of data without a test split: the share of images that is drawn for it
         layers: last, avg6, or blocks with commas; several are concatenated
         rates: peak learning rates; all are trained at once and one is chosen on a held-out tenth of the training images
-        weight_decay: of AdamW
+        weight_decay: of AdamW, 0 to 1
         epochs: over the training images
         batch_size: images a step
         seeds: of weights and order, with commas
@@ -160,7 +162,7 @@ def _open(
     epochs: int,
     batch_size: int,
     seeds: str,
-    baselines: str,
+    baselines: str | None,
     image_size: int | None,
     trunk_batch: int,
     device: str | None,
@@ -184,9 +186,12 @@ def _open(
     for option, number in (("--epochs", epochs), ("--batch-size", batch_size), ("--trunk-batch", trunk_batch)):
         if number < 1:
             raise UsageError(f"{option} {number}: at least 1 expected")
-    if weight_decay < 0:
-        raise UsageError(f"--weight-decay {weight_decay}: at least 0 expected")
-    for name in words(baselines):
+    if not 0 <= weight_decay <= 1:
+        raise UsageError(f"--weight-decay {weight_decay}: 0 to 1 expected")
+    if not all(0 < rate <= 1 for rate in numbers(rates, "--rates")):
+        raise UsageError(f"--rates {rates}: above 0, at most 1 expected")
+    others = words(baselines or "")
+    for name in others:
         if name not in BASELINES:
             raise UsageError(f"--baselines {name}: one of {', '.join(BASELINES)} is expected{nearest(name, BASELINES)}")
     frozen = open_frozen(model, device or usual_device(), image_size)
@@ -199,4 +204,4 @@ def _open(
         batch_size=batch_size,
         seeds=tuple(int(seed) for seed in numbers(seeds, "--seeds")),
     )
-    return frozen, Asked(data, val_list, val_fraction, settings, words(baselines), trunk_batch, out)
+    return frozen, Asked(data, val_list, val_fraction, settings, others, trunk_batch, out)

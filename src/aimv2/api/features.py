@@ -15,7 +15,7 @@ def embed(
     pool: str = "mean",
     layers: str = "last",
     format: str = "npy",
-    shard_size: int = 1000,
+    shard_size: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
     precision: str = "fp32",
@@ -24,13 +24,13 @@ def embed(
 
     Args:
         model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
-        images: a folder of images, a text file with a path a line, shards, or one image
-        out: folder of the features: features-PPPPP.npy with keys-PPPPP.txt, or features-PPPPP.parquet; rejected.jsonl
-            names what could not be read; interrupted and started again it goes on
+        images: a folder of images (or of tars, all of them), a text file with a path a line, shards, or one image
+        out: folder of the features: features-PPPPP.npy with keys-PPPPP.txt (a key a line, written as in a JSON string),
+            or features-PPPPP.parquet; rejected.jsonl names what could not be read; interrupted and started again it goes on
         pool: mean of the patches, attention (models with a pooling head), or none: every patch
         layers: last; or blocks, counted from 0 or from the end, with commas: 5,11,-1
         format: npy (float arrays and lists of keys) or parquet (a column key and a column a layer)
-        shard_size: images a file
+        shard_size: images a file; null: 1000, or with --pool none as many as make about 512 MB
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the products: fp32 (stored as float32) or bf16 (stored as float16)

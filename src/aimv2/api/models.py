@@ -24,7 +24,7 @@ def load_model(
         decoder: the whole AIMv2, with its tokeniser, instead of the encoder.
         revision: of a hub id; released names have pinned ones.
         device: where the weights go, a torch.device or its name.
-        dtype: torch.dtype of the weights; as stored by default.
+        dtype: torch.dtype of the weights, or its name; by default as stored, and the widest where they differ.
         backend: torch, jax or mlx (optional extras; the encoder alone, fp32: see
             :class:`aimv2.interop.arrays.ArrayEncoder`).
 
@@ -103,28 +103,27 @@ def convert(
     """
     from aimv2.interop import convert as out_of
     from aimv2.interop import load
-    from aimv2.interop.card import card
-    from aimv2.models.aimv2 import AIMv2
+    from aimv2.interop.card import card, encoder_in, left_out
 
-    if to not in out_of.FORMATS:
-        raise UsageError(f"--to {to}: one of {', '.join(out_of.FORMATS)} is expected{nearest(to, out_of.FORMATS)}")
+    out_of.check_format(to)
     for option, value in (("--precision", precision), ("--images", images)):
         if value is not None and to != "openvino":
             raise UsageError(f"{option} is of --to openvino; --to {to} keeps the weights as they are")
-    out_of.prepare_out(out)
+    out_of.check_out(out)
     at = load.locate(source, revision)
-    model = load.load_model(at, decoder=to == "safetensors" and load.has_decoder(at))
-    encoder: Any = model.encoder if isinstance(model, AIMv2) else getattr(model, "image", model)
+    whole = load.has_decoder(at)
+    model = load.load_model(at, decoder=whole and to == "safetensors")
+    encoder = encoder_in(model)
     options: dict[str, Any] = {}
     if to == "openvino":
         options["precision"] = precision or "fp32"
         if images is not None:
             options["pixels"] = _read_pixels(encoder, images, samples)
-    readme = card(at, encoder.config, to, str(out), licence)
-    folder = out_of.convert(model, out, to, readme, **options)
-    _copy_tokenizer(at.folder, folder, to)
+    readme = card(at, model, to, str(out), licence)
+    folder = out_of.convert(model, out, to, readme, lambda folder: _copy_tokenizer(at.folder, folder, to), **options)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return {"out": str(folder), "to": to, "model": encoder.config.name, "files": files}
+    missing = left_out(model, to) + (["decoder"] if whole and to != "safetensors" else [])
+    return {"out": str(folder), "to": to, "model": encoder.config.name, "left_out": missing, "files": files}
 
 
 def _copy_tokenizer(source: Path, out: Path, to: str) -> None:
@@ -187,7 +186,14 @@ def push(
     return {"url": url, "to": to, "files": result["files"]}
 
 
-def save_pretrained(model: Any, out: str | Path, to: str = "safetensors", licence: str | None = None) -> Path:
+def save_pretrained(
+    model: Any,
+    out: str | Path,
+    to: str = "safetensors",
+    licence: str | None = None,
+    precision: str | None = None,
+    pixels: Any = None,
+) -> Path:
     """Write a model that is in memory, with its card.
 
     Args:
@@ -195,18 +201,32 @@ def save_pretrained(model: Any, out: str | Path, to: str = "safetensors", licenc
         out: a new or empty folder.
         to: see :func:`convert`.
         licence: of the weights, for the card.
+        precision: of openvino: fp32, bf16 or int8.
+        pixels: for int8: a list of image batches [B, 3, H, W], uint8 or normalised, of the kind that will be seen.
 
     Returns:
         the folder.
+
+    Raises:
+        UsageError: an unknown format, another kind of model, something in ``out``, a model that the format can't hold.
     """
     from aimv2.interop import convert as out_of
-    from aimv2.interop.card import card
-    from aimv2.interop.load import Source
+    from aimv2.interop.card import HOLDS_PAIRS, card
+    from aimv2.models.aimv2 import AIMv2
+    from aimv2.models.encoder import VisionEncoder
+    from aimv2.models.lit import LiT
 
-    encoder = getattr(model, "encoder", model)
-    source = Source("a model in memory", Path(out) / "none", ())
-    folder = out_of.convert(model, out, to, card(source, encoder.config, to, str(out), licence))
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None and to == "safetensors":
-        getattr(tokenizer, "tokenizer", tokenizer).save(folder)
-    return folder
+    out_of.check_format(to)
+    if not isinstance(model, VisionEncoder | LiT | AIMv2):
+        raise UsageError(f"model: a VisionEncoder, a LiT or an AIMv2 is expected, got {type(model).__name__}")
+    if to != "openvino" and (precision is not None or pixels is not None):
+        raise UsageError(f"precision and pixels are of to='openvino'; to={to!r} keeps the weights as they are")
+    options = {"precision": precision or "fp32", "pixels": pixels} if to == "openvino" else {}
+    given = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(given, "tokenizer", given)  # of the one that a pair has around it
+
+    def beside(folder: Path) -> None:
+        if hasattr(tokenizer, "save") and (to == "safetensors" or (isinstance(model, LiT) and to in HOLDS_PAIRS)):
+            tokenizer.save(folder)
+
+    return out_of.convert(model, out, to, card(None, model, to, str(out), licence), beside, **options)

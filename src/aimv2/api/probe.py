@@ -23,7 +23,7 @@ def probe(
     flip: bool = False,
     select: str = "auto",
     seeds: str = "0",
-    baselines: str = "",
+    baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
     image_size: int | None = None,
@@ -52,7 +52,7 @@ def probe(
         select: where the best head is chosen: auto (the validation split, else a held-out tenth of the training images),
             val, heldout, or test (as the paper reports it; the result says so)
         seeds: of heads and order, with commas
-        baselines: random (the same encoder untrained), pixels, or both with a comma
+        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
         image_size: of a native model, pixels a side
@@ -72,7 +72,7 @@ def probe(
         ("--protocol", protocol, PROTOCOLS),
         ("--features", features, ("cached", "augmented")),
         ("--select", select, SELECT),
-        *(("--baselines", name, BASELINES) for name in words(baselines)),
+        *(("--baselines", name, BASELINES) for name in words(baselines or "")),
     ):
         if value not in known:
             raise UsageError(f"{option} {value}: one of {', '.join(known)} is expected{nearest(value, known)}")
@@ -92,7 +92,17 @@ def probe(
     )
     chosen = tuple(int(seed) for seed in numbers(seeds, "--seeds"))
     asked = Asked(
-        data, dataset, settings, select, chosen, words(baselines), train_limit, test_limit, trunk_batch, workers, out
+        data,
+        dataset,
+        settings,
+        select,
+        chosen,
+        words(baselines or ""),
+        train_limit,
+        test_limit,
+        trunk_batch,
+        workers,
+        out,
     )
     return open_and_measure(model, device or usual_device(), image_size, layers, asked)
 

@@ -26,6 +26,7 @@ from aimv2.errors import UsageError
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
+MOST_CLASSES = 100_000  # fewer are believed whatever the number of images
 EXPECTED = (
     "class folders (ROOT/train/CLASS/*, ROOT/test/CLASS/*), WebDataset shards with KEY.cls, "
     "train.csv and test.csv (path,label), CIFAR's pickles, or a hub data set OWNER/NAME"
@@ -83,7 +84,10 @@ def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labe
     splits = _roles(form, about)
     if split not in splits:
         return None
-    listed = _with_classes(splits[split](), splits, split, about if strict else None, source)
+    try:
+        listed = _with_classes(splits[split](), splits, split, about if strict else None, source)
+    except OverflowError:
+        raise wrong(source, "a label of more than 64 bits; labels count from 0 without a gap") from None
     _check(listed, split, source)
     if about is not None:
         _compare(about, listed, splits, split, source, strict)
@@ -174,11 +178,15 @@ def _with_classes(
         raise wrong(source, f"no image in its {split} split")
     if listed.classes is not None:
         return listed
-    count = int(listed.labels.max()) + 1
     if split != "train" and about is not None:
-        count = about.classes
-    elif split != "train" and "train" in splits:
-        count = int(splits["train"]().labels.max(initial=-1)) + 1
+        return replace(listed, classes=tuple(map(str, range(about.classes))))
+    train = splits["train"]() if split != "train" and "train" in splits else listed
+    count = int(train.labels.max(initial=-1)) + 1
+    if count > max(
+        len(train.labels), MOST_CLASSES
+    ):  # identifiers, not classes: their names alone would fill the memory
+        key = train.keys[int(train.labels.argmax())]
+        raise wrong(source, f"label {count - 1} of {key}: {len(train.labels):,} images have no {count:,} classes")
     return replace(listed, classes=tuple(map(str, range(count))))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from aimv2.data.images import ImageError, decode_image
 from aimv2.data.labelled_forms import LABEL_COLUMNS, SPLITS, Form, Listed, number_labels, wrong
 from aimv2.data.sources import IMAGE_COLUMNS
+from aimv2.errors import UsageError
 from aimv2.interop.hub import unreachable
 
 
@@ -34,17 +35,16 @@ class TableImages:
 
 def saved_form(root: Path, source: str) -> Form | None:
     """A folder that ``save_to_disk`` wrote, or one of Parquet files (of which `datasets` makes a copy in its cache)."""
+    saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if not saved and not any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
+        return None
     import datasets
 
-    if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        load = datasets.load_from_disk
-    elif next(root.rglob("*.parquet"), None):
-        load = datasets.load_dataset
-    else:
-        return None
     try:
-        return _form(load(str(root)), source)
+        return _form((datasets.load_from_disk if saved else datasets.load_dataset)(str(root)), source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, UsageError):
+            raise
         raise wrong(source, f"`datasets` can't load it: {_first_line(error)}") from None
 
 
@@ -79,7 +79,8 @@ def _form(tables: Any, source: str) -> Form:
     if not found:
         raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
     labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
-    return Form("`datasets`", {split: partial(_list_rows, labelled, split, source) for split in labelled or found})
+    found = labelled or found
+    return Form("`datasets`", {split: partial(_list_rows, found, split, source) for split in found})
 
 
 def _column(rows: Any, kind: type, names: tuple[str, ...]) -> str | None:

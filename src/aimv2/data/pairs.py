@@ -6,10 +6,11 @@ Legend: H x W a map's own size, S side of what an encoder sees, N pairs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,7 @@ VAL = ("val", "validation", "test")
 VAL_LIST = "val.txt"  # beside the images folder
 FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
 _ORIENTATION_TAG = 0x0112
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,7 @@ def scan_maps(pairs: Sequence[Pair], kind: Kind, size: int | None = None, file: 
     kept: np.ndarray | None = None
     largest, where, empty = float(kind.floor), pairs[0].map, 0
     rows = ahead(partial(_read_checked, kind), pairs)
-    console = Console(file=sys.stderr)
-    for row, values in enumerate(track(rows, f"{kind.word}s", len(pairs), console=console, transient=True)):
+    for row, values in enumerate(shown(rows, f"reading {kind.word}s", len(pairs))):
         top = float(values.max())
         empty += top <= kind.floor
         if top > largest:
@@ -286,6 +287,12 @@ def scan_maps(pairs: Sequence[Pair], kind: Kind, size: int | None = None, file: 
                 kept = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=(len(pairs), size, size))
             kept[row] = nearest_map(values, size)
     return Scan((largest, where), empty, kept)
+
+
+def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
+    """The same items, with a bar on standard error where that is a terminal (elsewhere it would leave empty lines)."""
+    console = Console(file=sys.stderr)
+    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _read_checked(kind: Kind, pair: Pair) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from aimv2.errors import UsageError, nearest
+from aimv2.interop.hub import RELEASED, shape_of
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
 
 def _encoder_config(model: object) -> EncoderConfig:
     if isinstance(model, str):
-        if model not in MODELS:
-            raise UsageError(f"no model '{model}'{nearest(model, MODELS)}")
-        return MODELS[model][0]
+        if model not in MODELS and model not in RELEASED:
+            raise UsageError(f"no model '{model}'{nearest(model, [*MODELS, *RELEASED])}")
+        return shape_of(model) if model in RELEASED else MODELS[model][0]
     config = getattr(getattr(model, "encoder", model), "config", None)
     if not isinstance(config, EncoderConfig):
         raise UsageError(f"a model or a name of the sizes table expected, got {type(model).__name__}")

@@ -239,7 +239,7 @@ def measure(
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        out = check_out(asked.out)
+        out = check_out(asked.out, verb)
         work = make_work(Path(scratch))
         home = out / "features" if out else None
         figures = encoder_figures(frozen, work, asked, home)

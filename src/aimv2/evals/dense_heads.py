@@ -2,7 +2,7 @@
 
 The head is batch norm without affine and a 1x1 linear layer, upsampled bilinearly: DINOv2's linear heads (their batch norm
 has an affine part, which the linear layer behind it makes superfluous). Depth is a plain linear regression in metres by
-least squares, where DINOv2 has a softmax over 256 bins.
+least squares, where DINOv2 classifies into 256 bins of depth.
 
 Legend: B images, I = h * w patches, D width (all layers together), G heads of a sweep, C outputs (classes, or 1),
 S side of what the encoder sees, H x W size of a map, N images of a split, P pixels.
@@ -11,7 +11,6 @@ S side of what the encoder sees, H x W size of a map, N images of a split, P pix
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,16 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from aimv2.data.ahead import ahead
-from aimv2.errors import UsageError
+from aimv2.data.pairs import shown
 from aimv2.evals.frozen import LAST
 from aimv2.models.probe_head import NORM_EPS
 
-BUDGET = 2**24  # values of upsampled outputs that are in memory at once
+BUDGET = 2**22  # values of upsampled outputs that are in memory at once
 NOTHING = -1  # ignored, in a mask
 
 
@@ -38,8 +35,8 @@ class DenseSettings:
 
     Attributes:
         layers: names of layers, whose features are concatenated.
-        rates: peak learning rates; all heads are trained at once.
-        weight_decay: of AdamW (``lr * decay``); biases are not decayed.
+        rates: peak learning rates, up to 1; all heads are trained at once.
+        weight_decay: of AdamW (``lr * decay``), 0..1; biases are not decayed.
         epochs: over the training images, on a cosine down to 0.
         batch_size: images a step.
         seeds: of weights and order.
@@ -230,9 +227,6 @@ def train_heads(
         settings: see there.
         seed: of weights and order.
         device: where the heads are trained.
-
-    Raises:
-        UsageError: a rate that leaves the finite numbers.
     """
     width = sum(layer.shape[-1] for layer in layers)
     heads = DenseHeads(width, task.outputs, len(settings.rates), seed).to(device).train()
@@ -245,14 +239,11 @@ def train_heads(
     size = min(settings.batch_size, len(rows))
     steps = settings.epochs * (len(rows) // size)
     order = batches(rows, size, seed)
-    console = Console(file=sys.stderr)
-    for step in track(range(steps), f"heads, seed {seed}", console=console, transient=True):
+    for step in shown(range(steps), f"heads, seed {seed}", steps):
         picked = next(order)
         low = heads(take(layers, picked, device))
         target = torch.from_numpy(maps(picked)).to(device)
-        gradient = output_gradient(task, low.detach(), target)
-        if not bool(gradient.isfinite().all()):
-            raise UsageError(f"--rates: outputs left the finite numbers at step {step}; give smaller rates")
+        gradient = output_gradient(task, low.detach(), target)  # finite: features are, rate and decay are at most 1
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
@@ -297,7 +288,10 @@ def sums_of(
     device: torch.device,
     size: int = 16,
 ) -> list[np.ndarray]:
-    """What the heads ``which`` score over ``rows``, each map at its own size: one array of sums a head."""
+    """What the heads ``which`` score over ``rows``: one array of sums a head.
+
+    ``map_of`` gives the map [H, W] of a row; outputs are upsampled to its size.
+    """
     sums: list[Any] = [0] * len(which)
     targets = ahead(map_of, rows.tolist())
     for at in range(0, len(rows), size):

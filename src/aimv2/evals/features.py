@@ -87,6 +87,7 @@ def cached_features(
         "layers": list(layers),
         "pool": pool,
         "images": len(data.labels),
+        "source": data.source if "://" in data.source else str(Path(data.source).expanduser().resolve()),
         "keys_sha256": hashlib.sha256("\n".join(data.keys).encode()).hexdigest(),
     }
     state = _begin(at, about)
@@ -145,7 +146,8 @@ def _run(
         except ImageError as error:
             return row, str(error)
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"features, {data.split}", total=count, completed=state["done"])
         for number, batch in enumerate(batched(ahead(read, range(state["done"], count)), batch_size)):
             good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]

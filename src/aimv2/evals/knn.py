@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +71,15 @@ def predict(
         device: of the computation with torch.
 
     Returns:
-        int64 [S, N]; memory beside features and answers does not grow with N or M.
+        int64 [S, N]; memory beside the features is N * k numbers and one block of cosines, whatever M is.
     """
     assert max(settings.ks) <= len(train)
     known = torch.from_numpy(labels).to(device)
+    similarity, rows = neighbours(train, test, max(settings.ks), settings.backend, device)
     parts = []
-    for similarity, rows in neighbours(train, test, max(settings.ks), settings.backend, device):
-        found = known[rows.to(device)]
-        parts.append(vote(similarity.to(device), found, classes, settings).cpu())
+    for at in range(0, len(test), BLOCK):
+        found = known[rows[at : at + BLOCK].to(device)]
+        parts.append(vote(similarity[at : at + BLOCK].to(device), found, classes, settings).cpu())
     return torch.cat(parts, 1).numpy()
 
 
@@ -99,39 +100,44 @@ def vote(similarity: Tensor, found: Tensor, classes: int, settings: KnnSettings)
 
 def neighbours(
     train: np.ndarray, test: np.ndarray, k: int, backend: str, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each block of test images: cosines [B, k], falling, and rows of the training images [B, k]."""
+) -> tuple[Tensor, Tensor]:
+    """For each test image: cosines [N, k], falling, and rows of the training images [N, k]."""
     if backend == "faiss":
         import faiss
 
         index = faiss.IndexFlatIP(train.shape[1])
         for at in range(0, len(train), SHELF):
             index.add(_unit(train[at : at + SHELF]).numpy())
-        for at in range(0, len(test), BLOCK):
-            similarity, rows = index.search(_unit(test[at : at + BLOCK]).numpy(), k)
-            yield torch.from_numpy(similarity), torch.from_numpy(rows)
-        return
-    for at in range(0, len(test), BLOCK):
-        yield _nearest(_unit(test[at : at + BLOCK]).to(device), train, k)
+        found = [index.search(_unit(test[at : at + BLOCK]).numpy(), k) for at in range(0, len(test), BLOCK)]
+        similarity, rows = (np.concatenate(parts) for parts in zip(*found))
+        return torch.from_numpy(similarity), torch.from_numpy(rows)
+    blocks = range(0, len(test), BLOCK)
+    best: list[tuple[Tensor, Tensor]] = []
+    for at in range(0, len(train), SHELF):  # outermost: the training images are the most, they move to the device once
+        shelf = _unit(train[at : at + SHELF]).to(device)
+        more = [_nearest(_unit(test[begin : begin + BLOCK]).to(device), shelf, at, k) for begin in blocks]
+        best = [_merge(old, new, k) for old, new in zip(best, more)] if best else more
+    return torch.cat([part for part, _ in best]), torch.cat([part for _, part in best])
+
+
+def _nearest(queries: Tensor, shelf: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """Queries [B, D] against training images from row ``first`` on: cosines and rows of the nearest k, falling."""
+    similarity = queries @ shelf.T
+    columns = _top_columns(similarity, min(k, len(shelf)))
+    nothing = similarity[:, :0], columns[:, :0]
+    return _merge(nothing, (similarity.gather(1, columns), columns + first), k)
+
+
+def _merge(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The nearest k of two lots; of equally near ones the old ones, then in their order."""
+    both, rows = (torch.cat(parts, 1) for parts in zip(old, new))
+    both, order = both.sort(dim=1, descending=True, stable=True)
+    return both[:, :k], rows.gather(1, order[:, :k])
 
 
 def _unit(features: np.ndarray) -> Tensor:
     """Rows of unit length; a row of zeros stays."""
     return F.normalize(torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)), dim=1)
-
-
-def _nearest(queries: Tensor, train: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-    """Queries [B, D] against all training images, a shelf at a time; what is kept is the best k so far."""
-    best = queries.new_empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for at in range(0, len(train), SHELF):
-        similarity = queries @ _unit(train[at : at + SHELF]).to(queries.device).T
-        columns = _top_columns(similarity, min(k, similarity.shape[1]))
-        best = torch.cat([best, similarity.gather(1, columns)], 1)
-        rows = torch.cat([rows, columns + at], 1)
-        best, order = best.sort(dim=1, descending=True, stable=True)  # earlier rows stand first and stay first
-        best, rows = best[:, :k], rows.gather(1, order[:, :k])
-    return best, rows
 
 
 def _top_columns(similarity: Tensor, k: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,8 @@ SOLVERS = ("lbfgs", "sgd")
 HELD_OUT = 0.2  # of each class's training images, where a data set has no validation split
 # CLIP (Radford et al., 2021, appendix A.3): L-BFGS, at most 1000 iterations, strength between 1e-6 and 1e6 in 96 steps
 PER_DECADE, LAST_STEP, FIRST_STRIDE, ITERATIONS = 8, 96, 16, 1000
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EPOCHS, BATCH, MOMENTUM = 100, 1024, 0.9
-
-Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]  # features, labels -> a classifier
 
 
 def logistic(
@@ -63,22 +61,24 @@ def search(score: Callable[[int], float]) -> dict[int, float]:
         score: of a step, 0..96; called once for each that is looked at, 15 at most.
 
     Returns:
-        the scores by step, in the order of the scale; of equal ones the first (the stronger regularisation) is the peak.
+        the scores by step, in the order of the scale.
     """
     found = {step: score(step) for step in range(0, LAST_STEP + 1, FIRST_STRIDE)}
     stride = FIRST_STRIDE
     while stride > 1:
         stride //= 2
-        best = peak(found)
+        steps = sorted(found)
+        best = steps[peak([found[step] for step in steps])]
         for step in (best - stride, best + stride):
             if 0 <= step <= LAST_STEP and step not in found:
                 found[step] = score(step)
     return dict(sorted(found.items()))
 
 
-def peak(found: dict[int, float]) -> int:
-    """The first step with the highest score."""
-    return max(sorted(found), key=lambda step: found[step])
+def peak(values: Sequence[float]) -> int:
+    """Where the highest value is; of equal ones the middle one, for the edge of a plateau is there by chance."""
+    ties = np.flatnonzero(np.asarray(values) == max(values))
+    return int(ties[(len(ties) - 1) // 2])
 
 
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +173,7 @@ def sweep_lbfgs(
     rows = [
         {"C": strength(step), "selection_top1": value, "converged": converged[step]} for step, value in found.items()
     ]
-    return rows, list(found).index(peak(found))
+    return rows, peak(list(found.values()))
 
 
 def sweep_sgd(
@@ -183,11 +183,11 @@ def sweep_sgd(
     seed: int,
     device: torch.device,
 ) -> tuple[list[dict[str, Any]], int]:
-    """All rates in one computation: rows of the table, and which was best (the lowest of equal ones)."""
+    """All rates in one computation: rows of the table, and which was best."""
     see = Standard(train[0], device)
     heads = sgd(see(train[0]), torch.from_numpy(train[1]).to(device), classes, RATES, seed)
     tops = [top1(predicted, val[1]) for predicted in sgd_predict(*heads, val[0], see)]
-    return [{"rate": rate, "selection_top1": top} for rate, top in zip(RATES, tops)], int(np.argmax(tops))
+    return [{"rate": rate, "selection_top1": top} for rate, top in zip(RATES, tops)], peak(tops)
 
 
 def refit(row: dict[str, Any], x: np.ndarray, y: np.ndarray, test: np.ndarray, pooled: Pooled, seed: int) -> np.ndarray:

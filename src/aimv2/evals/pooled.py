@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.labelled import Labelled, open_labelled, require_labelled
+from aimv2.data.labelled import Labelled, limit, open_labelled, require_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.features import Cached, cached_features
 from aimv2.evals.frozen import LAST, Frozen, open_frozen, random_twin, raw_pixels
-from aimv2.evals.probe_result import drawn
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import per_class, top1, wilson
 
@@ -77,7 +76,7 @@ def open_splits(asked: Asked) -> Splits:
     """The data set's splits; of training and test images at most the limits, drawn.
 
     Raises:
-        UsageError: no training or test split, or splits with different classes.
+        UsageError: no training or test split, splits with different classes, a limit below an image a class.
     """
     train, test = (require_labelled(asked.data, split, asked.dataset) for split in ("train", "test"))
     val = open_labelled(asked.data, "val", asked.dataset)
@@ -88,8 +87,10 @@ def open_splits(asked: Asked) -> Splits:
                 f"--data {asked.data}: the splits train and {other.split} have different classes ({different[0]}); "
                 "the same expected in both"
             )
-    rng = np.random.default_rng(0)
-    return Splits(drawn(train, asked.train_limit, rng), val, drawn(test, asked.test_limit, rng))
+    if 0 < asked.train_limit < len(train.classes):
+        raise UsageError(f"--train-limit {asked.train_limit}: an image a class ({len(train.classes)}) or more expected")
+    train = limit(train, asked.train_limit) if asked.train_limit else train
+    return Splits(train, val, limit(test, asked.test_limit) if asked.test_limit else test)
 
 
 def measure(
@@ -121,7 +122,7 @@ def measure(
     others = {
         name: random_twin(frozen, asked.seed) if name == "random" else raw_pixels(frozen) for name in asked.baselines
     }
-    out = check_out(asked.out)
+    out = check_out(asked.out, verb)
     with tempfile.TemporaryDirectory() as scratch:
         home = (out or Path(scratch)) / "features"
         figures = method(_features(frozen, splits, layers, asked, home))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.labelled import Labelled, open_labelled, subset
+from aimv2.data.labelled import limit, open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
 from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
@@ -52,7 +52,7 @@ def measure(frozen: Frozen, asked: Asked) -> dict[str, Any]:
     """
     started = time.perf_counter()
     splits, selected_on = find_splits(asked)
-    out = check_out(asked.out)
+    out = check_out(asked.out, "probe")
     with tempfile.TemporaryDirectory() as scratch:
         home = out or Path(scratch)
         same_work(home, identity(frozen, splits, selected_on, asked))
@@ -108,8 +108,11 @@ def find_splits(asked: Asked) -> tuple[Splits, str]:
             f"--select val: {asked.data} has no validation split; --select heldout holds out training images"
         )
     rng = np.random.default_rng(0)
-    train = drawn(train, asked.train_limit, rng)
-    test = drawn(test, asked.test_limit, rng)
+    for option, count in (("--train-limit", asked.train_limit), ("--test-limit", asked.test_limit)):
+        if count and count < len(train.classes):
+            raise UsageError(f"{option} {count}: at least one image of each of {len(train.classes)} classes expected")
+    train = limit(train, asked.train_limit) if 0 < asked.train_limit < len(train.labels) else train
+    test = limit(test, asked.test_limit) if 0 < asked.test_limit < len(test.labels) else test
     if asked.select == "test":
         return Splits(train, None, test), "test (the best head on the test labels, as the paper reports it)"
     if val is not None and asked.select != "heldout":
@@ -119,13 +122,6 @@ def find_splits(asked: Asked) -> tuple[Splits, str]:
     held, kept = np.sort(order[:count]), np.sort(order[count:])
     select = replace(subset(train, held), split="heldout")
     return Splits(subset(train, kept), select, test), f"{count} training images, held out"
-
-
-def drawn(data: Labelled, limit: int, rng: np.random.Generator) -> Labelled:
-    """At most ``limit`` images (0: all), drawn."""
-    if not limit or limit >= len(data.labels):
-        return data
-    return subset(data, np.sort(rng.choice(len(data.labels), limit, replace=False)))
 
 
 def identity(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked) -> dict[str, Any]:

@@ -76,11 +76,11 @@ def about_model(frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def check_out(out: str | None) -> Path | None:
+def check_out(out: str | None, verb: str) -> Path | None:
     """The folder of ``--out``, made; None without one.
 
     Raises:
-        UsageError: it holds something else than an evaluation.
+        UsageError: it holds something else than an evaluation by this verb.
     """
     if out is None:
         return None
@@ -88,6 +88,8 @@ def check_out(out: str | None) -> Path | None:
     ours = {FILE, "features", "run", "probe.json", "layers.png", "result.png"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
         raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder")
+    if (folder / FILE).is_file() and (other := read_result(folder)["verb"]) != verb:
+        raise UsageError(f"--out {out}: holds a result of `aimv2 {other}`; give each verb a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

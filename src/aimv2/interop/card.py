@@ -1,25 +1,66 @@
-"""The card (README.md) of a model that is handed on: size, recipe, measured results, licence."""
+"""The card (README.md) of a model that is handed on: what it is, size, recipe, measured results, licence.
+
+What a source's own card says of licence, figures and recipe is carried on: a model that is converted twice keeps its story.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml
+from torch import nn
 
 import aimv2
 from aimv2.interop import hub
 from aimv2.interop.load import Source
-from aimv2.models.sizes import EncoderConfig, encoder_flops, encoder_parameters
+from aimv2.interop.model_folder import CONFIG, STEP
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.lit import LiT
+from aimv2.models.sizes import MODELS, EncoderConfig, encoder_flops
 
+OURS = "import aimv2\n\n{variable} = aimv2.load_model({name!r}{options})"
 USE = {
-    "safetensors": "import aimv2\n\nencoder = aimv2.load_model({name!r})",
-    "released": "import aimv2\n\nencoder = aimv2.load_model({name!r})",
     "transformers": "from transformers import AutoImageProcessor, AutoModel\n\n"
     "model = AutoModel.from_pretrained({name!r})\nprocessor = AutoImageProcessor.from_pretrained({name!r})",
-    "timm": "import timm\n\nmodel = timm.create_model({timm!r}, checkpoint_path={file!r})",
-    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({onnx!r})  # pixel_values -> features",
+    "timm": "import timm\n\nmodel = timm.create_model({timm!r}, checkpoint_path='{name}/model.safetensors')",
+    "onnx": "import onnxruntime\n\n"
+    "session = onnxruntime.InferenceSession('{name}/model.onnx')  # pixel_values -> features",
     "openvino": "from aimv2.interop.openvino import OpenVINOEncoder\n\nencoder = OpenVINOEncoder({name!r})",
 }
+LIBRARIES = ("transformers", "timm", "onnx")  # names that the hub knows
+LICENCE_KEYS = ("license", "license_name", "license_link")  # as the hub spells them
+HOLDS_PAIRS = ("released", "transformers", "safetensors")
+
+
+def left_out(model: nn.Module, to: str) -> list[str]:
+    """Parts of a model that a layout has no place for: they are not in what is written."""
+    parts = []
+    if isinstance(model, AIMv2) and to != "safetensors":
+        parts.append("decoder")
+    if isinstance(model, LiT) and to not in HOLDS_PAIRS:
+        parts += ["text tower", "image and text projections"]
+        if to == "timm":
+            parts.append("pooling head")
+    return parts
+
+
+def timm_name(config: EncoderConfig) -> str | None:
+    """timm's name for a released shape, None where it has none."""
+    row = MODELS[config.name][0] if config.name in MODELS else None
+    parts = config.name.split("-")
+    if row is None or parts[1] not in ("large", "huge", "1B", "3B") or config.image_size is None:
+        return None
+    same = ("width", "depth", "heads", "hidden", "patch_size", "image_size")
+    if any(getattr(config, key) != getattr(row, key) for key in same):
+        return None
+    return f"aimv2_{parts[1].lower()}_{parts[2]}_{parts[3]}"
+
+
+# ---- what the source says of itself ----
 
 
 def run_of(source: Source) -> Path | None:
@@ -30,64 +71,160 @@ def run_of(source: Source) -> Path | None:
     return None
 
 
-def licence_of(source: Source) -> str | None:
-    """The licence of a released model; None where nobody has said it."""
+def card_of(source: Source) -> str:
+    """README.md beside the weights, "" where there is none.
+
+    One beside a lone file without a configuration may be of something else and is not read.
+    """
+    path = source.folder / "README.md"
+    if not path.is_file() or not (source.folder / CONFIG).is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def licence_of(source: Source) -> dict[str, str]:
+    """The licence: of the card beside the weights, else of config.json, else that of the release.
+
+    Returns:
+        ``license``, and ``license_name`` and ``license_link`` where they are told; {} where nobody has said it.
+    """
+    about: Any = {}
+    if match := re.match(r"---\n(.*?)\n---\n", card_of(source), re.DOTALL):
+        try:
+            about = yaml.safe_load(match[1])
+        except yaml.YAMLError:
+            about = {}
+    told = {key: str(about[key]) for key in LICENCE_KEYS if isinstance(about, dict) and about.get(key)}
+    if told.get("license", "unknown") != "unknown":
+        return told
+    try:
+        stored = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = {}
+    if isinstance(stored, dict) and isinstance(stored.get("license"), str):
+        return {"license": stored["license"]}
     name = source.given.removeprefix(f"{hub.OWNER}/")
-    return hub.LICENCE if name in hub.RELEASED else None
+    return {"license": hub.LICENCE} if name in hub.RELEASED else {}
 
 
 def measured(source: Source) -> dict[str, float]:
-    """What the run measured, from its ``summary.json``."""
+    """What was measured of these very weights.
+
+    Of a run its ``summary.json``, where that speaks of the step of these weights; else the table of the card beside them.
+    """
     run = run_of(source)
-    if run is None or not (run / "summary.json").is_file():
+    if run is None:
+        rows = re.findall(r"^\| ([\w/.@-]+) \| (-?[\d.]+(?:e-?\d+)?) \|$", _table(card_of(source)), re.MULTILINE)
+        return {key: float(value) for key, value in rows}
+    try:
+        summary: Any = json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError):
         return {}
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    step = STEP.search(source.folder.parent.name)
+    if not isinstance(summary, dict) or step is None or summary.get("step") != int(step[1]):
+        return {}
     wanted = ("val_", "probe_", "caption_exact")
     return {key: value for key, value in summary.items() if key.startswith(wanted) and isinstance(value, float)}
 
 
-def card(source: Source, config: EncoderConfig, to: str, name: str, licence: str | None = None) -> str:
+def _table(text: str) -> str:
+    found = re.search(r"^\| measured[^\n]*\n\|---\|---\|\n((?:\|.*\n?)*)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def recipe_of(source: Source) -> str:
+    """The recipe: of the run, else of the card beside the weights; "" where nobody has said it."""
+    run = run_of(source)
+    if run is not None:
+        return (run / "config.yaml").read_text().strip()
+    found = re.search(r"^## Recipe\n\n```yaml\n(.*?)\n```", card_of(source), re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+# ---- the card ----
+
+
+def card(source: Source | None, model: nn.Module, to: str, name: str, licence: str | None = None) -> str:
     """README.md of a converted model.
 
     Args:
-        source: where it came from.
-        config: of its encoder.
-        to: the layout it is in now.
+        source: where it came from; None: it was in memory.
+        model: VisionEncoder, LiT or AIMv2.
+        to: the layout that it is written in.
         name: how it will be called: a hub id or a folder.
-        licence: of the weights; None: that of the release, else it is said that none was given.
+        licence: of the weights; None: what the source says, and nothing where it says nothing.
     """
-    from aimv2.interop.convert import timm_name
-
-    licence = licence or licence_of(source)
-    head = [
-        "---",
-        f"license: {licence or 'unknown'}",
-        "library_name: " + ("transformers" if to == "transformers" else to),
-    ]
-    head += ["pipeline_tag: image-feature-extraction", "tags: [aimv2, vision]", "---", ""]
+    config = encoder_in(model).config
+    told = {"license": licence} if licence else licence_of(source) if source else {}
+    pair = isinstance(model, LiT) and to in HOLDS_PAIRS
+    whole = isinstance(model, AIMv2) and to == "safetensors"
+    task = "zero-shot-image-classification" if pair else "image-to-text" if whole else "image-feature-extraction"
+    head = [f"{key}: {value}" for key, value in told.items()]
+    head += [f"library_name: {to}"] if to in LIBRARIES else []
+    head += [f"pipeline_tag: {task}", "tags: [aimv2, vision]"]
     size = (
         f"{config.image_size} px"
         if config.image_size
         else f"any size, {config.min_patches} to {config.max_patches} patches"
     )
-    body = [
-        f"# {config.name}",
-        "",
-        f"AIMV2 vision encoder, in the {to} layout; written by aimv2 {aimv2.__version__} from {source.given}.",
-        "",
-        f"- {encoder_parameters(config) / 1e6:,.1f}M parameters, {encoder_flops(config) / 1e9:,.1f} GFLOP an image",
+    body = [f"# {config.name}", "", *_what(source, model, to)]
+    body += [
+        f"- {encoder_flops(config) / 1e9:,.1f} GFLOP an image"
+        + ("" if config.image_size else " of 256 patches (the image encoder)"),
         f"- {config.width} wide, {config.depth} blocks, {config.heads} heads, patches of {config.patch_size} px, {size}",
         f"- pixels: 0..1, mean {list(config.mean)}, std {list(config.std)}",
-        f"- licence of the weights: {licence or 'none was given'}",
+        f"- licence of the weights: {told.get('license_name') or told.get('license') or 'none was given'}",
         "",
         "```python",
-        USE[to].format(name=name, timm=timm_name(config), file=f"{name}/model.safetensors", onnx=f"{name}/model.onnx"),
+        _use(config, to, name, pair, whole),
         "```",
     ]
-    if figures := measured(source):
+    if figures := measured(source) if source else {}:
         body += ["", "| measured | |", "|---|---|", *(f"| {key} | {value:.4f} |" for key, value in figures.items())]
-    run = run_of(source)
-    if run is not None:
-        recipe = (run / "config.yaml").read_text().strip()
+    if recipe := recipe_of(source) if source else "":
         body += ["", "## Recipe", "", "```yaml", recipe, "```"]
-    return "\n".join([*head, *body]) + "\n"
+    return "\n".join(["---", *head, "---", "", *body]) + "\n"
+
+
+def encoder_in(model: nn.Module) -> VisionEncoder:
+    """The image encoder of a VisionEncoder, a LiT or an AIMv2."""
+    encoder = getattr(model, "encoder", model)
+    assert isinstance(encoder, VisionEncoder), type(encoder)
+    return encoder
+
+
+def _what(source: Source | None, model: nn.Module, to: str) -> list[str]:
+    """What it is, and how large."""
+    parts = {"image encoder": _count(encoder_in(model))}
+    kind, missing = "vision encoder", left_out(model, to)
+    if isinstance(model, LiT) and to in HOLDS_PAIRS:
+        kind = "image-text pair (locked-image tuning)"
+        parts |= {"text tower": _count(model.text), "projections and scale": _count(model) - _count(model.encoder)}
+        parts["projections and scale"] -= parts["text tower"]
+    elif isinstance(model, AIMv2) and to == "safetensors":
+        kind = "vision encoder with its multimodal decoder"
+        parts["decoder"] = _count(model.decoder)
+    if to == "timm" and isinstance(model, LiT) and model.encoder.head is not None:
+        parts["image encoder"] -= _count(model.encoder.head)
+    origin = source.given if source else "a model in memory"
+    lines = [f"AIMV2 {kind}, in the {to} layout; written by aimv2 {aimv2.__version__} from {origin}."]
+    if missing:
+        lines += ["", f"Not in it, as the layout has no place for them: {', '.join(missing)}."]
+    each = ", ".join(f"{what} {number / 1e6:,.1f}M" for what, number in parts.items())
+    return [*lines, "", f"- {sum(parts.values()) / 1e6:,.1f}M parameters" + (f": {each}" if len(parts) > 1 else "")]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _use(config: EncoderConfig, to: str, name: str, pair: bool, whole: bool) -> str:
+    """A few lines of Python that open it."""
+    known = timm_name(config)
+    if to == "timm" and known is None:
+        lines = OURS.format(variable="encoder", name=name, options="")
+        return f"# timm has no model of this size; a VisionTransformer of config.json's model_args takes the weights\n{lines}"
+    if to in USE:
+        return USE[to].format(name=name, timm=known)
+    variable = "pair" if pair else "model" if whole else "encoder"
+    return OURS.format(variable=variable, name=name, options=", decoder=True" if whole else "")

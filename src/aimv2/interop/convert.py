@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
 from aimv2.interop import layouts
+from aimv2.interop.card import timm_name
 from aimv2.interop.layouts import Rules
 from aimv2.interop.model_folder import CONFIG, WEIGHTS, save_model
 from aimv2.models.aimv2 import AIMv2
@@ -173,12 +177,16 @@ def to_transformers(model: nn.Module, out: Path) -> None:
 
 
 def to_timm(model: nn.Module, out: Path) -> None:
-    """A file for timm's ``aimv2_*`` models (``timm.create_model(NAME, checkpoint_path=OUT/model.safetensors)``)."""
-    if not isinstance(model, VisionEncoder):
-        raise UsageError("the timm layout holds an image encoder alone, not a pair; --to released or transformers")
-    config = model.config
+    """A file for timm's ``aimv2_*`` models (``timm.create_model(NAME, checkpoint_path=OUT/model.safetensors)``).
+
+    Of a pair the trunk of the image encoder alone: the layout has neither text tower nor pooling head.
+    """
+    image = model.image if isinstance(model, LiT) else model
+    assert isinstance(image, VisionEncoder)
+    config = replace(image.config, pool_heads=0) if isinstance(model, LiT) else image.config
     if config.image_size is None:
         raise UsageError("timm has no native AIMV2; --to released, transformers or onnx")
+    tensors = renamed(image, layouts.encoder_rules("timm", config))
     name = timm_name(config)
     about = {
         "architecture": name or "vit",
@@ -204,20 +212,18 @@ def to_timm(model: nn.Module, out: Path) -> None:
             "num_heads": config.heads,
         },
     }
-    save_file(_tensors(model, "timm"), out / WEIGHTS, {"format": "pt"})
+    save_file(tensors, out / WEIGHTS, {"format": "pt"})
     _write_json(out / CONFIG, about)
 
 
-def timm_name(config: EncoderConfig) -> str | None:
-    """timm's name for a released shape, None where it has none."""
-    parts = config.name.split("-")
-    if len(parts) == 4 and parts[1] in ("large", "huge", "1B", "3B") and parts[2] == "patch14" and parts[3].isdigit():
-        return f"aimv2_{parts[1].lower()}_{parts[2]}_{parts[3]}"
-    return None
+def check_format(to: str) -> None:
+    """Raises UsageError for a format that is none."""
+    if to not in FORMATS:
+        raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}")
 
 
-def prepare_out(out: str | Path) -> Path:
-    """An empty folder to write into.
+def check_out(out: str | Path) -> Path:
+    """A path to write into; nothing is made yet.
 
     Raises:
         UsageError: the path is a file, or a folder that holds something.
@@ -225,18 +231,25 @@ def prepare_out(out: str | Path) -> Path:
     path = Path(out).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"OUT {out}: something is there already; give a new folder, or an empty one")
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def convert(model: nn.Module, out: str | Path, to: str, card: str = "", **options: Any) -> Path:
-    """Writes a model in another layout.
+def convert(
+    model: nn.Module,
+    out: str | Path,
+    to: str,
+    card: str = "",
+    beside: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Writes a model in another layout; where that fails, nothing of it is left, folders included.
 
     Args:
         model: VisionEncoder, LiT or AIMv2 (of which ``safetensors`` keeps the decoder; the others hold no decoder).
         out: a new or empty folder.
         to: of FORMATS.
         card: README.md of the folder; none where empty.
+        beside: writes what else belongs into the folder.
         **options: of the exporter (see :mod:`aimv2.interop.onnx` and :mod:`aimv2.interop.openvino`).
 
     Returns:
@@ -245,8 +258,7 @@ def convert(model: nn.Module, out: str | Path, to: str, card: str = "", **option
     Raises:
         UsageError: an unknown format, something in ``out``, a model that the format can't hold.
     """
-    if to not in FORMATS:
-        raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}")
+    check_format(to)
     from aimv2.interop.onnx import to_onnx
     from aimv2.interop.openvino import to_openvino
 
@@ -258,13 +270,20 @@ def convert(model: nn.Module, out: str | Path, to: str, card: str = "", **option
         "openvino": lambda **options: to_openvino(encoder_of(model), folder, **options),
         "safetensors": lambda: save_model(model, folder),
     }
-    folder = prepare_out(out)
+    folder = check_out(out)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         writers[to](**options)
         if card:
-            (folder / "README.md").write_text(card)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        if beside is not None:
+            beside(folder)
     except BaseException:
-        for path in folder.iterdir():
-            path.unlink()
+        for path in folder.iterdir() if folder.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
         raise
     return folder

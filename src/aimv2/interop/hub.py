@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
 from aimv2.errors import UsageError
@@ -41,6 +43,9 @@ WANTED = [
     "merges.txt",
     "special_tokens_map.json",
 ]  # never a pickle
+CARD = "README.md"  # read for its licence; nothing needs it
+INDEX = "model.safetensors.index.json"
+LOOKED_FOR = ("config.json", "preprocessor_config.json")  # without them a model could be taken for another
 
 
 def shape_of(name: str) -> EncoderConfig:
@@ -65,53 +70,117 @@ def unreachable() -> str:
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The folder of a hub repository in the hub's own cache; what is there already is not fetched again.
+    """The folder of a hub repository in the hub's own cache.
+
+    A commit never changes: what the cache holds whole is taken without asking. A branch or a tag may have moved: the hub is
+    asked first, and the cached copy serves, with a line on standard error, where it can't be reached.
 
     Args:
         repository: owner/name.
         revision: branch, tag or commit; None: the main branch.
 
     Raises:
-        UsageError: no such repository or revision, or the hub can't be reached and the cache has nothing; says what to
-            download and where to put it.
+        UsageError: no such repository or revision, or the hub can't be reached and the cache has not all of it; says what
+            to download and where to put it.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    def fetch(offline: bool) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, local_files_only=offline))
-
-    try:
-        return complete(fetch(True))
-    except Exception:  # not in the cache, or half of it
-        why = unreachable()
+    commit = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+    if commit and (folder := cached(repository, revision)):
+        return folder
+    why = unreachable()
     if not why:
         try:
-            return complete(fetch(False))
+            return fetched(repository, revision)
         except RevisionNotFoundError:
             raise UsageError(f"MODEL {repository}: no revision {revision!r}; change revision") from None
         except RepositoryNotFoundError:
             raise UsageError(
                 f"MODEL {repository}: no such repository on the hub, or a private one (then log in: hf auth login)"
             ) from None
+        except UsageError:
+            raise
         except Exception as error:  # whatever the network says
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if not commit and (folder := cached(repository, revision)):
+        print(
+            f"{repository}: the hub can't be reached ({why}); using commit {folder.name} of the cache", file=sys.stderr
+        )
+        return folder
     at = f" --revision {revision}" if revision else ""
     raise UsageError(
-        f"MODEL {repository}: the hub can't be reached ({why}); where it can, run `hf download {repository}{at} "
-        "--local-dir DIR`, copy DIR here and give DIR as MODEL"
+        f"MODEL {repository}: the hub can't be reached ({why}) and the cache has not all of it; where it can, run "
+        f"`hf download {repository}{at} --local-dir DIR`, copy DIR here and give DIR as MODEL"
     )
 
 
-def complete(folder: Path) -> Path:
-    """``folder``, if it holds weights.
+def fetched(repository: str, revision: str | None) -> Path:
+    """The folder, after asking the hub; what the cache has already is not fetched again.
 
     Raises:
-        FileNotFoundError: it does not.
+        UsageError: the repository has no weights that are read here.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(folder)
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*WANTED, CARD]))
+    if lacking_weights(folder):
+        raise UsageError(f"MODEL {repository}: no .safetensors file in the repository, or not all that its index names")
+    for name in (
+        *LOOKED_FOR,
+        "tokenizer.json",
+        "vocab.json",
+    ):  # what was not there stays known, as the hub's client has it
+        if not (folder / name).is_file():
+            note = _misses(folder) / name
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
     return folder
+
+
+def cached(repository: str, revision: str | None) -> Path | None:
+    """The folder in the cache if it holds all that loading reads, else None; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, local_files_only=True))
+    except Exception:  # not there, or the client itself knows that files are missing
+        return None
+    return folder if complete(folder, repository) else None
+
+
+def complete(folder: Path, repository: str) -> bool:
+    """Whether a snapshot of the cache holds all that loading reads: a download that was stopped left some of it.
+
+    Args:
+        folder: ``.../models--OWNER--NAME/snapshots/COMMIT``.
+        repository: owner/name; a pair (``-lit``) has a tokeniser.
+
+    Returns:
+        True where all weights, and ``config.json`` and ``preprocessor_config.json``, are there; a file that the hub is known
+            not to have (a miss that its client noted) counts as there.
+    """
+    known = [(folder / name).is_file() or (_misses(folder) / name).is_file() for name in LOOKED_FOR]
+    words = not repository.endswith("-lit") or any(
+        all((folder / name).is_file() for name in names)
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    )
+    return not lacking_weights(folder) and all(known) and words
+
+
+def lacking_weights(folder: Path) -> bool:
+    """Whether weight files are missing: of those that the index names; without one, any that is no part of several."""
+    if (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+            return not all((folder / str(name)).is_file() for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return True
+    return all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in folder.glob("*.safetensors"))
+
+
+def _misses(folder: Path) -> Path:
+    """Where the hub's client notes which files a commit does not have."""
+    return folder.parents[1] / ".no_exist" / folder.name
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:

@@ -7,10 +7,10 @@ from the mapped file straight into its place, so that weights are never held twi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,22 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
-from aimv2.interop.layouts import LAYOUTS, Found, Rules
+from aimv2.interop.hub import INDEX
+from aimv2.interop.layouts import Found, Rules
+from aimv2.interop.shapes import decoder_config, encoder_config, pair_config, read_json, section
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.lit import LiT, LiTConfig, TextConfig
-from aimv2.models.sizes import MODELS, SIZES, DecoderConfig, EncoderConfig
+from aimv2.models.lit import LiT
+from aimv2.models.sizes import MODELS
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
-INDEX = "model.safetensors.index.json"
+EXPORTS = {  # what other engines open
+    "openvino_model.xml": "an OpenVINO export; aimv2.interop.openvino.OpenVINOEncoder opens it",
+    "model.onnx": "an ONNX export; onnxruntime.InferenceSession opens its model.onnx",
+}
+# names of types in a safetensors file -> the narrowest type of torch's that holds them and that products are made in
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED |= {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ def _from_file(given: str, path: Path) -> Source:
 def _from_folder(given: str, folder: Path) -> Source:
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{folder / INDEX} can't be read: {error!r}") from None
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
@@ -115,6 +123,9 @@ def _from_folder(given: str, folder: Path) -> Source:
     if files:
         some = ", ".join(file.name for file in files[:4])
         raise UsageError(f"MODEL {given}: several weight files and no {INDEX} ({some}); give one of them")
+    for name, what in EXPORTS.items():
+        if (folder / name).is_file():
+            raise UsageError(f"MODEL {given}: {what}; give the model that it was made from")
     if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
         raise UsageError(f"MODEL {given}: only a pickle ({pickles[0]}), which is never read; .safetensors is expected")
     raise UsageError(
@@ -159,7 +170,15 @@ class Weights:
         return tuple(self._slice(key).get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        return self.get(key).dtype
+        """The narrowest floating type that holds a tensor's values, without reading them.
+
+        Raises:
+            UsageError: no such key, or no floating-point numbers.
+        """
+        stored = str(self._slice(key).get_dtype())
+        if stored not in STORED:
+            raise UsageError(f"{self.where}: key '{key}' holds {stored}, floating-point numbers expected")
+        return STORED[stored]
 
     def get(self, key: str) -> Tensor:
         return self.handles[key].get_tensor(key)
@@ -214,138 +233,6 @@ def _squeezed(shape: Iterable[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-# ---- configuration ----
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no file.
-
-    Raises:
-        UsageError: not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: a JSON object is expected")
-    return value
-
-
-def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> EncoderConfig:
-    """The encoder's shape, from the tensors; heads and depth from the configuration, where there is one.
-
-    Args:
-        found: the layout.
-        weights: open files.
-        stored: ``config.json`` of the encoder, or {}.
-        seen: ``preprocessor_config.json``, or {}.
-    """
-    ours, prefix = found.layout == "ours", found.image
-    if ours:
-        embed, block = [f"patch_embed.{key}" for key in layouts.EMBED], [f"blocks.{{i}}.{key}" for key in layouts.BLOCK]
-    else:
-        embed, block = list(LAYOUTS[found.layout].embed), list(LAYOUTS[found.layout].trunk.block)
-    width, _, patch, side = weights.shape(prefix + embed[0])
-    if patch != side:
-        raise UsageError(
-            f"{weights.where}: key '{prefix + embed[0]}' holds patches of {patch} x {side}, squares expected"
-        )
-    depth = layouts.count_blocks(weights.keys(), prefix + block[0])
-    depth = int(stored.get("num_hidden_layers") or stored.get("depth") or depth)
-    if not depth:
-        raise UsageError(f"{weights.where}: key '{prefix + block[0].format(i=0)}' is missing")
-    gate = block[4].split()[0].format(i=0)
-    hidden = weights.shape(prefix + gate)[0] // (2 if ours else 1)
-    image_size = None
-    if found.position:
-        grid = math.isqrt(count := max(weights.shape(prefix + embed[3])[:-1]))
-        if grid * grid != count:
-            raise UsageError(
-                f"{weights.where}: key '{prefix + embed[3]}' holds {count} positions, a square grid expected"
-            )
-        image_size = grid * patch
-    told = stored.get("num_attention_heads") or stored.get("heads") or (stored.get("model_args") or {}).get("num_heads")
-    heads = int(told or usual_heads(width, weights.where))
-    eps = stored.get("rms_norm_eps", 1e-5)
-    if abs(eps - 1e-5) > 1e-9:
-        raise UsageError(f"{weights.where}: rms_norm_eps {eps} in {model_folder.CONFIG}; AIMV2 has 1e-5")
-    config = EncoderConfig("", width, depth, heads, hidden, patch, image_size)
-    if found.head:
-        config = replace(config, pool_heads=heads)
-    about = seen or stored.get("pretrained_cfg") or {}
-    mean, std = about.get("image_mean") or about.get("mean"), about.get("image_std") or about.get("std")
-    if mean and std:
-        config = replace(config, mean=tuple(mean), std=tuple(std))
-    return replace(config, name=usual_name(config))
-
-
-def usual_heads(width: int, where: str) -> int:
-    """Heads of a known width.
-
-    Raises:
-        UsageError: no size has this width; weights alone do not tell the number of heads.
-    """
-    known = {size.width: size.heads for size in SIZES.values()} | {TextConfig.width: TextConfig.heads}
-    if width in known:
-        return known[width]
-    raise UsageError(
-        f"{where}: weights do not tell the number of attention heads, and no size has width {width}; put the model's "
-        f"{model_folder.CONFIG} beside them"
-    )
-
-
-def usual_name(config: EncoderConfig) -> str:
-    """The name of the table's row with this shape, else one of the same form."""
-    shape = (config.width, config.depth, config.heads, config.hidden, config.patch_size, config.image_size)
-    for name, (row, _) in MODELS.items():
-        if shape == (row.width, row.depth, row.heads, row.hidden, row.patch_size, row.image_size):
-            return name
-    return f"aimv2-width{config.width}-patch{config.patch_size}-{config.image_size or 'native'}"
-
-
-def pair_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> LiTConfig:
-    """The shape of a LiT pair in the released or transformers layout."""
-    image = encoder_config(found, weights, stored.get("vision_config") or {}, seen)
-    names, text = LAYOUTS[found.layout], stored.get("text_config") or {}
-    prefix = found.text or ""
-    vocab, width = weights.shape(prefix + names.text[0])
-    config = TextConfig(
-        width=width,
-        depth=int(text.get("num_hidden_layers") or layouts.count_blocks(weights.keys(), prefix + names.trunk.block[0])),
-        heads=int(text.get("num_attention_heads") or usual_heads(width, weights.where)),
-        hidden=weights.shape(prefix + names.trunk.block[4].split()[0].format(i=0))[0],
-        vocab_size=vocab,
-        max_text=weights.shape(prefix + names.text[1])[0],
-        end=int(text.get("eos_token_id") or TextConfig.end),
-    )
-    return LiTConfig(
-        image,
-        config,
-        weights.shape(names.ends[0])[0],
-        float(stored.get("init_temperature") or LiTConfig.temperature),
-        float(stored.get("max_logit_scale") or LiTConfig.max_scale),
-    )
-
-
-def decoder_config(weights: Weights) -> DecoderConfig:
-    """The decoder's shape in a checkpoint of the released training code."""
-    theirs = "models.text_decoder."
-    names = {ours: theirs + name for ours, name in layouts.TRAINER_DECODER.items()}
-    width = weights.shape(names["decoder.project.weight"])[0]
-    trunk = LAYOUTS["trainer"].trunk
-    return DecoderConfig(
-        width=width,
-        depth=layouts.count_blocks(weights.keys(), theirs + trunk.block[0]),
-        heads=usual_heads(width, weights.where),
-        hidden=weights.shape(theirs + trunk.block[4].split()[0].format(i=0))[0],
-        vocab_size=weights.shape(names["decoder.token_embed.weight"])[0],
-        max_text=weights.shape(names["decoder.text_position"])[0] - 1,
-    )
-
-
 # ---- the whole of it ----
 
 
@@ -361,7 +248,7 @@ def load_model(
     decoder: bool = False,
     revision: str | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
     """A model from anywhere, ready to use (evaluation mode).
 
@@ -370,27 +257,66 @@ def load_model(
         decoder: give the whole AIMv2 instead of its encoder.
         revision: of a hub id; released names have pinned ones.
         device: where the weights go; the CPU by default.
-        dtype: of the weights; as stored by default.
+        dtype: of the weights, or its name (``bfloat16``); by default as stored, and the widest where they differ.
 
     Returns:
         VisionEncoder; LiT for a pair; AIMv2 where ``decoder`` is true.
 
     Raises:
-        UsageError: nothing to load, an encoder alone where a decoder is wanted, a missing, extra or misshaped key.
+        UsageError: nothing to load, an encoder alone where a decoder is wanted, a missing, extra or misshaped key, a
+            device that is not there, a type that holds no fractions.
     """
+    place, kind = usable_device(device), float_type(dtype)
     at = source if isinstance(source, Source) else locate(source, revision)
     with Weights(at.files) as weights:
         found = layouts.detect(weights.keys(), weights.where)
         model, rules, skip = _plan(at, weights, found, decoder)
-        dtype = dtype or weights.dtype(next(iter(rules.values()))[0])
+        stored = widest(weights, rules)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)  # the weights alone: mean and std stay fp32
-        model.to_empty(device=device or "cpu")
+            parameter.data = parameter.data.to(kind or stored)  # the weights alone: mean and std stay fp32
+        model.to_empty(device=place)
         for module in model.modules():
             if isinstance(module, VisionEncoder):
                 module.fill_constants()
         fill(model, weights, rules, skip)
     return model.eval()
+
+
+def widest(weights: Weights, rules: Rules) -> torch.dtype:
+    """A type that holds every value of all tensors that the rules name: bf16 beside fp16 asks for fp32.
+
+    Raises:
+        UsageError: a missing key, or one that holds no floating-point numbers.
+    """
+    kinds = {weights.dtype(name) for names in rules.values() for name in names}
+    return reduce(torch.promote_types, kinds)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device, after putting an empty tensor there; None is the CPU.
+
+    Raises:
+        UsageError: an unknown name, or no such device here.
+    """
+    try:
+        found = torch.device(device or "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UsageError(f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU") from None
+    return found
+
+
+def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating type of torch's, given as such or by name.
+
+    Raises:
+        UsageError: no such type, or one that holds no fractions.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f"dtype {dtype!r}: float32, bfloat16 or float16 (a torch.dtype, or its name) expected")
+    return found
 
 
 def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
@@ -400,17 +326,24 @@ def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn
     with torch.device("meta"):
         if found.layout == "ours":
             return _plan_ours(at, weights, found, decoder, stored, seen)
-        if decoder and not (found.layout == "trainer" and found.text):
-            raise UsageError(f"MODEL {at.given}: an encoder alone, without a decoder")
-        if found.text is not None and found.layout != "trainer":
+        pair_of_both = found.text is not None and found.layout != "trainer"
+        if decoder and (pair_of_both or not found.text):
+            raise no_decoder(at, pair_of_both)
+        if pair_of_both:
             pair = pair_config(found, weights, stored, seen)
             return LiT(pair), layouts.pair_rules(found.layout, pair.encoder, pair.text), ()
-        shape = encoder_config(found, weights, stored.get("vision_config") or stored, seen)
+        shape = encoder_config(found, weights, section(stored, "vision_config") or stored, seen)
         if decoder:
             parts = decoder_config(weights)
             return AIMv2(shape, parts), layouts.trainer_rules(shape, parts), ()
         rules = layouts.encoder_rules(found.layout, shape, "", found.image)
         return VisionEncoder(shape), rules, ("models.text_decoder.",) if found.layout == "trainer" else ()
+
+
+def no_decoder(at: Source, pair: bool) -> UsageError:
+    """What is said where a decoder is wanted and there is none."""
+    what = "an image-text pair" if pair else "an encoder alone"
+    return UsageError(f"MODEL {at.given}: {what}, without a decoder; leave decoder out")
 
 
 def _plan_ours(
@@ -419,10 +352,12 @@ def _plan_ours(
     if "format" in stored:
         model = model_folder.build_empty(at.folder, decoder)
         if model is None:
-            raise UsageError(f"MODEL {at.given}: an encoder alone, without a decoder")
+            raise no_decoder(at, "lit" in stored)
         prefix = "encoder." if isinstance(model, VisionEncoder) else ""
         return model, {key: (prefix + key,) for key in model.state_dict()}, ("decoder.", "probe.") if prefix else ()
-    if decoder or found.text:
+    if decoder and not found.text:
+        raise no_decoder(at, pair=False)
+    if found.text:
         raise UsageError(f"MODEL {at.given}: more than an encoder, and no {model_folder.CONFIG} beside {weights.where}")
     encoder = VisionEncoder(encoder_config(found, weights, stored, seen))
     return encoder, {key: (found.image + key,) for key in encoder.state_dict()}, ()

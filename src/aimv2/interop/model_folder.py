@@ -6,6 +6,7 @@ Nothing here unpickles: a model given by a user is JSON and safetensors, or it i
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -105,16 +106,40 @@ def _read_config(folder: Path) -> tuple[LiTConfig | None, EncoderConfig, Decoder
         encoder = pair.encoder if pair else _fill(EncoderConfig, stored["encoder"])
         decoder = _fill(DecoderConfig, stored["decoder"]) if "decoder" in stored else None
         check_config(encoder, decoder or DecoderConfig())
+        for what, width, heads in (
+            ("pool_heads", encoder.width, encoder.pool_heads or 1),
+            ("heads of the text tower", pair.text.width if pair else 1, pair.text.heads if pair else 1),
+        ):
+            if width < 1 or heads < 1 or width % heads:
+                raise TypeError(f"{what} {heads}: they do not divide the width {width}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UsageError(f"{folder / CONFIG} can't be read as a model config: {error!r}") from None
     return pair, encoder, decoder
 
 
 def _fill(kind: Any, values: dict[str, Any]) -> Any:
-    known = {f.name for f in fields(kind)}
-    if unknown := set(values) - known:
+    known = {f.name: str(f.type) for f in fields(kind)}
+    if unknown := set(values) - set(known):
         raise TypeError(f"unknown {sorted(unknown)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    for key, value in values.items():
+        if known[key].startswith("tuple"):
+            values = {**values, key: three(value, key)}
+        elif known[key] == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{key} {value!r}, a whole number expected")
+    return kind(**values)
+
+
+def three(values: Any, key: str) -> tuple[float, float, float]:
+    """A mean or a deviation: three finite numbers, deviations above 0.
+
+    Raises:
+        TypeError: something else.
+    """
+    good = isinstance(values, list | tuple) and len(values) == 3
+    if good and all(isinstance(v, int | float) and math.isfinite(v) and (v > 0 or key != "std") for v in values):
+        one, two, last = values
+        return one, two, last
+    raise TypeError(f"{key} {values!r}, three numbers expected")
 
 
 def build_empty(folder: Path, decoder: bool) -> nn.Module | None:

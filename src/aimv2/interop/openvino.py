@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
 from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder, need
+from aimv2.interop.shapes import read_json, three
+from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig
 
 FILE = "openvino_model.xml"
 ABOUT = "openvino_config.json"
@@ -58,10 +62,13 @@ def to_openvino(model: nn.Module, out: Path, precision: str = "fp32", pixels: Se
     config = encoder.config
     about = {
         "precision": precision,
+        "name": config.name,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "mean": config.mean,
         "std": config.std,
+        "min_patches": config.min_patches,
+        "max_patches": config.max_patches,
     }
     (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
@@ -74,14 +81,15 @@ def quantize(graph: Any, pixels: Sequence[Tensor]) -> Any:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     images = [image[None].numpy() for part in pixels for image in part]
-    return nncf.quantize(
-        graph,
-        nncf.Dataset(images),
-        model_type=nncf.ModelType.TRANSFORMER,
-        preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric ranges: a third less error here than asymmetric ones
-        subset_size=len(images),
-        fast_bias_correction=True,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars; standard output is the result's
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(images),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric ranges: a third less error here than asymmetric ones
+            subset_size=len(images),
+            fast_bias_correction=True,
+        )
 
 
 class OpenVINOEncoder:
@@ -94,16 +102,38 @@ class OpenVINOEncoder:
         path = Path(folder)
         if not (path / FILE).is_file():
             raise UsageError(f"MODEL {folder}: no {FILE}; write one with: aimv2 convert SRC OUT --to openvino")
-        self.about = json.loads((path / ABOUT).read_text())
+        self.about = read_json(path / ABOUT)
+        self.config = seen_config(path, self.about)
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         options["INFERENCE_PRECISION_HINT"] = "bf16" if self.about["precision"] == "bf16" else "f32"
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         self.run = openvino.Core().compile_model(path / FILE, "CPU", options)
-        self.mean, self.std = (torch.tensor(self.about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(part).view(1, 3, 1, 1) for part in (self.config.mean, self.config.std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 or normalised float [B, 3, H, W] -> float32 [B, I, D]."""
+        """uint8 or normalised float [B, 3, H, W] -> float32 [B, I, D].
+
+        Raises:
+            ValueError: a shape that the model can't see correctly.
+        """
+        self.config.check_pixels(tuple(images.shape))
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std
         return torch.from_numpy(self.run(images.float().numpy())[0].copy())
+
+
+def seen_config(folder: Path, about: dict[str, Any]) -> EncoderConfig:
+    """What ``openvino_config.json`` tells of the images that a written model sees; the shape of its trunk is in the graph.
+
+    Raises:
+        UsageError: a value is missing or of another kind.
+    """
+    low, high = about.get("min_patches", NATIVE_PATCHES[0]), about.get("max_patches", NATIVE_PATCHES[1])
+    size, patch = about.get("image_size"), about.get("patch_size")
+    numbers = [patch, low, high] if size is None else [patch, low, high, size]
+    if about.get("precision") not in PRECISIONS or not all(isinstance(value, int) and value > 0 for value in numbers):
+        raise UsageError(f"{folder / ABOUT}: written by another program, or broken; convert the model again")
+    mean, std = (three(about.get(key), key, str(folder / ABOUT)) for key in ("mean", "std"))
+    name = str(about.get("name", folder.name))
+    return EncoderConfig(name, 0, 0, 0, 0, int(patch or 0), size, mean, std, low, high)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
+from aimv2.errors import UsageError
 from aimv2.models.decoder import MultimodalDecoder, Prediction
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.generate import generate
@@ -62,11 +63,14 @@ class AIMv2(nn.Module):
             tokenizer: other than the model's own.
 
         Raises:
-            ValueError: options out of range, no text head, no tokeniser.
+            ValueError: options out of range, no text head.
+            UsageError: no tokeniser.
         """
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
-            raise ValueError("no tokenizer: load the model from its folder, or give tokenizer=")
+            raise UsageError(
+                "the model has no tokenizer (its folder held none): give tokenizer=, or load a RUN, which has one"
+            )
         images = images.to(next(self.parameters()).device)
         limit = self.decoder.config.max_text if max_tokens is None else max_tokens
         was_training = self.training

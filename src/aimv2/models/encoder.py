@@ -93,12 +93,18 @@ class VisionEncoder(nn.Module):
         Returns:
             [B, I, D] after the last norm, or for a list a list of [I, D]; with ``layers`` a pair of that and a list of
             the same for each layer.
+
+        Raises:
+            TypeError: arrays or pictures instead of tensors.
+            ValueError: layers that there are not, images that the model can't see, a list with a prefix.
         """
         depth = len(self.blocks)
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
         wanted = [layer % depth for layer in layers or ()]
         if not isinstance(images, Tensor):
+            if prefix_len is not None:
+                raise ValueError("prefix_len goes with one tensor [B, 3, H, W]; a list of images is bidirectional")
             return self._forward_list(images, wanted, layers is None)
         x = self._embed(images)
         mask = None
@@ -123,7 +129,17 @@ class VisionEncoder(nn.Module):
 
     def _forward_list(self, images: Sequence[Tensor], wanted: Sequence[int], plain: bool) -> Any:
         """Images [3, H, W] of any sizes, packed in one row; see :meth:`forward`."""
-        if not len(images):
+        listed = isinstance(images, list | tuple)
+        for one in images if listed else [images]:
+            if not listed or not isinstance(one, Tensor):
+                raise TypeError(
+                    f"images: a tensor [B, 3, H, W] or a list of tensors [3, H, W] is expected, got {type(one).__module__}."
+                    f"{type(one).__qualname__}; aimv2.image_transform(model) makes tensors of PIL images, "
+                    "torch.from_numpy of arrays"
+                )
+            if one.ndim != 3:
+                raise ValueError(f"images of a list must be [3, H, W] each, got {list(one.shape)}")
+        if not images:
             raise ValueError("images: at least one is expected, got an empty list")
         rows = [self._embed(image[None])[0] for image in images]
         lengths = tuple(len(row) for row in rows)
@@ -132,15 +148,18 @@ class VisionEncoder(nn.Module):
         out, *inner = (list(part[0].split(lengths)) for part in (x, *kept))
         return out if plain else (out, inner)
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D] through the pooling head.
+    def pooled(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """[B, 3, H, W], or a list of B images [3, H, W] -> [B, D] through the pooling head.
 
         Raises:
             ValueError: the model has none.
         """
         if self.head is None:
             raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
-        return self.head(self(images))
+        features = self(images)
+        if isinstance(features, Tensor):
+            return self.head(features)
+        return torch.cat([self.head(x[None]) for x in features])
 
     def encode(
         self,

@@ -1,6 +1,6 @@
 """How well captions fit images, by the decoder's own probabilities: log p(caption | image), for all of both.
 
-Legend: B images, C captions, I patches, T tokens of the longest caption in a part, D decoder width, H heads, V vocabulary.
+Legend: B images, C captions, c captions of a part, T tokens of its longest, I patches, H heads, d width of a head.
 
 An image is read once: its keys and values of every block stay, and all captions are read behind them, in parts.
 """
@@ -39,12 +39,13 @@ class ImageMemory:
         assert self.caches[0].key is not None
         return self.caches[0].key.shape[2]
 
-    def behind(self, block: int, image: int, captions: int) -> Cache:
-        """A block's cache of one image for ``captions`` rows, without a copy; what is added to it is not kept here."""
+    def behind(self, block: int, begin: int, end: int, captions: int) -> Cache:
+        """A block's cache of images ``begin`` to ``end``, each for ``captions`` rows; what is added to it is not kept here."""
         cache, held = Cache(), self.caches[block]
         assert held.key is not None and held.value is not None
-        cache.key = held.key[image].expand(captions, -1, -1, -1)
-        cache.value = held.value[image].expand(captions, -1, -1, -1)
+        cache.key, cache.value = (
+            part[begin:end, None].expand(-1, captions, -1, -1, -1).flatten(0, 1) for part in (held.key, held.value)
+        )
         return cache
 
 
@@ -86,8 +87,10 @@ def log_likelihood(model: AIMv2, memory: ImageMemory, captions: Sequence[Sequenc
     out = torch.empty(memory.images, len(captions), dtype=torch.float64)
     for places, text in _parts(captions, memory.patches):
         text = text.to(model.decoder.bos.device)
-        for image in range(memory.images):
-            out[image, places] = _of_one_image(model.decoder, memory, image, text)
+        size = max(1, CHUNK_POSITIONS // (len(text) * (memory.patches + text.shape[1])))
+        for begin in range(0, memory.images, size):
+            end = min(begin + size, memory.images)
+            out[begin:end, places] = _of_images(model.decoder, memory, begin, end, text)
     return out
 
 
@@ -145,20 +148,22 @@ def _parts(captions: Sequence[Sequence[int]], patches: int) -> list[tuple[Tensor
     return out
 
 
-def _of_one_image(decoder: MultimodalDecoder, memory: ImageMemory, image: int, text: Tensor) -> Tensor:
-    """[c, T] padded with IGNORED -> float64 [c] on the CPU.
+def _of_images(decoder: MultimodalDecoder, memory: ImageMemory, begin: int, end: int, text: Tensor) -> Tensor:
+    """Captions [c, T], padded with IGNORED, behind images begin..end-1: float64 [end - begin, c] on the CPU.
 
     Padding lies behind the real tokens, which read causally: it is fed as token 0 and its output is dropped.
     """
-    x = decoder.caption_inputs(text.clamp(min=0), text.shape[1])
+    count = end - begin
+    x = decoder.caption_inputs(text.clamp(min=0), text.shape[1]).repeat(count, 1, 1)
     for number, block in enumerate(decoder.trunk.blocks):
-        x = block(x, cache=memory.behind(number, image, len(text)))
-    real = (text != IGNORED).flatten().nonzero().flatten()
-    rows, targets = decoder.trunk.norm(x).flatten(0, 1).index_select(0, real), text.flatten().index_select(0, real)
+        x = block(x, cache=memory.behind(number, begin, end, len(text)))
+    targets = text.repeat(count, 1).flatten()
+    real = (targets != IGNORED).nonzero().flatten()
+    rows = decoder.trunk.norm(x).flatten(0, 1).index_select(0, real)
     logs = [
         -F.cross_entropy(decoder.text_head(part).float(), target, reduction="none")
-        for part, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS))
+        for part, target in zip(rows.split(CHUNK_ROWS), targets.index_select(0, real).split(CHUNK_ROWS))
     ]
-    of_caption = real // text.shape[1]
-    total = torch.zeros(len(text), dtype=torch.float64)
-    return total.index_add(0, of_caption.cpu(), torch.cat(logs).double().cpu())
+    total = torch.zeros(count * len(text), dtype=torch.float64)
+    total.index_add_(0, (real // text.shape[1]).cpu(), torch.cat(logs).double().cpu())
+    return total.view(count, len(text))

@@ -6,6 +6,7 @@ Legend: B images or texts, N patches, T tokens, D width, P width of the shared s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,8 +105,8 @@ class LiT(nn.Module):
         """What ``config.json`` keeps of the pair."""
         return {"lit": {**asdict(self.config), "encoder": self.image.config_dict()}}
 
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """uint8 or normalised float [B, 3, H, W] -> [B, P], of unit length where ``normalize``."""
+    def encode_image(self, images: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
+        """uint8 or normalised float [B, 3, H, W], or a list of [3, H, W] -> [B, P], of unit length where ``normalize``."""
         out = self.image_projection(self.image.pooled(images))
         return F.normalize(out, dim=-1) if normalize else out
 
@@ -120,6 +121,6 @@ class LiT(nn.Module):
         out = self.text_projection(self.text.pool(tokens))
         return F.normalize(out, dim=-1) if normalize else out
 
-    def forward(self, images: Tensor, texts: Tensor | list[str]) -> Tensor:
+    def forward(self, images: Tensor | Sequence[Tensor], texts: Tensor | list[str]) -> Tensor:
         """Logits: every image beside every text, [images, texts]."""
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T

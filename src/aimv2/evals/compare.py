@@ -1,0 +1,418 @@
+"""Results beside one another and beside the paper's tables: one table a data set, one column a protocol.
+
+Figures of an attentive probe, of nearest neighbours, of a linear classifier and of zero-shot classification are not
+figures of the same thing, so each protocol has a column of its own, and what further differs stands in a note.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2.errors import UsageError, nearest
+from aimv2.evals.result import FILE, read_result
+
+CLIP_BENCHMARK = "CLIP_benchmark"
+PAPER_NOTE = "the paper's attentive probes: 100 epochs, augmented, the best of 14 heads is reported (Table A2)"
+PLOTS = (".png", ".pdf", ".svg")
+# where a figure lies in a result -> its name, and what it is multiplied by; the first of a table is what is plotted
+METRICS: dict[tuple[str, ...], tuple[str, float]] = {
+    ("top1",): ("top-1, %", 100),
+    ("text_to_image", "R@1"): ("text to image R@1, %", 100),
+    ("image_to_text", "R@1"): ("image to text R@1, %", 100),
+    ("miou",): ("mIoU, %", 100),
+    ("rmse",): ("RMSE, m", 1),
+    ("cider",): ("CIDEr", 100),
+    ("bleu4",): ("BLEU-4", 100),
+    ("exact_match",): ("exact match, %", 100),
+}
+BASELINES = {"random": "random encoder", "pixels": "raw pixels"}
+# CLIP_benchmark's files: task -> protocol, {its metric: where ours lies}
+CLIP_FIGURES: dict[
+    str, tuple[str, dict[str, tuple[str, ...]]]
+] = {  # of CLIP_benchmark's result files: task -> protocol, {its metric: ours}
+    "zeroshot_classification": ("zero-shot, contrastive", {"acc1": ("top1",)}),
+    "linear_probe": (f"linear probe of {CLIP_BENCHMARK}", {"lp_acc1": ("top1",)}),
+    "zeroshot_retrieval": (
+        "retrieval, contrastive",
+        {
+            "image_retrieval_recall@1": ("text_to_image", "R@1"),
+            "text_retrieval_recall@1": ("image_to_text", "R@1"),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure.
+
+    Attributes:
+        dataset: registered name where it has one.
+        model: or the baseline.
+        of: of a baseline the model that it stands beside, else "".
+        protocol: how it was measured.
+        metric: its name with the unit.
+        value: in that unit.
+        interval: (low, high) in that unit, 95%; None where it has none.
+        kind: result, baseline, or paper.
+        source: table of the paper, or the file.
+        notes: what keeps it from being compared without a word.
+    """
+
+    dataset: str
+    model: str
+    of: str
+    protocol: str
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
+    kind: str
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """The paper's numbers: ``datasets``, ``recognition``, ``zeroshot``, ``resolution``; see paper.yaml."""
+    return yaml.safe_load(files("aimv2.evals").joinpath("paper.yaml").read_text("utf-8"))
+
+
+@cache
+def _by_name() -> dict[str, dict[str, Any]]:
+    """Data sets of Table B1 by their names without case and marks."""
+    table = paper()["datasets"]
+    rows = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    return {_plain(word): row for row in rows for word in (row["name"], row["printed"])}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^(wds[/_])?(vtab[/_])?", "", name.lower()))
+
+
+def known_dataset(name: str) -> dict[str, Any] | None:
+    """``name, printed, train, test, classes`` of a data set of Table B1; None for any other."""
+    return _by_name().get(_plain(name))
+
+
+def paper_cells(dataset: str) -> list[Cell]:
+    """Everything that the paper reports on a registered data set, in the order of its tables."""
+    top1, numbers = METRICS[("top1",)][0], paper()
+    names = [row[0] for row in numbers["datasets"]["rows"]]
+    cells = []
+    if dataset in names:
+        column = names.index(dataset) + 1
+        part = numbers["recognition"]
+        for table in part["tables"]:
+            for row in table["rows"]:
+                value, source = row[column], table["source"]
+                cells.append(Cell(dataset, row[0], "", part["protocol"], top1, value, None, "paper", source))
+    part = numbers["resolution"]
+    for row in part["rows"] if part["dataset"] == dataset else ():
+        for seen, value in zip(part["columns"], row[1:]):
+            if value is not None:
+                model = f"{row[0]}, tested at {seen}"
+                cells.append(Cell(dataset, model, "", part["protocol"], top1, value, None, "paper", part["source"]))
+    part = numbers["zeroshot"]
+    for name, value in part["rows"] if part["dataset"] == dataset else ():
+        cells.append(Cell(dataset, name, "", part["protocol"], top1, value, None, "paper", part["source"]))
+    return cells
+
+
+# ---- results ----
+
+
+def read_cells(path: str) -> list[Cell]:
+    """The figures of a result file (or of the one in a folder), ours or CLIP_benchmark's.
+
+    Raises:
+        UsageError: not a result, one of another version, one without a figure that is known here.
+    """
+    file = Path(path).expanduser()
+    file = file / FILE if file.is_dir() else file
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if isinstance(stored, dict) and {"dataset", "model", "task", "metrics"} <= stored.keys():
+        cells = list(_of_clip_benchmark(stored, path))
+    else:
+        cells = list(_of_ours(read_result(path), path))
+    if not cells:
+        wanted = ", ".join(".".join(place) for place in METRICS)
+        raise UsageError(f"RESULT {path}: no figure that is compared ({wanted})")
+    return cells
+
+
+def _of_clip_benchmark(stored: dict[str, Any], path: str) -> Iterator[Cell]:
+    task = str(stored["task"])
+    if task not in CLIP_FIGURES:
+        raise UsageError(f"RESULT {path}: task '{task}' of {CLIP_BENCHMARK}; one of {', '.join(CLIP_FIGURES)} expected")
+    protocol, places = CLIP_FIGURES[task]
+    known = known_dataset(str(stored["dataset"]))
+    name = known["name"] if known else str(stored["dataset"])
+    model = " ".join(str(stored[key]) for key in ("model", "pretrained") if stored.get(key))
+    for key, place in places.items():
+        value = stored["metrics"].get(key)
+        if isinstance(value, int | float):
+            metric, scale = METRICS[place]
+            notes = (f"measured by {CLIP_BENCHMARK}, with its templates and images",)
+            yield Cell(name, model, "", protocol, metric, scale * value, None, "result", path, notes)
+
+
+def _of_ours(result: dict[str, Any], path: str) -> Iterator[Cell]:
+    try:
+        data, figures, model = result["data"], result["figures"], str(result["model"]["name"])
+        given = data.get("dataset") or data["name"]
+        known = known_dataset(str(given))
+        head = Cell(known["name"] if known else str(given), model, "", "", "", 0.0, None, "result", path)
+        notes = tuple(_differences(result, known))
+        yield from _figures(replace(head, protocol=protocol_of(result), notes=notes), figures, result)
+        for name, found in figures.get("baselines", {}).items():
+            other = replace(head, model=BASELINES.get(name, name), of=model, kind="baseline")
+            yield from _figures(replace(other, protocol=protocol_of(result), notes=notes), found, result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"RESULT {path}: a part of the result is missing or of another form ({error})") from None
+
+
+def _figures(cell: Cell, figures: dict[str, Any], result: dict[str, Any]) -> Iterator[Cell]:
+    """A cell for every figure that is there; of few-shot results for every number of shots."""
+    if result["verb"] == "fewshot":
+        layer = figures["chosen"][0]["layer"]
+        for row in figures["table"]:
+            if row["layer"] == layer:
+                yield from _figures(replace(cell, protocol=f"{row['shots']}-shot"), row, {"verb": "a row"})
+        return
+    for place, (metric, scale) in METRICS.items():
+        *outer, key = place
+        part = figures
+        for step in outer:
+            part = part.get(step, {})
+        if isinstance(part.get(key), int | float):
+            low, high = part.get(f"{key}_interval") or (None, None)
+            interval = None if low is None or high is None else (scale * low, scale * high)
+            yield replace(cell, metric=metric, value=scale * part[key], interval=interval)
+        if isinstance(part.get(f"{key}_chance"), int | float):
+            value = scale * part[f"{key}_chance"]
+            yield replace(cell, model="chance", of=cell.model, kind="baseline", metric=metric, value=value, notes=())
+
+
+def protocol_of(result: dict[str, Any]) -> str:
+    """The protocol of a result in words: what shares it may stand in one column."""
+    protocol = result["protocol"]
+    name = str(protocol.get("name", result["verb"]))
+    more = {"linear": protocol.get("solver"), "retrieve": protocol.get("candidates")}.get(result["verb"])
+    if more is None:
+        return name
+    return f"{name}, {more} candidates" if result["verb"] == "retrieve" else f"{name}, {more}"
+
+
+def _differences(result: dict[str, Any], known: dict[str, Any] | None) -> Iterator[str]:
+    """What keeps a result from standing beside others of its column without a word."""
+    data, protocol = result["data"], result["protocol"]
+    if known and not data.get("dataset"):
+        yield f"taken for {known['printed']} by the name of its data"
+    for word, key in (("trained", "train"), ("tested", "test")) if known else ():
+        count = data.get(f"{key}_images")
+        if count is not None and known and count != known[key] and not (key == "train" and result["verb"] == "fewshot"):
+            yield f"{word} on {count:,} images, the paper on {known[key]:,} (Table B1)"
+    if protocol.get("features") == "cached":
+        yield "cached features: no augmentation"
+    if result["verb"] == "probe" and protocol.get("epochs") not in (None, 100):
+        yield f"{protocol['epochs']} epochs"
+    chosen = str(result["figures"].get("selected_on", ""))
+    if chosen.startswith("test"):
+        yield "chosen on the test labels, as the paper does"
+    if result["verb"] == "caption":
+        yield f"words by {protocol.get('tokenizer')}"
+
+
+# ---- tables ----
+
+
+@dataclass
+class Grid:
+    """A data set's table: columns are (protocol, metric), a row has at most one cell of each."""
+
+    dataset: str
+    columns: list[tuple[str, str]]
+    rows: list[dict[tuple[str, str], Cell]]
+
+
+def make_grid(dataset: str, cells: Sequence[Cell]) -> Grid:
+    """Figures of one model in one row; a second figure of the same column starts a row of its own."""
+    columns = list(dict.fromkeys((cell.protocol, cell.metric) for cell in cells))
+    rows: list[dict[tuple[str, str], Cell]] = []
+    for cell in cells:
+        column = cell.protocol, cell.metric
+        same = (row for row in rows if column not in row and _owner(next(iter(row.values()))) == _owner(cell))
+        row = next(same, None)
+        if row is None:
+            rows.append(row := {})
+        row[column] = cell
+    order = {"result": 0, "baseline": 1, "paper": 2}
+    rows.sort(key=lambda row: order[next(iter(row.values())).kind])
+    return Grid(dataset, columns, rows)
+
+
+def _owner(cell: Cell) -> tuple[str, str, str, str]:
+    return cell.model, cell.of, cell.kind, cell.source if cell.kind == "paper" else ""
+
+
+def title_of(dataset: str) -> str:
+    """A data set's heading: its sizes, or that the paper does not have it."""
+    known = known_dataset(dataset)
+    if known is None:
+        return f"{dataset} (not one of the paper's)"
+    name = "" if known["printed"].lower().replace("-", "") == known["name"] else f" ({known['printed']})"
+    return f"{dataset}{name}: {known['test']:,} test images, {known['classes']:,} classes"
+
+
+class Notes:
+    """Notes in the order of their first use, and the marks that point to them."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, notes: Sequence[str]) -> str:
+        self.texts += [note for note in notes if note not in self.texts]
+        return "".join(f" [{self.texts.index(note) + 1}]" for note in notes)
+
+
+def words_of(cell: Cell | None, notes: Notes, between: str) -> str:
+    """A cell's text: figure, interval, marks."""
+    if cell is None:
+        return ""
+    digits = 3 if cell.metric.startswith("RMSE") else 1
+    text = f"{cell.value:.{digits}f}"
+    if cell.interval:
+        text += between.format(f"{cell.interval[0]:.{digits}f}-{cell.interval[1]:.{digits}f}")
+    return text + notes.mark(cell.notes)
+
+
+def _name_and_source(row: dict[tuple[str, str], Cell]) -> tuple[str, str]:
+    first = next(iter(row.values()))
+    return first.model, {"result": "measured", "baseline": "baseline"}.get(
+        first.kind, first.source.removeprefix("AIMV2, ")
+    )
+
+
+def as_text(grids: Sequence[Grid], width: int = 80) -> str:
+    """Tables within ``width`` columns; of many protocols several tables, one below the other."""
+    import io
+    import textwrap
+
+    from rich.console import Console
+    from rich.table import Table
+
+    notes, out = Notes(), io.StringIO()
+    console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    for grid in grids:
+        console.print(title_of(grid.dataset), soft_wrap=False)
+        for start in range(0, len(grid.columns), 3):
+            columns = grid.columns[start : start + 3]
+            table = Table(box=None, pad_edge=False)
+            table.add_column("model", overflow="fold", max_width=28)
+            for protocol, metric in columns:
+                table.add_column(f"{protocol}\n{metric}", justify="right", overflow="fold", max_width=14)
+            table.add_column("from", overflow="fold", max_width=12)
+            for row in grid.rows:
+                if any(column in row for column in columns):
+                    name, source = _name_and_source(row)
+                    table.add_row(name, *(words_of(row.get(c), notes, "\n{}") for c in columns), source)
+            console.print(table)
+        console.print()
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    for text in _closing(grids, notes):
+        lines += textwrap.wrap(text, width, subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _closing(grids: Sequence[Grid], notes: Notes) -> list[str]:
+    """What stands below all tables."""
+    lines = [f"[{number}] {text}" for number, text in enumerate(notes.texts, 1)]
+    cells = [cell for grid in grids for row in grid.rows for cell in row.values()]
+    if any(len(grid.columns) > 1 for grid in grids):
+        lines.append("Each column is a protocol of its own: figures compare within a column, not across.")
+    if any(cell.interval for cell in cells):
+        lines.append("Below or behind a figure: its 95% interval.")
+    if any(cell.kind == "paper" for cell in cells):
+        lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {PAPER_NOTE}.")
+    return lines
+
+
+def as_markdown(grids: Sequence[Grid]) -> str:
+    """The same tables for a document."""
+    notes, lines = Notes(), list[str]()
+    for grid in grids:
+        heads = ["model", *(f"{protocol}: {metric}" for protocol, metric in grid.columns), "from"]
+        lines += [f"### {title_of(grid.dataset)}", "", _markdown_row(heads)]
+        lines.append(_markdown_row(["---", *["---:"] * len(grid.columns), "---"]))
+        for row in grid.rows:
+            name, source = _name_and_source(row)
+            lines.append(_markdown_row([name, *(words_of(row.get(c), notes, " ({})") for c in grid.columns), source]))
+        lines.append("")
+    lines += [f"- {text}" for text in _closing(grids, notes)]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+FORMATS: dict[str, Callable[[Sequence[Grid]], str]] = {"text": as_text, "markdown": as_markdown}
+
+
+def compare_results(
+    paths: Sequence[str], dataset: str | None = None, format: str = "text", picture: str | None = None
+) -> dict[str, Any]:
+    """Reads results, puts the paper's figures of the same data sets beside them, renders.
+
+    Args:
+        paths: result files or folders with one.
+        dataset: only results on this data set; None: all.
+        format: text, markdown or json.
+        picture: file of a plot, PNG, PDF or SVG.
+
+    Returns:
+        ``table``: a dict a figure (see :class:`Cell`), ``text``: in ``format``, ``datasets``, ``plot``.
+
+    Raises:
+        UsageError: nothing given, not a result, a result of another version, a data set that none of them is on.
+    """
+    formats = (*FORMATS, "json")
+    if format not in formats:
+        raise UsageError(f"--format {format}: one of {', '.join(formats)} expected{nearest(format, formats)}")
+    if not paths:
+        raise UsageError("RESULTS: at least one result file, or folder with a result.json, is expected")
+    file = Path(picture).expanduser() if picture else None
+    if file and (file.suffix.lower() not in PLOTS or not file.parent.is_dir()):
+        raise UsageError(f"--plot {picture}: a file that ends in {', '.join(PLOTS)}, in a folder that exists, expected")
+    cells = [cell for path in paths for cell in read_cells(path)]
+    found = list(dict.fromkeys(cell.dataset for cell in cells))
+    if dataset is not None:
+        known = known_dataset(dataset)
+        wanted = known["name"] if known else dataset
+        if wanted not in found:
+            raise UsageError(f"--dataset {dataset}: none of the results is on it (they are on {', '.join(found)})")
+        found = [wanted]
+    grids = []
+    for name in found:
+        mine = [cell for cell in cells if cell.dataset == name]
+        top1 = any(cell.metric == METRICS[("top1",)][0] for cell in mine)
+        grids.append(make_grid(name, [*mine, *(paper_cells(name) if top1 else ())]))
+    table = [asdict(cell) for grid in grids for row in grid.rows for cell in row.values()]
+    text = json.dumps(table, indent=1, ensure_ascii=False) if format == "json" else FORMATS[format](grids)
+    if file:
+        from aimv2.evals.compare_plot import plot
+
+        plot(grids, file)
+    return {"datasets": found, "table": table, "text": text, "plot": str(file) if file else None}

@@ -1,0 +1,83 @@
+"""Sentences around a class name, ``{}`` standing for it: CLIP's eighty for ImageNet, a short list for any photographs.
+
+Source: the notebook Prompt_Engineering_for_ImageNet of openai/CLIP (MIT), in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aimv2.errors import UsageError, nearest
+
+DEFAULT = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
+IMAGENET = (
+    *("a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}."),
+    *("a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}."),
+    *("a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.", "a photo of a hard to see {}."),
+    *("a bright photo of a {}.", "a photo of a clean {}.", "a photo of a dirty {}.", "a dark photo of the {}."),
+    *("a drawing of a {}.", "a photo of my {}.", "the plastic {}.", "a photo of the cool {}."),
+    *("a close-up photo of a {}.", "a black and white photo of the {}.", "a painting of the {}."),
+    *("a painting of a {}.", "a pixelated photo of the {}.", "a sculpture of the {}.", "a bright photo of the {}."),
+    *("a cropped photo of a {}.", "a plastic {}.", "a photo of the dirty {}.", "a jpeg corrupted photo of a {}."),
+    *("a blurry photo of the {}.", "a photo of the {}.", "a good photo of the {}.", "a rendering of the {}."),
+    *("a {} in a video game.", "a photo of one {}.", "a doodle of a {}.", "a close-up photo of the {}."),
+    *("a photo of a {}.", "the origami {}.", "the {} in a video game.", "a sketch of a {}.", "a doodle of the {}."),
+    *("a origami {}.", "a low resolution photo of a {}.", "the toy {}.", "a rendition of the {}."),
+    *("a photo of the clean {}.", "a photo of a large {}.", "a rendition of a {}.", "a photo of a nice {}."),
+    *("a photo of a weird {}.", "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.", "a sketch of the {}."),
+    *("a embroidered {}.", "a pixelated photo of a {}.", "itap of the {}.", "a jpeg corrupted photo of the {}."),
+    *("a good photo of a {}.", "a plushie {}.", "a photo of the nice {}.", "a photo of the small {}."),
+    *("a photo of the weird {}.", "the cartoon {}.", "art of the {}.", "a drawing of the {}."),
+    *("a photo of the large {}.", "a black and white photo of a {}.", "the plushie {}.", "a dark photo of a {}."),
+    *("itap of a {}.", "graffiti of the {}.", "a toy {}.", "itap of my {}.", "a photo of a cool {}."),
+    *("a photo of a small {}.", "a tattoo of the {}."),
+)
+LISTS = {"default": DEFAULT, "imagenet": IMAGENET}
+
+
+def find_templates(asked: str) -> tuple[str, ...]:
+    """The templates behind ``--templates``.
+
+    Args:
+        asked: ``default``, ``imagenet``, one template, or a text file with one a line.
+
+    Raises:
+        UsageError: none of these, a template without ``{}``, an empty file.
+    """
+    if asked in LISTS:
+        return LISTS[asked]
+    if "{}" in asked:
+        return (asked,)
+    file = Path(asked).expanduser()
+    if not file.is_file():
+        raise UsageError(
+            f"--templates {asked}: {', '.join(LISTS)}, a template with {{}} for the class, or a file of them expected"
+            f"{nearest(asked, LISTS)}"
+        )
+    found = read_lines(file, "--templates")
+    for line in found:
+        if "{}" not in line:
+            raise UsageError(f"--templates {asked}: '{line}' has no {{}}, where the class name goes")
+    return tuple(found)
+
+
+def read_lines(file: Path, option: str) -> list[str]:
+    """The lines of a text file that are not blank, stripped.
+
+    Raises:
+        UsageError: it can't be read, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {file}: can't be read as text: {error}") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise UsageError(f"{option} {file}: the file is empty; a line each is expected")
+    return found
+
+
+def fill(templates: Sequence[str], name: str) -> list[str]:
+    """The templates with a class name in them."""
+    return [template.replace("{}", name) for template in templates]

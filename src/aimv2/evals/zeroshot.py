@@ -1,0 +1,216 @@
+"""Zero-shot classification: the class whose texts fit the image best, by a pair's cosine or a decoder's likelihood.
+
+Legend: N images, C classes, t templates.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from aimv2.data.ahead import ahead
+from aimv2.data.images import ImageError
+from aimv2.data.labelled import EXPECTED, Labelled, Split, open_labelled, subset
+from aimv2.errors import UsageError
+from aimv2.evals.result import check_out, make_result, write_result
+from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, by_cosine, by_likelihood, stacked
+from aimv2.evals.scores import per_class, top1, wilson
+from aimv2.evals.templates import fill, find_templates, read_lines
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.lit import LiT
+
+BEST = 5  # guesses kept an image
+NAMELESS = re.compile(r"\d+|n\d{8}")  # numbers and WordNet ids say nothing to a text tower
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asked for beside the model; see :func:`aimv2.api.zeroshot`."""
+
+    data: str
+    dataset: str | None
+    templates: str
+    classes: str | None
+    normalize: str
+    limit: int
+    seed: int
+    batch_size: int
+    out: str | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Images that are measured, images that a text's prior is estimated from (None: none), and in words where from."""
+
+    test: Labelled
+    others: Labelled | None
+    others_are: str | None
+
+
+def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
+    """Opens the data, scores every class on every image, counts, writes.
+
+    Raises:
+        UsageError: data, class names or templates that do not fit.
+    """
+    started = time.perf_counter()
+    templates = find_templates(asked.templates)
+    prior = matcher.by == "likelihood" and asked.normalize == "prior"
+    chosen = choose(asked, prior)
+    names = class_names(chosen.test, asked.classes)
+    out = check_out(asked.out, "zeroshot")
+    groups = [fill(templates, name) for name in names]
+    rejected: list[dict[str, str]] = []
+    if matcher.by == "contrastive":
+        scorer = by_cosine(cast(LiT, matcher.model), groups)
+    else:
+        others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
+        scorer = by_likelihood(cast(AIMv2, matcher.model), groups, asked.normalize, (batch for batch, _ in others))
+    best, labels = guess(matcher, scorer, chosen.test, asked.batch_size, rejected)
+    protocol: dict[str, Any] = {
+        "name": f"zero-shot, {matcher.by}",
+        "templates": list(templates),
+        "class_names": asked.classes or "of the data set",
+        "view": "centred square" if matcher.model.encoder.config.image_size else "whole image",
+    }
+    if matcher.by == "likelihood":
+        protocol |= {"normalize": asked.normalize, "prior_from": chosen.others_are}
+    about = {
+        "name": chosen.test.name,
+        "dataset": asked.dataset,
+        "source": chosen.test.source,
+        "split": chosen.test.split,
+        "test_images": len(labels),
+        "classes": len(names),
+        "rejected": rejected,
+    }
+    seconds = time.perf_counter() - started
+    result = make_result(
+        "zeroshot", protocol, matcher.about(), about, figures(best, labels, names), seconds, asked.seed
+    )
+    return write_result(out, result)
+
+
+def choose(asked: Asked, prior: bool) -> Chosen:
+    """The split to measure, cut to ``limit`` images, and other images where a prior is wanted.
+
+    Raises:
+        UsageError: see :func:`aimv2.data.labelled.open_labelled`.
+    """
+    order: tuple[Split, ...] = ("test", "val", "train")
+    data = next((found for split in order if (found := open_labelled(asked.data, split, asked.dataset))), None)
+    if data is None:
+        raise UsageError(f"--data {asked.data}: no labelled images there; expected {EXPECTED}")
+    rng = np.random.default_rng(asked.seed)
+    rows = rng.permutation(len(data.labels))
+    cut = asked.limit or len(rows)
+    test, rest = subset(data, np.sort(rows[:cut])), rows[cut:]
+    if not prior:
+        return Chosen(test, None, None)
+    if len(rest) >= PRIOR_IMAGES:
+        return Chosen(test, subset(data, rest[:PRIOR_IMAGES]), f"{PRIOR_IMAGES} images of the split, not measured")
+    for split in order[1:] if data.split == "test" else ("train",) if data.split == "val" else ():
+        if (other := _unlabelled(asked.data, split)) is not None:
+            count = min(PRIOR_IMAGES, len(other.labels))
+            drawn = rng.choice(len(other.labels), count, replace=False)
+            return Chosen(test, subset(other, drawn), f"{count} images of the {split} split, without their labels")
+    count = min(PRIOR_IMAGES, len(test.labels))
+    drawn = rng.choice(len(test.labels), count, replace=False)
+    return Chosen(test, subset(test, drawn), f"{count} of the measured images, without their labels")
+
+
+def _unlabelled(source: str, split: Split) -> Labelled | None:
+    """A further split, for its images alone: one whose labels are refused serves as little as one that is not there."""
+    try:
+        return open_labelled(source, split)
+    except UsageError:
+        return None
+
+
+def class_names(data: Labelled, file: str | None) -> tuple[str, ...]:
+    """What stands in the templates: the names of ``--classes``, else the data set's, underscores as spaces.
+
+    Raises:
+        UsageError: not as many names as classes, or names that are numbers.
+    """
+    if file is None:
+        names = tuple(" ".join(name.replace("_", " ").split()) for name in data.classes)
+        if all(NAMELESS.fullmatch(name) for name in names):
+            raise UsageError(
+                f"--data {data.source}: its classes are called {names[0]}, {names[1]}, ...; give their names with "
+                f"--classes FILE, one a line in the order of the labels ({len(names)} of them)"
+            )
+        return names
+    found = tuple(read_lines(Path(file).expanduser(), "--classes"))
+    if len(found) != len(data.classes):
+        raise UsageError(f"--classes {file}: {len(found)} names, but {data.source} has {len(data.classes)} classes")
+    return found
+
+
+def seen(
+    matcher: Matcher, data: Labelled, size: int, rejected: list[dict[str, str]]
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Batches of images as the model sees them, with their rows; what can't be read is added to ``rejected``."""
+    rows: list[int] = []
+
+    def read(row: int) -> Tensor | str:
+        try:
+            return matcher.see(data.image(row))
+        except ImageError as error:
+            return str(error)
+
+    def good() -> Iterator[Tensor]:
+        for row, found in enumerate(ahead(read, range(len(data.labels)))):
+            if isinstance(found, str):
+                rejected.append({"key": data.keys[row], "reason": found})
+            else:
+                rows.append(row)
+                yield found
+
+    for batch in stacked(good(), size):
+        yield batch, [rows.pop(0) for _ in range(len(batch))]
+
+
+def guess(
+    matcher: Matcher, scorer: Scorer, data: Labelled, size: int, rejected: list[dict[str, str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best classes of every readable image, best first, and its label: int64 [N, up to 5] and [N].
+
+    Raises:
+        UsageError: no image could be read.
+    """
+    console = Console(file=sys.stderr)
+    best, labels = list[np.ndarray](), list[np.ndarray]()
+    total = -(-len(data.labels) // size)
+    for images, rows in track(seen(matcher, data, size, rejected), "images", total, console=console, transient=True):
+        order = np.argsort(-scorer(images).numpy(), axis=1, kind="stable")  # of equals the first class
+        best.append(order[:, :BEST])
+        labels.append(data.labels[rows])
+    if not best:
+        raise UsageError(f"--data: no image could be read; {rejected[0]['key']}: {rejected[0]['reason']}")
+    return np.concatenate(best), np.concatenate(labels)
+
+
+def figures(best: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Top-1 with Wilson's interval, top-5 (None with five classes or fewer), by class, chance; shares 0..1."""
+    right = int((best[:, 0] == labels).sum())
+    low, high = wilson(right, len(labels))
+    return {
+        "top1": top1(best[:, 0], labels),
+        "top1_interval": [low, high],
+        "top5": float((best == labels[:, None]).any(1).mean()) if len(names) > BEST else None,
+        "chance": 1 / len(names),
+        "per_class": [
+            {"class": name, "top1": share} for name, share in zip(names, per_class(best[:, 0], labels, len(names)))
+        ],
+    }

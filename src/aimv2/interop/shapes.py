@@ -1,0 +1,253 @@
+"""A model's shape, from its tensors and the configuration beside them. What does not fit is one line that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aimv2.errors import UsageError
+from aimv2.interop import layouts, model_folder
+from aimv2.interop.layouts import LAYOUTS, Found
+from aimv2.models.lit import LiTConfig, TextConfig
+from aimv2.models.sizes import MODELS, SIZES, DecoderConfig, EncoderConfig
+
+if TYPE_CHECKING:
+    from aimv2.interop.load import Weights
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no file.
+
+    Raises:
+        UsageError: not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: a JSON object is expected")
+    return value
+
+
+def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object within a configuration, {} where it is absent.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    value = stored.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, an object expected")
+    return value or {}
+
+
+def whole(value: Any, key: str) -> int:
+    """A whole number above 0 of a configuration.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a whole number above 0 expected")
+    return value
+
+
+def positive(value: Any, key: str) -> float:
+    """A finite number above 0 of a configuration.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a number above 0 expected")
+    return float(value)
+
+
+def dims(weights: Weights, key: str, form: str) -> tuple[int, ...]:
+    """The shape of a tensor whose dimensions are named in ``form``, as in "width, 3, patch, patch".
+
+    Raises:
+        UsageError: no such key, or another number of dimensions.
+    """
+    shape = weights.shape(key)
+    if len(shape) != form.count(",") + 1:
+        raise UsageError(f"{weights.where}: key '{key}' has shape {list(shape)}, [{form}] expected")
+    return shape
+
+
+def check_heads(heads: int, width: int, where: str) -> int:
+    """``heads``, if they divide the width.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if width % heads:
+        raise UsageError(f"{where}: {heads} attention heads do not divide the width {width}")
+    return heads
+
+
+def depth_of(weights: Weights, template: str, told: int | None) -> int:
+    """The number of blocks: counted from the keys, and as the configuration tells.
+
+    Raises:
+        UsageError: none, or fewer than told; names the first key that is missing.
+    """
+    counted = layouts.count_blocks(weights.keys(), template)
+    if not counted or counted < (told or 0):
+        raise UsageError(f"{weights.where}: key '{template.format(i=counted)}' is missing")
+    return told or counted
+
+
+def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> EncoderConfig:
+    """The encoder's shape, from the tensors; heads and depth from the configuration, where there is one.
+
+    Args:
+        found: the layout.
+        weights: open files.
+        stored: ``config.json`` of the encoder, or {}.
+        seen: ``preprocessor_config.json``, or {}.
+
+    Raises:
+        UsageError: a tensor or a value of the configuration that no AIMV2 has.
+    """
+    ours, prefix = found.layout == "ours", found.image
+    if ours:
+        embed, block = [f"patch_embed.{key}" for key in layouts.EMBED], [f"blocks.{{i}}.{key}" for key in layouts.BLOCK]
+    else:
+        embed, block = list(LAYOUTS[found.layout].embed), list(LAYOUTS[found.layout].trunk.block)
+    width, _, patch, side = dims(weights, prefix + embed[0], "width, 3, patch, patch")
+    if patch != side:
+        raise UsageError(
+            f"{weights.where}: key '{prefix + embed[0]}' holds patches of {patch} x {side}, squares expected"
+        )
+    told = stored.get("num_hidden_layers", stored.get("depth"))
+    depth = depth_of(weights, prefix + block[0], None if told is None else whole(told, "num_hidden_layers"))
+    gate = prefix + block[4].split()[0].format(i=0)
+    hidden = dims(weights, gate, "hidden, width")[0] // (2 if ours else 1)
+    image_size = grid_of(weights, prefix + embed[3]) * patch if found.position else None
+    told = stored.get("num_attention_heads", stored.get("heads", section(stored, "model_args").get("num_heads")))
+    heads = usual_heads(width, weights.where) if told is None else whole(told, "num_attention_heads")
+    eps = stored.get("rms_norm_eps", 1e-5)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or abs(eps - 1e-5) > 1e-9:
+        raise UsageError(f"{weights.where}: rms_norm_eps {eps!r} in {model_folder.CONFIG}; AIMV2 has 1e-5")
+    config = EncoderConfig("", width, depth, check_heads(heads, width, weights.where), hidden, patch, image_size)
+    if found.head:
+        config = replace(config, pool_heads=heads)
+    about = seen or section(stored, "pretrained_cfg")
+    mean, std = about.get("image_mean") or about.get("mean"), about.get("image_std") or about.get("std")
+    if mean and std:
+        config = replace(config, mean=three(mean, "mean", weights.where), std=three(std, "std", weights.where))
+    return replace(config, name=usual_name(config))
+
+
+def grid_of(weights: Weights, key: str) -> int:
+    """Positions a side: of a tensor [1, positions, width] or [positions, width].
+
+    Raises:
+        UsageError: another shape, or no square number of positions.
+    """
+    shape = weights.shape(key)
+    if len(shape) not in (2, 3):
+        raise UsageError(f"{weights.where}: key '{key}' has shape {list(shape)}, [1, positions, width] expected")
+    grid = math.isqrt(count := max(shape[:-1]))
+    if grid * grid != count:
+        raise UsageError(f"{weights.where}: key '{key}' holds {count} positions, a square grid expected")
+    return grid
+
+
+def three(values: Any, key: str, where: str) -> tuple[float, float, float]:
+    """A mean or a deviation: three finite numbers, deviations above 0.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return model_folder.three(values, key)
+    except TypeError as error:
+        raise UsageError(f"{where}: {error} (the configuration beside it)") from None
+
+
+def usual_heads(width: int, where: str) -> int:
+    """Heads of a known width.
+
+    Raises:
+        UsageError: no size has this width; weights alone do not tell the number of heads.
+    """
+    known = {size.width: size.heads for size in SIZES.values()} | {TextConfig.width: TextConfig.heads}
+    if width in known:
+        return known[width]
+    raise UsageError(
+        f"{where}: weights do not tell the number of attention heads, and no size has width {width}; put the model's "
+        f"{model_folder.CONFIG} beside them"
+    )
+
+
+def usual_name(config: EncoderConfig) -> str:
+    """The name of the table's row with this shape, else one of the same form."""
+    shape = (config.width, config.depth, config.heads, config.hidden, config.patch_size, config.image_size)
+    for name, (row, _) in MODELS.items():
+        if shape == (row.width, row.depth, row.heads, row.hidden, row.patch_size, row.image_size):
+            return name
+    return f"aimv2-width{config.width}-patch{config.patch_size}-{config.image_size or 'native'}"
+
+
+def pair_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> LiTConfig:
+    """The shape of a LiT pair in the released or transformers layout.
+
+    Raises:
+        UsageError: a tensor or a value of the configuration that no pair has.
+    """
+    image = encoder_config(found, weights, section(stored, "vision_config"), seen)
+    names, text = LAYOUTS[found.layout], section(stored, "text_config")
+    prefix = found.text or ""
+    vocab, width = dims(weights, prefix + names.text[0], "vocabulary, width")
+    depth, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    end = text.get("eos_token_id")
+    if end is not None and (isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab):
+        raise UsageError(f"{model_folder.CONFIG}: eos_token_id {end!r}, one of 0 to {vocab - 1} expected")
+    heads = usual_heads(width, weights.where) if heads is None else whole(heads, "num_attention_heads")
+    config = TextConfig(
+        width=width,
+        depth=depth_of(
+            weights, prefix + names.trunk.block[0], None if depth is None else whole(depth, "num_hidden_layers")
+        ),
+        heads=check_heads(heads, width, weights.where),
+        hidden=dims(weights, prefix + names.trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
+        vocab_size=vocab,
+        max_text=dims(weights, prefix + names.text[1], "positions, width")[0],
+        end=TextConfig.end if end is None else end,
+    )
+    temperature, scale = stored.get("init_temperature"), stored.get("max_logit_scale")
+    return LiTConfig(
+        image,
+        config,
+        dims(weights, names.ends[0], "shared, width")[0],
+        LiTConfig.temperature if temperature is None else positive(temperature, "init_temperature"),
+        LiTConfig.max_scale if scale is None else positive(scale, "max_logit_scale"),
+    )
+
+
+def decoder_config(weights: Weights) -> DecoderConfig:
+    """The decoder's shape in a checkpoint of the released training code.
+
+    Raises:
+        UsageError: a missing key, or a tensor of another number of dimensions.
+    """
+    theirs = "models.text_decoder."
+    names = {ours: theirs + name for ours, name in layouts.TRAINER_DECODER.items()}
+    width = dims(weights, names["decoder.project.weight"], "width, encoder")[0]
+    trunk = LAYOUTS["trainer"].trunk
+    return DecoderConfig(
+        width=width,
+        depth=depth_of(weights, theirs + trunk.block[0], None),
+        heads=usual_heads(width, weights.where),
+        hidden=dims(weights, theirs + trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
+        vocab_size=dims(weights, names["decoder.token_embed.weight"], "vocabulary, width")[0],
+        max_text=dims(weights, names["decoder.text_position"], "positions, width")[0] - 1,
+    )

@@ -50,7 +50,9 @@ VERBS = {
     "fewshot": Verb("fewshot", ("model",), "measure a frozen encoder: a few images a class, over several draws"),
     "segment": Verb("segment", ("model",), "measure a frozen encoder: segmentation by a linear probe on its patches"),
     "depth": Verb("depth", ("model",), "measure a frozen encoder: depth by a linear probe on its patches"),
-    "zeroshot": Verb("zeroshot", ("model",), "classify by the texts of the classes: a LiT pair, or a decoder's likelihood"),
+    "zeroshot": Verb(
+        "zeroshot", ("model",), "classify by the texts of the classes: a LiT pair, or a decoder's likelihood"
+    ),
     "retrieve": Verb("retrieve", ("model",), "find images by captions and captions by images: recall at k"),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
@@ -213,10 +215,10 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
     values = vars(parser.parse_args(_bare_switches(parser, _dashes(words))))
     for extra in ("json", "debug"):
         values.pop(extra, None)
-    if "model" in plain:
+    if "model" in plain and str(values.get("device") or "cpu") == "cpu":
         from aimv2.models.products import fast_products
 
-        fast_products(values.get("device") or "cpu")
+        fast_products()
     return function(**values)
 
 

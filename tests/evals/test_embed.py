@@ -311,14 +311,24 @@ def test_names_and_links_that_are_odd(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "parquet" / "features-00000.parquet").column("key").to_pylist() == lines
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_a_folder_that_may_not_be_read_is_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_read_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_at(tmp_path / "m")
     photographs(tmp_path / "photos", 2)
-    (tmp_path / "photos" / "shut").mkdir(mode=0)
+    shut = tmp_path / "photos" / "shut"
+    shut.mkdir(mode=0)
+    if os.geteuid() == 0:  # who may read everything
+        real = os.scandir
+
+        def refuses(path: Path) -> object:
+            if Path(path) == shut:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr("aimv2.data.pictures.os.scandir", refuses)
     result = api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
     assert (result["rows"], result["rejected"]) == (2, 1)
-    assert '"shut"' in (tmp_path / "out" / "rejected.jsonl").read_text()
+    line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert line == {"key": "shut", "reason": "folder can't be read: Permission denied"}
 
 
 def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:

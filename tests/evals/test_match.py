@@ -257,6 +257,25 @@ def test_the_prior_is_the_mean_over_other_images(scenes: Path) -> None:
     torch.testing.assert_close(itself, torch.zeros(1, 3, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_images_of_different_sizes(scenes: Path, tmp_path: Path) -> None:
+    """A native model reads each photograph at its own shape; only images of one shape share a batch."""
+    shape = {"width": 32, "heads": 2, "hidden": 48, "depth": 1, "patch_size": 8, "image_size": None, "min_patches": 4}
+    decoder = {"decoder_width": 32, "decoder_heads": 2, "decoder_hidden": 48, "decoder_depth": 1}
+    model = create_model("aimv2-tiny-patch8-32", True, 0, max_patches=40, decoder_vocab_size=300, **shape, **decoder)
+    save_model(model, tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(scenes / "model" / name, tmp_path / "m")
+    (tmp_path / "data").mkdir()
+    lines = ["image,caption"]
+    for number, size in enumerate([(64, 32), (64, 32), (40, 40), (32, 64), (64, 32)]):
+        Image.new("RGB", size, (50 * number, 90, 20)).save(tmp_path / "data" / f"{number}.png")
+        lines.append(f"{number}.png,a ring number {number}")
+    (tmp_path / "data" / "captions.txt").write_text("\n".join(lines))
+    words = (str(tmp_path / "m"), str(tmp_path / "data"))
+    one, two = (api.retrieve(*words, candidates=5, k="1", batch_size=size)["figures"] for size in (1, 4))
+    assert one == two and one["text_to_image"]["among"] == 5
+
+
 def test_several_captions_an_image(scenes: Path, shared_data: Path) -> None:
     """Photographs with five captions each: an image is found by any of its own."""
     words = (str(scenes / "model"), str(shared_data / "flickr8k-1k"))
@@ -284,6 +303,7 @@ WRONG = [
         "zeroshot ENCODER --data CLASSES",
         "an encoder alone, which reads no text; a pair (LiT) does, and so does scoring by",
     ),
+    ("zeroshot WORDLESS --data CLASSES", "no tokenizer beside the weights; put CLIP's tokenizer.json there"),
     ("zeroshot MODEL --data CLASSES --by contrastive", "has no text tower; --by likelihood"),
     ("zeroshot PAIR --data CLASSES --by likelihood", "is a pair without a decoder"),
     ("zeroshot IMAGEONLY --data CLASSES", "its decoder has no text head"),
@@ -308,6 +328,7 @@ def places(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("wrong")
     convert(build(EncoderConfig("tiny", 32, 1, 2, 48, 14, 28), None, seed=0), folder / "encoder", "safetensors")
     convert(create_model("aimv2-tiny-patch8-32", True, 0, decoder_text=False), folder / "image", "safetensors")
+    convert(aimv2.load_model(pair_at(folder / "pair", {})), folder / "wordless", "released")
     (folder / "two.txt").write_text("one\ntwo\n")
     for name in ("0", "1"):
         (folder / "numbers" / name).mkdir(parents=True)
@@ -316,7 +337,8 @@ def places(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "ENCODER": folder / "encoder",
         "IMAGEONLY": folder / "image",
         "MODEL": scenes / "model",
-        "PAIR": pair_at(folder / "pair", {}),
+        "PAIR": folder / "pair",
+        "WORDLESS": folder / "wordless",
         "CLASSES": class_folders(folder / "classes"),
         "SCENES": scenes / "data",
         "TWO": folder / "two.txt",

@@ -80,3 +80,33 @@ def test_a_document_sees_itself_alone() -> None:
     after = model(images)
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     assert isinstance(model.patch_embed, nn.Module)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel runs on CUDA alone")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_for_lists_equals_one_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.nn.attention.varlen as kernels
+
+    config = EncoderConfig("native", 128, 2, 2, 96, 4, None, min_patches=4, max_patches=400)
+    model = build(config, None, seed=0).eval().cuda().to(dtype)
+    torch.manual_seed(0)
+    images = [torch.randn(3, 4 * rows, 4 * columns, device="cuda", dtype=dtype) for rows, columns in SIZES]
+    calls, real = [], kernels.varlen_attn
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(kernels, "varlen_attn", counted)
+    together = model(images)
+    assert len(calls) == config.depth  # the kernel served it
+    pulls = [torch.randn_like(x) for x in together]
+    sum((x * pull).sum() for x, pull in zip(together, pulls)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for got, image, pull in zip(together, images, pulls):
+        alone = model(image[None])[0]
+        assert (got - alone).abs().max() <= 2e-2 * alone.abs().max()
+        (alone * pull).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - gradients[name]).abs().max() <= 5e-2 * parameter.grad.abs().max(), name

@@ -30,7 +30,7 @@ def embed(
         pool: mean of the patches, attention (models with a pooling head), or none: every patch
         layers: last; or blocks, counted from 0 or from the end, with commas: 5,11,-1
         format: npy (float arrays and lists of keys) or parquet (a column key and a column a layer)
-        shard_size: images a file; null: 1000, or with --pool none as many as make about 512 MB
+        shard_size: images a file; null: 1000, or for pool none as many as make about 512 MB
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the products: fp32 (stored as float32) or bf16 (stored as float16)

@@ -223,7 +223,7 @@ def _use(config: EncoderConfig, to: str, name: str, pair: bool, whole: bool) -> 
     known = timm_name(config)
     if to == "timm" and known is None:
         lines = OURS.format(variable="encoder", name=name, options="")
-        return f"# timm has no model of this size; a VisionTransformer of config.json's model_args takes the weights\n{lines}"
+        return f"# timm has no model of this size\n{lines}"
     if to in USE:
         return USE[to].format(name=name, timm=known)
     variable = "pair" if pair else "model" if whole else "encoder"

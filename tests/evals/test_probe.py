@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aimv2.data.labelled import open_labelled
 from PIL import Image
 
 from aimv2 import api
+from aimv2.data.labelled import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.features import cached_features
 from aimv2.evals.frozen import open_frozen

@@ -125,7 +125,7 @@ def tokenize(model: AIMv2, captions: Sequence[str], tokenizer: CaptionTokenizer 
     """
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
-        raise ValueError("no tokenizer: load the model from its folder, or give tokenizer=")
+        raise ValueError("this model came without a tokenizer; give tokenizer=")
     return [tokenizer.encode(text, model.decoder.config.max_text) for text in captions]  # type: ignore[attr-defined]
 
 

@@ -145,6 +145,24 @@ def test_a_cache_of_another_model_is_refused(model: str, data: Path, tmp_path: P
         cached_features(other, train, folder=tmp_path / "features")
 
 
+def test_verbs_share_a_cache(model: str, data: Path, tmp_path: Path) -> None:
+    """Twice the same figures; the second verb runs no trunk; other layers, models, precisions live beside each other."""
+    cache = str(tmp_path / "cache")
+    first = api.knn(model, str(data), cache=cache, k="3")
+    stamps = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")}
+    assert len(stamps) == 3  # train, val, test
+    again = api.linear(model, str(data), cache=cache)
+    assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")} == stamps
+    assert api.linear(model, str(data))["figures"]["top1"] == again["figures"]["top1"]
+    half = api.knn(model, str(data), cache=cache, k="3", precision="bf16", layers="0,last", baselines="random,pixels")
+    assert half["model"]["precision"] == "bf16" and abs(half["figures"]["top1"] - first["figures"]["top1"]) < 0.3
+    assert len(list(Path(cache).rglob("*.npy"))) > 3
+    with pytest.raises(UsageError, match="--precision fp8"):
+        api.knn(model, str(data), precision="fp8")
+    with pytest.raises(UsageError, match="--device foo"):
+        api.knn(model, str(data), device="foo")
+
+
 def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Path) -> None:
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 

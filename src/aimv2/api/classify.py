@@ -28,6 +28,8 @@ def knn(
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
+    precision: str = "fp32",
+    cache: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by its nearest neighbours: no training, cosine similarity, a sweep over k.
@@ -50,6 +52,8 @@ def knn(
         batch_size: images at once
         seed: of the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the trunk's products, fp32 or bf16
+        cache: folder of features that several verbs share; null: below --out
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     ks = _whole(k, "--k")
@@ -71,6 +75,8 @@ def knn(
         seed,
         device,
         out,
+        precision,
+        cache,
     )
     asked = _asked(model, *shared)
     from aimv2.evals.knn import measure_knn
@@ -91,6 +97,8 @@ def linear(
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
+    precision: str = "fp32",
+    cache: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by a linear classifier on the mean of its patch features, as CLIP's protocol has it.
@@ -112,11 +120,13 @@ def linear(
         batch_size: images at once in the trunk
         seed: of held-out images, order of SGD and the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the trunk's products, fp32 or bf16
+        cache: folder of features that several verbs share; null: below --out
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     _one_of("--solver", solver, ("lbfgs", "sgd"))
     shared = (data, dataset, layers, "mean", baselines, train_limit, test_limit, image_size, batch_size)
-    asked = _asked(model, *shared, seed, device, out)
+    asked = _asked(model, *shared, seed, device, out, precision, cache)
     from aimv2.evals.linear import measure_linear
 
     return measure_linear(asked, solver)
@@ -135,6 +145,8 @@ def fewshot(
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
+    precision: str = "fp32",
+    cache: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by a classifier that learns from a few images a class, over several draws.
@@ -153,12 +165,29 @@ def fewshot(
         batch_size: images at once
         seed: the first one; draws and the random baseline follow from it
         device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the trunk's products, fp32 or bf16
+        cache: folder of features that several verbs share; null: below --out
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     few = _whole(shots, "--shots")
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: at least 1 expected")
-    shared = (data, dataset, layers, "mean", baselines, 0, test_limit, image_size, batch_size, seed, device, out)
+    shared = (
+        data,
+        dataset,
+        layers,
+        "mean",
+        baselines,
+        0,
+        test_limit,
+        image_size,
+        batch_size,
+        seed,
+        device,
+        out,
+        precision,
+        cache,
+    )
     asked = _asked(model, *shared)
     from aimv2.evals.fewshot import measure_fewshot
 
@@ -179,6 +208,8 @@ def _asked(
     seed: int,
     device: str | None,
     out: str | None,
+    precision: str,
+    cache: str | None,
 ) -> Asked:
     """What the three verbs share, checked."""
     from aimv2.api.features import usual_device
@@ -195,9 +226,23 @@ def _asked(
     for option, number in (("--train-limit", train_limit), ("--test-limit", test_limit), ("--seed", seed)):
         if number < 0:
             raise UsageError(f"{option} {number}: 0 or more expected")
-    where = device or usual_device()
+    where = usual_device(device)
     return Asked(
-        model, data, dataset, layers, pool, names, train_limit, test_limit, image_size, batch_size, seed, where, out
+        model,
+        data,
+        dataset,
+        layers,
+        pool,
+        names,
+        train_limit,
+        test_limit,
+        image_size,
+        batch_size,
+        seed,
+        where,
+        out,
+        precision,
+        cache,
     )
 
 

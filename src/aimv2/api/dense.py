@@ -194,7 +194,7 @@ def _open(
     for name in others:
         if name not in BASELINES:
             raise UsageError(f"--baselines {name}: one of {', '.join(BASELINES)} is expected{nearest(name, BASELINES)}")
-    frozen = open_frozen(model, device or usual_device(), image_size)
+    frozen = open_frozen(model, usual_device(device), image_size)
     check_view(frozen, image_size)
     settings = DenseSettings(
         layers=tuple(dict.fromkeys(frozen.layer_names(layers))),

@@ -41,15 +41,25 @@ def embed(
         chosen = () if layers == "last" else tuple(int(layer) for layer in str(layers).split(","))
     except ValueError:
         raise UsageError(f"--layers {layers}: last, or block numbers with commas, expected") from None
-    loaded = load_model(model, device=device or usual_device())
+    loaded = load_model(model, device=usual_device(device))
     wanted = Wanted(pool, chosen, format, shard_size, batch_size, precision)
     return embed_images(model, loaded, images, out, wanted)
 
 
-def usual_device() -> str:
-    """The GPU of this process where there is one, else cpu."""
+def usual_device(given: str | None = None) -> str:
+    """The device that a user named, or this process's GPU where there is one, else cpu.
+
+    Raises:
+        UsageError: a device that torch does not have here.
+    """
     import os
 
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if given is None:
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(0, device=given)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {given}: {str(error).splitlines()[0]}") from None
+    return given

@@ -54,7 +54,7 @@ def caption(
         raise UsageError(f"IMAGES {images[0]}: --score reads the images of --data; leave one of them out")
     if limit < 0:
         raise UsageError(f"--limit {limit}: 0 (all) or more expected")
-    loaded = load_model(model, decoder=True, device=device or usual_device())
+    loaded = load_model(model, decoder=True, device=usual_device(device))
     if data is None:
         from aimv2.evals.caption import caption_files
 

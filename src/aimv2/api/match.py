@@ -49,7 +49,7 @@ def zeroshot(
     from aimv2.evals.zeroshot import Asked, measure
 
     asked = Asked(data, dataset, templates, classes, normalize, limit, seed, batch_size, out)
-    return measure(open_matcher(model, by, device or usual_device()), asked)
+    return measure(open_matcher(model, by, usual_device(device)), asked)
 
 
 def retrieve(
@@ -94,7 +94,7 @@ def retrieve(
     from aimv2.evals.scorer import open_matcher
 
     asked = Asked(data, captions, candidates, tuple(map(int, words)), normalize, seed, batch_size, out)
-    return measure(open_matcher(model, by, device or usual_device()), asked)
+    return measure(open_matcher(model, by, usual_device(device)), asked)
 
 
 def _check(by: str, normalize: str, batch_size: int) -> None:

@@ -30,6 +30,8 @@ def probe(
     trunk_batch: int = 64,
     workers: int = 2,
     device: str | None = None,
+    precision: str = "fp32",
+    cache: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by probes on its patch features: the whole grid of rates and decays at once (AIMV2, Table A2).
@@ -59,6 +61,8 @@ def probe(
         trunk_batch: images at once in the trunk
         workers: processes that augment
         device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the trunk's products, fp32 or bf16; the heads are fp32
+        cache: folder of features that several verbs share; null: below --out
         out: folder of result.json, feature cache and checkpoints; interrupted and started again it goes on
     """
     from aimv2.api.features import usual_device
@@ -103,8 +107,9 @@ def probe(
         trunk_batch,
         workers,
         out,
+        cache,
     )
-    return open_and_measure(model, device or usual_device(), image_size, layers, asked)
+    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked)
 
 
 def words(text: str) -> tuple[str, ...]:

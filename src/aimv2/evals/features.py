@@ -79,16 +79,19 @@ def cached_features(
     home = tempfile.TemporaryDirectory() if folder is None else None
     root = Path(home.name) if home is not None else folder
     assert root is not None
-    at = root / f"{data.split}-{pool}{'-flip' if flip else ''}"
+    keys = hashlib.sha256("\n".join(data.keys).encode()).hexdigest()
+    which = hashlib.sha256(f"{keys} {' '.join(layers)}".encode()).hexdigest()[:8]
+    at = root / f"{data.split}-{pool}{'-flip' if flip else ''}-{which}"
     about = {
         "model": frozen.name,
         "weights_sha256": frozen.sha256 or frozen.name,
         "image_size": frozen.image_size,
         "layers": list(layers),
         "pool": pool,
+        "precision": frozen.precision,
         "images": len(data.labels),
         "source": data.source if "://" in data.source else str(Path(data.source).expanduser().resolve()),
-        "keys_sha256": hashlib.sha256("\n".join(data.keys).encode()).hexdigest(),
+        "keys_sha256": keys,
     }
     state = _begin(at, about)
     if state["done"] < len(data.labels):
@@ -105,6 +108,13 @@ def cached_features(
     return Cached(arrays, data.labels[rows], [data.keys[row] for row in rows], rejected, home)
 
 
+def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "") -> Path:
+    """Where an encoder's features lie: in a cache that several verbs share, by its weights, else below ``home``."""
+    if cache is None:
+        return home / "features" / name
+    return Path(cache).expanduser() / f"{(frozen.sha256 or 'pixels')[:12]}-{frozen.image_size}-{frozen.precision}"
+
+
 def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
     """The state of a cache folder; a fresh one where there is none.
 
@@ -118,7 +128,7 @@ def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
         if different:
             name = different[0] if different[0] != "model" or len(different) == 1 else different[1]
             raise UsageError(
-                f"--out: the feature cache {at} was made by another model or data ({name}: "
+                f"--cache or --out: the feature cache {at} was made by another model or data ({name}: "
                 f"{stored['about'].get(name)}, here {about[name]}); give a new folder"
             )
         return stored

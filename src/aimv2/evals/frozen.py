@@ -5,6 +5,7 @@ Legend: B images, N patches, D width.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Frozen:
         run: see :class:`Features`.
         module: the weights, to be hashed again; None where there are none.
         device: where it runs.
+        precision: of its products, fp32 or bf16 (norms, softmax and what is handed on stay fp32).
     """
 
     name: str
@@ -61,6 +63,7 @@ class Frozen:
     run: Features
     module: nn.Module | None
     device: torch.device
+    precision: str = "fp32"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, layers: Sequence[str] = (LAST,)) -> list[Tensor]:
@@ -69,8 +72,11 @@ class Frozen:
         ``last`` is the output after the last norm, ``avg6`` the mean of the last six blocks' outputs before it, ``i``
         the output of block i through the last norm.
         """
-        with torch.compiler.set_stance("force_eager"):
-            return self.run(images.to(self.device, non_blocking=True), layers)
+        half = self.precision == "bf16"
+        products = torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), products:
+            found = self.run(images.to(self.device, non_blocking=True), layers)
+        return [x.float() for x in found]
 
     def see(self, image: Image.Image) -> np.ndarray:
         """The test view, uint8 [3, H, W]: the centred square, 0.875 of it where the image is larger than the input."""
@@ -108,7 +114,12 @@ class Frozen:
         return self.module is None or weights_hash(self.module) == self.sha256
 
 
-def open_frozen(source: str, device: str | torch.device = "cpu", image_size: int | None = None) -> Frozen:
+PRECISIONS = ("fp32", "bf16")
+
+
+def open_frozen(
+    source: str, device: str | torch.device = "cpu", image_size: int | None = None, precision: str = "fp32"
+) -> Frozen:
     """An encoder to measure.
 
     Args:
@@ -116,14 +127,20 @@ def open_frozen(source: str, device: str | torch.device = "cpu", image_size: int
             model, ``timm:NAME`` where timm imports, or a folder that ``aimv2 convert --to openvino`` wrote.
         device: where it runs.
         image_size: of a native model, pixels a side; 224 by default.
+        precision: of the products: fp32 or bf16.
 
     Raises:
-        UsageError: nothing that can be loaded.
+        UsageError: nothing that can be loaded, an unknown precision.
     """
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: fp32 or bf16 expected")
+    return replace(_open(source, torch.device(device), image_size), precision=precision)
+
+
+def _open(source: str, device: torch.device, image_size: int | None) -> Frozen:
     from aimv2.interop import load, openvino
     from aimv2.models.lit import LiT
 
-    device = torch.device(device)
     folder = Path(source).expanduser()
     if source.startswith("timm:"):
         return _timm(source, device)
@@ -173,7 +190,8 @@ def random_twin(frozen: Frozen, seed: int = 0) -> Frozen:
         raise UsageError(f"--baselines random: {frozen.name} ({frozen.kind}) is not an AIMV2; its twin can't be drawn")
     encoder = build(frozen.module.config, None, seed).to(frozen.device)
     assert isinstance(encoder, VisionEncoder)
-    return of_encoder(f"random {frozen.module.config.name} (seed {seed})", encoder, frozen.image_size, "random")
+    twin = of_encoder(f"random {frozen.module.config.name} (seed {seed})", encoder, frozen.image_size, "random")
+    return replace(twin, precision=frozen.precision)
 
 
 def raw_pixels(frozen: Frozen) -> Frozen:
@@ -185,7 +203,15 @@ def raw_pixels(frozen: Frozen) -> Frozen:
         return [pixel_patches((images.float() / 255 - mean) / std, patch)] * len(layers)
 
     return replace(
-        frozen, name="raw pixels", kind="pixels", width=3 * patch * patch, depth=0, sha256="", run=run, module=None
+        frozen,
+        name="raw pixels",
+        kind="pixels",
+        width=3 * patch * patch,
+        depth=0,
+        sha256="",
+        run=run,
+        module=None,
+        precision="fp32",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from aimv2.data.labelled import Labelled, limit, open_labelled, require_labelled
 from aimv2.errors import UsageError
-from aimv2.evals.features import Cached, cached_features
+from aimv2.evals.features import Cached, cached_features, features_home
 from aimv2.evals.frozen import LAST, Frozen, open_frozen, random_twin, raw_pixels
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import per_class, top1, wilson
@@ -40,6 +40,8 @@ class Asked:
     seed: int
     device: str
     out: str | None
+    precision: str = "fp32"
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def measure(
     Raises:
         UsageError: a layer, a pool, a baseline that the encoder does not have, a folder of something else.
     """
-    frozen = open_frozen(asked.model, asked.device, asked.image_size)
+    frozen = open_frozen(asked.model, asked.device, asked.image_size, asked.precision)
     layers = tuple(dict.fromkeys(frozen.layer_names(asked.layers)))
     _check_pool(frozen, asked, layers)
     others = {
@@ -124,12 +126,12 @@ def measure(
     }
     out = check_out(asked.out, verb)
     with tempfile.TemporaryDirectory() as scratch:
-        home = (out or Path(scratch)) / "features"
-        figures = method(_features(frozen, splits, layers, asked, home))
+        home = out or Path(scratch)
+        figures = method(_features(frozen, splits, layers, asked, features_home(asked.cache, home, frozen)))
         headline = (figures["chosen"][0]["layer"],)
         baselines = {}
         for name, other in others.items():
-            found = method(_features(other, splits, headline, asked, home / name))
+            found = method(_features(other, splits, headline, asked, features_home(asked.cache, home, other, name)))
             kept = {key: found[key] for key in ("top1", "top1_interval", "chosen", "table")}
             baselines[name] = {"features": other.name, **kept}
         if baselines:

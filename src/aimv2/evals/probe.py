@@ -266,13 +266,29 @@ class Splits:
 
 
 def run_sweep(
-    frozen: Frozen, splits: Splits, settings: ProbeSettings, seed: int, out: Path, workers: int, again: str, batch: int
+    frozen: Frozen,
+    splits: Splits,
+    settings: ProbeSettings,
+    seed: int,
+    out: Path,
+    folder: Path,
+    workers: int,
+    again: str,
+    batch: int,
 ) -> tuple[Outcome, Outcome]:
-    """Trains all heads with one seed and asks them on the split that chooses and on the test split."""
+    """Trains all heads with one seed and asks them on the split that chooses and on the test split.
+
+    Args:
+        frozen, splits, settings, seed: see there.
+        out: holds ``run/seed-N``.
+        folder: of cached features.
+        workers: processes that augment.
+        again: the command that goes on after an interruption.
+        batch: images at once in the trunk.
+    """
     layers, train = settings.layers, splits.train
     run = out / "run" / f"seed-{seed}"
     if not settings.augmented:
-        folder = out / "features"
         views = [
             cached_features(frozen, train, layers, "none", folder, batch, flip)
             for flip in ([False, True] if settings.flip else [False])

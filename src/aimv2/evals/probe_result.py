@@ -17,6 +17,7 @@ import numpy as np
 
 from aimv2.data.labelled import limit, open_labelled, subset
 from aimv2.errors import UsageError
+from aimv2.evals.features import features_home
 from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
 from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
 from aimv2.evals.result import about_model, check_out, make_result, write_result
@@ -42,6 +43,7 @@ class Asked:
     batch_size: int
     workers: int
     out: str | None
+    cache: str | None
 
 
 def measure(frozen: Frozen, asked: Asked) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def identity(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked) -> 
         "weights_sha256": frozen.sha256,
         "model": frozen.name,
         "image_size": frozen.image_size,
+        "precision": frozen.precision,
         "data": splits.test.source,
         "train_images": len(splits.train.labels),
         "test_images": len(splits.test.labels),
@@ -142,7 +145,17 @@ def sweep_figures(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked
     """The sweep with every seed: the table of its heads, and the chosen one's figures on the test split."""
     again = " ".join(["aimv2", *sys.argv[1:]])
     answers = [
-        run_sweep(frozen, splits, asked.settings, seed, home, asked.workers, again, asked.batch_size)
+        run_sweep(
+            frozen,
+            splits,
+            asked.settings,
+            seed,
+            home,
+            features_home(asked.cache, home, frozen),
+            asked.workers,
+            again,
+            asked.batch_size,
+        )
         for seed in asked.seeds
     ]
     trials = asked.settings.trials()
@@ -221,12 +234,14 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def open_and_measure(model: str, device: str, image_size: int | None, layers: str, asked: Asked) -> dict[str, Any]:
+def open_and_measure(
+    model: str, device: str, image_size: int | None, precision: str, layers: str, asked: Asked
+) -> dict[str, Any]:
     """Opens the encoder, turns ``layers`` into names, measures."""
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("probe: its batch norm sees one process; start it without torchrun")
-    frozen = open_frozen(model, device, image_size)
+    frozen = open_frozen(model, device, image_size, precision)
     settings = replace(asked.settings, layers=tuple(dict.fromkeys(frozen.layer_names(layers))))
     return measure(frozen, replace(asked, settings=settings))

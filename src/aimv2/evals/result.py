@@ -72,6 +72,7 @@ def about_model(frozen: Frozen) -> dict[str, Any]:
         "weights_sha256": frozen.sha256,
         "unchanged": True,
         "image_size": frozen.image_size,
+        "precision": frozen.precision,
         "width": frozen.width,
     }
 

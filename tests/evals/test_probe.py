@@ -125,7 +125,7 @@ def test_stopped_and_gone_on_is_not_stopping(
         real(self, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ProbeTrainer, "train_step", stops)
-    with pytest.raises(Interrupted, match=r"stopped at step 11, saved; go on with: aimv2 "):
+    with pytest.raises(Interrupted, match=r"stopped at step 11, saved; go on with: aimv2"):
         api.probe(model, str(data), out=str(tmp_path / "b"), **words)
     parts = api.probe(model, str(data), out=str(tmp_path / "b"), **words)
     assert len(calls) == 8 * 3

@@ -122,7 +122,7 @@ def test_texts_are_scored_as_their_tokens() -> None:
     torch.testing.assert_close(
         score(model, images, ["ab", "ccccc"], Letters(), mean=True), wanted / torch.tensor([3, 4])
     )
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="without a tokenizer"):
         score(model, images, ["ab"])
     with pytest.raises(ValueError, match="no text head"):
         read_images(tiny(decoder_text=False), images)

@@ -143,7 +143,7 @@ def train_sweep(
         compile="off",
         save_every=max(steps // 10, 1),
         keep=1,
-        log_every=max(steps // 20, 1),
+        log_every=max(steps // 20, 1) if saves else steps,
     )
     config.optim = dataclasses.replace(
         config.optim,

@@ -53,7 +53,7 @@ def knn(
         seed: of the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the trunk's products, fp32 or bf16
-        cache: folder of features that several verbs share; null: below --out
+        cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     ks = _whole(k, "--k")
@@ -121,7 +121,7 @@ def linear(
         seed: of held-out images, order of SGD and the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the trunk's products, fp32 or bf16
-        cache: folder of features that several verbs share; null: below --out
+        cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     _one_of("--solver", solver, ("lbfgs", "sgd"))
@@ -166,7 +166,7 @@ def fewshot(
         seed: the first one; draws and the random baseline follow from it
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the trunk's products, fp32 or bf16
-        cache: folder of features that several verbs share; null: below --out
+        cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
     """
     few = _whole(shots, "--shots")

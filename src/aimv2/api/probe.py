@@ -62,7 +62,7 @@ def probe(
         workers: processes that augment
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the trunk's products, fp32 or bf16; the heads are fp32
-        cache: folder of features that several verbs share; null: below --out
+        cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json, feature cache and checkpoints; interrupted and started again it goes on
     """
     from aimv2.api.features import usual_device

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from aimv2.batch import make_batch
-from aimv2.config import Config, ObjectiveConfig
+from aimv2.config import Config
 from aimv2.evals.frozen import of_encoder
 from aimv2.evals.probe import ProbeSettings, fresh_sweep
 from aimv2.models.create import create_model
@@ -33,7 +33,7 @@ CLASSES = 1000
 def stepper(settings: ProbeSettings, width: int, trunk: object, batch: object) -> Callable[[], None]:
     """A training step of a sweep in the one loop's step."""
     sweep = fresh_sweep(width, CLASSES, settings, 0, torch.device("cpu"), trunk)
-    config = Config(objective=ObjectiveConfig(name="sweep"))
+    config = Config()
     config.train.precision, config.optim.clip = "fp32", 3.0
     step = TrainStep(sweep, config, World(0, 1, torch.device("cpu")), False)
     sweep.train()

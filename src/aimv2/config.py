@@ -100,8 +100,7 @@ class ObjectiveConfig:
     """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
-        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe; sweep = many
-            probes at once, as `aimv2 probe` trains them
+        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe
         alpha: weight of the pixel loss beside the text loss (Table 9c)
         targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
         attention: of the encoder in training; bidirectional only with targets=text
@@ -111,7 +110,7 @@ class ObjectiveConfig:
         smoothing: probe alone: label smoothing
     """
 
-    name: Literal["pretrain", "probe", "sweep"] = "pretrain"
+    name: Literal["pretrain", "probe"] = "pretrain"
     alpha: float = 0.4
     targets: Literal["both", "image", "text"] = "both"
     attention: Literal["prefix", "bidirectional"] = "prefix"

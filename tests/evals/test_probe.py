@@ -159,7 +159,7 @@ def test_verbs_share_a_cache(model: str, data: Path, tmp_path: Path) -> None:
     assert len(list(Path(cache).rglob("*.npy"))) > 3
     with pytest.raises(UsageError, match="--precision fp8"):
         api.knn(model, str(data), precision="fp8")
-    with pytest.raises(UsageError, match="--device foo"):
+    with pytest.raises(UsageError, match="device foo: can't be used here"):
         api.knn(model, str(data), device="foo")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from aimv2.batch import make_batch
 from aimv2.evals.probe import ProbeSettings, fresh_sweep, predict, train_sweep
-from aimv2.evals.probe_stream import FeatureStream, rows_of_step
+from aimv2.evals.probe_stream import FeatureStream, Order
 from aimv2.models.probe_head import AttentiveProbe, EfficientProbe, ProbeSweep, Trial
 from aimv2.train.schedule import learning_rate
 
@@ -83,7 +83,7 @@ def test_training_a_sweep_is_training_each_head_alone(tmp_path) -> None:  # type
 
     schedule = OptimConfig(lr=3e-2, min_lr=1e-5, warmup=5)
     for step in range(15):
-        rows = np.sort(rows_of_step(step, 40, 8, 4)[1])
+        rows = np.sort(Order(40, 8, 4).rows(step)[1])
         loss = F.cross_entropy(single(torch.from_numpy(features[rows])), torch.from_numpy(labels[rows]))
         optimizer.zero_grad()
         loss.backward()

@@ -56,10 +56,8 @@ def usual_device(given: str | None = None) -> str:
 
     import torch
 
-    if given is None:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(0, device=given)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {given}: {str(error).splitlines()[0]}") from None
-    return given
+    from aimv2.interop.load import usable_device
+
+    if given is None and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return str(usable_device(given))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,28 @@ def cached_features(
     return Cached(arrays, data.labels[rows], [data.keys[row] for row in rows], rejected, home)
 
 
+def seen(
+    frozen: Frozen, data: Labelled, first: int = 0, size: int = 64
+) -> Iterator[tuple[list[int], Tensor | None, list[dict[str, Any]]]]:
+    """Test views of the images from row ``first`` on, decoded ahead.
+
+    Returns:
+        batches of (rows that could be read, their pixels uint8 [B, 3, H, W] or None where there are none, and
+        ``{"row", "key", "reason"}`` of the others).
+    """
+
+    def read(row: int) -> tuple[int, np.ndarray | str]:
+        try:
+            return row, frozen.see(data.image(row))
+        except ImageError as error:
+            return row, str(error)
+
+    for batch in batched(ahead(read, range(first, len(data.labels))), size):
+        good = {row: pixels for row, pixels in batch if isinstance(pixels, np.ndarray)}
+        lost = [{"row": row, "key": data.keys[row], "reason": why} for row, why in batch if isinstance(why, str)]
+        yield list(good), torch.from_numpy(np.stack(list(good.values()))) if good else None, lost
+
+
 def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "") -> Path:
     """Where an encoder's features lie: in a cache that several verbs share, by its weights, else below ``home``."""
     if cache is None:
@@ -150,31 +172,23 @@ def _run(
     count = len(data.labels)
     arrays: list[np.ndarray] = []
 
-    def read(row: int) -> tuple[int, np.ndarray | str]:
-        try:
-            return row, frozen.see(data.image(row))
-        except ImageError as error:
-            return row, str(error)
-
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"features, {data.split}", total=count, completed=state["done"])
-        for number, batch in enumerate(batched(ahead(read, range(state["done"], count)), batch_size)):
-            good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-            lost = [(row, why) for row, why in batch if isinstance(why, str)]
-            state["rejected"] += [{"row": row, "key": data.keys[row], "reason": why} for row, why in lost]
-            if good:
-                found = _features(frozen, torch.from_numpy(np.stack(good)), layers, pool, flip)
+        for number, (rows, pixels, lost) in enumerate(seen(frozen, data, state["done"], batch_size)):
+            state["rejected"] += lost
+            if pixels is not None:
+                found = _features(frozen, pixels, layers, pool, flip)
                 arrays = arrays or _open(at, layers, found, count)
                 for array, values in zip(arrays, found):
-                    array[state["written"] : state["written"] + len(good)] = values
-            state["done"] += len(batch)
-            state["written"] += len(good)
+                    array[state["written"] : state["written"] + len(rows)] = values
+            state["done"] += len(rows) + len(lost)
+            state["written"] += len(rows)
             if number % FLUSH == FLUSH - 1 or state["done"] == count:
                 for array in arrays:
                     array.flush()  # type: ignore[attr-defined]
                 write_aside(at / ABOUT, json.dumps(state) + "\n")
-            progress.advance(task, len(batch))
+            progress.advance(task, len(rows) + len(lost))
 
 
 def _features(frozen: Frozen, images: Tensor, layers: list[str], pool: str, flip: bool) -> list[np.ndarray]:

@@ -18,11 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2.config import Config, ObjectiveConfig
-from aimv2.data.ahead import ahead, batched
-from aimv2.data.images import ImageError
+from aimv2.config import Config
 from aimv2.errors import UsageError
-from aimv2.evals.features import Cached, cached_features
+from aimv2.evals.features import Cached, cached_features, seen
 from aimv2.evals.frozen import LAST, Frozen
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
 from aimv2.interop.model_folder import checkpoints, write_model
@@ -131,7 +129,7 @@ def train_sweep(
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     size = min(settings.batch_size, images)
     steps = settings.epochs * (images // size)
-    config = Config(objective=ObjectiveConfig(name="sweep"), run=str(run), seed=seed)
+    config = Config(run=str(run), seed=seed)
     config.data.workers = 0
     config.log.tensorboard = False
     config.eval.every = 0
@@ -222,19 +220,11 @@ class Seen:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         self.rows, self.rejected = [], []
-
-        def read(row: int) -> tuple[int, np.ndarray | str]:
-            try:
-                return row, self.frozen.see(self.data.image(row))
-            except ImageError as error:
-                return row, str(error)
-
-        for batch in batched(ahead(read, range(len(self.data.labels))), self.size):
-            good = [(row, pixels) for row, pixels in batch if isinstance(pixels, np.ndarray)]
-            self.rejected += [{"key": self.data.keys[row], "reason": why} for row, why in batch if isinstance(why, str)]
-            if good:
-                self.rows += [row for row, _ in good]
-                yield self.frozen(torch.from_numpy(np.stack([pixels for _, pixels in good])), self.layers)
+        for rows, pixels, lost in seen(self.frozen, self.data, size=self.size):
+            self.rows += rows
+            self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
+            if pixels is not None:
+                yield self.frozen(pixels, self.layers)
 
 
 @dataclass
@@ -312,9 +302,9 @@ def run_sweep(
     outcomes = []
     for split in (splits.select, splits.test):
         if split is not None:
-            seen = Seen(frozen, split, layers, batch)
-            predicted = predict(sweep, iter(seen))
-            outcomes.append(Outcome(predicted, split.labels[seen.rows], seen.rejected))
+            view = Seen(frozen, split, layers, batch)
+            predicted = predict(sweep, iter(view))
+            outcomes.append(Outcome(predicted, split.labels[view.rows], view.rejected))
     return outcomes[0], outcomes[-1]
 
 
@@ -347,8 +337,8 @@ def features(encoder: Any, images: Tensor, size: int = 256, flip: bool = False) 
     parts = []
     with torch.compiler.set_stance("force_eager"):
         for part in images.split(size):
-            seen = part.to(device)
-            parts.append(encoder(seen.flip(-1) if flip else seen).to(torch.float16).cpu())
+            pixels = part.to(device)
+            parts.append(encoder(pixels.flip(-1) if flip else pixels).to(torch.float16).cpu())
     return torch.cat(parts)
 
 

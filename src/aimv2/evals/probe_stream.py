@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,15 +25,20 @@ if TYPE_CHECKING:
     from aimv2.data.labelled import Labelled
 
 
-def order_of(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The rows of an epoch: a permutation of 0 .. count - 1."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+class Order:
+    """Rows by step: each epoch is a permutation of 0 .. images - 1 by (seed, epoch), drawn once; what does not fill a batch at
+    its end is left out of that epoch."""
 
+    def __init__(self, images: int, size: int, seed: int) -> None:
+        self.images, self.size, self.seed = images, size, seed
+        self.epoch, self.permutation = -1, np.zeros(0, np.int64)
 
-def rows_of_step(step: int, count: int, size: int, seed: int) -> tuple[int, np.ndarray]:
-    """Epoch and rows [size] of a step; what does not fill a batch at an epoch's end is left out of that epoch."""
-    epoch, at = divmod(step, count // size)
-    return epoch, order_of(seed, epoch, count)[at * size : (at + 1) * size]
+    def rows(self, step: int) -> tuple[int, np.ndarray]:
+        """Epoch and rows [size] of a step."""
+        epoch, at = divmod(step, self.images // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.images)
+        return epoch, self.permutation[at * self.size : (at + 1) * self.size]
 
 
 class FeatureStream:
@@ -40,16 +46,11 @@ class FeatureStream:
 
     def __init__(self, views: Sequence[Sequence[np.ndarray]], labels: np.ndarray, size: int, seed: int) -> None:
         """``views``: of the same images, each a list of one array [N, tokens, D] a layer; one is drawn for each batch."""
-        self.views, self.labels, self.size, self.seed, self.step = views, labels, size, seed, 0
-        self.known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self.views, self.labels, self.seed, self.step = views, labels, seed, 0
+        self.order = Order(len(labels), size, seed)
 
     def __next__(self) -> Batch:
-        epoch, at = divmod(self.step, len(self.labels) // self.size)
-        if self.known[0] != epoch:
-            self.known = (epoch, order_of(self.seed, epoch, len(self.labels)))
-        rows = np.sort(
-            self.known[1][at * self.size : (at + 1) * self.size]
-        )  # in the file's order: it is read from disk
+        rows = np.sort(self.order.rows(self.step)[1])  # in the file's order: it is read from disk
         view = self.views[int(np.random.default_rng([self.seed, self.step, 1]).integers(len(self.views)))]
         features = torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1))
         self.step += 1
@@ -77,7 +78,7 @@ class ImageStream:
         if self.batches is None:
             loader: Any = torch.utils.data.DataLoader(
                 _Views(self.data, self.image_size, self.seed),
-                batch_sampler=_Steps(self.step, len(self.data.labels), self.size, self.seed),
+                batch_sampler=_Steps(self.step, Order(len(self.data.labels), self.size, self.seed)),
                 num_workers=self.workers,
                 collate_fn=_collate,
                 worker_init_fn=_ignore_signals,
@@ -103,15 +104,13 @@ class ImageStream:
 class _Steps:
     """(epoch, row) of each image of each step, from ``first`` on, without end."""
 
-    def __init__(self, first: int, count: int, size: int, seed: int) -> None:
-        self.first, self.count, self.size, self.seed = first, count, size, seed
+    def __init__(self, first: int, order: Order) -> None:
+        self.first, self.order = first, order
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.first
-        while True:
-            epoch, rows = rows_of_step(step, self.count, self.size, self.seed)
+        for step in count(self.first):
+            epoch, rows = self.order.rows(step)
             yield [(epoch, int(row)) for row in rows]
-            step += 1
 
 
 class _Views(torch.utils.data.Dataset[Any]):

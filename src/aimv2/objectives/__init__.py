@@ -11,6 +11,4 @@ Objective = PretrainObjective | ProbeObjective | SweepObjective
 
 def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a configuration names."""
-    if config.name == "sweep":
-        return SweepObjective(config)
     return ProbeObjective(config) if config.name == "probe" else PretrainObjective(config)

@@ -5,6 +5,8 @@ Legend: B images, C classes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,9 +42,7 @@ class ProbeObjective:
 class SweepObjective:
     """Cross-entropy of many probes at once; the sum over them, since each learns from its own part alone."""
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.smoothing = config.smoothing
-        self.weights = {"sweep": 1.0}
+    weights: ClassVar[dict[str, float]] = {"sweep": 1.0}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Labelled images of a batch: int64 []."""
@@ -52,11 +52,5 @@ class SweepObjective:
         """``sweep``: (cross-entropy in nats summed over images and probes, labelled images); fp32 [] and int64 []."""
         logits = model(batch).float()  # [G, B, C]
         labels = batch.labels.expand(len(logits), -1)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1),
-            labels.flatten(),
-            ignore_index=UNLABELLED,
-            reduction="sum",
-            label_smoothing=self.smoothing,
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
         return {"sweep": (loss, self.counts(batch)["sweep"])}

@@ -18,7 +18,7 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.classifier import Classifier
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.models.products import fast_products
-from aimv2.objectives import make_objective
+from aimv2.objectives import Objective, SweepObjective, make_objective
 from aimv2.train.optim import make_optimizer, step_unless
 from aimv2.train.parallel import World, parallelize
 from aimv2.train.schedule import learning_rate
@@ -51,7 +51,9 @@ class TrainStep:
 
     def __init__(self, model: AIMv2 | Classifier | ProbeSweep, config: Config, world: World, compiled: bool) -> None:
         self.config, self.world = config, world
-        self.objective = make_objective(config.objective)
+        self.objective: Objective = (
+            SweepObjective() if isinstance(model, ProbeSweep) else make_objective(config.objective)
+        )
         self.patches, self.image_size = 2, 0  # of a sweep, which is never split or warmed up
         if not isinstance(model, ProbeSweep):
             shape = model.encoder.config

@@ -67,7 +67,27 @@ def probe(
     """
     from aimv2.api.features import usual_device
     from aimv2.evals.probe import ProbeSettings
-    from aimv2.evals.probe_result import BASELINES, SELECT, Asked, open_and_measure
+    from aimv2.evals.probe_result import Asked, open_and_measure
+
+    _check(data, protocol, features, select, baselines)
+    for option, number in (("--epochs", epochs), ("--batch-size", batch_size), ("--trunk-batch", trunk_batch)):
+        if number < 1:
+            raise UsageError(f"{option} {number}: at least 1 expected")
+    grid = numbers(rates, "--rates"), numbers(decays, "--decays")
+    settings = ProbeSettings(
+        protocol, ("last",), *grid, epochs, warmup, batch_size, heads, augmented=features == "augmented", flip=flip
+    )
+    limits = train_limit, test_limit
+    chosen = tuple(int(seed) for seed in numbers(seeds, "--seeds"))
+    asked = Asked(
+        str(data), dataset, settings, select, chosen, words(baselines), *limits, trunk_batch, workers, out, cache
+    )
+    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked)
+
+
+def _check(data: str | None, protocol: str, features: str, select: str, baselines: str | None) -> None:
+    """Raises UsageError for words that are none of those known."""
+    from aimv2.evals.probe_result import BASELINES, SELECT
     from aimv2.models.probe_head import PROTOCOLS
 
     if data is None:
@@ -76,45 +96,15 @@ def probe(
         ("--protocol", protocol, PROTOCOLS),
         ("--features", features, ("cached", "augmented")),
         ("--select", select, SELECT),
-        *(("--baselines", name, BASELINES) for name in words(baselines or "")),
+        *(("--baselines", name, BASELINES) for name in words(baselines)),
     ):
         if value not in known:
             raise UsageError(f"{option} {value}: one of {', '.join(known)} is expected{nearest(value, known)}")
-    for option, number in (("--epochs", epochs), ("--batch-size", batch_size), ("--trunk-batch", trunk_batch)):
-        if number < 1:
-            raise UsageError(f"{option} {number}: at least 1 expected")
-    settings = ProbeSettings(
-        protocol=protocol,
-        rates=numbers(rates, "--rates"),
-        decays=numbers(decays, "--decays"),
-        epochs=epochs,
-        warmup=warmup,
-        batch_size=batch_size,
-        heads=heads,
-        augmented=features == "augmented",
-        flip=flip,
-    )
-    chosen = tuple(int(seed) for seed in numbers(seeds, "--seeds"))
-    asked = Asked(
-        data,
-        dataset,
-        settings,
-        select,
-        chosen,
-        words(baselines or ""),
-        train_limit,
-        test_limit,
-        trunk_batch,
-        workers,
-        out,
-        cache,
-    )
-    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """``"a,b"`` -> ("a", "b")."""
-    return tuple(word.strip() for word in str(text).split(",") if word.strip())
+def words(text: str | None) -> tuple[str, ...]:
+    """``"a,b"`` -> ("a", "b"); None: ()."""
+    return tuple(word.strip() for word in str(text or "").split(",") if word.strip())
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

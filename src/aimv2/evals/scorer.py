@@ -133,12 +133,8 @@ def by_likelihood(
     p(text | image) over other images: what is left is what the image itself says (pointwise mutual information).
     ``mean``: log p(text | image) a token, averaged over the group.
 
-    Without the prior a text that fits any image is every image's best. R@1 image to text over 100 candidates of Flickr
-    photographs (500 captions; 600 steps of ``recipes/flickr8k-tiny.yaml``, nine tenths of the images seen in training):
-    sum 0.02, mean 0.02, prior 0.13. Zero-shot on CIFAR-10 (1,000 images; ``aimv2-tiny-patch4-32``, 6,000 steps): sum
-    0.615, mean 0.633, prior 0.708. On captioned scenes (the demo), whose texts are all alike in form, it costs some:
-    sum 0.976, mean 0.976, prior 0.922 (five draws of 100). A grey image in the place of the others was worse than none:
-    CIFAR-10 0.443 where sum had 0.595, scenes 0.838.
+    Without the prior a text that fits any image is every image's best; where all texts are alike in form it costs
+    something instead. docs/evaluate.md has both, measured.
 
     Args:
         model: with text head and tokeniser.

@@ -92,7 +92,8 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
     begin(folder, about, rank, size)
     seen = Keys()
     listed = seen.of(pictures(source))
-    with Progress(console=Console(file=sys.stderr), transient=True, disable=rank != 0) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=rank != 0 or not console.is_terminal) as progress:
         task = progress.add_task("embedding", total=sum(share(keys.count, step, rank, size)))
         for part in range(parts):
             images = islice(listed, step)

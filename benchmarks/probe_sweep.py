@@ -24,6 +24,7 @@ from aimv2.evals.frozen import of_encoder
 from aimv2.evals.probe import ProbeSettings, fresh_sweep
 from aimv2.models.create import create_model
 from aimv2.models.probe_head import AttentiveProbe
+from aimv2.objectives.probe import SweepObjective
 from aimv2.train.parallel import World
 from aimv2.train.step import TrainStep
 
@@ -35,7 +36,7 @@ def stepper(settings: ProbeSettings, width: int, trunk: object, batch: object) -
     sweep = fresh_sweep(width, CLASSES, settings, 0, torch.device("cpu"), trunk)
     config = Config()
     config.train.precision, config.optim.clip = "fp32", 3.0
-    step = TrainStep(sweep, config, World(0, 1, torch.device("cpu")), False)
+    step = TrainStep(sweep, config, World(0, 1, torch.device("cpu")), False, SweepObjective())
     sweep.train()
     return lambda: step(batch, 0)  # type: ignore[arg-type,return-value]
 

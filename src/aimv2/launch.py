@@ -30,6 +30,8 @@ from aimv2.train.files import write_aside
 from aimv2.train.loop import Trainer, memory_gb
 from aimv2.train.parallel import World, join_world, leave_world, want_compile
 from aimv2.train.schedule import learning_rate
+from aimv2.train.stages import stage_of
+from aimv2.train.stages.pretrain import shapes
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEMO_SCENES = 20_000
@@ -85,7 +87,7 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     config = parse({**base, **given})
     if print_config:
         return describe_config(config, provenance(base, given, "demo"))
-    prepare.shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
+    shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
     if config.data.tokenizer != "auto":
         prepare.load_tokenizer(config.data.tokenizer)
     if dry_run:
@@ -142,7 +144,7 @@ def build_trainer(
     if config.objective.name == "probe" and world.size > 1:
         raise UsageError("objective.name=probe: its batch norm sees one process; start it without torchrun")
     tokenizer = prepare.get_tokenizer(config, known, world)
-    model = prepare.make_model(config, tokenizer.vocab_size if tokenizer else 1, resuming)
+    model = stage_of(config).build(config, tokenizer, resuming)
     compiled, line = want_compile(config.train, world)
     if line:
         say(line)
@@ -207,8 +209,7 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
             model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
             assert isinstance(model, AIMv2)
             result |= measure(config, model, trainer.tokenizer, say)
-        whole = trainer.unwrapped()
-        result |= {"parameters": count(whole), "encoder_parameters": count(whole.encoder)}
+        result |= {"parameters": count(trainer.model), "encoder_parameters": count(trainer.unwrapped().encoder)}
         result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
         result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
         write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
@@ -287,10 +288,10 @@ def try_one_step(config: Config) -> dict[str, Any]:
         finally:
             trainer.close()
     tokens = int(batch.token_count)
-    model = trainer.unwrapped()
+    encoder = count(trainer.unwrapped().encoder)
     return {
-        "encoder_parameters": count(model.encoder),
-        "decoder_parameters": count(model) - count(model.encoder),
+        "encoder_parameters": encoder,
+        "decoder_parameters": count(trainer.model) - encoder,
         "ranks": world.size,
         "batch_size": config.train.batch_size,
         "patches_a_step": config.train.batch_size * trainer.view.patches,

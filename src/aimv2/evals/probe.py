@@ -26,6 +26,7 @@ from aimv2.evals.probe_stream import FeatureStream, ImageStream
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.probe_head import ProbeSweep, Trial
+from aimv2.objectives.probe import SweepObjective
 from aimv2.train import prepare
 from aimv2.train.files import write_aside
 from aimv2.train.log import Log
@@ -152,7 +153,7 @@ def train_sweep(
         clip=settings.clip,
     )
     world = World(0, 1, device)
-    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream)
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, objective=SweepObjective())
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None

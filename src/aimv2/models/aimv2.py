@@ -33,6 +33,11 @@ class AIMv2(nn.Module):
         self.decoder = MultimodalDecoder(decoder, encoder)
         self.tokenizer: CaptionTokenizer | None = None  # set by whoever loads the model
 
+    def block_lists(self) -> list[nn.ModuleList]:
+        """Its blocks, trunk by trunk."""
+        trunks = [self.decoder.get_submodule(name) for name in ("trunk", "pixel_trunk") if hasattr(self.decoder, name)]
+        return [self.encoder.blocks, *(trunk.blocks for trunk in trunks)]  # type: ignore[list-item]
+
     def forward(self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False) -> Prediction:
         """Predicts the next patch and the next token.
 

@@ -21,6 +21,10 @@ class Classifier(nn.Module):
         self.encoder = VisionEncoder(encoder)
         self.probe = AttentiveProbe(encoder.width, classes, heads)
 
+    def block_lists(self) -> list[nn.ModuleList]:
+        """Its blocks."""
+        return [self.encoder.blocks]
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits of the batch's images: [B, classes]."""
         return self.probe(self.encoder(batch.images))

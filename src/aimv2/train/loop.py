@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import aimv2
 from aimv2.batch import Batch
@@ -17,18 +17,17 @@ from aimv2.data.stream import TrainStream, View, validation_shards
 from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
-from aimv2.models.aimv2 import AIMv2
-from aimv2.models.classifier import Classifier
-from aimv2.models.probe_head import ProbeSweep
+from aimv2.objectives import Objective
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.flops import peak_flops, step_flops
 from aimv2.train.interrupt import Interrupted, StopFlag
 from aimv2.train.log import Log
-from aimv2.train.parallel import World
+from aimv2.train.parallel import Trainable, World
 from aimv2.train.schedule import learning_rate
+from aimv2.train.stages import stage_of
 from aimv2.train.step import StepFigures, TrainStep
-from aimv2.train.validate import HeldOut, read_held_out, validate, validate_classes
+from aimv2.train.validate import HeldOut, read_held_out
 
 
 class Stream(Protocol):
@@ -55,14 +54,18 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: AIMv2 | Classifier | ProbeSweep,
+        model: nn.Module,
         tokenizer: Tokenizer | None,
         run: Path,
         world: World,
         compiled: bool = False,
         stream: Stream | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        """``model`` has its weights already, equal on every rank. ``stream``: other than of ``config.data``. Writes nothing yet."""
+        """``model`` has its weights already, equal on every rank. Writes nothing yet.
+
+        ``stream`` and ``objective``: other than those of ``config``.
+        """
         part, accumulate = config.train.batch_size // world.size, config.train.accumulate
         if part % accumulate:
             raise UsageError(
@@ -71,17 +74,16 @@ class Trainer:
             )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
         self.flag: StopFlag | None = None
+        self.stage = stage_of(config)
         if stream is None:
-            assert not isinstance(model, ProbeSweep)
-            self.encoder = model.encoder.config
-            captions = isinstance(model, AIMv2) and model.decoder.config.text
-            self.view = View(self.encoder.image_size or 0, self.encoder.patches, captions)
+            self.encoder = cast(Trainable, model).encoder.config
+            self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.stage.text(config))
             self.stream: Stream = TrainStream(
                 config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
             )
         else:
             self.stream, self.view = stream, View(0, 0, False)
-        self.update = TrainStep(model, config, world, compiled)
+        self.update = TrainStep(model, config, world, compiled, objective)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.last: StepFigures | None = None
         self.compiled = compiled
@@ -184,9 +186,8 @@ class Trainer:
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
 
-    def unwrapped(self) -> AIMv2 | Classifier:
-        assert isinstance(self.model, AIMv2 | Classifier)
-        return self.model
+    def unwrapped(self) -> Trainable:
+        return cast(Trainable, self.model)
 
     @property
     def check_every(self) -> int:
@@ -204,19 +205,9 @@ class Trainer:
         if not shards_held(self.held_out, self.world):
             return
         start = time.perf_counter()
-        self.figures = self.measure(self.held_out)
+        self.figures = self.stage.validate(self.model, self.held_out, self.config, self.world)
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
-
-    def measure(self, data: HeldOut) -> dict[str, float]:
-        """What the objective's own validation says of held-out samples."""
-        model = self.unwrapped()
-        if isinstance(model, Classifier):
-            return validate_classes(self.model, data, self.world)
-        shape = model.decoder.config
-        return validate(
-            self.model, data, self.view.patches, self.config.eval.prefixes, self.world, shape.text, shape.pixels
-        )
 
     def save(self) -> None:
         """A complete checkpoint of this step."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,25 @@ from torch import Tensor, nn
 
 from aimv2.config import TrainConfig
 from aimv2.errors import UsageError
-from aimv2.models.aimv2 import AIMv2
-from aimv2.models.classifier import Classifier
+from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import Cache, Packed
 
 RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
+
+
+class Trainable(Protocol):
+    """What the loop needs of a model (an ``nn.Module``)."""
+
+    @property
+    def encoder(self) -> VisionEncoder: ...
+
+    def block_lists(self) -> list[nn.ModuleList]:
+        """Its blocks, trunk by trunk: what is compiled, sharded and recomputed one by one."""
+        ...
+
+    def config_dict(self) -> dict[str, Any]:
+        """What ``config.json`` of its model folder keeps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -94,16 +108,12 @@ def can_compile(device: torch.device) -> str | None:
         return lines[0][:120] if lines else type(error).__name__
 
 
-def blocks_of(model: AIMv2 | Classifier) -> list[tuple[nn.ModuleList, int]]:
+def blocks_of(model: Trainable) -> list[tuple[nn.ModuleList, int]]:
     """Where each block sits: (list, index)."""
-    lists = [model.encoder.blocks]
-    for trunk in ("trunk", "pixel_trunk"):
-        if isinstance(model, AIMv2) and hasattr(model.decoder, trunk):
-            lists.append(getattr(model.decoder, trunk).blocks)
-    return [(blocks, index) for blocks in lists for index in range(len(blocks))]
+    return [(blocks, index) for blocks in model.block_lists() for index in range(len(blocks))]
 
 
-def compile_blocks(model: AIMv2 | Classifier) -> None:
+def compile_blocks(model: Trainable) -> None:
     """torch.compile of each block. Shapes are static, but for the decoder's packed rows, which are marked dynamic.
 
     Nothing turns dynamic by itself: kernels that depend on the history of shapes would make a resumed run differ.
@@ -134,7 +144,7 @@ def run_compiled(
     return forward(x, mask=mask, packed=packed, keep=keep, cache=cache)
 
 
-def parallelize(model: AIMv2 | Classifier, config: TrainConfig, world: World, compiled: bool) -> None:
+def parallelize(model: Trainable, config: TrainConfig, world: World, compiled: bool) -> None:
     """Checkpointing, then compile, then FSDP2, each by block, in place.
 
     Args:
@@ -157,7 +167,7 @@ def parallelize(model: AIMv2 | Classifier, config: TrainConfig, world: World, co
         mesh = init_device_mesh(world.device.type, (world.size,))
         for blocks, index in blocks_of(model):
             fully_shard(blocks[index], mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # type: ignore[call-overload]
 
 
 def want_compile(config: TrainConfig, world: World) -> tuple[bool, str | None]:

@@ -7,31 +7,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 import yaml
 
 from aimv2.config import Config, Source, get_value, leaf_keys, to_dict
-from aimv2.data.shards import captions_of, label_of, read_samples
+from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import image_bytes, training_shards
 from aimv2.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
-from aimv2.interop.load import fill_whole, load_model
 from aimv2.interop.model_folder import checkpoints
-from aimv2.models.aimv2 import AIMv2
-from aimv2.models.classifier import Classifier
-from aimv2.models.create import build
-from aimv2.models.encoder import VisionEncoder
-from aimv2.models.init import init_weights
-from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
 from aimv2.train.checkpoint import read_about, remove_unfinished
 from aimv2.train.files import write_aside
 from aimv2.train.parallel import World
+from aimv2.train.stages import stage_of
 
 CONFIG = "config.yaml"
 PARTS = (CONFIG, "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "wandb", "tokenizer", "data")
@@ -79,14 +71,9 @@ def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
     return found
 
 
-def wants_text(config: Config) -> bool:
-    """Whether the objective reads captions."""
-    return config.objective.name == "pretrain" and config.objective.targets != "image"
-
-
 def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
     """Raises UsageError where no sample has a caption and the objective wants text."""
-    if wants_text(config) and not any(captions_of(sample) for sample in samples):
+    if stage_of(config).text(config) and not any(captions_of(sample) for sample in samples):
         raise UsageError(
             f"data.train: captions missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.txt or "
             "captions in KEY.json; import them with --captions, or train on images alone with objective.targets=image"
@@ -171,7 +158,7 @@ def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer
         known: a folder with the tokeniser of the run that goes on; used where the configured one is not at hand.
         world: the ranks.
     """
-    if not wants_text(config):
+    if not stage_of(config).text(config):
         return None
     source = config.data.tokenizer
     if source != "auto" and (known is None or Path(source).exists()):
@@ -182,80 +169,6 @@ def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer
     if world.main:
         trained = train_tokenizer(islice(training_captions(config), TOKENIZER_CAPTIONS), config.data.vocab_size)
     return world.broadcast(trained)
-
-
-def shapes(config: Config, vocab_size: int) -> tuple[EncoderConfig, DecoderConfig]:
-    """Encoder and decoder of a run: the table's row, the config's changes, and what the objective needs."""
-    given = {key: value for key, value in vars(config.model).items() if key != "name" and value is not None}
-    decoder = {key.removeprefix("decoder_"): value for key, value in given.items() if key.startswith("decoder_")}
-    encoder = {key: value for key, value in given.items() if not key.startswith("decoder_")}
-    objective = config.objective
-    scored = objective.targets == "image" or (objective.targets == "both" and objective.alpha > 0)
-    decoder |= {"pixels": scored, "text": objective.targets != "image"}  # no head that gets no gradient
-    decoder |= {"vocab_size": vocab_size, "max_text": config.data.max_tokens}
-    shape = model_config(config.model.name, decoder, **encoder)
-    if shape[0].image_size is None:
-        raise UsageError(f"model.name {shape[0].name}: pre-training sees one image size; give model.image_size")
-    return shape
-
-
-def make_classifier(config: Config, resuming: bool = False) -> Classifier:
-    """The encoder of ``init`` (or a new one) under an attentive probe, its size that of ``init``."""
-    objective = config.objective
-    source = None
-    # a run that goes on has its encoder in its own folder: --init may be gone by then
-    origin = config.run if resuming and config.run and checkpoints(Path(config.run)) else config.init
-    if origin is not None:
-        loaded = load_model(origin)
-        source = getattr(loaded, "image", loaded)
-        assert isinstance(source, VisionEncoder)
-    shape: EncoderConfig = source.config if source is not None else shapes(config, 1)[0]  # type: ignore[assignment]
-    if shape.image_size is None:
-        raise UsageError(f"init {config.init}: a native model; training sees one image size, give model.image_size")
-    objective.classes = objective.classes or count_classes(config)  # counted once: config.yaml keeps it
-    heads = objective.heads
-    if heads is not None and shape.width % heads:
-        raise UsageError(f"objective.heads {heads} does not divide the encoder's width {shape.width}")
-    with torch.device("meta"):
-        model = Classifier(replace(shape, pool_heads=0), objective.classes, heads)
-    model.to_empty(device="cpu")
-    init_weights(model, config.seed)
-    if source is not None and not resuming:
-        weights = {key: value.float() for key, value in source.state_dict().items() if not key.startswith("head.")}
-        model.encoder.load_state_dict(weights)
-    if objective.freeze:
-        model.encoder.requires_grad_(False)
-    return model
-
-
-def count_classes(config: Config) -> int:
-    """The largest label of the training shards + 1.
-
-    Raises:
-        UsageError: no sample has a label.
-    """
-    largest = -1
-    for shards in training_shards(config.data):
-        for shard in shards:
-            largest = max([largest, *(label_of(sample) for _, sample in read_samples(shard))])
-    if largest < 1:
-        raise UsageError(
-            f"data.train: labels missing: {_names(config)} has no KEY.cls with two classes or more; import a class-folder "
-            "tree, or use objective.name=pretrain"
-        )
-    return largest + 1
-
-
-def make_model(config: Config, vocab_size: int, resuming: bool = False) -> AIMv2 | Classifier:
-    """The model with its first weights: random by ``seed``, or those of ``init`` (a checkpoint will replace them)."""
-    if config.objective.name == "probe":
-        return make_classifier(config, resuming)
-    encoder, decoder = shapes(config, vocab_size)
-    model = build(encoder, decoder, config.seed)
-    assert isinstance(model, AIMv2)
-    if config.init is not None and not resuming:
-        fill_whole(model, config.init)
-    return model
 
 
 # ---- the run folder ----

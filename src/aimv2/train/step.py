@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
-from aimv2.models.aimv2 import AIMv2
-from aimv2.models.classifier import Classifier
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.models.products import fast_products
-from aimv2.objectives import Objective, SweepObjective, make_objective
+from aimv2.objectives import Objective
 from aimv2.train.optim import make_optimizer, step_unless
-from aimv2.train.parallel import World, parallelize
+from aimv2.train.parallel import Trainable, World, parallelize
 from aimv2.train.schedule import learning_rate
+from aimv2.train.stages import stage_of
 
 FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
 
@@ -49,19 +48,21 @@ class StepFigures:
 class TrainStep:
     """A model made ready for the machine, its optimizer, and the step over both."""
 
-    def __init__(self, model: AIMv2 | Classifier | ProbeSweep, config: Config, world: World, compiled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, world: World, compiled: bool, objective: Objective | None = None
+    ) -> None:
+        """``objective``: other than that of ``config``."""
         self.config, self.world = config, world
-        self.objective: Objective = (
-            SweepObjective() if isinstance(model, ProbeSweep) else make_objective(config.objective)
-        )
+        self.objective: Objective = objective or stage_of(config).objective(config)
         self.patches, self.image_size = 2, 0  # of a sweep, which is never split or warmed up
         if not isinstance(model, ProbeSweep):
-            shape = model.encoder.config
+            trainable = cast(Trainable, model)
+            shape = trainable.encoder.config
             self.patches, self.image_size = shape.patches, shape.image_size or 0
         fast_products(world.device)
         self.model: nn.Module = model.to(world.device)
         if not isinstance(model, ProbeSweep):
-            parallelize(model, config.train, world, compiled)
+            parallelize(trainable, config.train, world, compiled)
         self.optimizer = make_optimizer(self.model, config.optim)
         # of the loss, in fp16: (factor, steps since it last changed); kept on the device
         start = FIRST_SCALE if config.train.precision == "fp16" else 1.0

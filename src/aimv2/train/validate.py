@@ -108,7 +108,7 @@ def mean_loss(model: nn.Module, objective: PretrainObjective, batches: Sequence[
 
 
 @torch.no_grad()
-def validate(
+def validate_pairs(
     model: nn.Module,
     data: HeldOut,
     patches: int,

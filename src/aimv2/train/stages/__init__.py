@@ -1,0 +1,43 @@
+"""What differs between the stages over the one loop: a model, an objective, a validation. One file a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from aimv2.config import Config
+from aimv2.data.text import Tokenizer
+from aimv2.objectives import Objective
+from aimv2.train.parallel import World
+from aimv2.train.stages import pretrain, probe
+from aimv2.train.validate import HeldOut
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One value of ``objective.name``.
+
+    Attributes:
+        text: whether the configuration's stage reads captions.
+        build: (config, tokenizer, resuming) -> the model with its first weights; while resuming a checkpoint fills it.
+        objective: of the configuration.
+        validate: (model, objective, held-out samples, config, world) -> figures.
+    """
+
+    text: Callable[[Config], bool]
+    build: Callable[[Config, Tokenizer | None, bool], nn.Module]
+    objective: Callable[[Config], Objective]
+    validate: Callable[[nn.Module, HeldOut, Config, World], dict[str, float]]
+
+
+STAGES = {
+    "pretrain": Stage(pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate),
+    "probe": Stage(probe.reads_text, probe.build_model, probe.objective, probe.validate),
+}
+
+
+def stage_of(config: Config) -> Stage:
+    """The stage that ``objective.name`` names."""
+    return STAGES[config.objective.name]

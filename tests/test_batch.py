@@ -75,7 +75,7 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
     batch = pairs([[1, 2]], [3])
     moved = batch.to("meta")
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 9 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert len(tensors) == 10 and all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert moved.keys == batch.keys and moved.bad == batch.bad and batch.images.device.type == "cpu"
 
 

@@ -1,6 +1,7 @@
 """The one thing that travels from data to model: a batch of image-text pairs.
 
-Legend: B pairs, I patches an image, T padded caption length, R caption rows, S scored patches.
+Legend: B pairs, I patches an image, K of them that the decoder sees, T padded caption length, R caption rows, S scored
+patches, N patches of a packed row.
 
 Which patches and tokens are scored is decided here, on the host, from lengths alone: no boolean indexing later, so
 no wait for a GPU, and no rule by token id (unlike the released training code).
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -21,24 +22,49 @@ ROW_BUCKET = 32  # so is R
 PATCH_BUCKET = 128  # so is S
 
 
+class Layout(NamedTuple):
+    """Where the rows of a packed batch lie for attention; see :class:`aimv2.models.layers.Spans`.
+
+    ``image_slots`` int64 [N] and ``image_groups`` are of the images alone, ``slots`` int64 [N + R] and ``groups`` of the
+    images, each followed by its caption. Strips of one area have no ``image_groups``: only the decoder, whose captions
+    follow the real patches, needs to know.
+    """
+
+    image_slots: Tensor
+    image_groups: tuple[tuple[int, int], ...]
+    slots: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device | str) -> Layout:
+        moved = (self.image_slots.to(device, non_blocking=True), self.slots.to(device, non_blocking=True))
+        return Layout(moved[0], self.image_groups, moved[1], self.groups)
+
+
 @dataclass
 class Batch:
     """B image-text pairs, ready for the device.
 
     Attributes:
-        images: uint8 [B, 3, H, W] in 0..255, or float [B, 3, H, W], already normalised.
+        images: uint8 [B, 3, H, W] in 0..255, or float [B, 3, H, W], already normalised. Native training: strips
+            [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens a caption, end of text counted; 0 without a caption.
         prefix_len: int64 [B], patches that see each other, 1..I-1.
         token_rows: int64 [R], places in the flat [B * T] text of the real tokens, caption by caption; padding holds
             B * T.
         patch_rows: int64 [S], places in the flat [B * I] image positions whose output is scored; padding holds 0.
-            Position i predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0).
+            Position i predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0). Where the
+            decoder sees some positions alone, in the flat [B * K] of those.
+        target_rows: int64 [S], the patch that each of them predicts, in the flat [B * I]; padding holds 0.
         token_count: int64 [], real entries of ``token_rows``.
         patch_count: int64 [], real entries of ``patch_rows``.
         labels: int64 [B], classes; -1 without one.
         keys: the samples' names.
         bad: samples that could not be decoded since the last batch, with the reason.
+        kept: int64 [B, K], ascending image positions that the decoder sees; None: all.
+        places: int64 [B, A, 2] or [1, N, 2], row and column of each patch (native training); None: a fixed grid.
+        image_len: int64 [B], real patches of each image (native training).
+        layout: of a packed row (native training); None: strips of one area, padded with zeros.
     """
 
     images: Tensor
@@ -47,21 +73,28 @@ class Batch:
     prefix_len: Tensor
     token_rows: Tensor
     patch_rows: Tensor
+    target_rows: Tensor
     token_count: Tensor
     patch_count: Tensor
     labels: Tensor
     keys: list[str]
     bad: list[str]
+    kept: Tensor | None = None
+    places: Tensor | None = None
+    image_len: Tensor | None = None
+    layout: Layout | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
-        tensors = {name: value for name, value in vars(self).items() if name not in ("keys", "bad")}
+        parts = {name: value for name, value in vars(self).items() if name not in ("keys", "bad", "layout")}
+        tensors = {name: value for name, value in parts.items() if value is not None}
         if str(device).startswith("cuda"):
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.text)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -69,24 +102,51 @@ def round_up(value: int, multiple: int) -> int:
     return max(1, -(-value // multiple)) * multiple
 
 
-def scored_rows(prefix_len: Tensor, patches: int) -> Tensor:
-    """Flat positions whose output predicts a patch outside the prefix.
+def scored(prefix_len: Tensor, patches: int, image_len: Tensor | None = None) -> Tensor:
+    """Positions whose output predicts a patch outside the prefix.
 
     Args:
         prefix_len: int64 [B], each in 1..patches-1.
-        patches: I, patches an image.
+        patches: I, places for patches an image.
+        image_len: int64 [B], real patches of each; None: all are real.
 
     Returns:
-        int64 [sum(I - M)], indices into [B * I]: for sample b with prefix M the positions M - 1 .. I - 2.
+        bool [B, I]: for sample b with prefix M the positions M - 1 .. I - 2.
     """
     import torch
 
     position = torch.arange(patches)
-    keep = (position >= prefix_len[:, None] - 1) & (position < patches - 1)  # [B, I]
-    return keep.flatten().nonzero().flatten()
+    last = patches if image_len is None else image_len[:, None]
+    return (position >= prefix_len[:, None] - 1) & (position < last - 1)
 
 
-def _pad(rows: Tensor, multiple: int, value: int) -> Tensor:
+def scored_rows(prefix_len: Tensor, patches: int) -> Tensor:
+    """:func:`scored` as int64 [sum(I - M)], indices into [B * I]."""
+    return scored(prefix_len, patches).flatten().nonzero().flatten()
+
+
+def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the outputs lie that are scored, and the patches that they predict.
+
+    Args:
+        keep: of :func:`scored`, bool [B, I].
+        kept: int64 [B, K], positions that the decoder sees; None: all.
+
+    Returns:
+        int64 [S] into the flat [B * I] (or [B * K]), int64 [S] into the flat [B * I].
+    """
+    import torch
+
+    if kept is None:
+        rows = keep.flatten().nonzero().flatten()
+        return rows, rows + 1
+    place = kept + torch.arange(len(keep))[:, None] * keep.shape[1]  # [B, K]
+    chosen = keep.gather(1, kept)
+    return chosen.flatten().nonzero().flatten(), place[chosen] + 1
+
+
+def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
+    """``rows`` int64 [n] filled with ``value`` up to a multiple."""
     import torch
 
     padded = torch.full((round_up(len(rows), multiple),), value, dtype=torch.int64)
@@ -103,6 +163,8 @@ def make_batch(
     bad: Sequence[str] = (),
     text_width: int | None = None,
     labels: Sequence[int] | Tensor | None = None,
+    kept: Tensor | None = None,
+    image_len: Tensor | None = None,
 ) -> Batch:
     """Collates images and tokenised captions and lists what will be scored.
 
@@ -115,6 +177,8 @@ def make_batch(
         bad: undecodable samples met on the way.
         text_width: T; by default the longest caption rounded up to its bucket.
         labels: B classes; none by default.
+        kept: int64 [B, K], see :class:`Batch`.
+        image_len: int64 [B], real patches of each image; None: all I.
     """
     import torch
 
@@ -126,19 +190,22 @@ def make_batch(
     for row, caption in enumerate(captions):
         text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
     real = (torch.arange(width) < text_len[:, None]).flatten().nonzero().flatten()
-    scored = scored_rows(prefix, patches)
+    rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
     return Batch(
         images=images,
         text=text,
         text_len=text_len,
         prefix_len=prefix,
-        token_rows=_pad(real, ROW_BUCKET, text.numel()),
-        patch_rows=_pad(scored, PATCH_BUCKET, 0),
+        token_rows=pad_rows(real, ROW_BUCKET, text.numel()),
+        patch_rows=pad_rows(rows, PATCH_BUCKET, 0),
+        target_rows=pad_rows(targets, PATCH_BUCKET, 0),
         token_count=torch.tensor(len(real)),
-        patch_count=torch.tensor(len(scored)),
+        patch_count=torch.tensor(len(rows)),
         labels=torch.as_tensor([-1] * len(captions) if labels is None else labels, dtype=torch.int64),
         keys=list(keys),
         bad=list(bad),
+        kept=kept,
+        image_len=image_len,
     )
 
 
@@ -161,6 +228,9 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         [key for batch in batches for key in batch.keys],
         [bad for batch in batches for bad in batch.bad],
         labels=torch.cat([batch.labels for batch in batches]),
+        kept=None
+        if batches[0].kept is None
+        else torch.cat([batch.kept for batch in batches if batch.kept is not None]),
     )
 
 
@@ -180,6 +250,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
             batch.keys[at : at + size],
             batch.bad if at == 0 else (),
             labels=batch.labels[at : at + size],
+            kept=None if batch.kept is None else batch.kept[at : at + size],
         )
         for at in range(0, len(batch), size)
     ]

@@ -1,7 +1,6 @@
 """Scores of captions against hand counts, our tokeniser against Stanford's, and the verb on a model that was trained."""
 
 import csv
-import json
 import math
 import shutil
 import sys
@@ -13,10 +12,11 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
+from aimv2.data.captioned import open_captioned, read_captioned
 from aimv2.data.shards import write_shard
 from aimv2.errors import UsageError
 from aimv2.evals import ptb
-from aimv2.evals.caption_score import open_captioned, score
+from aimv2.evals.caption_score import score
 from aimv2.evals.result import read_result
 from aimv2.evals.weights import weights_hash
 from runs import scenes, train
@@ -124,36 +124,11 @@ def test_the_tokeniser_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours == by_java
 
 
-# ---- data ----
-
-
 def pictures(folder: Path, count: int) -> list[str]:
     folder.mkdir(parents=True)
     for number in range(count):
         Image.new("RGB", (40, 30), (40 * number, 30, 30)).save(folder / f"{number}.png")
     return [f"{number}.png" for number in range(count)]
-
-
-def test_folder_with_captions(tmp_path: Path) -> None:
-    pictures(tmp_path / "images", 3)
-    (tmp_path / "captions.txt").write_text('image,caption\n0.png,A dog .\n0.png,"One, two"\n2.png,A cat\n')
-    (tmp_path / "others.csv").write_text("image,caption\n1.png,nothing\n")
-    for source in (tmp_path, tmp_path / "captions.txt"):
-        found = list(open_captioned(str(source)))
-        assert [(name, texts) for name, _, texts in found] == [("0.png", ["A dog .", "One, two"]), ("2.png", ["A cat"])]
-        assert found[1][1] == (tmp_path / "images" / "2.png").read_bytes()
-    assert [name for name, _, _ in open_captioned(str(tmp_path / "others.csv"))] == ["1.png"]
-    assert len(list(open_captioned(str(tmp_path), limit=1))) == 1
-
-
-def test_shards_use_every_reference_of_the_held_out_split(data: Path, tmp_path: Path) -> None:
-    found = open_captioned(str(data))
-    assert found.split == "val" and len(found.items) == 24 and all(texts for _, _, texts in found)
-    about = json.dumps({"captions": {"short": ["a dog"], "long": ["a big dog", "a dog there"]}}).encode()
-    write_shard(tmp_path / "test-000000.tar", [("x", {"png": b"...", "json": about}), ("y", {"txt": b"a cat"})])
-    found = open_captioned(str(tmp_path))
-    assert found.split == "test"
-    assert [texts for _, _, texts in found] == [["a dog", "a big dog", "a dog there"], ["a cat"]]
 
 
 # ---- the verb ----
@@ -169,7 +144,7 @@ def test_verb(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model = api.load_model(run, decoder=True)
     assert result["model"]["weights_sha256"] == weights_hash(model) and result["model"]["kind"] == "ours"
     assert result["protocol"]["tokenizer"] in (ptb.JAVA, ptb.OURS) and result["protocol"]["decoding"] == "greedy"
-    alone = [(name, texts) for name, _, texts in open_captioned(str(data))]
+    alone = [(item.image, list(read_captioned(item)[1])) for item in open_captioned(str(data))[0]]
     assert [(row["image"], row["references"]) for row in result["figures"]["captions"]] == alone[:10]
     assert all(0 <= result["figures"][f"bleu{n}"] <= 1 for n in range(1, 5))
     again = api.caption(str(run), [], data=str(data), score=True, limit=5, max_tokens=5, beams=2)
@@ -209,7 +184,7 @@ def test_wrong_use(data: Path, run: Path, tmp_path: Path, capsys: pytest.Capture
         ([run, bare, "--limit", 3], "--limit: belongs to --score"),
         ([run, *scored, "--limit", -1], "--limit -1"),
         ([run, "--score", "--data", tmp_path / "none"], "no such file or folder"),
-        ([run, "--score", "--data", bare], "class folders, without captions"),
+        ([run, "--score", "--data", bare], "class folders without captions"),
         ([run, "--score", "--data", bare / "a"], "captions missing"),
         ([run, "--score", "--data", no_captions], "no captions in the data"),
         ([encoder, *scored], "an encoder alone, without a decoder"),

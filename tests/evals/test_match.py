@@ -301,7 +301,7 @@ def test_templates(tmp_path: Path) -> None:
 WRONG = [
     (
         "zeroshot ENCODER --data CLASSES",
-        "an encoder alone, which reads no text; a pair (LiT) does, and so does scoring by",
+        "an encoder alone, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by",
     ),
     ("zeroshot WORDLESS --data CLASSES", "no tokenizer beside the weights; put CLIP's tokenizer.json there"),
     ("zeroshot MODEL --data CLASSES --by contrastive", "has no text tower; --by likelihood"),
@@ -313,12 +313,12 @@ WRONG = [
     ("zeroshot MODEL --data NUMBERS", "its classes are called 0, 1, ..."),
     ("zeroshot MODEL --data CLASSES --normalize gray", "one of prior, sum, mean is expected"),
     ("zeroshot MODEL", "--data is missing"),
-    ("retrieve MODEL --data SCENES --candidates 31", "30 images with captions, fewer than the 31 candidates"),
+    ("retrieve MODEL --data SCENES --candidates 31", "30 images, fewer than the 31 candidates"),
     ("retrieve MODEL --data SCENES", "fewer than the 100 candidates"),
     ("retrieve MODEL --data SCENES --candidates 10", "--k 10: below the number of candidates"),
     ("retrieve MODEL --data SCENES --candidates 9 --k best", "--k best: numbers"),
     ("retrieve MODEL --data CLASSES", "class folders without captions"),
-    ("retrieve MODEL --data nowhere", "no such folder or file"),
+    ("retrieve MODEL --data nowhere", "no such file or folder"),
     ("retrieve ENCODER --data SCENES", "an encoder alone"),
 ]
 

@@ -24,7 +24,8 @@ def zeroshot(
     """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5).
 
     Args:
-        model: a LiT pair, or a model that kept its decoder: RUN, RUN@STEP, or a folder of convert --to safetensors
+        model: a LiT pair, a folder or hub id of a pair of transformers such as CLIP or SigLIP, or a model that kept its decoder:
+            RUN, RUN@STEP, or a folder of convert --to safetensors
         data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
         dataset: a registered name, whose counts are then checked; null: any data set
         templates: default (three for photographs), imagenet (the eighty of CLIP), one with {} for the class, or a file of
@@ -68,8 +69,10 @@ def retrieve(
     """Find the image of a caption and a caption of an image: recall at k, both ways, beside chance.
 
     Args:
-        model: a LiT pair, or a model that kept its decoder: RUN, RUN@STEP, or a folder of convert --to safetensors
-        data: shards with captions, or a folder of images with a captions file (image,caption) or sidecars
+        model: a LiT pair, a folder or hub id of a pair of transformers such as CLIP or SigLIP, or a model that kept its decoder:
+            RUN, RUN@STEP, or a folder of convert --to safetensors
+        data: shards with captions (test-*, else val-*, else train-*), a folder of images with a captions file (image,caption)
+            or sidecars, or a captions file beside its images
         captions: the captions file, where a folder has several; null: captions.txt
         candidates: images drawn, which are then searched with all their captions; null: 100 by likelihood, all for a pair
         k: places that count as found, with commas

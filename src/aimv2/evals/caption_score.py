@@ -9,7 +9,7 @@ Legend: N images.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from aimv2.data.captioned import Sample, open_captioned, read_captioned
 from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import captions_of, find_shards, image_of, read_sample, scan_shard
-from aimv2.data.sources import Columns, FileReader, Item, Reject, Source, open_folder
+from aimv2.data.sources import Item
 from aimv2.data.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.evals.ptb import tokenise
@@ -45,94 +45,6 @@ class Asked:
     batch_size: int
     limit: int
     out: str | None
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """Images with reference captions.
-
-    Attributes:
-        name: of the folder or file.
-        split: val, test, or all where the data have no splits.
-        items: what each image is read from: a captions file's item, or (shard, key, start, end).
-        rows: those of the items that are used, in order.
-    """
-
-    name: str
-    split: str
-    items: Sequence[Any]
-    rows: Sequence[int]
-
-    def __iter__(self) -> Iterator[tuple[str, bytes, list[str]]]:
-        """(name, encoded image, references) of each row; an image without a caption has no references."""
-        for row in self.rows:
-            item = self.items[row]
-            yield _of_item(item) if isinstance(item, Item) else _of_shard(*item)
-
-
-def open_captioned(source: str, limit: int = 0) -> Captioned:
-    """Images with their captions: shards, a captions file, or a folder with one (or with sidecars).
-
-    Args:
-        source: shards (of a folder ``val-*``, else ``test-*``; a tar or pattern is taken as it is), a captions file beside
-            its images, or a folder of images with ``captions.txt`` or another captions file, or .txt/.json sidecars.
-        limit: draw this many of the images, the same ones each time; 0: all.
-
-    Raises:
-        UsageError: nothing there, or no captions.
-    """
-    path = Path(source).expanduser()
-    items: list[Any]
-    pattern = path.suffix == ".tar" or (any(mark in source for mark in "*?[{") and not path.exists())
-    if pattern or (path.is_dir() and any(path.glob("*.tar"))):
-        shards = find_shards(source, "val", option="--data")
-        if not shards:
-            raise UsageError(f"--data {source}: no val-*.tar or test-*.tar there; name other tars by a pattern")
-        items = [(shard, *place) for shard in shards for place in _places(shard)]
-        split = "all" if pattern else shards[0].name.split("-")[0]
-    elif path.exists():
-        items = [item for item in _plan(path, source).items if isinstance(item, Item)]
-        split = "all"
-    else:
-        raise UsageError(f"--data {source}: no such file or folder; images with captions expected")
-    if not items:
-        raise UsageError(f"--data {source}: no image with a caption there")
-    rows = np.arange(len(items))
-    if 0 < limit < len(items):
-        rows = np.sort(np.random.default_rng(0).choice(len(items), limit, replace=False))
-    return Captioned(path.name, split, items, rows.tolist())
-
-
-def _plan(path: Path, source: str) -> Source:
-    """Images with captions of a folder or a captions file."""
-    try:
-        if path.is_file():
-            return open_folder(path.parent, path.name, Columns(), "{}")
-        found = open_folder(path, "captions.txt" if (path / "captions.txt").is_file() else None, Columns(), "{}")
-    except UsageError as error:
-        why = str(error).partition("; ")[0].removeprefix("SRC: ")
-        raise UsageError(f"--data {source}: {why}; shards, a captions file, or a folder with one expected") from None
-    if found.classes:
-        raise UsageError(f"--data {source}: class folders, without captions; captions of each image are expected")
-    return found
-
-
-def _places(shard: Path) -> Iterator[tuple[str, int, int]]:
-    scan = scan_shard(shard)
-    return zip(scan.keys, scan.offsets, scan.offsets[1:])
-
-
-def _of_shard(shard: Path, key: str, start: int, end: int) -> tuple[str, bytes, list[str]]:
-    parts = read_sample(shard, start, end)
-    image = image_of(parts)
-    return key, image[1] if image else b"", [text for texts in captions_of(parts).values() for text in texts]
-
-
-def _of_item(item: Item) -> tuple[str, bytes, list[str]]:
-    (loaded,) = FileReader().load([item])
-    if isinstance(loaded, Reject):
-        return item.image, b"", [text for texts in item.captions.values() for text in texts]
-    return item.image, loaded.data, [text for texts in loaded.captions.values() for text in texts]
 
 
 def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -180,8 +92,8 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 
 
 def write_all(
-    model: AIMv2, data: Captioned, asked: Asked
-) -> tuple[list[str], list[str], list[list[str]], dict[str, int]]:
+    model: AIMv2, items: Sequence[Item | Sample], asked: Asked
+) -> tuple[list[str], list[str], list[tuple[str, ...]], dict[str, int]]:
     """Captions of all images that have references and can be read.
 
     Returns:
@@ -193,7 +105,7 @@ def write_all(
     see = image_transform(model)
     names: list[str] = []
     written: list[str] = []
-    references: list[list[str]] = []
+    references: list[tuple[str, ...]] = []
     left_out = {"without_captions": 0, "unreadable": 0}
     waiting: list[torch.Tensor] = []
 
@@ -206,11 +118,12 @@ def write_all(
                 raise UsageError(str(error)) from None
             waiting.clear()
 
-    for name, encoded, texts in data:
-        if not texts:
-            left_out["without_captions"] += 1
-            continue
+    for item in items:
         try:
+            encoded, texts = read_captioned(item)
+            if not texts:
+                left_out["without_captions"] += 1
+                continue
             image = see(decode_image(encoded))
         except ImageError:
             left_out["unreadable"] += 1
@@ -218,7 +131,7 @@ def write_all(
         if len(waiting) >= asked.batch_size or (waiting and waiting[0].shape != image.shape):  # native sizes differ
             write()
         waiting.append(image)
-        names.append(name)
+        names.append(item.image)
         references.append(texts)
     write()
     if not names:
@@ -236,9 +149,12 @@ def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
     started = time.perf_counter()
     if model.tokenizer is None:
         raise UsageError(f"MODEL {name}: no tokenizer beside its weights; a model that captions is expected")
-    data = open_captioned(asked.data, asked.limit)
+    items, split = open_captioned(asked.data)
     out = check_out(asked.out, "caption")
-    names, written, references, left_out = write_all(model, data, asked)
+    rows: Sequence[int] = range(len(items))
+    if 0 < asked.limit < len(items):  # the same ones each time
+        rows = np.sort(np.random.default_rng(0).choice(len(items), asked.limit, replace=False)).tolist()
+    names, written, references, left_out = write_all(model, [items[row] for row in rows], asked)
     figures = score(written, references)
     tokenizer, by_image = figures.pop("tokenizer"), figures.pop("cider_by_image")
     figures |= left_out
@@ -257,8 +173,8 @@ def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
         "cider": "word frequencies over the references of these images",
     }
     about = {
-        "name": data.name, "dataset": None, "source": asked.data, "split": data.split, "test_images": len(names),
-        "images_there": len(data.items), "references": sum(map(len, references)),
+        "name": Path(asked.data).name, "dataset": None, "source": asked.data, "split": split, "test_images": len(names),
+        "images_there": len(items), "references": sum(map(len, references)),
     }  # fmt: skip
     config = model.encoder.config
     ours = {

@@ -6,7 +6,6 @@ Legend: B images, N patches, D width.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
 from aimv2.errors import UsageError
 from aimv2.evals.weights import weights_hash
+from aimv2.interop.shapes import read_json
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import pixel_patches
@@ -147,8 +147,7 @@ def _open(source: str, device: torch.device, image_size: int | None) -> Frozen:
     if (folder / openvino.FILE).is_file():
         return _openvino(source, folder)
     at = load.locate(source)
-    kind = load.read_json(at.folder / "config.json").get("model_type")
-    if kind is not None and not str(kind).startswith("aimv2"):
+    if is_foreign(at.folder):
         return _transformers(source, at.folder, device)
     model = load.load_model(at, device=device)
     encoder = model.image if isinstance(model, LiT) else model
@@ -215,17 +214,39 @@ def raw_pixels(frozen: Frozen) -> Frozen:
     )
 
 
-def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
-    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers) are left out."""
-    from transformers import AutoModel
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model of ``transformers`` that is none of AIMV2's."""
+    kind = read_json(folder / "config.json").get("model_type")
+    return kind is not None and not str(kind).startswith("aimv2")
 
+
+def open_transformers(source: str, folder: Path, device: str | torch.device) -> Any:
+    """What ``AutoModel`` makes of a folder, in evaluation mode; nothing is unpickled and no code of the folder runs.
+
+    Raises:
+        UsageError: it can't.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # what goes wrong is said in one line
     try:
-        model: Any = AutoModel.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
-    model = getattr(model, "vision_model", model).eval().to(device)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval().to(device)
+
+
+def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
+    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers) are left out."""
+    model = open_transformers(source, folder, device)
+    model = getattr(model, "vision_model", model)
     seen = _read_processor(folder)
-    config = model.config
+    config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
     size = seen.get("size") or getattr(config, "image_size", 224)
     size = max(size) if isinstance(size, list | tuple) else int(size or 224)
     mean, std = (torch.tensor(seen[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -238,7 +259,8 @@ def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
         return x[:, extra:]
 
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
-        out = model(pixel_values=(images.float() / 255 - mean) / std, output_hidden_states=True)
+        pixels = ((images.float() / 255 - mean) / std).to(kind)
+        out = model(pixel_values=pixels, output_hidden_states=True)
         hidden = out.hidden_states
         found = []
         for name in layers:
@@ -258,9 +280,9 @@ def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
-    """Input size, mean and std of ``preprocessor_config.json``; ImageNet's where it is absent."""
-    path = folder / "preprocessor_config.json"
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    """Input size, mean and std of ``preprocessor_config.json`` (newer: a part of another file); else ImageNet's."""
+    stored = read_json(folder / "processor_config.json").get("image_processor")
+    stored = stored or read_json(folder / "preprocessor_config.json")
     size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
     size = size or stored.get("size")
     if isinstance(size, dict):

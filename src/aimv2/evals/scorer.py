@@ -5,19 +5,23 @@ Legend: B images, G groups of t texts each (a class's prompts, or a caption alon
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from aimv2.data.images import to_rgb
 from aimv2.data.transforms import image_transform
 from aimv2.errors import UsageError
+from aimv2.evals.frozen import is_foreign, open_transformers
 from aimv2.evals.weights import weights_hash
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
@@ -27,6 +31,17 @@ BY = ("auto", "contrastive", "likelihood")
 NORMALIZE = ("prior", "sum", "mean")
 PRIOR_IMAGES = 100  # that the probability of a text without its image is estimated from
 TEXTS = 256  # in the text tower at once
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # what to do with an image; the second is newer
+
+
+class Pair(Protocol):
+    """Two towers with one space: a LiT, or a pair of ``transformers``."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> [B, P], of unit length."""
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """B texts -> [B, P], of unit length."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +51,22 @@ class Matcher:
     Attributes:
         name: as the user gave it.
         by: contrastive or likelihood.
-        model: LiT or AIMv2, with its tokeniser, in evaluation mode.
-        sha256: of its weights.
-        see: PIL image -> uint8 [3, H, W]: the centred square (native models: the image in the range of patches).
+        model: a pair, or an encoder with its decoder, in evaluation mode; with its tokeniser.
+        weights: to be hashed again.
+        sha256: of the weights.
+        see: PIL image -> uint8 [3, H, W].
+        view: what ``see`` does, in words.
+        shape: what a result says of the model beside its name and hash.
     """
 
     name: str
     by: str
-    model: LiT | AIMv2
+    model: Pair | AIMv2
+    weights: nn.Module
     sha256: str
     see: Callable[[Image.Image], Tensor]
+    view: str
+    shape: dict[str, Any]
 
     def about(self) -> dict[str, Any]:
         """What a result says of the model; with the proof that measuring left it as it was.
@@ -53,12 +74,15 @@ class Matcher:
         Raises:
             RuntimeError: the weights have changed: a mistake of ours.
         """
-        if weights_hash(self.model) != self.sha256:
+        if weights_hash(self.weights) != self.sha256:
             raise RuntimeError(f"{self.name}: the weights changed while they were measured")
-        shape = self.model.encoder.config
-        kind = "pair" if isinstance(self.model, LiT) else "encoder and decoder"
-        about = {"name": self.name, "kind": kind, "weights_sha256": self.sha256, "unchanged": True}
-        return {**about, "image_size": shape.image_size, "width": shape.width}
+        return {"name": self.name, "weights_sha256": self.sha256, "unchanged": True, **self.shape}
+
+    def scorer(self, groups: Sequence[Sequence[str]], normalize: str, others: Iterable[Tensor] = ()) -> Scorer:
+        """By cosine for a pair, which leaves ``normalize`` and ``others`` unused, else by likelihood."""
+        if isinstance(self.model, AIMv2):
+            return by_likelihood(self.model, groups, normalize, others)
+        return by_cosine(self.model, groups)
 
 
 class Scorer(Protocol):
@@ -67,11 +91,15 @@ class Scorer(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
+# ---- models ----
+
+
 def open_matcher(source: str, by: str = "auto", device: str | torch.device = "cpu") -> Matcher:
     """A pair, or an encoder with its decoder.
 
     Args:
-        source: released name, hub id, folder, .safetensors file, RUN or RUN@STEP.
+        source: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder or hub id of an image-text pair
+            of ``transformers``.
         by: contrastive (the two towers of a pair), likelihood (the decoder), or auto: what the model has.
         device: where it runs.
 
@@ -81,31 +109,142 @@ def open_matcher(source: str, by: str = "auto", device: str | torch.device = "cp
     from aimv2.api.models import load_model
     from aimv2.interop import load
 
-    has_decoder = load.has_decoder(load.locate(source))
+    at = load.locate(source)
+    if is_foreign(at.folder):
+        return _of_transformers(source, at.folder, by, device)
+    has_decoder = load.has_decoder(at)
     if has_decoder and by == "contrastive":
         raise UsageError(f"--by contrastive: {source} has no text tower; --by likelihood scores texts by its decoder")
     model = load_model(source, decoder=has_decoder, device=device)
     if isinstance(model, LiT):
-        if by == "likelihood":
-            raise UsageError(
-                f"--by likelihood: {source} is a pair without a decoder; --by contrastive reads its towers"
-            )
+        _refuse_likelihood(source, by)
         if model.tokenizer is None:
             raise UsageError(f"MODEL {source}: no tokenizer beside the weights; put CLIP's tokenizer.json there")
-        return Matcher(source, "contrastive", model, weights_hash(model), image_transform(model))
+        return _of_ours(source, model, "contrastive", "pair")
     if not isinstance(model, AIMv2):
-        raise UsageError(
-            f"MODEL {source}: an encoder alone, which reads no text; a pair (LiT) does, and so does scoring by likelihood "
-            "with a model that kept its decoder: RUN, or a folder of `aimv2 convert --to safetensors`"
-        )
+        raise _no_text(source)
     if not model.decoder.config.text:
         raise UsageError(f"MODEL {source}: its decoder has no text head (it was trained with objective.targets=image)")
     if model.tokenizer is None:
         raise UsageError(f"MODEL {source}: no tokenizer beside the weights; give the RUN, or the folder that it wrote")
-    return Matcher(source, "likelihood", model, weights_hash(model), image_transform(model))
+    return _of_ours(source, model, "likelihood", "encoder and decoder")
 
 
-def by_cosine(model: LiT, groups: Sequence[Sequence[str]]) -> Scorer:
+def _of_ours(source: str, model: LiT | AIMv2, by: str, kind: str) -> Matcher:
+    config = model.encoder.config
+    view = "centred square" if config.image_size else "whole image"
+    shape = {"kind": kind, "image_size": config.image_size, "width": config.width}
+    return Matcher(source, by, model, model, weights_hash(model), image_transform(model), view, shape)
+
+
+def _of_transformers(source: str, folder: Path, by: str, device: str | torch.device) -> Matcher:
+    model = open_transformers(source, folder, device)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise _no_text(source)
+    _refuse_likelihood(source, by)
+    try:
+        pair = TransformersPair(model, folder)
+        size = pair.check()
+    except Exception as error:  # whatever a pair of another kind, or a tokeniser, says
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"MODEL {source}: {type(model).__name__} can't be used as a pair here: {why}") from None
+    vision = getattr(model.config, "vision_config", model.config)
+    shape = {"kind": "transformers pair", "architecture": type(model).__name__, "image_size": size}
+    shape["width"] = getattr(vision, "hidden_size", None)
+    view = "as its preprocessor_config.json says"
+    return Matcher(source, "contrastive", pair, model, weights_hash(model), pair.see, view, shape)
+
+
+def _refuse_likelihood(source: str, by: str) -> None:
+    if by == "likelihood":
+        raise UsageError(f"--by likelihood: {source} is a pair without a decoder; --by contrastive reads its towers")
+
+
+def _no_text(source: str) -> UsageError:
+    return UsageError(
+        f"MODEL {source}: an encoder alone, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by "
+        "likelihood with a model that kept its decoder: RUN, or a folder of `aimv2 convert --to safetensors`"
+    )
+
+
+class TransformersPair:
+    """A pair that ``AutoModel`` opened, with the tokeniser and the image processor of its folder.
+
+    Pillow resizes, wherever it runs. SigLIP was trained on texts in lower case, padded to its full length and without a
+    mask: so they are given; to others as their tokeniser gives them, padded to the longest.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        if not any((folder / name).is_file() for name in PROCESSORS):
+            raise ValueError(f"no {PROCESSORS[0]} beside the weights")
+        self.model = model
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not any((folder / name).is_file() for name in self.tokenizer.vocab_files_names.values()):
+            raise ValueError("no tokenizer beside the weights")  # transformers makes an empty one
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        self.siglip = model.config.model_type.startswith("siglip")
+        reads = ["input_ids"] if self.siglip else inspect.signature(model.get_text_features).parameters
+        self.reads = [name for name in self.tokenizer.model_input_names if name in reads]
+        places = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
+        self.length = min(places or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    def see(self, image: Image.Image) -> Tensor:
+        """The processor's view before its arithmetic, uint8 [3, H, W]: a quarter of the bytes to keep."""
+        found = self.processor(to_rgb(image), do_rescale=False, do_normalize=False, return_tensors="pt")
+        return found["pixel_values"][0]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float, scaled and normalised as the processor does."""
+        x, how = images.to(self.model.device).float(), self.processor
+        x = x * how.rescale_factor if how.do_rescale else x
+        if how.do_normalize:
+            mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (how.image_mean, how.image_std))
+            x = (x - mean) / std
+        return x
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """See :class:`Pair`."""
+        return _unit(self.model.get_image_features(pixel_values=self.pixels(images).to(self.model.dtype)))
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """See :class:`Pair`."""
+        texts = [text.lower() for text in texts] if self.siglip else texts
+        padding = "max_length" if self.siglip else "longest"
+        given = self.tokenizer(texts, padding=padding, truncation=True, max_length=self.length, return_tensors="pt")
+        return _unit(self.model.get_text_features(**{name: given[name].to(self.model.device) for name in self.reads}))
+
+    def check(self) -> int:
+        """Pixels a side, after one image and one text.
+
+        Raises:
+            ValueError: towers that do not meet, a processor that does more than is done here or gives several sizes.
+        """
+        image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+        seen, turned = self.see(image)[None], self.see(image.transpose(Image.Transpose.ROTATE_90))[None]
+        if seen.shape != turned.shape:
+            raise ValueError("its image processor keeps the sides of an image; one size for all is expected")
+        whole = self.processor(image, return_tensors="pt")["pixel_values"]
+        if not torch.allclose(self.pixels(seen).cpu(), whole, atol=1e-4):
+            raise ValueError("its image processor does more than resize, crop, scale and normalise")
+        with eager():
+            vectors = self.encode_image(seen), self.encode_text(["a"])
+        if vectors[0].shape != vectors[1].shape:
+            raise ValueError(f"features of {list(vectors[0].shape)} for an image, {list(vectors[1].shape)} for a text")
+        return seen.shape[-1]
+
+
+def _unit(found: Any) -> Tensor:
+    """Features as transformers gives them (newer: a part of the tower's output), fp32, of unit length."""
+    features = found if isinstance(found, Tensor) else found.pooler_output
+    return F.normalize(features.float(), dim=-1)
+
+
+# ---- scores ----
+
+
+def by_cosine(model: Pair, groups: Sequence[Sequence[str]]) -> Scorer:
     """Cosine of an image and a group: the group's vector is the normalised mean of its texts' normalised vectors (CLIP).
 
     Args:

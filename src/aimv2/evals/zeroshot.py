@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,11 +23,9 @@ from aimv2.data.images import ImageError
 from aimv2.data.labelled import EXPECTED, Labelled, Split, open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.result import check_out, make_result, write_result
-from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, by_cosine, by_likelihood, stacked
+from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, stacked
 from aimv2.evals.scores import per_class, top1, wilson
 from aimv2.evals.templates import fill, find_templates, read_lines
-from aimv2.models.aimv2 import AIMv2
-from aimv2.models.lit import LiT
 
 BEST = 5  # guesses kept an image
 NAMELESS = re.compile(r"\d+|n\d{8}")  # numbers and WordNet ids say nothing to a text tower
@@ -71,17 +69,14 @@ def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
     out = check_out(asked.out, "zeroshot")
     groups = [fill(templates, name) for name in names]
     rejected: list[dict[str, str]] = []
-    if matcher.by == "contrastive":
-        scorer = by_cosine(cast(LiT, matcher.model), groups)
-    else:
-        others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
-        scorer = by_likelihood(cast(AIMv2, matcher.model), groups, asked.normalize, (batch for batch, _ in others))
+    others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
+    scorer = matcher.scorer(groups, asked.normalize, (batch for batch, _ in others))
     best, labels = guess(matcher, scorer, chosen.test, asked.batch_size, rejected)
     protocol: dict[str, Any] = {
         "name": f"zero-shot, {matcher.by}",
         "templates": list(templates),
         "class_names": asked.classes or "of the data set",
-        "view": "centred square" if matcher.model.encoder.config.image_size else "whole image",
+        "view": matcher.view,
     }
     if matcher.by == "likelihood":
         protocol |= {"normalize": asked.normalize, "prior_from": chosen.others_are}

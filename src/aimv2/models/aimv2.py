@@ -46,7 +46,7 @@ class AIMv2(nn.Module):
             text_targets: see :meth:`MultimodalDecoder.forward`.
             bidirectional: let all patches see each other (Cap with full attention, Table 9a).
         """
-        features = self.encoder(batch.images, None if bidirectional else batch.prefix_len)
+        features = self.encoder.forward_batch(batch, bidirectional)
         return self.decoder(features, batch, text_targets)
 
     def caption(

@@ -8,7 +8,7 @@ the heads see scored rows alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimv2.batch import Batch
-from aimv2.models.layers import NORM_EPS, Block, Cache, Packed
+from aimv2.models.layers import NORM_EPS, Block, Cache, Packed, Spans
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
 CHUNK_ROWS = 1024  # text logits in chunks of this many rows once there are more than twice as many
@@ -81,10 +81,10 @@ class Trunk(nn.Module):
 class ImageTrunk(Trunk):
     """Causal blocks over image positions alone (no caption to read)."""
 
-    def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, keep: Tensor, mask: Any = "causal") -> Tensor:  # type: ignore[override]
         """[B, I, D] -> positions ``keep`` of the flat [B * I], [K, D]."""
         for block in self.blocks:
-            x = block(x, mask="causal")
+            x = block(x, mask=mask)
         return self.norm(x.flatten(0, 1).index_select(0, keep))
 
 
@@ -136,15 +136,23 @@ class MultimodalDecoder(nn.Module):
         Returns:
             predictions at scored image positions and at every real caption position.
         """
+        if batch.kept is not None:
+            features = features.gather(1, batch.kept[:, :, None].expand(-1, -1, features.shape[2]))  # [B, K, D]
         image = self.project(features).to(self.project.weight.dtype)  # [B, I, D]; the residual stream stays fp32
-        samples, patches, width = image.shape
+        samples, patches, width = len(batch.text), image.shape[1], image.shape[2]
+        causal: Any = "causal"
+        spans = None
+        if batch.layout is not None:
+            if batch.layout.image_groups:
+                causal = Spans(batch.layout.image_slots, batch.layout.image_groups)
+            spans = Spans(batch.layout.slots, batch.layout.groups)
         if not self.config.text:
-            return Prediction(self.pixel_head(self.pixel_trunk(image, batch.patch_rows)), None)
+            return Prediction(self.pixel_head(self.pixel_trunk(image, batch.patch_rows, causal)), None)
         padded = self.caption_inputs(batch.text, batch.text.shape[1])  # [B, T, D]
         text = padded.flatten(0, 1).index_select(0, batch.token_rows.clamp(max=samples * batch.text.shape[1] - 1))
         rows = torch.cat([image.reshape(-1, width), text])
-        packed = Packed(batch.token_rows, samples, patches, batch.text.shape[1])
-        text_rows = torch.arange(samples * patches, len(rows), device=rows.device)
+        packed = Packed(batch.token_rows, samples, patches, batch.text.shape[1], spans)
+        text_rows = torch.arange(len(rows) - len(text), len(rows), device=rows.device)
         joint = self.config.pixels and not self.config.separate
         keep = torch.cat([batch.patch_rows, text_rows]) if joint else text_rows
         out = self.trunk(rows, packed, keep)
@@ -152,7 +160,7 @@ class MultimodalDecoder(nn.Module):
         if joint:
             pixels, out = self.pixel_head(out[: len(batch.patch_rows)]), out[len(batch.patch_rows) :]
         elif self.config.pixels:
-            pixels = self.pixel_head(self.pixel_trunk(image, batch.patch_rows))
+            pixels = self.pixel_head(self.pixel_trunk(image, batch.patch_rows, causal))
         return Prediction(pixels, self.text_head(out, text_targets))
 
     def new_caches(self) -> list[Cache]:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask
+from aimv2.batch import Batch
+from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask, prefix_spans
 from aimv2.models.pool import AttentionPool
-from aimv2.models.positions import patchify, sincos_positions
+from aimv2.models.positions import patchify, sincos_at, sincos_positions
 from aimv2.models.sizes import EncoderConfig
 
 
@@ -31,13 +32,15 @@ class PatchEmbed(nn.Module):
         if config.image_size is not None:
             self.position = nn.Parameter(torch.empty(1, config.patches, config.width))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, I, D]."""
+    def forward(self, images: Tensor, places: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, I, D]; ``places`` int64 [B, I, 2]: row and column of each patch, where images are strips."""
         patch = self.config.patch_size
         x = F.linear(patchify(images, patch), self.proj.weight.flatten(1), self.proj.bias)
         x = self.norm(x.to(self.norm.weight.dtype))  # autocast's product is bf16, the residual stream is not
         if self.config.image_size is not None:
             return x + self.position
+        if places is not None:
+            return x + sincos_at(places, self.config.width).to(x.dtype)
         grid = images.shape[2] // patch, images.shape[3] // patch
         return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
 
@@ -57,6 +60,7 @@ class VisionEncoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.head = AttentionPool(config.width, config.pool_heads) if config.pool_heads else None
         self.compiled = False  # set where the blocks are compiled: picks the mask's form
+        self.frozen = False  # set by the step while the decoder alone learns: no gradient is kept for
         self.mean: Tensor
         self.std: Tensor
         for name in ("mean", "std"):
@@ -98,6 +102,9 @@ class VisionEncoder(nn.Module):
             TypeError: arrays or pictures instead of tensors.
             ValueError: layers that there are not, images that the model can't see, a list with a prefix.
         """
+        if self.frozen and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(images, prefix_len, layers)
         depth = len(self.blocks)
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
@@ -113,6 +120,19 @@ class VisionEncoder(nn.Module):
             mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)
         x, kept = self._trunk(x, mask, wanted)
         return x if layers is None else (x, kept)
+
+    def forward_batch(self, batch: Batch, bidirectional: bool = False) -> Tensor:
+        """Features of a training batch, under its prefixes unless ``bidirectional``: [B, I, D]; a packed batch [1, N, D]."""
+        if batch.places is None:
+            return self(batch.images, None if bidirectional else batch.prefix_len)
+        assert batch.image_len is not None
+        x = self.patch_embed(self.normalize(batch.images), batch.places)
+        prefix = batch.image_len if bidirectional else batch.prefix_len  # padding behind an image is never seen
+        if batch.layout is None or not batch.layout.image_groups:
+            mask: Any = prefix_attention_mask(prefix, x.shape[1], self.compiled and torch.is_grad_enabled())
+        else:
+            mask = prefix_spans(batch.layout.image_slots, batch.layout.image_groups, prefix)
+        return self._trunk(x, mask, ())[0]
 
     def _embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, I, D], with positions."""

@@ -31,6 +31,27 @@ class Packed(NamedTuple):
     samples: int  # B
     patches: int  # I
     text: int  # T
+    spans: Spans | None = None  # images of different sizes: takes the place of the numbers above
+
+
+class Spans(NamedTuple):
+    """Sequences of different lengths in one row of R without padding, for attention within each.
+
+    Sequences of about one length form a group and are padded for attention alone: group g has ``groups[g] = (n, L)``, n
+    sequences of up to L positions. ``slots`` is the place of every row in all the groups' n * L positions laid end to end;
+    padding rows hold their sum.
+    """
+
+    slots: Tensor  # int64 [R]
+    groups: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor, ...] | None = None  # bool [n, 1, L, L] a group; None: causal
+
+
+def prefix_spans(slots: Tensor, groups: tuple[tuple[int, int], ...], prefix_len: Tensor) -> Spans:
+    """Spans under prefix attention, ``prefix_len`` int64 [sequences]; a prefix of all positions is bidirectional."""
+    parts = prefix_len.split([count for count, _ in groups])
+    masks = tuple(prefix_mask(part, length)[:, None] for part, (_, length) in zip(parts, groups))
+    return Spans(slots, groups, masks)
 
 
 class Documents(NamedTuple):
@@ -125,11 +146,13 @@ class Attention(nn.Module):
         Args:
             qkv: [B, N, 3 * D].
             mask: None = all see all; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask; or
-                Documents (B = 1).
+                Documents or Spans (B = 1).
 
         Returns:
             [B, N, D].
         """
+        if isinstance(mask, Spans):
+            return self.attend_spans(qkv[0], mask)[None]
         q, k, v = self.split(qkv)
         if isinstance(mask, Documents):
             return self.attend_documents(q, k, v, mask)
@@ -173,6 +196,8 @@ class Attention(nn.Module):
 
     def attend_packed(self, qkv: Tensor, rows: Packed) -> Tensor:
         """Causal attention over [image ; caption] for packed rows: [B * I + R, 3 * D] -> [B * I + R, D]."""
+        if rows.spans is not None:
+            return self.attend_spans(qkv, rows.spans)
         image_rows = rows.samples * rows.patches
         image = qkv[:image_rows].view(rows.samples, rows.patches, -1)
         slots = rows.samples * rows.text
@@ -182,6 +207,16 @@ class Attention(nn.Module):
         text_out = out[:, rows.patches :].reshape(slots, -1)
         text_out = text_out.index_select(0, rows.token_rows.clamp(max=slots - 1))
         return torch.cat([out[:, : rows.patches].reshape(image_rows, -1), text_out])
+
+    def attend_spans(self, qkv: Tensor, spans: Spans) -> Tensor:
+        """Attention within each sequence of the row: [R, 3 * D] -> [R, D]."""
+        sizes = [count * length for count, length in spans.groups]
+        full = qkv.new_zeros(sum(sizes) + 1, qkv.shape[1]).index_copy(0, spans.slots, qkv)
+        out = []
+        for number, (part, group) in enumerate(zip(full[:-1].split(sizes), spans.groups)):
+            mask = "causal" if spans.masks is None else spans.masks[number]
+            out.append(self.attend(part.view(*group, -1), mask).flatten(0, 1))
+        return torch.cat(out).index_select(0, spans.slots.clamp(max=sum(sizes) - 1))
 
     def attend_cached(self, qkv: Tensor, cache: Cache) -> Tensor:
         """Causal attention of new positions over the cached ones and themselves: [B, new, 3 * D] -> [B, new, D]."""

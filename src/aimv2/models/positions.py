@@ -40,16 +40,30 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | s
     Returns:
         float32 [h * w, dim].
     """
+    return sincos_at(grid_places(height, width, device), dim)
+
+
+def grid_places(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Row and column of each patch of an h x w grid: int64 [h * w, 2]."""
+    cell = torch.arange(height * width, device=device)
+    return torch.stack([cell // width, cell % width], dim=1)
+
+
+def sincos_at(places: Tensor, dim: int) -> Tensor:
+    """:func:`sincos_positions` of single patches.
+
+    Args:
+        places: int64 [..., 2], row and column.
+        dim: D, divisible by 4.
+
+    Returns:
+        float32 [..., dim].
+    """
     if dim % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {dim}")
-    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    angles = [axis.flatten()[:, None] * rate for axis in (column, row)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=places.device) / (dim // 4))
+    row, column = (axis[..., None].float() * rate for axis in places.unbind(-1))
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1)
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:

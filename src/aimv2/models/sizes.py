@@ -102,7 +102,7 @@ SERIES: list[tuple[str, int, list[int | None]]] = [
     ("mini", 4, [32]),
     ("tiny", 14, [112]),
     ("tiny", 8, [32]),
-    ("tiny", 4, [32]),
+    ("tiny", 4, [32, None]),
 ]
 
 

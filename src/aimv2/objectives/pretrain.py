@@ -36,7 +36,7 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
 def pixel_targets(encoder: VisionEncoder, batch: Batch) -> Tensor:
     """The patch after each scored position: fp32 [S, P]."""
     targets = normalized_patches(encoder.normalize(batch.images), encoder.config.patch_size)
-    return targets.flatten(0, 1).index_select(0, batch.patch_rows + 1)
+    return targets.flatten(0, 1).index_select(0, batch.target_rows)
 
 
 def text_targets(batch: Batch) -> Tensor:

@@ -138,7 +138,7 @@ def run_compiled(
 ) -> Tensor:
     """A compiled block. Packed rows differ from batch to batch: marked dynamic, one kernel serves them all."""
     if packed is not None and torch.is_grad_enabled():
-        for rows in (x, packed.token_rows, keep):
+        for rows in (x, packed.token_rows, keep, packed.spans and packed.spans.slots):
             if rows is not None:
                 torch._dynamo.mark_dynamic(rows, 0)
     return forward(x, mask=mask, packed=packed, keep=keep, cache=cache)

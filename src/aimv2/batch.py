@@ -65,6 +65,8 @@ class Batch:
         places: int64 [B, A, 2] or [1, N, 2], row and column of each patch (native training); None: a fixed grid.
         image_len: int64 [B], real patches of each image (native training).
         layout: of a packed row (native training); None: strips of one area, padded with zeros.
+        teacher: int8 [B, I, E], stored features of a teacher for these crops; None: none are stored.
+        teacher_scale: float16 [B, I], their unit.
     """
 
     images: Tensor
@@ -83,6 +85,8 @@ class Batch:
     places: Tensor | None = None
     image_len: Tensor | None = None
     layout: Layout | None = None
+    teacher: Tensor | None = None
+    teacher_scale: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
@@ -165,6 +169,7 @@ def make_batch(
     labels: Sequence[int] | Tensor | None = None,
     kept: Tensor | None = None,
     image_len: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Batch:
     """Collates images and tokenised captions and lists what will be scored.
 
@@ -179,6 +184,7 @@ def make_batch(
         labels: B classes; none by default.
         kept: int64 [B, K], see :class:`Batch`.
         image_len: int64 [B], real patches of each image; None: all I.
+        teacher: int8 [B, I, E] and float16 [B, I], see :class:`Batch`.
     """
     import torch
 
@@ -206,7 +212,16 @@ def make_batch(
         bad=list(bad),
         kept=kept,
         image_len=image_len,
+        teacher=teacher[0] if teacher else None,
+        teacher_scale=teacher[1] if teacher else None,
     )
+
+
+def taught(batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Features of a teacher and their unit, where the batch brings them."""
+    if batch.teacher is None or batch.teacher_scale is None:
+        return None
+    return batch.teacher, batch.teacher_scale
 
 
 def captions_of(batch: Batch) -> list[list[int]]:
@@ -220,6 +235,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
 
     if len(batches) == 1:
         return batches[0]
+    stored = [pair for batch in batches if (pair := taught(batch)) is not None]
     return make_batch(
         torch.cat([batch.images for batch in batches]),
         [caption for batch in batches for caption in captions_of(batch)],
@@ -231,6 +247,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         kept=None
         if batches[0].kept is None
         else torch.cat([batch.kept for batch in batches if batch.kept is not None]),
+        teacher=(torch.cat([one for one, _ in stored]), torch.cat([unit for _, unit in stored])) if stored else None,
     )
 
 
@@ -240,7 +257,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
         return [batch]
     size, rest = divmod(len(batch), parts)
     assert rest == 0, f"{len(batch)} pairs in {parts} parts"
-    captions = captions_of(batch)
+    captions, stored = captions_of(batch), taught(batch)
     return [
         make_batch(
             batch.images[at : at + size],
@@ -251,6 +268,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
             batch.bad if at == 0 else (),
             labels=batch.labels[at : at + size],
             kept=None if batch.kept is None else batch.kept[at : at + size],
+            teacher=None if stored is None else (stored[0][at : at + size], stored[1][at : at + size]),
         )
         for at in range(0, len(batch), size)
     ]

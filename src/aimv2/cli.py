@@ -33,9 +33,11 @@ class Verb:
 
 VERBS = {
     "pretrain": Verb("pretrain", (), "pre-train an AIMV2; with nothing given, the demo on captioned scenes"),
+    "run": Verb("run", ("chain",), "run a chain of stages: what is not done yet, in order, and one report"),
     "data import": Verb("data_import", ("source", "out"), "images and captions, as people have them, to shards"),
     "data check": Verb("data_check", ("source",), "look over shards before training"),
     "data shapes": Verb("data_shapes", ("out",), "write the built-in captioned scenes"),
+    "data teach": Verb("data_teach", ("teacher", "data", "out"), "store a teacher's patch features beside the images"),
     "tokenizer train": Verb("tokenizer_train", ("captions", "out"), "train a BPE on captions"),
     "caption": Verb("caption", ("model", "images*"), "write captions of images, or score them against references"),
     "compare": Verb("compare", ("results*",), "results beside the paper's tables: text, Markdown, JSON, a plot"),
@@ -198,28 +200,48 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
 
     verb = VERBS[name]
     function: Callable[..., dict[str, Any]] = getattr(api, verb.function)
-    parser = make_parser(name)
-    plain = [word.rstrip("*") for word in verb.words]
-    helps = _docs(function)
-    for word in verb.words:
-        key = word.rstrip("*")
-        many: dict[str, Any] = {"nargs": "*", "type": str} if word.endswith("*") else {"type": str}
-        parser.add_argument(key, metavar=key.upper(), help=helps.get(key, ""), **many)
-    parser.add_function_arguments(function, skip=set(plain))
-    add_common(parser)
     if any(word in ("-h", "--help") for word in words):
-        print_help(parser)
+        print_help(verb_parser(name))
+        if name == "run":
+            from aimv2.api.stages import EXAMPLE
+
+            print(f"\n{EXAMPLE}")
         return None
-    words = _join_negative(words)
-    _check_options(parser, words)
-    values = vars(parser.parse_args(_bare_switches(parser, _dashes(words))))
-    for extra in ("json", "debug"):
-        values.pop(extra, None)
-    if "model" in plain and str(values.get("device") or "cpu") == "cpu":
+    values = read_words(name, words)
+    if "model" in verb.words and str(values.get("device") or "cpu") == "cpu":
         from aimv2.models.products import fast_products
 
         fast_products()
     return function(**values)
+
+
+def verb_parser(name: str) -> Any:
+    """The parser of a verb's words and of the options that its function takes."""
+    from aimv2 import api
+
+    function, parser = getattr(api, VERBS[name].function), make_parser(name)
+    words = VERBS[name].words
+    helps = _docs(function)
+    for word in words:
+        key = word.rstrip("*")
+        many: dict[str, Any] = {"nargs": "*", "type": str} if word.endswith("*") else {"type": str}
+        parser.add_argument(key, metavar=key.upper(), help=helps.get(key, ""), **many)
+    parser.add_function_arguments(function, skip={word.rstrip("*") for word in words})
+    add_common(parser)
+    return parser
+
+
+def read_words(name: str, words: list[str]) -> dict[str, Any]:
+    """The words of a command line as values of the verb's function.
+
+    Raises:
+        UsageError: an unknown option, a word too many or too few, a value of another type.
+    """
+    parser = verb_parser(name)
+    words = _join_negative(words)
+    _check_options(parser, words)
+    values = vars(parser.parse_args(_bare_switches(parser, _dashes(words))))
+    return {key: value for key, value in values.items() if key not in ("json", "debug")}
 
 
 def print_help(parser: Any) -> None:

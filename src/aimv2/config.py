@@ -15,18 +15,26 @@ class ModelConfig:
     """Encoder and decoder: a row of the sizes table and what to change in it (null keeps the row's value).
 
     Args:
-        name: a name of the sizes table (aimv2.list_models()); auto picks one by the size of the first images
+        name: a name of the sizes table (aimv2.list_models()); auto takes the shape of init, or without one picks by the
+            size of the first images
         image_size: pixels a side
         patch_size: pixels a side of a patch
         width: encoder width
         depth: encoder blocks
         heads: encoder heads
         hidden: encoder SwiGLU width
+        min_patches: fewest patches of an image that a native encoder is meant for
+        max_patches: most of them
         decoder_width: decoder width (Table 9e)
         decoder_depth: decoder blocks (Table 9f)
         decoder_heads: decoder heads
         decoder_hidden: decoder SwiGLU width
         decoder_separate: one trunk for pixels and one for text instead of a joint one (Table 9d)
+        text_width: contrastive alone, as the next four: width of the text tower; null: the released one's 768
+        text_depth: blocks of the text tower; null: 12
+        text_heads: heads of the text tower; null: 6
+        text_hidden: SwiGLU width of the text tower; null: 2048
+        projection: width of the space that images and texts share; null: 768
     """
 
     name: str = "auto"
@@ -36,11 +44,18 @@ class ModelConfig:
     depth: int | None = None
     heads: int | None = None
     hidden: int | None = None
+    min_patches: int | None = None
+    max_patches: int | None = None
     decoder_width: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
     decoder_hidden: int | None = None
     decoder_separate: bool | None = None
+    text_width: int | None = None
+    text_depth: int | None = None
+    text_heads: int | None = None
+    text_hidden: int | None = None
+    projection: int | None = None
 
 
 @dataclass
@@ -67,17 +82,23 @@ class DataConfig:
     Args:
         train: a path or a list of {name, path, weight, captions}; null: $AIMV2_DATA
         val: a path; null: the val-* (or test-*) shards of the training folders
-        tokenizer: a folder, a tokenizer.json or a hub name; auto: a BPE trained on the training captions
+        tokenizer: a folder, a tokenizer.json or a hub name; auto: that of init where its decoder goes on, else a BPE
+            trained on the training captions
         vocab_size: of a tokenizer that is trained (auto)
         max_tokens: caption tokens, end of text included
         workers: data worker processes a rank; 0 reads in the training process
         shuffle_buffer: samples from which the next one is drawn, in each worker
         crop_scale: smallest share of the image's area that a random crop keeps (AIMV2, Table A1)
         crop_ratio: range of the crop's aspect ratio
+        areas: native models: the least and the largest n of the areas of 2^n patches (AIMV2, native resolution); crops keep
+            the image's own aspect ratio
+        pack: native models: mini-batches of one area that share a row without padding; 0: one area at a time
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
         max_bad: undecodable samples that a rank may meet before the run stops
         index_dir: where the index of shards that are not ours is kept; null: the user's cache folder
+        features: contrastive alone: a folder for the frozen encoder's features of every training image, computed once
+            from the centre view (no crops, no flips) and read from then on; null: the encoder runs at each visit
     """
 
     train: str | list[Source] | None = None
@@ -89,10 +110,13 @@ class DataConfig:
     shuffle_buffer: int = 1000
     crop_scale: float = 0.4
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    areas: tuple[int, int] = (7, 12)
+    pack: int = 0
     flip: float = 0.5
     max_pixels: int = 178_956_970
     max_bad: int = 100
     index_dir: str | None = None
+    features: str | None = None
 
 
 @dataclass
@@ -100,24 +124,47 @@ class ObjectiveConfig:
     """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
-        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe
+        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe;
+            contrastive = captions of a text tower beside the frozen encoder's images (LiT); distill = pretrain and a
+            feature term to a frozen teacher
         alpha: weight of the pixel loss beside the text loss (Table 9c)
         targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
+        decoder_share: share of the image positions that the decoder sees, drawn for each sample; 1: all
         attention: of the encoder in training; bidirectional only with targets=text
         freeze: probe alone: leave the encoder as it is; false trains all of it
         classes: probe alone: their number; null: the largest label of the training shards + 1
         heads: probe alone: of its attention; null: one for 64 values of the encoder's width
         smoothing: probe alone: label smoothing
+        contrast: contrastive alone: softmax = each pair among all of the batch, both ways (CLIP; temperature 0.07 at
+            first); sigmoid = each image with each text by itself (SigLIP, arXiv 2303.15343; scale 10, bias -10 at first);
+            the scale is learnt, and at most 100
+        teacher: distill alone, as the next four: any model that gives patch features (released name, hub id, folder, RUN,
+            a transformers vision model by folder or hub id, timm:NAME); stored: the features that `aimv2 data teach` laid
+            beside the images
+        teacher_weight: weight of the feature term beside the text loss
+        teacher_loss: cosine = 1 - cosine of the student's patch features, through a learned projection, and the teacher's;
+            l2 = their mean squared error, the teacher's after a layer normalisation of each patch; relation = mean squared
+            difference of the two patch-to-patch cosine matrices, without a projection
+        teacher_view: which features of the student: prefix = those of the same forward pass, under prefix attention, for
+            nothing; whole = those of a second forward pass in which all patches see each other
+        teacher_sha256: of the teacher's weights; null: noted at the start of the run, which goes on with no other
     """
 
-    name: Literal["pretrain", "probe"] = "pretrain"
+    name: Literal["pretrain", "probe", "contrastive", "distill"] = "pretrain"
     alpha: float = 0.4
     targets: Literal["both", "image", "text"] = "both"
+    decoder_share: float = 1.0
     attention: Literal["prefix", "bidirectional"] = "prefix"
     freeze: bool = True
     classes: int | None = None
     heads: int | None = None
     smoothing: float = 0.0
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
+    teacher: str | None = None
+    teacher_weight: float = 1.0
+    teacher_loss: Literal["cosine", "l2", "relation"] = "cosine"
+    teacher_view: Literal["prefix", "whole"] = "prefix"
+    teacher_sha256: str | None = None
 
 
 @dataclass
@@ -136,6 +183,9 @@ class OptimConfig:
         decay: full = the paper's fully decoupled rule (p *= 1 - weight_decay * lr / peak); torch = lr * weight_decay
         clip: largest norm of the gradient; 0 does not clip
         layer_decay: rate of a block of the encoder as a part of the next one's; 1 trains all at one rate
+        fresh_decoder: of init take the encoder alone, under a new decoder
+        freeze_encoder: steps at the start in which the decoder alone learns
+        lora: rank of low-rank updates of the encoder's products, its own weights frozen; 0 trains them all (aimv2[peft])
     """
 
     lr: float = 1e-3
@@ -149,6 +199,9 @@ class OptimConfig:
     decay: Literal["full", "torch"] = "full"
     clip: float = 1.0
     layer_decay: float = 1.0
+    fresh_decoder: bool = False
+    freeze_encoder: int = 0
+    lora: int = 0
 
 
 @dataclass
@@ -159,6 +212,7 @@ class TrainConfig:
         steps: optimizer steps of the whole schedule
         stop_at: save and end at this step without touching the schedule
         batch_size: pairs a step over all ranks
+        patch_budget: native models: patches a step over all ranks, in place of batch_size
         accumulate: micro-batches a step
         precision: of the products; weights, targets and losses are fp32 always; fp16 scales the loss
         compile: torch.compile of each block; auto: where a compiler is found
@@ -166,11 +220,13 @@ class TrainConfig:
         save_every: steps between checkpoints; 0: only at the end
         keep: newest checkpoints to keep; 0 keeps all
         log_every: steps between lines of metrics
+        ema: decay of a moving average of the trained weights, which is validated and saved in their place; 0: none
     """
 
     steps: int = 1_500_000
     stop_at: int | None = None
     batch_size: int = 8192
+    patch_budget: int | None = None
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -178,6 +234,7 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3
     log_every: int = 20
+    ema: float = 0.0
 
 
 @dataclass
@@ -228,8 +285,8 @@ class Config:
 
     Args:
         run: the run folder
-        init: a model whose weights to start from: with objective.name=probe any encoder (released name, hub id,
-            folder, file, run), else a model folder, run or RUN@STEP with its decoder
+        init: a model to start from: released name, hub id, folder, file, RUN or RUN@STEP; pre-training takes its decoder
+            too, where it has one
         seed: of weights, data order, crops, prefixes
         resume: go on with the run in the folder
         overwrite: remove the run in the folder first

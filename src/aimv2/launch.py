@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from aimv2.interop.load import load_model
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
+from aimv2.teacher import open_teacher
 from aimv2.train import prepare
+from aimv2.train.cooldown import carry_on, cooldown_of
 from aimv2.train.files import write_aside
+from aimv2.train.log import say
 from aimv2.train.loop import Trainer, memory_gb
 from aimv2.train.parallel import World, join_world, leave_world, want_compile
 from aimv2.train.schedule import learning_rate
@@ -47,6 +51,8 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     try:
         if options.resume:
             return resume(options, {**base, **given}, started, dry_run, print_config)
+        if recipe is None and options.init and options.optim.schedule == "cooldown" and options.data.train is None:
+            recipe, base = cooldown_of(options.init, given)
         if recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA"):
             return demo(given, started, dry_run, print_config)
         return pretrain(recipe, base, given, started, dry_run, print_config)
@@ -66,8 +72,10 @@ def pretrain(
     samples = prepare.first_samples(config, 64)
     if recipe is None:
         base = prepare.defaults_for(samples)
+        if config.init is not None:
+            del base["model.name"]  # the shape of init
         filled = parse({**base, **given})
-        filled.data = config.data
+        filled.data, filled.init = config.data, config.init
         config = filled
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
@@ -78,7 +86,7 @@ def pretrain(
     if run is None:
         return try_one_step(config)
     prepare.check_overwrite(config, run)
-    return start(config, run, started)
+    return start(config, run, started, "optim.warmup" in given)
 
 
 def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
@@ -127,12 +135,6 @@ def draw_scenes(config: Config, out: Path) -> str:
     return str(out)
 
 
-def say(line: str) -> None:
-    """A line for the user, on standard error, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
-
-
 def build_trainer(
     config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
 ) -> Trainer:
@@ -144,17 +146,25 @@ def build_trainer(
     if config.objective.name == "probe" and world.size > 1:
         raise UsageError("objective.name=probe: its batch norm sees one process; start it without torchrun")
     tokenizer = prepare.get_tokenizer(config, known, world)
-    model = stage_of(config).build(config, tokenizer, resuming)
+    stage, objective = stage_of(config), None
+    if stage.taught is None:
+        model = stage.build(config, tokenizer, resuming)
+    else:
+        opener = partial(open_teacher, config.objective.teacher or "", world.device)
+        model, objective = stage.taught(config, tokenizer, resuming, opener)
     compiled, line = want_compile(config.train, world)
+    if config.data.pack and compiled:  # rows of ever new lengths
+        compiled, line = False, "running eager: packed rows (data.pack) have a new length each step"
     if line:
         say(line)
-    return Trainer(config, model, tokenizer, run, world, compiled)
+    return Trainer(config, model, tokenizer, run, world, compiled, objective=objective)
 
 
-def start(config: Config, run: Path, started: float) -> dict[str, Any]:
-    """A new run."""
+def start(config: Config, run: Path, started: float, keep_warmup: bool = False) -> dict[str, Any]:
+    """A new run; ``keep_warmup``: the user has given optim.warmup."""
     world = join_world()
     trainer = build_trainer(config, run, world)
+    carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     if world.main:
         if config.overwrite:
             prepare.clear_run(run)
@@ -181,11 +191,13 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         say(f"the run in {run} is finished")
         return summary
     world = join_world()
-    trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), resuming=True)
+    trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
     found = prepare.find_resume(run, config, trainer.tokenizer, world)
     if found is not None:
         trainer.restore(found)
         say(f"going on from step {trainer.step}")
+    else:
+        carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
     return finish(trainer, started, trainer.seconds)
 
 
@@ -205,7 +217,7 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
         return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
     if world.main:
         result |= trainer.figures
-        if config.objective.name == "pretrain":
+        if config.objective.name in ("pretrain", "distill"):
             model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
             assert isinstance(model, AIMv2)
             result |= measure(config, model, trainer.tokenizer, say)
@@ -224,6 +236,11 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
         "data": data["train"],
         "val_data": data["val"] or "val-* or test-* beside the training shards",
         "seed": config.seed,
+        **(
+            {"teacher": config.objective.teacher, "teacher_sha256": taught}
+            if (taught := config.objective.teacher_sha256)
+            else {}
+        ),
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
@@ -241,8 +258,8 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def count(model: torch.nn.Module) -> int:
-    """Parameters."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters of the model that is saved: updates beside the weights (optim.lora) end within them."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 # ---- before the run ----
@@ -277,7 +294,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
             if trainer.compiled:
                 say("compiling the blocks")
                 share = config.train.batch_size // world.size // config.train.accumulate
-                trainer.update.warm_up(share, config.data.max_tokens)
+                trainer.update.warm_up(share, config.data.max_tokens, trainer.view)
             taken = []
             for _ in range(TRIED):
                 begin = time.perf_counter()
@@ -287,7 +304,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
             seconds = min(taken)
         finally:
             trainer.close()
-    tokens = int(batch.token_count)
+    tokens = sum(int(part.token_count) for part in (batch if isinstance(batch, list) else [batch]))
     encoder = count(trainer.unwrapped().encoder)
     return {
         "encoder_parameters": encoder,

@@ -23,6 +23,8 @@ LIMITS: list[tuple[str, float, float]] = [
     ("data.vocab_size", 258, float("inf")),
     ("data.crop_scale", 1e-3, 1),
     ("data.flip", 0, 1),
+    ("data.pack", 0, 4096),
+    ("objective.decoder_share", 1e-3, 1),
     ("data.max_bad", 0, float("inf")),
     ("optim.lr", 1e-12, 1e3),
     ("optim.min_lr", 0, 1e3),
@@ -32,8 +34,12 @@ LIMITS: list[tuple[str, float, float]] = [
     ("optim.weight_decay", 0, float("inf")),
     ("optim.clip", 0, float("inf")),
     ("optim.layer_decay", 1e-3, 1),
+    ("optim.freeze_encoder", 0, float("inf")),
+    ("optim.lora", 0, 4096),
+    ("train.ema", 0, 0.999999),
     ("objective.smoothing", 0, 0.999),
     ("objective.alpha", 0, float("inf")),
+    ("objective.teacher_weight", 1e-6, 1e6),
     ("eval.every", 0, float("inf")),
     ("eval.samples", 1, float("inf")),
     ("eval.captions", 0, float("inf")),
@@ -43,6 +49,10 @@ LIMITS: list[tuple[str, float, float]] = [
     ("seed", 0, 2**32 - 1),
     ("eval.probe_lr", 1e-12, 1e3),
     ("eval.probe_epochs", 1, float("inf")),
+    *[
+        (f"model.{key}", 1, float("inf"))
+        for key in ("text_width", "text_depth", "text_heads", "text_hidden", "projection")
+    ],
 ]
 
 
@@ -109,7 +119,7 @@ def check_ranges(config: Config) -> None:
     """Raises UsageError for a number outside its range and for choices that contradict each other."""
     for key, low, high in LIMITS:
         value = get_value(config, key)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
             raise UsageError(f"{key} must be {limit}, got {value}")
     optim, objective, train = config.optim, config.objective, config.train
@@ -125,6 +135,9 @@ def check_ranges(config: Config) -> None:
         )
     if objective.name == "probe" and config.init is None and objective.freeze:
         raise UsageError("objective.name=probe trains a head on a frozen encoder: --init MODEL says which")
+    check_start(config)
+    check_teacher(config)
+    check_contrastive(config)
     if objective.classes is not None and objective.classes < 2:
         raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
     if train.batch_size % train.accumulate:
@@ -136,6 +149,11 @@ def check_ranges(config: Config) -> None:
     low, high = config.data.crop_ratio
     if not 0 < low <= high:
         raise UsageError(f"data.crop_ratio must be two positive numbers in order, got {[low, high]}")
+    least, most = config.data.areas
+    if not 1 <= least <= most <= 16:
+        raise UsageError(
+            f"data.areas must be two whole numbers in order, 1 to 16 (areas of 2^n patches), got {[least, most]}"
+        )
     if not config.eval.prefixes:
         raise UsageError("eval.prefixes must name at least one share of the patches, such as [0.5]")
     if not all(0 < share < 1 for share in config.eval.prefixes):
@@ -146,6 +164,47 @@ def check_ranges(config: Config) -> None:
                 raise UsageError(
                     f"data.train: the weight of '{source.name or source.path}' must be positive, got {source.weight}"
                 )
+
+
+def check_start(config: Config) -> None:
+    """Raises UsageError where the options of a start from another model do not go with the stage or with each other."""
+    optim, stage = config.optim, config.objective.name
+    for key in ("fresh_decoder", "freeze_encoder", "lora"):
+        if getattr(optim, key) and stage not in ("pretrain", "distill"):
+            instead = "; objective.freeze leaves the encoder as it is" if stage == "probe" else ""
+            raise UsageError(f"optim.{key} is for an encoder under a decoder, got objective.name={stage}{instead}")
+    if optim.lora and config.init is None:
+        raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
+    if optim.fresh_decoder and config.init is None:
+        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
+
+
+def check_teacher(config: Config) -> None:
+    """Raises UsageError where distillation lacks its teacher, or a teacher stands without it."""
+    stage, teacher = config.objective.name, config.objective.teacher
+    if stage == "distill" and teacher is None:
+        raise UsageError("objective.name=distill needs a teacher: objective.teacher MODEL says which")
+    if stage != "distill" and teacher is not None and not config.resume:  # of a run that goes on, its own stage counts
+        raise UsageError(f"objective.teacher {teacher} is for objective.name=distill, got objective.name={stage}")
+
+
+def check_contrastive(config: Config) -> None:
+    """Raises UsageError where options of the contrastive stage contradict it or each other, or stand without it."""
+    model, train = config.model, config.train
+    if config.objective.name != "contrastive":
+        if config.data.features is not None:
+            raise UsageError(
+                f"data.features is for objective.name=contrastive, got objective.name={config.objective.name}"
+            )
+        return
+    if train.accumulate > 1:
+        raise UsageError(
+            f"objective.name=contrastive compares each pair with the whole batch: train.accumulate {train.accumulate} would "
+            "lose most of the others; use 1, and train.checkpointing=true where memory is short"
+        )
+    width, heads = model.text_width or 768, model.text_heads or 6
+    if width % heads:
+        raise UsageError(f"model.text_heads {heads} does not divide model.text_width {width}")
 
 
 def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:

@@ -25,6 +25,10 @@ def show(name: str, result: dict[str, Any]) -> None:
             Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")
     elif name == "models":
         show_models(console, result)
+    elif name == "run":
+        from aimv2.chain.report import as_text
+
+        console.print(as_text(result))
     elif name == "data check":
         from aimv2.data.check import render_check
 

@@ -8,6 +8,8 @@ from aimv2.api.language import caption
 from aimv2.api.match import retrieve, zeroshot
 from aimv2.api.models import convert, load_model, models, push, save_pretrained
 from aimv2.api.probe import probe
+from aimv2.api.stages import run
+from aimv2.api.teach import data_teach
 from aimv2.api.train import data_check, data_import, data_shapes, pretrain, tokenizer_train
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "data_check",
     "data_import",
     "data_shapes",
+    "data_teach",
     "depth",
     "embed",
     "fewshot",
@@ -28,6 +31,7 @@ __all__ = [
     "probe",
     "push",
     "retrieve",
+    "run",
     "save_pretrained",
     "segment",
     "tokenizer_train",

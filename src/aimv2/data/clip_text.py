@@ -9,13 +9,40 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aimv2.data.text import Tokenizer, load_tokenizer
+from aimv2.data.text import MAX_TOKENS, Tokenizer, load_tokenizer
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
     from aimv2.models.lit import TextConfig
 
 START = "<|startoftext|>"
+
+
+class StartedTokenizer(Tokenizer):
+    """A tokenizer whose rows begin with the start of text, as a text tower is trained on them: start, text, end."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        super().__init__(tokenizer._backend, tokenizer._end, tokenizer._pad, tokenizer.name)
+        self.start = start
+
+    def encode(self, text: str, max_tokens: int = MAX_TOKENS) -> list[int]:
+        """Ids of the cleaned text between start and end, 2 to ``max_tokens`` in all."""
+        return [self.start, *super().encode(text, max_tokens - 1)]
+
+
+def started(tokenizer: Tokenizer, option: str = "data.tokenizer") -> StartedTokenizer:
+    """A tokenizer for the text tower of a pair in training.
+
+    Raises:
+        UsageError: it has no start of text.
+    """
+    start = tokenizer.id_of(START)
+    if start is None:
+        raise UsageError(
+            f"{option}: {tokenizer.name!r} has no start of text ('{START}'), which the text tower of a pair reads first; "
+            "CLIP's tokenizer (openai/clip-vit-base-patch32) has it, and auto trains one with it"
+        )
+    return StartedTokenizer(tokenizer, start)
 
 
 class ClipTokenizer:

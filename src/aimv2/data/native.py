@@ -39,6 +39,11 @@ def area_shares(low: int, high: int) -> dict[int, float]:
     return {area: share / whole for area, share in mass.items()}
 
 
+def middle_area(shares: dict[int, float]) -> int:
+    """The area that images are measured at."""
+    return list(shares)[len(shares) // 2]
+
+
 def draw_area(rng: np.random.Generator, shares: dict[int, float]) -> int:
     """The area of one image.
 

@@ -27,9 +27,11 @@ from PIL import Image
 from aimv2.batch import Batch, join_batches, make_batch
 from aimv2.config import DataConfig, Source
 from aimv2.data.images import ImageError, decode_image
+from aimv2.data.native import draw_area, fit_area, make_native_batch, pack
 from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of, label_of
+from aimv2.data.taught import draw_view
 from aimv2.data.text import Tokenizer
-from aimv2.data.transforms import crop_resize, random_crop_box, to_pixels
+from aimv2.data.transforms import Box, crop_resize, random_crop_box, to_pixels
 from aimv2.errors import RankError, UsageError
 
 FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
@@ -43,11 +45,36 @@ class View:
         image_size: pixels a side.
         patches: I, patches an image.
         captions: whether a sample without a caption is bad.
+        keep: share of the image positions that the decoder sees.
+        native: images of their own size instead of ``image_size``.
+        teacher: E, width of the teacher's features that lie beside each image, whose crops are then seen; 0: none.
     """
 
     image_size: int
     patches: int
     captions: bool = True
+    keep: float = 1.0
+    native: Native | None = None
+    teacher: int = 0
+
+
+@dataclass
+class Native:
+    """How images of their own size are batched.
+
+    Attributes:
+        patch: p.
+        shares: {area: share of the mini-batches}.
+        budget: patches a mini-batch of one worker; every area divides it.
+        rounds: mini-batches that each worker gives a step.
+        pack: mini-batches in a packed row; 0: strips of one area.
+    """
+
+    patch: int
+    shares: dict[int, float]
+    budget: int
+    rounds: int = 1
+    pack: int = 0
 
 
 def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Generator:
@@ -59,6 +86,24 @@ def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Genera
 def draw_prefix(rng: np.random.Generator, patches: int) -> int:
     """M ~ Uniform{1..I-1} (AIMV2, Figure 1)."""
     return int(rng.integers(1, patches)) if patches > 1 else 1
+
+
+def draw_kept(rng: np.random.Generator, patches: int, share: float) -> np.ndarray:
+    """The image positions that the decoder sees: int64 [K], ascending."""
+    return np.sort(rng.choice(patches, kept_patches(patches, share), replace=False))
+
+
+def kept_patches(patches: int, share: float) -> int:
+    """K: the share of the patches, at least 2."""
+    return max(round(share * patches), min(2, patches))
+
+
+def native_crop_box(rng: np.random.Generator, width: int, height: int, scale: float) -> Box:
+    """A random crop of the image's own aspect ratio, its share of the area uniform in [scale, 1]."""
+    side = math.sqrt(rng.uniform(scale, 1.0))
+    w, h = side * width, side * height
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
 
 
 def draw_caption(
@@ -130,13 +175,25 @@ class PairEncoder(TaskEncoder):
 
     def see(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Crop, flip, caption and prefix of one visit."""
-        config, size = self.config, self.view.image_size
+        config, size, native = self.config, self.view.image_size, self.view.native
+        patches, area = self.view.patches, 0
+        if native is not None:
+            area = draw_area(rng, native.shares)
+            size = math.ceil(math.sqrt(area) * native.patch)
         draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
         parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
         image = decode_image(image_bytes(parts), config.max_pixels, draft)
-        box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
-        image = crop_resize(image, box, (size, size))
-        if rng.random() < config.flip:
+        stored = draw_view(rng, parts, patches, self.view.teacher) if self.view.teacher else None
+        if stored is not None:
+            image = crop_resize(image, stored.place(*image.size), (size, size))
+        elif native is None:
+            box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
+            image = crop_resize(image, box, (size, size))
+        else:
+            columns, rows = fit_area(*image.size, area)
+            box = native_crop_box(rng, *image.size, config.crop_scale)
+            image = crop_resize(image, box, (columns * native.patch, rows * native.patch))
+        if stored.flip if stored is not None else rng.random() < config.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         tokens: list[int] = []
         if self.tokenizer is not None:
@@ -145,18 +202,33 @@ class PairEncoder(TaskEncoder):
             if caption is None:
                 raise ImageError("no caption")
             tokens = self.tokenizer.encode(caption, config.max_tokens)
-        return {
+        if native is not None:
+            patches = columns * rows
+        seen = {
             "__key__": sample["__key__"],
             "__restore_key__": sample["__restore_key__"],
             "image": to_pixels(image),
             "tokens": tokens,
-            "prefix": draw_prefix(rng, self.view.patches),
+            "prefix": draw_prefix(rng, patches),
             "label": label_of(parts),
+            "area": area,
         }
+        if self.view.keep < 1:
+            seen["kept"] = draw_kept(rng, patches, self.view.keep)
+        if stored is not None:
+            seen["teacher"] = (stored.features, stored.scales)
+        return seen
 
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> Batch:
         fresh, self.fresh = self.fresh, []
+        kept = None
+        if self.view.keep < 1:
+            kept = torch.from_numpy(np.stack([sample["kept"] for sample in samples]))
+        teacher = None
+        if self.view.teacher:
+            levels, units = (np.stack([sample["teacher"][part] for sample in samples]) for part in (0, 1))
+            teacher = torch.from_numpy(levels), torch.from_numpy(units)
         return make_batch(
             torch.from_numpy(np.stack([sample["image"] for sample in samples])),
             [sample["tokens"] for sample in samples],
@@ -165,6 +237,32 @@ class PairEncoder(TaskEncoder):
             [sample["__key__"] for sample in samples],
             fresh,
             labels=[sample["label"] for sample in samples],
+            kept=kept,
+            teacher=teacher,
+        )
+
+
+class NativePairEncoder(PairEncoder):
+    """Mini-batches of one area each, as many images as the budget holds."""
+
+    @stateless
+    def batch_group_criterion(self, sample: dict[str, Any]) -> tuple[int, int]:
+        assert self.view.native is not None
+        return sample["area"], self.view.native.budget // sample["area"]
+
+    @stateless
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        assert self.view.native is not None
+        fresh, self.fresh = self.fresh, []
+        return make_native_batch(
+            [torch.from_numpy(sample["image"]) for sample in samples],
+            [sample["tokens"] for sample in samples],
+            [sample["prefix"] for sample in samples],
+            self.view.native.patch,
+            samples[0]["area"],
+            [sample["__key__"] for sample in samples],
+            fresh,
+            [sample["label"] for sample in samples],
         )
 
 
@@ -248,11 +346,12 @@ class TrainStream:
                 "give more data or a smaller batch"
             )
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
-        encoder = PairEncoder(config, view, tokenizer, seed, worker)
+        kind = PairEncoder if view.native is None else NativePairEncoder
+        encoder = kind(config, view, tokenizer, seed, worker)
         dataset = encoder.build_train_datasets(
             datasets=_load(indices, encoder.sources, worker),
             worker_config=worker,
-            batch_size=batch_size // (world_size * self.parts),
+            batch_size=batch_size // (world_size * self.parts) if view.native is None else None,
             batch_drop_last=False,
             packing_buffer_size=None,
             virtual_epoch_length=0,
@@ -267,23 +366,26 @@ class TrainStream:
             self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         self.batches: Iterator[Batch] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | list[Batch]]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | list[Batch]:
         if self.batches is None:
             self.batches = iter(self.loader)
             atexit.register(self.close)
         try:
-            parts = [next(self.batches) for _ in range(self.parts)]
+            rounds = 1 if self.view.native is None else self.view.native.rounds
+            parts = [next(self.batches) for _ in range(self.parts * rounds)]
         except FatalSampleError as error:
             line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback comes along
             raise RankError(line.strip() or str(error)) from None
-        batch = join_batches(parts, self.view.patches)
-        self.bad += batch.bad
+        self.bad += [bad for part in parts for bad in part.bad]
         if len(self.bad) > self.max_bad:
             raise RankError(too_many_bad(self.bad, self.max_bad))
-        return batch
+        if self.view.native is None:
+            return join_batches(parts, self.view.patches)
+        row = self.view.native.pack
+        return [pack(parts[at : at + row]) for at in range(0, len(parts), row)] if row else parts
 
     def close(self) -> None:
         """Ends the data workers (they ignore the signal by which Python would end them at exit)."""

@@ -215,19 +215,24 @@ def _from_hub(name: str, option: str) -> Tokenizer:
     return _from_file(Path(found), Path(found).with_name("tokenizer_config.json"), name, option)
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> Tokenizer:
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2, start: str | None = None
+) -> Tokenizer:
     """A byte-level BPE of one's own captions: no unknowns, and the cleaned text comes back exactly.
 
     Args:
         captions: raw captions; they are cleaned here.
-        vocab_size: at most this many ids, at least 258 (every byte, pad, end of text).
+        vocab_size: at most this many ids, at least 258 (every byte, pad, end of text), 259 with ``start``.
         min_frequency: pairs seen less often are not merged.
+        start: a third special token (id 2) for models that begin their texts with one; not written by ``encode``.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UsageError(f"vocab_size: got {vocab_size}, expected at least {SMALLEST_VOCABULARY} (all bytes)")
+    special = [PAD, END, *([start] if start else [])]
+    smallest = SMALLEST_VOCABULARY + (start is not None)
+    if vocab_size < smallest:
+        raise UsageError(f"vocab_size: got {vocab_size}, expected at least {smallest} (all bytes)")
     count = 0
 
     def cleaned() -> Iterator[str]:
@@ -245,14 +250,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[PAD, END],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(cleaned(), trainer)
     if not count:
         raise UsageError("captions: none found, expected at least one that is not blank to train a tokenizer on")
-    backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    marks = [(token, number) for number, token in enumerate(special) if token != PAD]
+    single = f"{start} $A {END}" if start else f"$A {END}"
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
     # Training used threads; without a word the library warns in every worker that is forked from here on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return Tokenizer(backend, END, PAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aimv2.config import Config
+from aimv2.data.native import area_shares, middle_area
 from aimv2.data.shards import captions_of, find_shards, read_samples
 from aimv2.data.stream import View, training_shards, validation_shards
 from aimv2.data.text import Tokenizer
@@ -33,7 +35,7 @@ def measure(config: Config, model: AIMv2, tokenizer: Tokenizer | None, say: Call
         ``val_text_loss_unigram`` and ``_bigram``, ``caption_exact_match`` and ``captions`` where there is text;
         ``probe_top1`` and ``probe_top1_random`` with ``eval.probe``.
     """
-    view = View(model.encoder.config.image_size or 0, model.encoder.config.patches, captions=tokenizer is not None)
+    view = measured_view(config, model, tokenizer is not None)
     figures: dict[str, Any] = {}
     shards = validation_shards(config.data)
     if tokenizer is not None and shards:
@@ -44,6 +46,15 @@ def measure(config: Config, model: AIMv2, tokenizer: Tokenizer | None, say: Call
     if config.eval.probe:
         figures |= probe_against_random(config, model, view, say)
     return figures
+
+
+def measured_view(config: Config, model: AIMv2, captions: bool) -> View:
+    """Squares: of the encoder's size, of a native one about the middle of the run's areas."""
+    shape = model.encoder.config
+    side = shape.image_size
+    if side is None:
+        side = shape.patch_size * math.isqrt(middle_area(area_shares(*config.data.areas)))
+    return View(side, (side // shape.patch_size) ** 2, captions)
 
 
 def yardsticks(config: Config, tokenizer: Tokenizer, held_out: HeldOut) -> dict[str, float]:
@@ -69,6 +80,7 @@ def write_captions(model: AIMv2, tokenizer: Tokenizer, held_out: HeldOut, shown:
     from aimv2.data.text import clean_text
 
     images, wanted = held_out.images[:EXACT_IMAGES], held_out.captions[:EXACT_IMAGES]
+    assert isinstance(images, Tensor)
     written = [text for part in images.split(128) for text in model.caption(part, tokenizer=tokenizer)]
     right = sum(text == tokenizer.decode(tokenizer.encode(clean_text(want))) for text, want in zip(written, wanted))
     examples = [
@@ -121,6 +133,7 @@ def probe_test_shards(config: Config) -> list[Path]:
 def labelled(shards: list[Path], view: View, limit: int) -> tuple[Tensor, Tensor]:
     """Images and labels of the samples that have one: uint8 [N, 3, H, W], int64 [N]."""
     data = read_held_out(shards, view, None, limit)
+    assert isinstance(data.images, Tensor)
     keep = data.labels >= 0
     if not bool(keep.any()):
         return torch.zeros(0, 3, view.image_size, view.image_size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)

@@ -201,32 +201,33 @@ def fill(model: nn.Module, weights: Weights, rules: Rules, skip: tuple[str, ...]
     Raises:
         UsageError: a missing, extra or misshaped key, by its name in the file.
     """
-    targets, used = model.state_dict(), set()
+    targets = model.state_dict()
     assert targets.keys() == rules.keys(), sorted(targets.keys() ^ rules.keys())
-    with torch.no_grad():
-        for ours, names in rules.items():
-            target = targets[ours]
-            parts = target.chunk(len(names)) if len(names) > 1 else (target,)
-            for part, name in zip(parts, names):
-                shape = weights.shape(name)
-                if _squeezed(shape) != _squeezed(part.shape):
-                    raise UsageError(
-                        f"{weights.where}: key '{name}' has shape {list(shape)}, expected {list(part.shape)}"
-                    )
-                part.copy_(weights.get(name).reshape(part.shape))
-                used.add(name)
-    if extra := sorted(key for key in weights.keys() if key not in used and not key.startswith(skip)):  # noqa: SIM118
-        raise UsageError(f"{weights.where}: key '{extra[0]}' is not part of the model")
+    for ours, names in rules.items():
+        fill_tensor(targets[ours], weights, names)
+    check_all_read(weights, rules, skip)
 
 
-def fill_whole(model: nn.Module, source: str | Path) -> None:
-    """Copies the weights of a model folder of ours into a model of the same shape, encoder and decoder.
+@torch.no_grad()
+def fill_tensor(target: Tensor, weights: Weights, names: tuple[str, ...]) -> None:
+    """Copies a file's tensors, joined along the first dimension, into one of ours.
 
     Raises:
-        UsageError: nothing there; a missing, extra or misshaped key.
+        UsageError: a missing or misshaped key.
     """
-    with Weights(locate(source).files) as weights:
-        fill(model, weights, {key: (key,) for key in model.state_dict()})
+    parts = target.chunk(len(names)) if len(names) > 1 else (target,)
+    for part, name in zip(parts, names):
+        shape = weights.shape(name)
+        if _squeezed(shape) != _squeezed(part.shape):
+            raise UsageError(f"{weights.where}: key '{name}' has shape {list(shape)}, expected {list(part.shape)}")
+        part.copy_(weights.get(name).reshape(part.shape))
+
+
+def check_all_read(weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -> None:
+    """Raises UsageError for a key of the file that no rule names and no prefix of ``skip`` covers."""
+    used = {name for names in rules.values() for name in names}
+    if extra := sorted(key for key in weights.keys() if key not in used and not key.startswith(skip)):  # noqa: SIM118
+        raise UsageError(f"{weights.where}: key '{extra[0]}' is not part of the model")
 
 
 def _squeezed(shape: Iterable[int]) -> list[int]:
@@ -270,7 +271,7 @@ def load_model(
     at = source if isinstance(source, Source) else locate(source, revision)
     with Weights(at.files) as weights:
         found = layouts.detect(weights.keys(), weights.where)
-        model, rules, skip = _plan(at, weights, found, decoder)
+        model, rules, skip = plan(at, weights, found, decoder)
         stored = widest(weights, rules)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(kind or stored)  # the weights alone: mean and std stay fp32
@@ -319,7 +320,7 @@ def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
+def plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
     """The model without memory, its table of names, and the prefixes of what may stay unread."""
     stored = read_json(at.folder / model_folder.CONFIG)
     seen = read_json(at.folder / "preprocessor_config.json")

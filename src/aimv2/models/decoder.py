@@ -29,10 +29,12 @@ class Prediction(NamedTuple):
     Attributes:
         pixels: [S, P] predicted patches, per-patch-normalised values, channel last (None: no pixel head).
         text: the logits [R, V], or with targets the summed fp32 cross-entropy [] (None: no text head).
+        features: of the encoder, where a distiller was asked for them (None: not asked).
     """
 
     pixels: Tensor | None
     text: Tensor | None
+    features: Tensor | None = None
 
 
 class TextHead(nn.Module):

@@ -7,11 +7,14 @@ from torch import nn
 
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.decoder import MultimodalDecoder, TextHead
+from aimv2.models.distilled import Projection
 from aimv2.models.encoder import PatchEmbed, VisionEncoder
 from aimv2.models.layers import Block
-from aimv2.models.lit import LiT, TextEncoder
+from aimv2.models.lit import LiT, TextEncoder, TunedLiT
 from aimv2.models.pool import AttentionPool
 from aimv2.models.probe_head import AttentiveProbe
+
+SIGMOID_BIAS = -10.0  # of the logits, so that a first step does not mend a batch of negatives (SigLIP, section 3.2)
 
 
 def _xavier(weight: torch.Tensor, parts: int, generator: torch.Generator | None) -> None:
@@ -95,6 +98,9 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             _decoder(module, generator)
         elif isinstance(module, VisionEncoder):
             module.fill_constants()
+        elif isinstance(module, Projection):
+            _xavier(module.weight, 1, generator)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, AttentiveProbe):
             _probe(module, generator)
         elif isinstance(module, AttentionPool):
@@ -106,6 +112,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             _xavier(module.image_projection.weight, 1, generator)
             _xavier(module.text_projection.weight, 1, generator)
             nn.init.constant_(module.log_scale, -math.log(module.config.temperature))
+            if isinstance(module, TunedLiT) and module.bias is not None:
+                nn.init.constant_(module.bias, SIGMOID_BIAS)
         else:
             assert (
                 isinstance(module, AIMv2 | TextHead)

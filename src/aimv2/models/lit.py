@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aimv2.batch import Batch
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS, Block
 from aimv2.models.sizes import EncoderConfig
@@ -124,3 +125,54 @@ class LiT(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor], texts: Tensor | list[str]) -> Tensor:
         """Logits: every image beside every text, [images, texts]."""
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T
+
+
+class PairFeatures(NamedTuple):
+    """What a contrastive loss compares, all fp32."""
+
+    image: Tensor  # [B, P], of unit length
+    text: Tensor  # [B, P], of unit length
+    scale: Tensor  # [1], of the cosines
+    bias: Tensor | None  # [1], added to the logits; of the sigmoid loss alone
+
+
+class TunedLiT(LiT):
+    """A pair in training: the image trunk is frozen; pooling head, text tower, projections and scale learn.
+
+    Scale and bias are tensors of one value, since FSDP2 shards no scalars. The bias of the sigmoid loss is no part of a
+    saved pair: it moves all logits alike, so no comparison of texts or images knows it.
+    """
+
+    unsaved: ClassVar[tuple[str, ...]] = ("bias",)  # parameters that a model folder leaves out
+
+    def __init__(self, config: LiTConfig, bias: bool, from_features: bool = False) -> None:
+        """``bias``: for the sigmoid loss. ``from_features``: training reads the trunk's features from a cache."""
+        super().__init__(config)
+        assert self.image.head is not None
+        self.from_features = from_features
+        self.log_scale = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(1)) if bias else None
+        self.image.requires_grad_(False)
+        self.image.head.requires_grad_(True)
+
+    def block_lists(self) -> list[nn.ModuleList]:
+        """Its blocks, tower by tower."""
+        return [self.image.blocks, self.text.blocks]
+
+    def forward(self, batch: Batch) -> PairFeatures:  # type: ignore[override]  # the loss needs more than the logits
+        """Features of a batch's images and captions.
+
+        Args:
+            batch: ``images`` uint8 or normalised float [B, 3, H, W], or the trunk's features [B, N, D]; ``text`` rows of
+                start, caption, end.
+        """
+        features = batch.images
+        if features.ndim == 4:
+            with torch.no_grad():
+                features = self.image(features)
+        assert self.image.head is not None
+        image = self.image_projection(self.image.head(features.float()))
+        text = self.text_projection(self.text.pool(batch.text[:, : self.config.text.max_text]))
+        with torch.autocast(text.device.type, enabled=False):
+            unit = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            return PairFeatures(*unit, self.scale, None if self.bias is None else self.bias.clone())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aimv2.batch import Batch
 from aimv2.config import ObjectiveConfig
-from aimv2.models.decoder import IGNORED
+from aimv2.models.decoder import IGNORED, Prediction
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import pixel_patches
 
@@ -71,13 +71,20 @@ class PretrainObjective:
             ``text``: (summed cross-entropy of R' tokens in nats, R'); ``pixel``: (summed squared error, each patch's
             a mean over its P values, S'). fp32 [] and int64 []. A term that is not trained is left out.
         """
-        want_text, want_pixels = bool(self.weights["text"]), bool(self.weights["pixel"])
-        targets = text_targets(batch) if want_text else None
-        prediction = model(batch, targets, self.bidirectional)
+        return self.terms(model(batch, self.targets(batch), self.bidirectional), model, batch)
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """What the model needs to sum the text loss; None without one."""
+        return text_targets(batch) if self.weights["text"] else None
+
+    def terms(self, prediction: Prediction, model: nn.Module, batch: Batch) -> Terms:
+        """The sums and counts of a prediction of the model's; see :meth:`__call__`."""
         terms: Terms = {}
-        if want_text:
+        if self.weights["text"]:
+            assert prediction.text is not None
             terms["text"] = (prediction.text, batch.token_count)
-        if want_pixels:
+        if self.weights["pixel"]:
+            assert prediction.pixels is not None
             with torch.autocast(batch.images.device.type, enabled=False):
                 wanted = pixel_targets(model.encoder, batch)  # type: ignore[arg-type]
                 error = (prediction.pixels.float() - wanted).square().mean(-1)  # [S]

@@ -1,5 +1,6 @@
 """The card that travels with a model."""
 
+from pathlib import Path
 from typing import Any
 
 import aimv2
@@ -16,10 +17,21 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
     if objective.name == "probe":
         what = "AIMV2 vision encoder with an attentive probe" + ("" if objective.freeze else ", both trained on labels")
         learnt = f"classes, {'frozen encoder' if objective.freeze else 'encoder trained'}, init {config.init}"
+    elif objective.name == "distill":
+        what = "AIMV2 vision encoder with its multimodal decoder, pre-trained as the student of a frozen teacher"
+        learnt = (
+            f"{objective.targets}, alpha {objective.alpha:g}, {objective.attention} attention; patch features of "
+            f"{Path(objective.teacher or '').name} (weights {objective.teacher_sha256}), {objective.teacher_loss} loss, weight "
+            f"{objective.teacher_weight:g}, {objective.teacher_view} view"
+        )
+        use += " or `aimv2.load_model(FOLDER, decoder=True)`"
     else:
         what = "AIMV2 vision encoder with its multimodal decoder, pre-trained"
         learnt = f"{objective.targets}, alpha {objective.alpha:g}, {objective.attention} attention"
         use += " or `aimv2.load_model(FOLDER, decoder=True)`"
+    notes = f"- weights: moving average of the trained ones, decay {train.ema:g}\n" if train.ema else ""
+    if optim.lora:
+        notes += f"- encoder: that of init with low-rank updates, rank {optim.lora}, merged into its weights\n"
     return f"""# {encoder.name}
 
 {what}, with aimv2 {aimv2.__version__}.
@@ -27,7 +39,7 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
 - {encoder.width} wide, {encoder.depth} blocks, patches of {encoder.patch_size} px, {size}
 - step {step} of {train.steps}, {train.batch_size} pairs a step, peak learning rate {optim.lr:g}, {train.precision}
 - objective: {learnt}
-
+{notes}
 | measured on the validation split | |
 |---|---|
 {measured}

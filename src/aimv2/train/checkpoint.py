@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
+from aimv2.train.ema import Ema
 from aimv2.train.parallel import World
 
 ASIDE = ".aside-"
@@ -52,6 +53,7 @@ def save_checkpoint(
     write_model: Callable[[Path, dict[str, torch.Tensor]], None],
     world: World,
     keep: int,
+    ema: Ema | None = None,
 ) -> Path:
     """Saves everything that going on needs; called by all ranks.
 
@@ -64,6 +66,7 @@ def save_checkpoint(
         write_model: writes the model folder from full CPU weights; called on rank 0.
         world: the ranks.
         keep: newest checkpoints to keep, 0 for all.
+        ema: average that ``write_model`` gets in the place of the weights.
 
     Raises:
         UsageError: the disk refused; what was there before is untouched.
@@ -72,7 +75,9 @@ def save_checkpoint(
     aside = final.with_name(ASIDE + final.name)
     # the weights are gathered by all ranks before any of them can fail on its disk
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    weights, moments = get_state_dict(model, optimizer)
+    if ema is not None:
+        full |= ema.full(world)
+    state = state_of(model, optimizer, ema)
     failure: str | None = None
     try:
         if world.main:
@@ -83,7 +88,7 @@ def save_checkpoint(
     if any_failed(failure, world):
         raise cannot_save(run, step, failure)
     try:
-        dcp.save({"model": weights, "optim": moments}, checkpoint_id=aside / "state")
+        dcp.save(state, checkpoint_id=aside / "state")
         _write(aside / "state" / f"rank-{world.rank:05d}.pt", private)
         if world.main:
             write_model(aside / "model", full)  # type: ignore[arg-type]  # every value is a tensor
@@ -102,6 +107,13 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
     return final
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Any]:
+    """What the sharded part of a checkpoint holds; loading fills it in place."""
+    weights, moments = get_state_dict(model, optimizer)
+    average = {} if ema is None else {"ema": ema.average}
+    return {"model": weights, "optim": moments, **average}
 
 
 def any_failed(failure: str | None, world: World) -> bool:
@@ -157,10 +169,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state" / "trainer.json").read_text())
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Any:
-    """Fills model and optimizer in place and returns this rank's private state."""
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optim": moments}
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, ema: Ema | None = None
+) -> Any:
+    """Fills model, optimizer and average in place and returns this rank's private state."""
+    state = state_of(model, optimizer, ema)
     dcp.load(state, checkpoint_id=folder / "state")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     return torch.load(folder / "state" / f"rank-{world.rank:05d}.pt", weights_only=False)

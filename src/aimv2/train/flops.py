@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from aimv2.models.classifier import Classifier
+from aimv2.models.distilled import Distiller
 from aimv2.models.layers import Block
 from aimv2.models.sizes import encoder_flops
 
@@ -23,8 +24,11 @@ def _block_flops(block: Block, rows: float, length: float) -> float:
     return rows * (2 * weights + 4 * width * length)
 
 
-def step_flops(model: Any, pairs: int, patches: int, tokens: float) -> float:
-    """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all."""
+def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float:
+    """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all.
+
+    A frozen teacher's are not among them: they are not the model's.
+    """
     encoder = model.encoder
     if isinstance(model, Classifier):
         trained = any(parameter.requires_grad for parameter in encoder.parameters())
@@ -34,6 +38,9 @@ def step_flops(model: Any, pairs: int, patches: int, tokens: float) -> float:
     total = float(rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width)
     for block in encoder.blocks:
         total += _block_flops(block, rows, patches)
+    if isinstance(model, Distiller):
+        total *= 2 if model.whole else 1
+        total += rows * 2 * model.to_teacher.weight.numel() if model.to_teacher is not None else 0
     total += rows * 2 * decoder.project.weight.numel()
     length = patches + tokens / pairs
     if decoder.config.text:

@@ -17,23 +17,27 @@ from aimv2.data.stream import TrainStream, View, validation_shards
 from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
+from aimv2.models.distilled import Distiller
 from aimv2.objectives import Objective
+from aimv2.objectives.distill import DistillObjective
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.flops import peak_flops, step_flops
 from aimv2.train.interrupt import Interrupted, StopFlag
 from aimv2.train.log import Log
+from aimv2.train.lora import merged
 from aimv2.train.parallel import Trainable, World
 from aimv2.train.schedule import learning_rate
 from aimv2.train.stages import stage_of
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.validate import HeldOut, read_held_out
+from aimv2.train.view import make_view
 
 
 class Stream(Protocol):
     """Endless batches of this rank, restorable."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Batch | list[Batch]: ...
 
     def state(self) -> Any: ...
 
@@ -77,7 +81,9 @@ class Trainer:
         self.stage = stage_of(config)
         if stream is None:
             self.encoder = cast(Trainable, model).encoder.config
-            self.view = View(self.encoder.image_size or 0, self.encoder.patches, self.stage.text(config))
+            self.view = make_view(config, self.encoder, self.stage.text(config), world)
+            if isinstance(objective, DistillObjective):
+                self.view.teacher = objective.stored_width
             self.stream: Stream = TrainStream(
                 config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
             )
@@ -92,6 +98,7 @@ class Trainer:
         # terms, norm, tokens
         self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
         self.window_steps = 0
+        self.seen_pairs = self.seen_patches = 0  # since the last line of metrics, this start of the run alone
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
         self.log: Log | None = None
@@ -116,7 +123,8 @@ class Trainer:
         self.model.train()
         if self.compiled and self.step < last:
             log.say("compiling the blocks")
-            self.update.warm_up(train.batch_size // self.world.size // train.accumulate, self.config.data.max_tokens)
+            share = train.batch_size // self.world.size // train.accumulate
+            self.update.warm_up(share, self.config.data.max_tokens, self.view)
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds
         saved = self.step if self.step else -1
@@ -136,11 +144,15 @@ class Trainer:
         if saved != self.step:
             self.save()
 
-    def train_step(self, batch: Batch) -> None:
+    def train_step(self, batch: Batch | list[Batch]) -> None:
         """One optimizer step, and its part of the next line of metrics (kept on the device)."""
         self.last = figures = self.update(batch, self.step)
         self.step += 1
         self.window_steps += 1
+        for part in batch if isinstance(batch, list) else [batch]:
+            self.seen_pairs += len(part) * self.world.size
+            patches = len(part) * self.view.patches if part.places is None else part.places[..., 0].numel()
+            self.seen_patches += patches * self.world.size
         nothing = torch.zeros_like(figures.norm)
         means, counts = (dict(zip(figures.names, values)) for values in (figures.means, figures.counts))
         row = [*(means[term] for term in self.terms), figures.norm, counts.get("text", nothing)]
@@ -172,16 +184,17 @@ class Trainer:
         self.window.zero_()
         self.window_steps = 0
         *means, norm, tokens = (value / steps for value in window)
-        pairs = self.config.train.batch_size
+        pairs, patches = self.seen_pairs / max(done, 1), self.seen_patches / max(done, 1)  # a step
+        self.seen_pairs = self.seen_patches = 0
         weights = self.update.objective.weights
         figures: dict[str, Any] = {"loss": sum(weights[term] * mean for term, mean in zip(self.terms, means))}
         figures |= {f"{term}_loss": mean for term, mean in zip(self.terms, means)}
         figures["lr"] = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
         figures["grad_norm"] = norm
         figures["pairs_per_s"] = pairs * done / seconds
-        figures["tokens_per_s"] = (tokens + pairs * self.view.patches) * done / seconds
+        figures["tokens_per_s"] = (tokens + patches) * done / seconds
         if self.peak:
-            flops = step_flops(self.unwrapped(), pairs, self.view.patches, max(tokens, 1))
+            flops = step_flops(self.unwrapped(), pairs, patches / pairs, max(tokens, 1))
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
@@ -205,7 +218,8 @@ class Trainer:
         if not shards_held(self.held_out, self.world):
             return
         start = time.perf_counter()
-        self.figures = self.stage.validate(self.model, self.held_out, self.config, self.world)
+        with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
+            self.figures = self.stage.validate(self.model, self.held_out, self.config, self.world)
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
 
@@ -229,13 +243,17 @@ class Trainer:
         with held:
             save_checkpoint(
                 self.run, self.step, self.model, self.optimizer, about, private, self.write_model, self.world,
-                self.config.train.keep,
+                self.config.train.keep, self.update.ema,
             )  # fmt: skip
         self.mark += time.perf_counter() - start
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The model folder of this step."""
         model = self.unwrapped()
+        if self.config.optim.lora:
+            weights = merged(weights)
+        if isinstance(self.model, Distiller):
+            weights = self.model.saved(weights)
         write_model(
             folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures)
         )
@@ -270,7 +288,7 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         """Goes on from a checkpoint folder; before the first step only."""
         about = read_about(folder)
-        private = load_checkpoint(folder, self.model, self.optimizer, self.world)
+        private = load_checkpoint(folder, self.model, self.optimizer, self.world, self.update.ema)
         self.stream.restore(private["data"])
         torch.set_rng_state(private["rng"])
         self.update.loss_scale.copy_(private["scale"])

@@ -56,6 +56,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         return torch.optim.AdamW(sweep_groups(model), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     groups = parameter_groups(model)
     groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
+    if config.freeze_encoder:
+        groups = split_encoder(model, groups)
     if config.layer_decay != 1:
         groups = split_by_layer(model, groups, config.layer_decay)
     groups = [{"scale": 1.0, **group} for group in groups if any(p.requires_grad for p in group["params"])]
@@ -74,6 +76,18 @@ def sweep_groups(model: ProbeSweep) -> list[dict[str, Any]]:
     return groups
 
 
+def split_encoder(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, those of the encoder apart, with ``encoder``: what stands still in the first steps."""
+    inside = {id(p) for p in model.encoder.parameters()}  # type: ignore[union-attr]
+    out = []
+    for group in groups:
+        for encoder in (True, False):
+            params = [p for p in group["params"] if (id(p) in inside) == encoder]
+            name = f"{group['name']} {'encoder' if encoder else 'decoder'}"
+            out.append({**group, "name": name, "params": params, "encoder": encoder})
+    return out
+
+
 def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
     """The same groups cut by depth, each with ``scale``: its rate as a part of the last layer's."""
     depth = len(model.encoder.blocks)  # type: ignore[arg-type, union-attr]
@@ -88,12 +102,30 @@ def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float)
     return out
 
 
-def step_unless(optimizer: torch.optim.AdamW, broken: torch.Tensor, rate: Callable[[float | None], float]) -> None:
+def hold_encoder(encoder: nn.Module) -> None:
+    """Zeros for the gradients that a frozen encoder has not got, so that AdamW knows its weights from the first step."""
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def release_encoder(optimizer: torch.optim.AdamW) -> None:
+    """Counts the encoder's steps from here: its moments are those of no step yet."""
+    for group in optimizer.param_groups:
+        if group.get("encoder"):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["step"].zero_()
+
+
+def step_unless(
+    optimizer: torch.optim.AdamW, broken: torch.Tensor, rate: Callable[[float | None], float], frozen: bool = False
+) -> None:
     """One step, left out on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1: no wait for it.
 
-    ``rate`` gives the learning rate for a group's own peak (None: the run's).
+    ``rate`` gives the learning rate for a group's own peak (None: the run's); with ``frozen`` that of the encoder is 0.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate(group.get("peak")) * group["scale"]
+        held = frozen and group.get("encoder", False)
+        group["lr"] = 0.0 if held else rate(group.get("peak")) * group["scale"]
     optimizer.grad_scale, optimizer.found_inf = None, broken  # type: ignore[attr-defined]
     optimizer.step()

@@ -24,6 +24,7 @@ from aimv2.train.checkpoint import read_about, remove_unfinished
 from aimv2.train.files import write_aside
 from aimv2.train.parallel import World
 from aimv2.train.stages import stage_of
+from aimv2.train.start import tokenizer_of_init
 
 CONFIG = "config.yaml"
 PARTS = (CONFIG, "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "wandb", "tokenizer", "data")
@@ -33,7 +34,7 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on
 # what may differ from the run's own configuration when it goes on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
-    "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
+    "objective.teacher", "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
 
 
@@ -57,6 +58,9 @@ def locate_data(config: Config) -> None:
         data.tokenizer = os.path.abspath(os.path.expanduser(data.tokenizer))  # else a hub name
     if config.init is not None and Path(config.init.rpartition("@")[0] or config.init).expanduser().exists():
         config.init = os.path.abspath(os.path.expanduser(config.init))  # else a released name or a hub id
+    teacher = config.objective.teacher
+    if teacher is not None and Path(teacher.rpartition("@")[0] or teacher).expanduser().exists():
+        config.objective.teacher = os.path.abspath(os.path.expanduser(teacher))
     if data.index_dir is not None:
         data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
 
@@ -151,7 +155,7 @@ def training_captions(config: Config) -> Iterator[str]:
 
 
 def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer | None:
-    """The run's tokeniser: loaded, or trained on the training captions (rank 0, for all); None for images alone.
+    """The run's tokeniser: loaded, that of ``init``, or trained on the training captions (rank 0, for all); None for images alone.
 
     Args:
         config: of the run.
@@ -165,6 +169,8 @@ def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer
         return load_tokenizer(source)
     if known is not None:
         return load_tokenizer(known)
+    if (home := tokenizer_of_init(config)) is not None:
+        return load_tokenizer(home)
     trained = None
     if world.main:
         trained = train_tokenizer(islice(training_captions(config), TOKENIZER_CAPTIONS), config.data.vocab_size)
@@ -208,7 +214,11 @@ def is_demo_data(folder: Path) -> bool:
 
 def check_overwrite(config: Config, run: Path) -> None:
     """Raises UsageError where clearing the run folder would take the data away."""
-    inside = [path for path in [*_paths(config), config.data.val, config.init] if path and _within(path, run)]
+    inside = [
+        path
+        for path in [*_paths(config), config.data.val, config.init, config.objective.teacher]
+        if path and _within(path, run)
+    ]
     if config.overwrite and inside:
         raise UsageError(
             f"--overwrite would clear --run {run}, and {inside[0]} lies in it; move it, or choose another run"

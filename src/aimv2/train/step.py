@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -14,10 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
+from aimv2.data.native import make_native_batch
+from aimv2.data.stream import View, kept_patches
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.models.products import fast_products
 from aimv2.objectives import Objective
-from aimv2.train.optim import make_optimizer, step_unless
+from aimv2.train.ema import Ema
+from aimv2.train.optim import hold_encoder, make_optimizer, release_encoder, step_unless
 from aimv2.train.parallel import Trainable, World, parallelize
 from aimv2.train.schedule import learning_rate
 from aimv2.train.stages import stage_of
@@ -58,33 +62,41 @@ class TrainStep:
         if not isinstance(model, ProbeSweep):
             trainable = cast(Trainable, model)
             shape = trainable.encoder.config
-            self.patches, self.image_size = shape.patches, shape.image_size or 0
+            self.image_size = shape.image_size or 0
+            self.patches = shape.patches if shape.image_size else 0  # native batches come split already
         fast_products(world.device)
         self.model: nn.Module = model.to(world.device)
         if not isinstance(model, ProbeSweep):
             parallelize(trainable, config.train, world, compiled)
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.ema = Ema(self.model, config.train.ema) if config.train.ema else None
         # of the loss, in fp16: (factor, steps since it last changed); kept on the device
         start = FIRST_SCALE if config.train.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor([start, 0.0], device=world.device)
 
-    def __call__(self, batch: Batch, step: int) -> StepFigures:
-        """Optimizer step number ``step`` on this rank's part of the global batch."""
+    def __call__(self, batch: Batch | list[Batch], step: int) -> StepFigures:
+        """Optimizer step number ``step`` on this rank's part of the global batch: one batch to split, or micro-batches."""
         config, world = self.config, self.world
-        micro = [part.to(world.device) for part in split_batch(batch, config.train.accumulate, self.patches)]
+        parts = batch if isinstance(batch, list) else split_batch(batch, config.train.accumulate, self.patches)
+        micro = [part.to(world.device) for part in parts]
         names = list(self.objective.counts(micro[0]))
         known = [torch.stack(list(self.objective.counts(part).values())) for part in micro]
         counts = world.sum(torch.stack(known).sum(0).double())  # [terms]
         sums = torch.zeros_like(counts)
+        frozen = self.freeze(step)
         for index, part in enumerate(micro):
             if world.size > 1:
                 self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
             sums += self.backward(part, counts)
+        if frozen:
+            hold_encoder(self.model.encoder)  # type: ignore[arg-type]
         means = world.sum(sums) / counts.clamp(min=1)
         norm = self.clip()
         broken = ~torch.isfinite(torch.cat([means, norm[None]]))
         rate = partial(learning_rate, step, config.train.steps, config.optim)
-        step_unless(self.optimizer, broken.any().float(), rate)
+        step_unless(self.optimizer, broken.any().float(), rate, frozen)
+        if self.ema is not None:
+            self.ema.update()
         if config.train.precision == "fp16":
             self.adapt_scale(broken[-1])
             broken = torch.cat([broken[:-1], torch.zeros_like(broken[-1:])])
@@ -92,26 +104,54 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return StepFigures(names, means, counts, norm, broken)
 
-    def warm_up(self, pairs: int, max_tokens: int) -> None:
-        """Compiles the kernels of every caption width before the first step, so that no step stalls later.
+    def freeze(self, step: int) -> bool:
+        """Whether the encoder stands still in step ``step``; told to the encoder, which then keeps nothing to go back by."""
+        until = self.config.optim.freeze_encoder
+        if not until:
+            return False
+        cast(Trainable, self.model).encoder.frozen = step < until
+        if step == until:
+            release_encoder(self.optimizer)
+        return step < until
+
+    def warm_up(self, pairs: int, max_tokens: int, view: View | None = None) -> None:
+        """Compiles the kernels of every caption width (and area) before the first step, so that no step stalls later.
 
         Args:
             pairs: of a micro-batch on this rank.
             max_tokens: of a caption.
+            view: what the model sees; None: all of one size.
         """
-        size = self.image_size
         kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from what is made up here
         for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
-            text = [[0] * min(width, max_tokens)] * pairs if self.objective.weights.get("text") else [[]] * pairs
-            images = torch.zeros(pairs, 3, size, size, dtype=torch.uint8)
-            batch = make_batch(images, text, [max(self.patches // 2, 1)] * pairs, self.patches).to(self.world.device)
-            counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
-            self.backward(batch, counts)
-            self.optimizer.zero_grad(set_to_none=True)
+            text = [0] * min(width, max_tokens) if self.objective.weights.get("text") else []
+            for batch in self.made_up(pairs, text, view):
+                counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
+                self.backward(batch.to(self.world.device), counts)
+                self.optimizer.zero_grad(set_to_none=True)
             if not self.objective.weights.get("text"):
                 break
         for buffer, before in zip(self.model.buffers(), kept):
             buffer.copy_(before)
+
+    def made_up(self, pairs: int, text: list[int], view: View | None) -> Iterator[Batch]:
+        """A batch of every shape that the view gives with captions of this length."""
+        if view is None or view.native is None:
+            size, patches = self.image_size, self.patches
+            images, share = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), view.keep if view else 1.0
+            kept = torch.arange(kept_patches(patches, share)).expand(pairs, -1) if share < 1 else None
+            teacher = None
+            if view and view.teacher:
+                levels = torch.zeros(pairs, patches, view.teacher, dtype=torch.int8)
+                teacher = levels, torch.zeros(pairs, patches, dtype=torch.float16)
+            prefix = [max(patches // 2, 1)] * pairs
+            yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
+            return
+        patch = view.native.patch
+        for area in view.native.shares:
+            count = view.native.budget // area
+            image = torch.zeros(3, patch, area * patch, dtype=torch.uint8)
+            yield make_native_batch([image] * count, [text] * count, [max(area // 2, 1)] * count, patch, area)
 
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""

@@ -14,10 +14,11 @@ from torch import nn
 from aimv2.batch import Batch, make_batch
 from aimv2.config import ObjectiveConfig
 from aimv2.data.images import ImageError, decode_image
+from aimv2.data.native import fit_area, make_native_batch, middle_area
 from aimv2.data.shards import captions_of, label_of, read_samples
 from aimv2.data.stream import View, image_bytes
 from aimv2.data.text import Tokenizer
-from aimv2.data.transforms import centre_crop_box, crop_resize, to_pixels
+from aimv2.data.transforms import Box, centre_crop_box, crop_resize, to_pixels
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.parallel import World
 
@@ -27,14 +28,14 @@ class HeldOut:
     """Validation samples as the model sees them.
 
     Attributes:
-        images: uint8 [V, 3, H, W], centre crop.
+        images: uint8 [V, 3, H, W], centre crop; or a list of V whole images [3, h * p, w * p] of one area (native).
         captions: the first caption of each, as text; "" without one.
         tokens: its ids.
         labels: from .cls; -1 without.
         keys: names.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | list[torch.Tensor]
     captions: list[str]
     tokens: list[list[int]]
     labels: torch.Tensor
@@ -66,28 +67,45 @@ def read_held_out(
             image = decode_image(image_bytes(sample))
         except ImageError:
             continue
-        box = centre_crop_box(*image.size)
-        images.append(to_pixels(crop_resize(image, box, (view.image_size, view.image_size))))
+        box: Box = (0, 0, *image.size)
+        size = view.image_size, view.image_size
+        if view.native is None:
+            box = centre_crop_box(*image.size)
+        else:
+            columns, rows = fit_area(*image.size, middle_area(view.native.shares))
+            size = columns * view.native.patch, rows * view.native.patch
+        images.append(to_pixels(crop_resize(image, box, size)))
         captions.append(texts[0] if texts else "")
         tokens.append(tokenizer.encode(texts[0], max_tokens) if tokenizer and texts else [])
         labels.append(label_of(sample))
         keys.append(key)
+    if view.native is not None:
+        return HeldOut([torch.from_numpy(one) for one in images], captions, tokens, torch.tensor(labels), keys)
     pixels = np.stack(images) if images else np.zeros((0, 3, view.image_size, view.image_size), np.uint8)
     return HeldOut(torch.from_numpy(pixels), captions, tokens, torch.tensor(labels), keys)
 
 
-def held_out_batches(data: HeldOut, patches: int, size: int, prefix: int, text: bool) -> list[Batch]:
-    """Batches of ``size`` pairs, the last one smaller, all with the same prefix length; without captions on request."""
-    return [
-        make_batch(
-            data.images[at : at + size],
-            data.tokens[at : at + size] if text else [[]] * len(data.keys[at : at + size]),
-            [prefix] * len(data.keys[at : at + size]),
-            patches,
-            data.keys[at : at + size],
-        )
-        for at in range(0, len(data.keys), size)
-    ]
+def held_out_batches(data: HeldOut, patch: int, size: int, share: float, text: bool) -> list[Batch]:
+    """Batches of ``size`` pairs, the last one smaller, all with the same share of patches as prefix.
+
+    Args:
+        data: what to score.
+        patch: p.
+        size: pairs a batch.
+        share: 0..1, of an image's patches; held in 1..I-1 of them.
+        text: with the captions.
+    """
+    batches = []
+    for at in range(0, len(data.keys), size):
+        images, keys = data.images[at : at + size], data.keys[at : at + size]
+        counts = [(image.shape[1] // patch) * (image.shape[2] // patch) for image in images]
+        prefix = [min(max(round(share * count), 1), max(count - 1, 1)) for count in counts]
+        tokens = data.tokens[at : at + size] if text else [[]] * len(keys)
+        if isinstance(images, list):
+            batches.append(make_native_batch(images, tokens, prefix, patch, max(counts), keys))
+        else:
+            batches.append(make_batch(images, tokens, prefix, counts[0], keys))
+    return batches
 
 
 def mean_loss(model: nn.Module, objective: PretrainObjective, batches: Sequence[Batch], world: World) -> float:
@@ -111,7 +129,7 @@ def mean_loss(model: nn.Module, objective: PretrainObjective, batches: Sequence[
 def validate_pairs(
     model: nn.Module,
     data: HeldOut,
-    patches: int,
+    patch: int,
     prefixes: Sequence[float],
     world: World,
     text: bool = True,
@@ -120,8 +138,8 @@ def validate_pairs(
 ) -> dict[str, float]:
     """Losses on held-out pairs.
 
-    The pixel loss is scored at each prefix length (share of the patches) with prefix attention; the text loss with all
-    patches seen, as captions are written.
+    The pixel loss is scored at each prefix length (share of the patches, of side ``patch``) with prefix attention; the
+    text loss with all patches seen, as captions are written.
 
     Returns:
         ``val_text_loss`` (nats a token), ``val_perplexity``, ``val_pixel_loss`` (mean over the prefixes) and
@@ -133,14 +151,13 @@ def validate_pairs(
     with torch.compiler.set_stance("force_eager"):
         if text:
             objective = PretrainObjective(ObjectiveConfig(targets="text", attention="bidirectional"))
-            loss = mean_loss(model, objective, held_out_batches(data, patches, size, patches - 1, True), world)
+            loss = mean_loss(model, objective, held_out_batches(data, patch, size, 1.0, True), world)
             figures |= {"val_text_loss": loss, "val_perplexity": math.exp(min(loss, 50.0))}
         if pixels:
             objective = PretrainObjective(ObjectiveConfig(targets="image"))
             losses = {}
             for share in prefixes:
-                prefix = min(max(round(share * patches), 1), patches - 1)
-                batches = held_out_batches(data, patches, size, prefix, False)
+                batches = held_out_batches(data, patch, size, share, False)
                 losses[f"val_pixel_loss_{round(100 * share)}"] = mean_loss(model, objective, batches, world)
             figures |= {"val_pixel_loss": sum(losses.values()) / len(losses), **losses}
     model.train(was_training)
@@ -160,6 +177,7 @@ def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 
     with torch.compiler.set_stance("force_eager"):
         for at in range(0, len(data.keys), size):
             images, labels = data.images[at : at + size], data.labels[at : at + size]
+            assert isinstance(images, torch.Tensor)
             batch = make_batch(images, [[]] * len(labels), [1] * len(labels), 2, labels=labels).to(world.device)
             logits = model(batch).float()
             loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")

@@ -10,9 +10,13 @@ from torch import nn
 from aimv2.config import Config
 from aimv2.data.text import Tokenizer
 from aimv2.objectives import Objective
+from aimv2.objectives.distill import Teacher
 from aimv2.train.parallel import World
-from aimv2.train.stages import pretrain, probe
+from aimv2.train.stages import distill, pretrain, probe
 from aimv2.train.validate import HeldOut
+
+
+OpenTeacher = Callable[[int], Teacher]  # patches a side -> the teacher
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,22 @@ class Stage:
         build: (config, tokenizer, resuming) -> the model with its first weights; while resuming a checkpoint fills it.
         objective: of the configuration.
         validate: (model, objective, held-out samples, config, world) -> figures.
+        taught: of a stage with a teacher, in place of ``build`` and ``objective``: (config, tokenizer, resuming, opener of
+            the teacher) -> model and objective.
     """
 
     text: Callable[[Config], bool]
     build: Callable[[Config, Tokenizer | None, bool], nn.Module]
     objective: Callable[[Config], Objective]
     validate: Callable[[nn.Module, HeldOut, Config, World], dict[str, float]]
+    taught: Callable[[Config, Tokenizer | None, bool, OpenTeacher], tuple[nn.Module, Objective]] | None = None
 
 
 STAGES = {
     "pretrain": Stage(pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate),
+    "distill": Stage(  # without its teacher it is pre-training
+        pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate, distill.build
+    ),
     "probe": Stage(probe.reads_text, probe.build_model, probe.objective, probe.validate),
 }
 

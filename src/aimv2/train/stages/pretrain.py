@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from aimv2.config import Config
 from aimv2.data.text import Tokenizer
-from aimv2.errors import UsageError
-from aimv2.interop.load import fill_whole
+from aimv2.interop.model_folder import checkpoints
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
 from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.train.lora import add_updates
 from aimv2.train.parallel import World
+from aimv2.train.start import fill_from, origin_of, take_constants, take_shape
 from aimv2.train.validate import HeldOut, validate_pairs
 
 
@@ -25,31 +28,38 @@ def objective(config: Config) -> PretrainObjective:
 
 
 def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> AIMv2:
-    """Random weights by ``seed``, or those of ``init``."""
+    """Random weights by ``seed``, under those of ``init``."""
+    if config.init is not None and not resuming and config.model.name == "auto":
+        take_shape(config)  # once: config.yaml keeps it
     model = build(*shapes(config, tokenizer.vocab_size if tokenizer else 1), config.seed)
     assert isinstance(model, AIMv2)
-    if config.init is not None and not resuming:
-        fill_whole(model, config.init)
+    if resuming and config.run and checkpoints(Path(config.run)):
+        take_constants(model.encoder, origin_of(config.run).encoder)
+    elif config.init is not None:
+        fill_from(model, config.init, tokenizer, config)
+    if config.optim.lora:
+        add_updates(model.encoder, config.optim.lora, config.seed)
     return model
 
 
 def validate(model: nn.Module, data: HeldOut, config: Config, world: World) -> dict[str, float]:
     """Text and pixel losses; see :func:`aimv2.train.validate.validate_pairs`."""
     assert isinstance(model, AIMv2)
-    shape, patches = model.decoder.config, model.encoder.config.patches
-    return validate_pairs(model, data, patches, config.eval.prefixes, world, shape.text, shape.pixels)
+    shape, patch = model.decoder.config, model.encoder.config.patch_size
+    return validate_pairs(model, data, patch, config.eval.prefixes, world, shape.text, shape.pixels)
 
 
 def shapes(config: Config, vocab_size: int) -> tuple[EncoderConfig, DecoderConfig]:
     """Encoder and decoder of a run: the table's row, the config's changes, and what the objective needs."""
-    given = {key: value for key, value in vars(config.model).items() if key != "name" and value is not None}
+    given = {
+        key: value
+        for key, value in vars(config.model).items()
+        if value is not None and key not in ("name", "projection") and not key.startswith("text_")
+    }
     decoder = {key.removeprefix("decoder_"): value for key, value in given.items() if key.startswith("decoder_")}
     encoder = {key: value for key, value in given.items() if not key.startswith("decoder_")}
     objective = config.objective
     scored = objective.targets == "image" or (objective.targets == "both" and objective.alpha > 0)
     decoder |= {"pixels": scored, "text": objective.targets != "image"}  # no head that gets no gradient
     decoder |= {"vocab_size": vocab_size, "max_text": config.data.max_tokens}
-    shape = model_config(config.model.name, decoder, **encoder)
-    if shape[0].image_size is None:
-        raise UsageError(f"model.name {shape[0].name}: pre-training sees one image size; give model.image_size")
-    return shape
+    return model_config(config.model.name, decoder, **encoder)

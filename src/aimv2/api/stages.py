@@ -1,0 +1,58 @@
+"""Stages one behind the other: run. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXAMPLE = """\
+a chain file:
+  out: runs/chain              # a folder a stage below it; --out goes over it
+  data: shards/mine            # {data} below; --data goes over it
+  seeds: [0, 1, 2]             # optional: every stage once a seed
+  stages:
+    base:
+      verb: pretrain
+      config: recipes/cifar10-small.yaml
+      options: {data.train: "{data}", train.steps: 2000}
+    adapted:
+      verb: pretrain
+      init: "{base}"           # a stage's folder by its name; "{base}@1000": a step of it
+      options: {data.train: "{data}", train.steps: 500, optim.warmup: 50}
+    probed:
+      verb: probe
+      model: "{adapted}"
+      options: {data: "{data}"}
+  report: [val_text_loss, top1]
+
+Keys of a stage: verb (any verb but run); its words (config and init of pretrain, model, source,
+images, ...); options: its other options; needs: [STAGE]; title; seeds: false (one run for all seeds)."""
+
+
+def run(
+    chain: str,
+    out: str | None = None,
+    data: str | None = None,
+    only: str | None = None,
+    redo: bool = False,
+    status: bool = False,
+) -> dict[str, Any]:
+    """Run a chain of stages: what is not done yet, in order; an interrupted one goes on, and one report is written.
+
+    Args:
+        chain: a YAML file of stages, as the example below shows
+        out: folder of the stages and of report.json and report.md; null: the file's out
+        data: what {data} stands for; null: the file's data
+        only: stages with commas; these and what they need
+        redo: clear finished stages whose options, recipe, data or earlier stages changed, and run them again
+        status: show what is done, stale, interrupted and to do, and run nothing
+
+    Returns:
+        the report: ``stages``, a row each, and ``figures`` over the seeds.
+
+    Raises:
+        UsageError: a mistake in the file, a missing input, a stale stage without ``redo``, a stage that failed.
+        Interrupted: a signal came; the stage that ran has saved what it can.
+    """
+    from aimv2.chain.work import run_chain
+
+    return run_chain(chain, out, data, only, redo, status)

@@ -1,0 +1,103 @@
+"""Native training over the one loop: strips of one area and packed rows, resumed, over two ranks, from a fixed model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import aimv2
+from aimv2.data.stream import TrainStream
+from aimv2.errors import UsageError
+from aimv2.models.encoder import VisionEncoder
+from aimv2.train.parallel import World
+from aimv2.train.view import make_view
+from runs import call, exact, options, resume, scenes, torchrun, train
+
+NATIVE = {
+    "model__name": "aimv2-tiny-patch4-native",
+    "model__min_patches": 4,
+    "model__max_patches": 64,
+    "data__areas": [4, 6],
+    "train__patch_budget": 256,
+    "train__steps": 5,
+    "data__crop_scale": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.mark.parametrize("way", ["strips", "packed"])
+def test_resumed_native_run_has_the_losses_of_an_undisturbed_one(data: Path, tmp_path: Path, way: str) -> None:
+    more = NATIVE if way == "strips" else {**NATIVE, "data__pack": 2}
+    summary = train(data, tmp_path / "whole", data__workers=2, eval__every=4, **more)
+    train(data, tmp_path / "parts", data__workers=2, eval__every=4, train__stop_at=2, **more)
+    resume(tmp_path / "parts", train__stop_at=3)
+    resume(tmp_path / "parts")
+    assert len(exact(tmp_path / "whole")) == 7
+    assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
+    assert summary["val_text_loss"] > 0 and summary["val_pixel_loss"] > 0
+    model = aimv2.load_model(str(tmp_path / "whole"))
+    assert isinstance(model, VisionEncoder) and model.config.image_size is None and model.config.max_patches == 64
+    assert model(torch.zeros(1, 3, 16, 40, dtype=torch.uint8)).shape == (1, 40, 32)
+
+
+def test_two_ranks_have_the_losses_of_one(data: Path, tmp_path: Path) -> None:
+    more = {**NATIVE, "train__patch_budget": 512, "data__pack": 2, "train__accumulate": 2}
+    train(data, tmp_path / "one", data__workers=2, eval__every=5, **more)
+    ended = torchrun(2, *options(data, tmp_path / "two", data__workers=1, eval__every=5, **more))
+    assert ended.returncode == 0, ended.stderr
+    one, two = exact(tmp_path / "one"), exact(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for left, right in zip(one, two):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert right[key] == pytest.approx(value, rel=2e-4), key
+
+
+def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", train__stop_at=1, **NATIVE)
+    from aimv2.train.prepare import resumed_values
+    from aimv2.load_config import parse
+
+    config = resumed_values(tmp_path / "run", {}, parse)
+    shape = aimv2.load_model(str(tmp_path / "run")).config
+    view = make_view(config, shape, False, World(0, 1, torch.device("cpu")))
+    stream = TrainStream(config.data, view, None, 8, 0)
+    areas = []
+    for _ in range(30):
+        batches = next(stream)
+        assert isinstance(batches, list) and len(batches) == 1
+        (batch,) = batches
+        assert batch.image_len is not None and batch.images.shape[2] == 4
+        area = batch.images.shape[3] // 4
+        assert len(batch) * area == 256 and int(batch.image_len.max()) <= area
+        areas.append(area)
+    stream.close()
+    assert set(areas) == {16, 32, 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"data__areas": [4, 7]}, "data.areas [4, 7] are 16 to 128 patches; aimv2-tiny-patch4-native sees 4 to 64"),
+        ({"data__areas": [6, 4]}, "data.areas must be two whole numbers in order"),
+        ({"train__patch_budget": None}, "train.patch_budget is not given"),
+        ({"train__patch_budget": 200}, "train.patch_budget 200 over 1 ranks"),
+        ({"objective__decoder_share": 0.5}, "objective.decoder_share 0.5: a native model's decoder sees all"),
+        ({"model__name": "aimv2-tiny-patch4-32"}, "train.patch_budget is for native models"),
+    ],
+)
+def test_wrong_use_is_one_line(data: Path, tmp_path: Path, change: dict[str, object], line: str) -> None:
+    with pytest.raises(UsageError, match=line.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")):
+        train(data, tmp_path / "run", **{**NATIVE, **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_says_it_in_one_line(data: Path, tmp_path: Path) -> None:
+    ended = call(*options(data, tmp_path / "run", **{**NATIVE, "data__areas": [4, 12]}))
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "data.areas" in ended.stderr

@@ -270,13 +270,13 @@ def test_a_teacher_is_an_input_and_features_that_a_run_writes_are_none(tmp_path:
     stored = training(data__train="{taught}", objective__name="distill", objective__teacher="stored")
     taught = {"verb": "data_teach", "teacher": "{one}", "data": str(tmp_path / "data")}
     stages = {"one": training(data__train=str(tmp_path / "data")), "student": student, "pair": pair, "taught": taught}
-    path = write(tmp_path, {"out": str(tmp_path / "out"), "stages": {**stages, "stored": stored}})
+    path = write(tmp_path, {"out": str(tmp_path / "out"), "stages": {**stages, "pupil": stored}})
     chain = read_chain(path)
     needs = {job.name: list(job.needs) for job in chain.jobs}
-    assert needs == {"one": [], "student": ["one"], "pair": [], "taught": ["one"], "stored": ["taught"]}
+    assert needs == {"one": [], "student": ["one"], "pair": [], "taught": ["one"], "pupil": ["taught"]}
     inputs = {one.job.name: [key.split(" ")[0] for key in one.inputs] for one in look(chain, chain.jobs)}
     read = ["data.train"]
-    assert inputs == {"one": read, "student": read, "pair": read, "taught": ["data"], "stored": []}
+    assert inputs == {"one": read, "student": read, "pair": read, "taught": ["data"], "pupil": []}
 
 
 def test_redo_runs_what_is_stale_and_nothing_else(copy: tuple[Path, Tree]) -> None:

@@ -266,15 +266,16 @@ def test_a_teacher_is_an_input_and_features_that_a_run_writes_are_none(tmp_path:
     scenes(tmp_path / "data", 10)
     (tmp_path / "cache").mkdir()
     student = training(data__train=str(tmp_path / "data"), objective__name="distill", objective__teacher="{one}")
-    pair = training(data__train=str(tmp_path / "data"), data__features=str(tmp_path / "cache"))
+    own = {"data__train": str(tmp_path / "data"), "data__features": str(tmp_path / "cache")}
+    pair = {**training(objective__name="contrastive", **own), "init": "{one}"}
     stored = training(data__train="{taught}", objective__name="distill", objective__teacher="stored")
     taught = {"verb": "data_teach", "teacher": "{one}", "data": str(tmp_path / "data")}
     stages = {"one": training(data__train=str(tmp_path / "data")), "student": student, "pair": pair, "taught": taught}
     path = write(tmp_path, {"out": str(tmp_path / "out"), "stages": {**stages, "pupil": stored}})
     chain = read_chain(path)
     needs = {job.name: list(job.needs) for job in chain.jobs}
-    assert needs == {"one": [], "student": ["one"], "pair": [], "taught": ["one"], "pupil": ["taught"]}
-    inputs = {one.job.name: [key.split(" ")[0] for key in one.inputs] for one in look(chain, chain.jobs)}
+    assert needs == {"one": [], "student": ["one"], "pair": ["one"], "taught": ["one"], "pupil": ["taught"]}
+    inputs = {one.job.name: [label.split(" ")[0] for label in one.inputs] for one in look(chain, chain.jobs)}
     read = ["data.train"]
     assert inputs == {"one": read, "student": read, "pair": read, "taught": ["data"], "pupil": []}
 

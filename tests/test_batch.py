@@ -53,6 +53,16 @@ def test_batch_by_hand() -> None:
     assert batch.keys == ["key-0", "key-1", "key-2"] and batch.bad == ["broken: cut"]
 
 
+def test_scored_rows_among_kept_positions_by_hand() -> None:
+    # I = 9; prefix 3 scores positions 2..7; of the kept 0, 2, 5, 8 these are 2 and 5, at rows 1 and 2, and predict 3 and 6
+    kept = torch.tensor([[0, 2, 5, 8], [1, 3, 4, 7]])
+    images = torch.zeros(2, 3, 6, 6, dtype=torch.uint8)
+    batch = make_batch(images, [[1], [2]], [3, 8], PATCHES, kept=kept)
+    assert batch.target_rows is not None and int(batch.patch_count) == 3
+    assert batch.patch_rows[:3].tolist() == [1, 2, 7] and batch.target_rows[:3].tolist() == [3, 6, 17]
+    same(join_batches(split_batch(batch, 2, PATCHES), PATCHES), batch)
+
+
 def test_buckets() -> None:
     assert [round_up(n, 16) for n in (0, 1, 16, 17)] == [16, 16, 16, 32]
     batch = pairs([[1] * 17, [1] * 20], [1, 1], patches=81)
@@ -75,7 +85,7 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
     batch = pairs([[1, 2]], [3])
     moved = batch.to("meta")
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 10 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert len(tensors) == 9 and all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert moved.keys == batch.keys and moved.bad == batch.bad and batch.images.device.type == "cpu"
 
 

@@ -25,7 +25,9 @@ from aimv2.data.text import load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.load_config import parse, read_recipe
 from aimv2.models.aimv2 import AIMv2
-from aimv2.models.sizes import model_config
+from aimv2.models.create import create_model
+from aimv2.models.distilled import Distiller
+from aimv2.models.sizes import encoder_flops, model_config
 from aimv2.train.flops import step_flops
 from runs import metrics
 
@@ -127,12 +129,14 @@ def write_source(folder: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the five sources of Table 2 and a tiny tokeniser of their captions."""
+    """A folder with the five sources of Table 2, a tiny tokeniser of their captions and a tiny teacher."""
     folder = tmp_path_factory.mktemp("recipes")
     for name in MIXTURE:
         write_source(folder / "data" / name, name)
     captions = [f"{kind} words of {name} {i}" for kind in ("alt", "synthetic") for name in MIXTURE for i in range(12)]
     train_tokenizer(captions, 300).save(folder / "tokenizer")
+    teacher = create_model("aimv2-tiny-patch14-112", seed=1, image_size=42, width=24, heads=3, hidden=32, depth=1)
+    api.save_pretrained(teacher, folder / "teacher")
     return folder
 
 
@@ -145,6 +149,8 @@ def toy_options(recipe: Path, home: Path) -> dict[str, Any]:
         options["data.tokenizer"] = str(home / "tokenizer")
     else:
         options["data.vocab_size"] = 300
+    if "objective.teacher" in raw:
+        options["objective.teacher"] = str(home / "teacher")
     if "data.train" not in raw:
         options["data.train"] = str(home / "data" / "dfn2b-alt")
     return options
@@ -198,7 +204,33 @@ def test_numbers_are_the_papers(size: str) -> None:
     assert IMAGENET[size] in head_of(recipe)
 
 
-@pytest.mark.parametrize("recipe", PAPER, ids=by_name)
+def test_the_distilled_recipe_is_pretraining_but_for_what_is_ours() -> None:
+    plain, distilled = read_recipe(PAPER[0]), read_recipe(PAPER[0].with_name("aimv2-large-distilled.yaml"))
+    changed = {key for key in {*plain, *distilled} if plain.get(key) != distilled.get(key)}
+    assert changed - {key for key in changed if key.startswith("objective.teacher")} == {
+        "objective.name",
+        "train.steps",
+    }
+    assert distilled["objective.teacher"] == "aimv2-3B-patch14-224"
+    with torch.device("meta"):
+        model = Distiller(
+            AIMv2(*model_config("aimv2-large-patch14-224")), model_config("aimv2-3B-patch14-224")[0].width
+        )
+    student, teacher = step_flops(model, 1, 256, 32), encoder_flops(model_config("aimv2-3B-patch14-224")[0])
+    total = (student + teacher) * 8192 * distilled["train.steps"]
+    written = {
+        "hours": r"hours\s+(\S+) \(estimate\)",
+        "student": r"(\S+) FLOPs a pair with 32 caption tokens for the student",
+        "teacher": r"(\S+) for the teacher",
+        "total": r"= (\S+) FLOPs, over",
+    }
+    head = head_of(PAPER[0].with_name("aimv2-large-distilled.yaml"))
+    found = {name: float(match[1]) for name, pattern in written.items() if (match := re.search(pattern, head))}
+    hours = total / (64 * 989e12 * 0.4) / 3600
+    assert found == pytest.approx({"hours": hours, "student": student, "teacher": teacher, "total": total}, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", [*PAPER, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name)
 def test_every_value_says_whose_it_is(recipe: Path) -> None:
     for line in recipe.read_text().splitlines():
         if line.startswith("#") or line.rstrip().endswith(":"):
@@ -224,7 +256,8 @@ def test_hours_follow_from_the_arithmetic_of_a_step(size: str) -> None:
 
 
 # the twin of finetune-classes is tests/train/test_finetune.py
-PRETRAINING = [recipe for recipe in RECIPES if read_recipe(recipe).get("objective.name", "pretrain") == "pretrain"]
+STAGES = ("pretrain", "distill")
+PRETRAINING = [recipe for recipe in RECIPES if read_recipe(recipe).get("objective.name", "pretrain") in STAGES]
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=by_name)

@@ -55,13 +55,14 @@ class Batch:
         patch_rows: int64 [S], places in the flat [B * I] image positions whose output is scored; padding holds 0.
             Position i predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0). Where the
             decoder sees some positions alone, in the flat [B * K] of those.
-        target_rows: int64 [S], the patch that each of them predicts, in the flat [B * I]; padding holds 0.
         token_count: int64 [], real entries of ``token_rows``.
         patch_count: int64 [], real entries of ``patch_rows``.
         labels: int64 [B], classes; -1 without one.
         keys: the samples' names.
         bad: samples that could not be decoded since the last batch, with the reason.
         kept: int64 [B, K], ascending image positions that the decoder sees; None: all.
+        target_rows: int64 [S], with ``kept`` the patch that each scored row predicts, in the flat [B * I], padding 0; None: the
+            one after ``patch_rows``.
         places: int64 [B, A, 2] or [1, N, 2], row and column of each patch (native training); None: a fixed grid.
         image_len: int64 [B], real patches of each image (native training).
         layout: of a packed row (native training); None: strips of one area, padded with zeros.
@@ -75,13 +76,13 @@ class Batch:
     prefix_len: Tensor
     token_rows: Tensor
     patch_rows: Tensor
-    target_rows: Tensor
     token_count: Tensor
     patch_count: Tensor
     labels: Tensor
     keys: list[str]
     bad: list[str]
     kept: Tensor | None = None
+    target_rows: Tensor | None = None
     places: Tensor | None = None
     image_len: Tensor | None = None
     layout: Layout | None = None
@@ -129,7 +130,7 @@ def scored_rows(prefix_len: Tensor, patches: int) -> Tensor:
     return scored(prefix_len, patches).flatten().nonzero().flatten()
 
 
-def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Where the outputs lie that are scored, and the patches that they predict.
 
     Args:
@@ -137,13 +138,12 @@ def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]
         kept: int64 [B, K], positions that the decoder sees; None: all.
 
     Returns:
-        int64 [S] into the flat [B * I] (or [B * K]), int64 [S] into the flat [B * I].
+        int64 [S] into the flat [B * I] or with ``kept`` [B * K], and with ``kept`` int64 [S] into the flat [B * I].
     """
     import torch
 
     if kept is None:
-        rows = keep.flatten().nonzero().flatten()
-        return rows, rows + 1
+        return keep.flatten().nonzero().flatten(), None
     place = kept + torch.arange(len(keep))[:, None] * keep.shape[1]  # [B, K]
     chosen = keep.gather(1, kept)
     return chosen.flatten().nonzero().flatten(), place[chosen] + 1
@@ -204,13 +204,13 @@ def make_batch(
         prefix_len=prefix,
         token_rows=pad_rows(real, ROW_BUCKET, text.numel()),
         patch_rows=pad_rows(rows, PATCH_BUCKET, 0),
-        target_rows=pad_rows(targets, PATCH_BUCKET, 0),
         token_count=torch.tensor(len(real)),
         patch_count=torch.tensor(len(rows)),
         labels=torch.as_tensor([-1] * len(captions) if labels is None else labels, dtype=torch.int64),
         keys=list(keys),
         bad=list(bad),
         kept=kept,
+        target_rows=None if targets is None else pad_rows(targets, PATCH_BUCKET, 0),
         image_len=image_len,
         teacher=teacher[0] if teacher else None,
         teacher_scale=teacher[1] if teacher else None,

@@ -77,6 +77,7 @@ def pretrain(
         filled = parse({**base, **given})
         filled.data, filled.init = config.data, config.init
         config = filled
+    prepare.check_init(config)
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
     for line in prepare.remarks(config):
@@ -95,6 +96,7 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     config = parse({**base, **given})
     if print_config:
         return describe_config(config, provenance(base, given, "demo"))
+    prepare.check_init(config)
     shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
     if config.data.tokenizer != "auto":
         prepare.load_tokenizer(config.data.tokenizer)
@@ -231,16 +233,12 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
 
 def about_run(config: Config, weights: Path) -> dict[str, Any]:
     """What a result must say of itself: data, seed, weights, machine, versions, command."""
-    data = to_dict(config)["data"]
+    data, stage = to_dict(config)["data"], config.objective
     return {
         "data": data["train"],
         "val_data": data["val"] or "val-* or test-* beside the training shards",
         "seed": config.seed,
-        **(
-            {"teacher": config.objective.teacher, "teacher_sha256": taught}
-            if (taught := config.objective.teacher_sha256)
-            else {}
-        ),
+        **({"teacher": stage.teacher, "teacher_sha256": stage.teacher_sha256} if stage.teacher else {}),
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
@@ -287,6 +285,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
     world = join_world()
     with tempfile.TemporaryDirectory() as scratch:
         config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
+        config.data.features = None  # nothing is written: the encoder runs
         trainer = build_trainer(config, Path(scratch), world)
         try:
             batch = next(trainer.stream)

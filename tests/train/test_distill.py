@@ -256,6 +256,7 @@ def refused(capsys, words, *named):
         ({"objective.name": "distill"}, ["objective.name=distill needs a teacher"]),
         ({"objective.teacher": "x"}, ["objective.teacher x is for objective.name=distill", "pretrain"]),
         ({"objective.name": "distill", "objective.teacher": "/nowhere/model"}, ["/nowhere/model"]),
+        ({"objective.name": "distill", "objective.teacher": "x", "model.name": "aimv2-large-patch14-native"}, ["native student", "model.image_size"]),
         ({"objective.name": "distill", "objective.teacher": "timm:nothing"}, ["timm:nothing"]),
         ({"objective.name": "distill", "objective.teacher": "stored"}, ["no features of a teacher", "aimv2 data teach"]),
         ({"objective.name": "distill", "objective.teacher": "x", "objective.teacher_weight": 0}, ["objective.teacher_weight"]),

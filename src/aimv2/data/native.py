@@ -141,7 +141,6 @@ def pack(batches: Sequence[Batch]) -> Batch:
         joined,
         places=torch.cat(places)[None],
         patch_rows=pad_rows(rows, PATCH_BUCKET, 0),
-        target_rows=pad_rows(rows + 1, PATCH_BUCKET, 0),
         layout=lay_out(
             [len(batch) for batch in batches], image_len, joined.text_len, joined.token_rows, joined.text.shape[1]
         ),

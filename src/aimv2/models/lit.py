@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,6 @@ class TunedLiT(LiT):
     saved pair: it moves all logits alike, so no comparison of texts or images knows it.
     """
 
-    unsaved: ClassVar[tuple[str, ...]] = ("bias",)  # parameters that a model folder leaves out
-
     def __init__(self, config: LiTConfig, bias: bool, from_features: bool = False) -> None:
         """``bias``: for the sigmoid loss. ``from_features``: training reads the trunk's features from a cache."""
         super().__init__(config)
@@ -176,3 +174,7 @@ class TunedLiT(LiT):
         with torch.autocast(text.device.type, enabled=False):
             unit = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
             return PairFeatures(*unit, self.scale, None if self.bias is None else self.bias.clone())
+
+    def saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model folder keeps of the weights: the pair's."""
+        return {key: value for key, value in weights.items() if key != "bias"}

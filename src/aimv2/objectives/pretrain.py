@@ -35,8 +35,9 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
 
 def pixel_targets(encoder: VisionEncoder, batch: Batch) -> Tensor:
     """The patch after each scored position: fp32 [S, P]."""
+    rows = batch.patch_rows + 1 if batch.target_rows is None else batch.target_rows
     targets = normalized_patches(encoder.normalize(batch.images), encoder.config.patch_size)
-    return targets.flatten(0, 1).index_select(0, batch.target_rows)
+    return targets.flatten(0, 1).index_select(0, rows)
 
 
 def text_targets(batch: Batch) -> Tensor:

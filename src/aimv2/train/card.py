@@ -25,6 +25,10 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
             f"{objective.teacher_weight:g}, {objective.teacher_view} view"
         )
         use += " or `aimv2.load_model(FOLDER, decoder=True)`"
+    elif objective.name == "contrastive":
+        what = "AIMV2 image-text pair: a text tower and a pooling head tuned to a frozen encoder"
+        learnt = f"contrastive, {objective.contrast}; frozen encoder, init {config.init}"
+        use = "`aimv2.load_model(FOLDER)` (both towers), measure it with `aimv2 zeroshot` and `aimv2 retrieve`"
     else:
         what = "AIMV2 vision encoder with its multimodal decoder, pre-trained"
         learnt = f"{objective.targets}, alpha {objective.alpha:g}, {objective.attention} attention"

@@ -11,6 +11,7 @@ from torch import nn
 from aimv2.models.classifier import Classifier
 from aimv2.models.distilled import Distiller
 from aimv2.models.layers import Block
+from aimv2.models.lit import TunedLiT
 from aimv2.models.sizes import encoder_flops
 
 # dense bf16 FLOP/s of accelerators, by a part of their name
@@ -33,6 +34,8 @@ def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float
     if isinstance(model, Classifier):
         trained = any(parameter.requires_grad for parameter in encoder.parameters())
         return (3 if trained else 1) * pairs * encoder_flops(encoder.config)
+    if isinstance(model, TunedLiT):
+        return _pair_flops(model, pairs, tokens)
     decoder = model.decoder
     rows = pairs * patches
     total = float(rows * 2 * 3 * encoder.config.patch_size**2 * encoder.config.width)
@@ -53,6 +56,21 @@ def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float
     if decoder.config.pixels:
         total += rows / 2 * 2 * decoder.pixel_head.weight.numel()
     return 3 * total
+
+
+def _pair_flops(model: TunedLiT, pairs: float, tokens: float) -> float:
+    """The frozen trunk forwards (not at all where its features are read), and three times what learns: pooling head, text
+    tower, projections and the scores of all pairs."""
+    image, width = model.image.config, model.image.config.width
+    trunk = 0.0 if model.from_features else pairs * encoder_flops(image)
+    rows, shared = pairs * image.patches, model.config.projection
+    learnt = rows * (2 * 2 * width**2 + 4 * width) + pairs * 2 * width**2  # keys and values; one query; output
+    for block in model.text.blocks:
+        assert isinstance(block, Block)
+        learnt += _block_flops(block, tokens, tokens / pairs)
+    learnt += pairs * 2 * shared * (width + model.config.text.width)
+    learnt += (1 if model.bias is not None else 2) * 2 * pairs**2 * shared
+    return trunk + 3 * learnt
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -18,6 +18,7 @@ from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
 from aimv2.models.distilled import Distiller
+from aimv2.models.lit import TunedLiT
 from aimv2.objectives import Objective
 from aimv2.objectives.distill import DistillObjective
 from aimv2.train.card import model_card
@@ -84,7 +85,8 @@ class Trainer:
             self.view = make_view(config, self.encoder, self.stage.text(config), world)
             if isinstance(objective, DistillObjective):
                 self.view.teacher = objective.stored_width
-            self.stream: Stream = TrainStream(
+            other = self.stage.stream(config, model, tokenizer, world) if self.stage.stream else None
+            self.stream: Stream = other or TrainStream(
                 config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
             )
         else:
@@ -149,13 +151,15 @@ class Trainer:
         self.last = figures = self.update(batch, self.step)
         self.step += 1
         self.window_steps += 1
+        tokens = 0
         for part in batch if isinstance(batch, list) else [batch]:
+            tokens += int(part.token_count) * self.world.size
             self.seen_pairs += len(part) * self.world.size
             patches = len(part) * self.view.patches if part.places is None else part.places[..., 0].numel()
             self.seen_patches += patches * self.world.size
-        nothing = torch.zeros_like(figures.norm)
+        read = torch.full_like(figures.norm, tokens)  # where no term counts them: as if all ranks had as many
         means, counts = (dict(zip(figures.names, values)) for values in (figures.means, figures.counts))
-        row = [*(means[term] for term in self.terms), figures.norm, counts.get("text", nothing)]
+        row = [*(means[term] for term in self.terms), figures.norm, counts.get("text", read)]
         self.window += torch.stack(row)
         if self.first_broken is None:
             self.first_broken = torch.zeros_like(figures.broken, dtype=torch.int64)
@@ -252,7 +256,7 @@ class Trainer:
         model = self.unwrapped()
         if self.config.optim.lora:
             weights = merged(weights)
-        if isinstance(self.model, Distiller):
+        if isinstance(self.model, Distiller | TunedLiT):
             weights = self.model.saved(weights)
         write_model(
             folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from aimv2.config import Config, Source, get_value, leaf_keys, to_dict
+from aimv2.data.clip_text import START, started
 from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import image_bytes, training_shards
 from aimv2.data.text import Tokenizer, load_tokenizer, train_tokenizer
@@ -34,7 +35,8 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on
 # what may differ from the run's own configuration when it goes on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
-    "objective.teacher", "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
+    "objective.teacher",  # by another path: its weights must be the same
+    "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
 
 
@@ -59,10 +61,16 @@ def locate_data(config: Config) -> None:
     if config.init is not None and Path(config.init.rpartition("@")[0] or config.init).expanduser().exists():
         config.init = os.path.abspath(os.path.expanduser(config.init))  # else a released name or a hub id
     teacher = config.objective.teacher
-    if teacher is not None and Path(teacher.rpartition("@")[0] or teacher).expanduser().exists():
+    if (
+        teacher is not None
+        and teacher != "stored"
+        and Path(teacher.rpartition("@")[0] or teacher).expanduser().exists()
+    ):
         config.objective.teacher = os.path.abspath(os.path.expanduser(teacher))
     if data.index_dir is not None:
         data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
+    if data.features is not None:
+        data.features = os.path.abspath(os.path.expanduser(data.features))
 
 
 def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
@@ -78,9 +86,21 @@ def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
 def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
     """Raises UsageError where no sample has a caption and the objective wants text."""
     if stage_of(config).text(config) and not any(captions_of(sample) for sample in samples):
+        instead = (
+            "" if config.objective.name == "contrastive" else ", or train on images alone with objective.targets=image"
+        )
         raise UsageError(
             f"data.train: captions missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.txt or "
-            "captions in KEY.json; import them with --captions, or train on images alone with objective.targets=image"
+            f"captions in KEY.json; import them with --captions{instead}"
+        )
+
+
+def check_init(config: Config) -> None:
+    """Raises UsageError where the stage starts from a model and none is given."""
+    if config.objective.name == "contrastive" and config.init is None:
+        raise UsageError(
+            "objective.name=contrastive trains a text tower beside a frozen encoder: --init MODEL says which (released name, "
+            "hub id, folder, file, RUN or RUN@STEP)"
         )
 
 
@@ -100,6 +120,10 @@ def remarks(config: Config) -> list[str]:
         lines.append(
             f"optim.warmup {config.optim.warmup} is not shorter than train.steps {config.train.steps}: the learning rate "
             "never reaches optim.lr"
+        )
+    if config.data.features is not None:
+        lines.append(
+            "data.features: every image is seen in its centre view alone; data.crop_scale and data.flip do nothing"
         )
     lines += [
         f"{path}: its import was not finished (run `aimv2 data import` again to go on); training on what is there"
@@ -164,16 +188,24 @@ def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer
     """
     if not stage_of(config).text(config):
         return None
+    found = find_tokenizer(config, known, world)
+    return started(found) if config.objective.name == "contrastive" else found
+
+
+def find_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer:
+    """See :func:`get_tokenizer`."""
+    pair = config.objective.name == "contrastive"
     source = config.data.tokenizer
     if source != "auto" and (known is None or Path(source).exists()):
         return load_tokenizer(source)
     if known is not None:
         return load_tokenizer(known)
-    if (home := tokenizer_of_init(config)) is not None:
+    if not pair and (home := tokenizer_of_init(config)) is not None:
         return load_tokenizer(home)
     trained = None
     if world.main:
-        trained = train_tokenizer(islice(training_captions(config), TOKENIZER_CAPTIONS), config.data.vocab_size)
+        captions = islice(training_captions(config), TOKENIZER_CAPTIONS)
+        trained = train_tokenizer(captions, config.data.vocab_size, start=START if pair else None)
     return world.broadcast(trained)
 
 

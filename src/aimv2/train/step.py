@@ -122,14 +122,15 @@ class TrainStep:
             max_tokens: of a caption.
             view: what the model sees; None: all of one size.
         """
+        reads_text = any(self.objective.weights.get(term) for term in ("text", "contrastive"))
         kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from what is made up here
         for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
-            text = [0] * min(width, max_tokens) if self.objective.weights.get("text") else []
+            text = [0] * min(width, max_tokens) if reads_text else []
             for batch in self.made_up(pairs, text, view):
                 counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
                 self.backward(batch.to(self.world.device), counts)
                 self.optimizer.zero_grad(set_to_none=True)
-            if not self.objective.weights.get("text"):
+            if not reads_text:
                 break
         for buffer, before in zip(self.model.buffers(), kept):
             buffer.copy_(before)

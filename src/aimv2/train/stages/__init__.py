@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from aimv2.config import Config
+from aimv2.data.feature_cache import FeatureStream
 from aimv2.data.text import Tokenizer
 from aimv2.objectives import Objective
 from aimv2.objectives.distill import Teacher
 from aimv2.train.parallel import World
-from aimv2.train.stages import distill, pretrain, probe
+from aimv2.train.stages import contrastive, distill, pretrain, probe
 from aimv2.train.validate import HeldOut
-
 
 OpenTeacher = Callable[[int], Teacher]  # patches a side -> the teacher
 
@@ -30,6 +30,8 @@ class Stage:
         validate: (model, objective, held-out samples, config, world) -> figures.
         taught: of a stage with a teacher, in place of ``build`` and ``objective``: (config, tokenizer, resuming, opener of
             the teacher) -> model and objective.
+        stream: of a stage that may read other batches than images and captions: (config, model, tokenizer, world) -> the
+            stream, or None for the usual one.
     """
 
     text: Callable[[Config], bool]
@@ -37,6 +39,7 @@ class Stage:
     objective: Callable[[Config], Objective]
     validate: Callable[[nn.Module, HeldOut, Config, World], dict[str, float]]
     taught: Callable[[Config, Tokenizer | None, bool, OpenTeacher], tuple[nn.Module, Objective]] | None = None
+    stream: Callable[[Config, nn.Module, Tokenizer | None, World], FeatureStream | None] | None = None
 
 
 STAGES = {
@@ -45,6 +48,13 @@ STAGES = {
         pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate, distill.build
     ),
     "probe": Stage(probe.reads_text, probe.build_model, probe.objective, probe.validate),
+    "contrastive": Stage(
+        contrastive.reads_text,
+        contrastive.build_model,
+        contrastive.objective,
+        contrastive.validate,
+        stream=contrastive.cached_stream,
+    ),
 }
 
 

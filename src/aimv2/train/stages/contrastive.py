@@ -42,13 +42,11 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
     """The trunk of ``init`` under new parts; a run that goes on finds its trunk in its own folder.
 
     Raises:
-        UsageError: no ``init``, none that fits.
+        UsageError: an ``init`` that does not fit.
     """
-    assert tokenizer is not None
     own = resuming and config.run and checkpoints(Path(config.run))
     given = config.run if own else config.init
-    if given is None:
-        raise no_init()
+    assert tokenizer is not None and given is not None
     origin = origin_of(given)
     check_shape(origin, config)
     model, text = config.model, TextConfig()
@@ -77,13 +75,6 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
     return built
 
 
-def no_init() -> UsageError:
-    return UsageError(
-        "objective.name=contrastive trains a text tower beside a frozen encoder: --init MODEL says which (released name, hub "
-        "id, folder, file, RUN or RUN@STEP)"
-    )
-
-
 def check_shape(origin: Origin, config: Config) -> None:
     """Raises UsageError where ``config.model`` names another encoder than that of ``init``, or a native one is given."""
     there, model = origin.encoder, config.model
@@ -104,8 +95,15 @@ def check_shape(origin: Origin, config: Config) -> None:
         )
 
 
-def cached_stream(config: Config, model: TunedLiT, tokenizer: Tokenizer, world: World) -> FeatureStream:
-    """Batches of cached features, computed first where they are not there; see :mod:`aimv2.data.feature_cache`."""
+def cached_stream(config: Config, model: nn.Module, tokenizer: Tokenizer | None, world: World) -> FeatureStream | None:
+    """With ``data.features`` batches of the trunk's features, computed first where they are not there; else None.
+
+    Raises:
+        UsageError: see :func:`aimv2.data.feature_cache.cached_features`.
+    """
+    if config.data.features is None:
+        return None
+    assert isinstance(model, TunedLiT) and tokenizer is not None
     if config.train.batch_size % world.size:
         raise UsageError(f"train.batch_size {config.train.batch_size} does not divide by {world.size} ranks")
     ranks = Ranks(world.rank, world.size, world.barrier)

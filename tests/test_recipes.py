@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from aimv2 import api
+from aimv2 import api, load_model
 from aimv2.cli import read_options
 from aimv2.config import get_value
+from aimv2.data.clip_text import START
 from aimv2.data.shards import write_shard
 from aimv2.data.stream import TrainStream, View
 from aimv2.data.text import load_tokenizer, train_tokenizer
@@ -27,6 +29,7 @@ from aimv2.load_config import parse, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
+from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import encoder_flops, model_config
 from aimv2.train.flops import step_flops
 from runs import metrics
@@ -88,6 +91,16 @@ TOY = {
     "log.tensorboard": False,
 }
 
+ADAPTED = [Path(__file__).parents[1] / "recipes" / f"aimv2-large-{size}.yaml" for size in (336, 448)]
+
+TOY_PAIR = {
+    "model.text_width": 16,
+    "model.text_depth": 1,
+    "model.text_heads": 2,
+    "model.text_hidden": 32,
+    "model.projection": 16,
+}
+
 
 def by_name(path: Path) -> str:
     return path.stem
@@ -137,6 +150,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(captions, 300).save(folder / "tokenizer")
     teacher = create_model("aimv2-tiny-patch14-112", seed=1, image_size=42, width=24, heads=3, hidden=32, depth=1)
     api.save_pretrained(teacher, folder / "teacher")
+    train_tokenizer(captions, 300, start=START).save(folder / "pair-tokenizer")
+    locked = create_model("aimv2-large-patch14-224", seed=2, image_size=42, width=16, depth=1, heads=2, hidden=32)
+    api.save_pretrained(locked, folder / "locked")
     return folder
 
 
@@ -149,6 +165,10 @@ def toy_options(recipe: Path, home: Path) -> dict[str, Any]:
         options["data.tokenizer"] = str(home / "tokenizer")
     else:
         options["data.vocab_size"] = 300
+    if raw.get("objective.name") == "contrastive":
+        options |= {"data.tokenizer": str(home / "pair-tokenizer"), "init": str(home / "locked"), **TOY_PAIR}
+    if recipe in ADAPTED:  # from an encoder of 3 x 3 patches, whose positions are interpolated
+        options |= {"init": str(home / "locked"), "model.image_size": 56, "optim.freeze_encoder": 1}
     if "objective.teacher" in raw:
         options["objective.teacher"] = str(home / "teacher")
     if "data.train" not in raw:
@@ -230,7 +250,69 @@ def test_the_distilled_recipe_is_pretraining_but_for_what_is_ours() -> None:
     assert found == pytest.approx({"hours": hours, "student": student, "teacher": teacher, "total": total}, rel=0.01)
 
 
-@pytest.mark.parametrize("recipe", [*PAPER, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name)
+LIT = PAPER[0].with_name("aimv2-large-lit.yaml")
+
+
+def test_the_lit_recipe_makes_the_released_pair_in_three_billion_pairs() -> None:
+    config, head = parse(read_recipe(LIT)), head_of(LIT)
+    steps, batch = config.train.steps, config.train.batch_size
+    assert 0 <= steps * batch - 3_000_000_000 < batch  # Table 5
+    model = config.model
+    assert (model.text_width, model.text_depth, model.text_heads, model.text_hidden) == (768, 12, 6, 2048)
+    with torch.device("meta"):
+        shape = replace(model_config(model.name)[0], pool_heads=8)
+        pair = TunedLiT(LiTConfig(shape, TextConfig(), model.projection or 0), bias=False)
+    assert sum(parameter.numel() for parameter in pair.parameters()) == 436_680_193  # the released one's
+    a_pair = step_flops(pair, batch, 256, 32 * batch) / batch
+    written = {
+        "hours": r"hours\s+(\S+) \(estimate\)",
+        "a_pair": r"(\S+) FLOPs a pair with 32 caption tokens",
+        "total": r"= (\S+) FLOPs, over 16 x 989e12",
+    }
+    found = {name: float(match[1]) for name, pattern in written.items() if (match := re.search(pattern, head))}
+    hours = a_pair * batch * steps / (16 * 989e12 * 0.4) / 3600
+    assert found == pytest.approx({"hours": hours, "a_pair": a_pair, "total": a_pair * batch * steps}, rel=0.005)
+    assert "77.0 zero-shot" in head and "--init aimv2-large-patch14-224" in head
+
+
+def test_the_lit_twin_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIMV2_DATA", str(home / "data"))
+    summary = api.pretrain(str(LIT), str(tmp_path / "run"), toy_options(LIT, home))
+    trained = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3]
+    assert all(math.isfinite(line[key]) for line in trained for key in ("loss", "contrastive_loss", "grad_norm"))
+    assert math.isfinite(summary["val_contrastive_loss"]) and 0 <= summary["val_image_to_text"] <= 1
+    assert isinstance(load_model(tmp_path / "run"), LiT)
+
+
+@pytest.mark.parametrize("recipe", ADAPTED, ids=by_name)
+def test_the_adapted_recipes_hold_what_section_2_4_says(recipe: Path) -> None:
+    config, head = parse(read_recipe(recipe)), head_of(recipe)
+    size = int(recipe.stem.rsplit("-", 1)[1])
+    assert config.optim.weight_decay == 0
+    assert 0 <= config.train.steps * config.train.batch_size - 2_000_000_000 < config.train.batch_size
+    assert isinstance(config.data.train, list)
+    kept = {name: percent for name, percent in MIXTURE.items() if not name.endswith("synthetic")}
+    assert {source.name: round(100 * source.weight, 6) for source in config.data.train} == kept
+    for line, source in zip(re.findall(r"([\d.]+)% of the rest", recipe.read_text()), config.data.train, strict=True):
+        assert float(line) == pytest.approx(100 * kept[source.name] / sum(kept.values()), abs=0.05)
+    with torch.device("meta"):
+        model = AIMv2(*model_config(config.model.name))
+    assert model.encoder.config.image_size == size
+    a_pair = step_flops(model, 1, (size // 14) ** 2, 32)
+    total = a_pair * config.train.batch_size * config.train.steps
+    written = {
+        "hours": r"hours\s+(\S+) \(estimate\)",
+        "a_pair": r"(\S+) FLOPs a pair with 32 caption tokens",
+        "total": r"= (\S+) FLOPs, over 64 x 989e12",
+    }
+    found = {name: float(match[1]) for name, pattern in written.items() if (match := re.search(pattern, head))}
+    hours = total / (64 * 989e12 * 0.4) / 3600
+    assert found == pytest.approx({"hours": hours, "a_pair": a_pair, "total": total}, rel=0.005)
+    assert {336: "87.6", 448: "87.9"}[size] in head and "--init aimv2-large-patch14-224" in head
+
+
+@pytest.mark.parametrize("recipe", [*PAPER, *ADAPTED, LIT, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name)
 def test_every_value_says_whose_it_is(recipe: Path) -> None:
     for line in recipe.read_text().splitlines():
         if line.startswith("#") or line.rstrip().endswith(":"):

@@ -28,7 +28,7 @@ from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.teacher import open_teacher
 from aimv2.train import prepare
-from aimv2.train.cooldown import carry_on, cooldown_of
+from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.files import write_aside
 from aimv2.train.log import say
 from aimv2.train.loop import Trainer, memory_gb
@@ -51,8 +51,9 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     try:
         if options.resume:
             return resume(options, {**base, **given}, started, dry_run, print_config)
-        if recipe is None and options.init and options.optim.schedule == "cooldown" and options.data.train is None:
-            recipe, base = cooldown_of(options.init, given)
+        if recipe is None and options.init and options.optim.schedule == "cooldown":
+            if options.data.train is None or point_of(options.init):  # else any model on data of one's own
+                recipe, base = cooldown_of(options.init, given)
         if recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA"):
             return demo(given, started, dry_run, print_config)
         return pretrain(recipe, base, given, started, dry_run, print_config)

@@ -1,12 +1,14 @@
 """Texts of a LiT pair are cut as CLIP's tokenizer in transformers cuts them; the end of text survives."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
 import aimv2
-from aimv2.data.clip_text import find_clip_tokenizer
+from aimv2.data.clip_text import START, find_clip_tokenizer, started
+from aimv2.data.text import load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
 from aimv2.models.init import init_weights
@@ -67,3 +69,33 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not CLIP's"):
         find_clip_tokenizer(tmp_path, other)
     assert find_clip_tokenizer(tmp_path / "none", shape) is None
+
+
+def test_training_rows_are_those_of_the_pair_without_padding(tmp_path: Path) -> None:
+    _, shape = reference(tmp_path)
+    pair = find_clip_tokenizer(tmp_path, shape)
+    training = pickle.loads(pickle.dumps(started(load_tokenizer(tmp_path))))  # data workers may be spawned
+    for text, row in zip(TEXTS, pair(TEXTS).tolist()):
+        ids = training.encode(text, 8)
+        assert ids[0] == pair.start and ids.count(shape.end) == 1 and ids[-1] == shape.end
+        assert row == ids + [shape.end] * (8 - len(ids))
+
+
+def test_a_trained_bpe_with_a_start_is_a_pairs_tokenizer(tmp_path: Path) -> None:
+    captions = ["a red circle", "a blue square at the left"] * 4
+    train_tokenizer(captions, 300, start=START).save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.id_of("<pad>"), tokenizer.eos_id, tokenizer.id_of(START)) == (0, 1, 2)
+    assert tokenizer.encode("a red circle")[0] != 2, "written by a pair's rows alone"
+    shape = TextConfig(16, 1, 2, 24, tokenizer.vocab_size, 12, tokenizer.eos_id)
+    pair = find_clip_tokenizer(tmp_path, shape)
+    (row,) = pair(["a red circle"]).tolist()
+    ids = started(tokenizer).encode("a red circle", 12)
+    assert ids[0] == 2 and ids[-1] == 1 and row == ids + [1] * (12 - len(ids))
+    assert tokenizer.decode(ids) == "a red circle"
+    assert 2 not in tokenizer.encode(f"a {START} circle"), "a caption that spells the token out is text"
+    plain = train_tokenizer(captions, 300)
+    with pytest.raises(UsageError, match="has no start of text"):
+        started(plain)
+    with pytest.raises(UsageError, match="expected at least 259"):
+        train_tokenizer(captions, 258, start=START)

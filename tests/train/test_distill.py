@@ -41,6 +41,9 @@ from runs import metrics, options, resume, scenes, torchrun, train
 EXACT = ("step", "loss", "text_loss", "pixel_loss", "feature_loss", "grad_norm", "val_text_loss", "val_pixel_loss")
 
 
+NATIVE = "aimv2-large-patch14-native"
+
+
 def exact(run):
     return [{key: line[key] for key in EXACT if key in line} for line in metrics(run)]
 
@@ -141,7 +144,7 @@ def test_a_transformers_model_teaches(data, dino, tmp_path):
 
 
 def test_a_native_teacher_is_opened_at_the_students_grid(tmp_path):
-    native = create_model("aimv2-large-patch14-native", False, 0, width=16, heads=2, hidden=24, depth=1, min_patches=4)
+    native = create_model(NATIVE, False, 0, width=16, heads=2, hidden=24, depth=1, min_patches=4)
     aimv2.save_pretrained(native, tmp_path / "native")
     known = open_teacher(str(tmp_path / "native"), torch.device("cpu"), 4)
     assert (known.image_size, known.grid) == (56, 4)
@@ -256,7 +259,7 @@ def refused(capsys, words, *named):
         ({"objective.name": "distill"}, ["objective.name=distill needs a teacher"]),
         ({"objective.teacher": "x"}, ["objective.teacher x is for objective.name=distill", "pretrain"]),
         ({"objective.name": "distill", "objective.teacher": "/nowhere/model"}, ["/nowhere/model"]),
-        ({"objective.name": "distill", "objective.teacher": "x", "model.name": "aimv2-large-patch14-native"}, ["native student", "model.image_size"]),
+        ({"objective.name": "distill", "objective.teacher": "x", "model.name": NATIVE}, ["native student", "model.image_size"]),
         ({"objective.name": "distill", "objective.teacher": "timm:nothing"}, ["timm:nothing"]),
         ({"objective.name": "distill", "objective.teacher": "stored"}, ["no features of a teacher", "aimv2 data teach"]),
         ({"objective.name": "distill", "objective.teacher": "x", "objective.teacher_weight": 0}, ["objective.teacher_weight"]),

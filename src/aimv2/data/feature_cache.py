@@ -237,6 +237,7 @@ def fill(
         batched(seen, SIZE), "features", total, console=console, transient=True, disable=ranks.rank > 0 or not console.is_terminal
     )  # fmt: skip
     with (folder / f"captions-{ranks.rank:05d}.jsonl").open("a", encoding="utf-8") as captions:
+        captions.write("\n")  # behind a line that was cut
         for batch in shown:
             bad += [f"{rows[one.row].shard.name}/{rows[one.row].key} ({one.reason})" for one in batch if one.reason]
             if len(bad) > config.max_bad:

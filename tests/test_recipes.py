@@ -312,7 +312,9 @@ def test_the_adapted_recipes_hold_what_section_2_4_says(recipe: Path) -> None:
     assert {336: "87.6", 448: "87.9"}[size] in head and "--init aimv2-large-patch14-224" in head
 
 
-@pytest.mark.parametrize("recipe", [*PAPER, *ADAPTED, LIT, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name)
+@pytest.mark.parametrize(
+    "recipe", [*PAPER, *ADAPTED, LIT, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name
+)
 def test_every_value_says_whose_it_is(recipe: Path) -> None:
     for line in recipe.read_text().splitlines():
         if line.startswith("#") or line.rstrip().endswith(":"):

@@ -26,7 +26,7 @@ from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig, encoder_flops
 from aimv2.train.flops import step_flops
-from aimv2.train.parallel import World, join_world
+from aimv2.train.parallel import World, can_compile, join_world
 from aimv2.train.step import TrainStep
 from runs import call, metrics, options, resume, scenes, torchrun, train
 
@@ -265,6 +265,35 @@ def test_a_cache_of_another_model_or_data_is_refused(data: Path, encoder: Path, 
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="something else is there"):
         tune(data, encoder, tmp_path / "refused", data__features=str(tmp_path / "full"))
+
+
+def test_samples_without_a_caption_are_bad(data: Path, encoder: Path, tmp_path: Path) -> None:
+    samples = []
+    for number in range(20):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (12 * number, 90, 30)).save(file, "PNG")
+        text = {"txt": f"a thing in colour {number}".encode()} if number % 7 else {}
+        samples.append((f"k{number}", {"png": file.getvalue(), **text}))
+    write_shard(tmp_path / "train-000000.tar", samples)
+    for more in ({"data__features": str(tmp_path / "features")}, {}):
+        with pytest.raises(UsageError, match=r"data\.max_bad allows 2: .*k\d+ \(no caption\)"):
+            tune(tmp_path, encoder, tmp_path / "few", data__max_bad=2, train__steps=6, **more)
+    tune(
+        tmp_path, encoder, tmp_path / "run", data__features=str(tmp_path / "features"), data__max_bad=3, train__steps=6
+    )
+    assert (np.load(tmp_path / "features" / "state.npy") == 2).sum() == 3
+    with pytest.raises(UsageError, match=r"data\.max_bad allows 2: .*k0"):  # known by then
+        tune(tmp_path, encoder, tmp_path / "again", data__features=str(tmp_path / "features"), data__max_bad=2)
+
+
+@pytest.mark.parametrize("more", [{"train__checkpointing": True}, {"train__compile": "on"}, {"train__ema": 0.5}])
+def test_what_must_not_change_the_losses(more: dict[str, Any], data: Path, encoder: Path, tmp_path: Path) -> None:
+    if "train__compile" in more and (reason := can_compile(torch.device("cpu"))) is not None:
+        pytest.skip(f"torch.compile does not work here: {reason}")
+    tune(data, encoder, tmp_path / "plain", train__steps=3, data__max_tokens=40)
+    tune(data, encoder, tmp_path / "run", train__steps=3, data__max_tokens=40, **more)  # two widths of captions
+    plain, other = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("plain", "run"))
+    assert other == pytest.approx(plain, rel=1e-4)
 
 
 # ---- the rest ----

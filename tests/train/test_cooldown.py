@@ -150,9 +150,7 @@ def test_no_planted_pickle_runs(where: str, origin: Path, tmp_path: Path, capsys
     assert touched.exists(), "the bomb is a real one"
 
 
-def test_without_moments_there_is_a_warm_up(
-    origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_moments_there_is_a_warm_up(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied(origin, tmp_path)
     shutil.rmtree(run / "checkpoints" / f"step-{AT:07d}" / "state")
     cool(tmp_path / "one", f"{run}@{AT}", train__steps=40, train__stop_at=3)

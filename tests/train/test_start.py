@@ -181,7 +181,6 @@ def test_wrong_use(data: Path, origin: Path, released: Path, tmp_path: Path) -> 
     train_tokenizer([f"word{i} of another text" for i in range(999)], 300).save(tmp_path / "other")
     native = replace(SHAPE, image_size=None, name="native")
     save_model(build(native, None, seed=0), tmp_path / "native")
-    (folder,) = (origin / "checkpoints").iterdir()
     for init, more, said in (
         (released, {"model__width": 64}, r"has width 32, model\.width is 64"),
         (released, {"model__patch_size": 16}, r"has patch_size 8, model\.patch_size is 16"),

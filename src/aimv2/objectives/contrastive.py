@@ -24,12 +24,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        out = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
-        return out
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
@@ -39,7 +39,7 @@ def gather(rows: Tensor) -> Tensor:
     """[B, P] of each rank -> [G, P] on every rank, equally many of each, with gradients to all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    return _Gather.apply(rows)  # type: ignore[no-untyped-call, no-any-return]
+    return _Gather.apply(rows)
 
 
 def first_row() -> int:

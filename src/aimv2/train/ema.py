@@ -65,4 +65,4 @@ class Ema:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, over the same memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

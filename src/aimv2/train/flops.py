@@ -66,8 +66,7 @@ def _pair_flops(model: TunedLiT, pairs: float, tokens: float) -> float:
     rows, shared = pairs * image.patches, model.config.projection
     learnt = rows * (2 * 2 * width**2 + 4 * width) + pairs * 2 * width**2  # keys and values; one query; output
     for block in model.text.blocks:
-        assert isinstance(block, Block)
-        learnt += _block_flops(block, tokens, tokens / pairs)
+        learnt += _block_flops(block, tokens, tokens / pairs)  # type: ignore[arg-type]  # maybe wrapped
     learnt += pairs * 2 * shared * (width + model.config.text.width)
     learnt += (1 if model.bias is not None else 2) * 2 * pairs**2 * shared
     return trunk + 3 * learnt

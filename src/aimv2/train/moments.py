@@ -58,7 +58,7 @@ class MomentsReader(FileSystemReader):
             found = PlainUnpickler(file).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"{type(found).__name__} in the place of the metadata")
-        tensors = {
+        tensors: dict[str, Any] = {
             key: value
             for key, value in found.state_dict_metadata.items()
             if key.startswith(PREFIX) and isinstance(value, TensorStorageMetadata)
@@ -97,7 +97,7 @@ def take_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         optimizer.state.clear()
         return why or "another rank could not read it"
     filled = {"state": wanted["optim"]["state"], "param_groups": state["param_groups"]}
-    set_optimizer_state_dict(model, optimizer, filled)  # type: ignore[arg-type]
+    set_optimizer_state_dict(model, optimizer, filled)
     return None
 
 

@@ -51,9 +51,9 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     try:
         if options.resume:
             return resume(options, {**base, **given}, started, dry_run, print_config)
-        cools = recipe is None and options.init and options.optim.schedule == "cooldown"
-        if cools and (options.data.train is None or point_of(options.init)):  # else any model on data of one's own
-            recipe, base = cooldown_of(options.init, given)
+        cooled = options.init if recipe is None and options.optim.schedule == "cooldown" else None
+        if cooled and (options.data.train is None or point_of(cooled)):  # else any model on data of one's own
+            recipe, base = cooldown_of(cooled, given)
         if recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA"):
             return demo(given, started, dry_run, print_config)
         return pretrain(recipe, base, given, started, dry_run, print_config)

@@ -61,8 +61,8 @@ def test_two_ranks_have_the_losses_of_one(data: Path, tmp_path: Path) -> None:
 
 def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", train__stop_at=1, **NATIVE)
-    from aimv2.train.prepare import resumed_values
     from aimv2.load_config import parse
+    from aimv2.train.prepare import resumed_values
 
     config = resumed_values(tmp_path / "run", {}, parse)
     shape = aimv2.load_model(str(tmp_path / "run")).config

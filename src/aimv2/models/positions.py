@@ -45,8 +45,8 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | s
 
 def grid_places(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """Row and column of each patch of an h x w grid: int64 [h * w, 2]."""
-    cell = torch.arange(height * width, device=device)
-    return torch.stack([cell // width, cell % width], dim=1)
+    axes = (torch.arange(side, device=device) for side in (height, width))
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=1)
 
 
 def sincos_at(places: Tensor, dim: int) -> Tensor:

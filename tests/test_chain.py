@@ -469,6 +469,13 @@ def test_the_example_of_the_help_is_a_chain(tmp_path: Path, monkeypatch: pytest.
     assert len(chain.jobs) == 9
 
 
+def test_a_cooldown_goes_on_with_the_data_of_its_run(tmp_path: Path) -> None:
+    base = training(optim__schedule="constant")
+    finish = {"verb": "pretrain", "init": "{base}", "options": {"optim.schedule": "cooldown"}}
+    stages = {"one": shapes(), "base": base, "finish": finish}
+    assert [job.name for job in read_chain(write(tmp_path, {"out": "x", "stages": stages})).jobs] == list(stages)
+
+
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
 def test_a_chain_recipe_reads_and_says_how_it_is_run(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -62,6 +62,23 @@ def test_colour_and_place_are_what_the_caption_says(size):
                 assert nearest_colour(pixel) == thing.colour, (scene.caption, pixel)
 
 
+def test_sides_are_drawn_between_size_and_largest():
+    scenes = [scene_of("train", index, 16, largest=48) for index in range(200)]
+    shapes = {scene.image.shape[:2] for scene in scenes}
+    assert len(shapes) > 100 and all(16 <= side <= 48 for shape in shapes for side in shape)
+    assert {side for shape in shapes for side in shape} >= {16, 48}
+    for scene in scenes:
+        height, width = scene.image.shape[:2]
+        for thing in scene.objects:
+            column, row = PLACES.index(thing.place) % 2, PLACES.index(thing.place) // 2
+            assert column * width / 2 <= thing.x - thing.radius < thing.x + thing.radius <= (column + 1) * width / 2
+            assert row * height / 2 <= thing.y - thing.radius < thing.y + thing.radius <= (row + 1) * height / 2
+            if thing.shape != "ring" and thing.radius > 3:
+                assert nearest_colour(scene.image[int(thing.y), int(thing.x)].astype(int)) == thing.colour
+    with pytest.raises(UsageError, match="largest: got 20, expected at least size, 24"):
+        draw_scene(np.random.default_rng(0), 24, 20)
+
+
 def nearest_colour(pixel):
     return min(COLOURS, key=lambda colour: sum((pixel - np.array(RGB[colour])) ** 2))
 

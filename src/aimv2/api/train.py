@@ -115,18 +115,21 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
     return check_data(source, tokenizer=lambda text: len(counter.encode(text, 1_000_000)), min_side=min_side)
 
 
-def data_shapes(out: str, count: int = 20000, size: int = 32, seed: int = 0) -> dict[str, Any]:
+def data_shapes(
+    out: str, count: int = 20000, size: int = 32, largest: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Write the built-in captioned scenes as shards: shapes with colour, size and place, and unseen validation scenes.
 
     Args:
         out: folder of the shards
         count: training scenes
         size: pixels a side
+        largest: height and width of each picture are drawn between SIZE and this many pixels; null: all are SIZE x SIZE
         seed: of the scenes
     """
     from aimv2.data.scenes import write_scenes
 
-    return write_scenes(out, count, size=size, seed=seed)
+    return write_scenes(out, count, size=size, largest=largest, seed=seed)
 
 
 def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str, Any]:

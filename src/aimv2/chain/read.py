@@ -432,7 +432,8 @@ def check_words(verb: str, command: list[str]) -> dict[str, Any]:
     check_keys(given, "in its options")
     recipe = read_recipe(path) if path else {}
     config = parse({**recipe, **given})
-    if config.data.train is None and not os.environ.get("AIMV2_DATA"):
+    goes_on = config.optim.schedule == "cooldown" and config.init is not None  # with the data of the run it finishes
+    if config.data.train is None and not goes_on and not os.environ.get("AIMV2_DATA"):
         raise UsageError("pretrain needs `data.train:` in its options (or $AIMV2_DATA)")
     return recipe
 

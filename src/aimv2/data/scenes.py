@@ -69,30 +69,47 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def draw_scene(rng: np.random.Generator, size: int = 32) -> Scene:
-    """A scene of one or two objects, ``size`` pixels square; it depends on the state of ``rng`` alone."""
-    _check_size(size)
-    return _paint(rng, _choose_objects(rng, size), size)
+def draw_scene(rng: np.random.Generator, size: int = 32, largest: int | None = None) -> Scene:
+    """A scene of one or two objects; it depends on the state of ``rng`` alone.
+
+    Args:
+        rng: is moved on.
+        size: pixels a side.
+        largest: where given, height and width are drawn between ``size`` and it, each by itself.
+    """
+    _check_size(size, largest)
+    sides = _choose_sides(rng, size, largest)
+    return _paint(rng, _choose_objects(rng, sides), sides)
 
 
-def _check_size(size: int) -> None:
+def _check_size(size: int, largest: int | None) -> None:
     if size < SMALLEST:
         raise UsageError(f"size: got {size}, expected at least {SMALLEST} pixels")
+    if largest is not None and largest < size:
+        raise UsageError(f"largest: got {largest}, expected at least size, {size} pixels")
 
 
-def _choose_objects(rng: np.random.Generator, size: int) -> tuple[SceneObject, ...]:
+def _choose_sides(rng: np.random.Generator, size: int, largest: int | None) -> tuple[int, int]:
+    if largest is None:
+        return size, size
+    height, width = rng.integers(size, largest + 1, 2)
+    return int(height), int(width)
+
+
+def _choose_objects(rng: np.random.Generator, sides: tuple[int, int]) -> tuple[SceneObject, ...]:
     count = int(rng.integers(1, 3))
     places = sorted(rng.choice(len(PLACES), count, replace=False))
-    cell = size / 2
+    down_side, along_side = (side / 2 for side in sides)  # of a quadrant
+    cell = min(down_side, along_side)
     objects = []
     for place in places:
         shape, colour, scale = rng.integers((len(SHAPES), len(COLOURS), len(SIZES)))
         low, high = RADIUS[SIZES[scale]]
         part, along, down = rng.random(3)
         radius = cell * (low + (high - low) * part)
-        free = cell - 2 * radius  # the centre moves over this much of the quadrant
-        x = cell * (place % 2) + radius + free * along
-        y = cell * (place // 2) + radius + free * down
+        # the centre moves over what the shape leaves free of the quadrant
+        x = along_side * (place % 2) + radius + (along_side - 2 * radius) * along
+        y = down_side * (place // 2) + radius + (down_side - 2 * radius) * down
         objects.append(SceneObject(SHAPES[shape], COLOURS[colour], SIZES[scale], PLACES[place], x, y, radius))
     return tuple(objects)
 
@@ -102,8 +119,8 @@ def describe(objects: tuple[SceneObject, ...]) -> str:
     return " and ".join(f"a {o.size} {o.colour} {o.shape} at the {o.place}" for o in objects)
 
 
-def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...], size: int) -> Scene:
-    image = _background(rng, size)
+def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...], sides: tuple[int, int]) -> Scene:
+    image = _background(rng, sides)
     for thing in objects:
         _paint_object(image, thing)
     name = f"{objects[0].colour} {objects[0].shape}"
@@ -111,18 +128,18 @@ def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...], size: int
     return Scene(pixels, describe(objects), LABELS.index(name), name, objects)
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Light or dark grey, plain, with a slope or with soft waves; float32 [size, size, 3], 20..245."""
+def _background(rng: np.random.Generator, sides: tuple[int, int]) -> np.ndarray:
+    """Light or dark grey, plain, with a slope or with soft waves; float32 [height, width, 3], 20..245."""
     dark, kind = rng.integers((2, 3))
     level, swing, angle, phase = rng.random(4)
     base = (35 if dark else 215) + 20 * level
-    image = np.empty((size, size, 3), np.float32)
+    image = np.empty((*sides, 3), np.float32)
     if kind == 0:
         image[:] = base
         return image
-    ramp = np.arange(size, dtype=np.float32) / size - 0.5
+    down, across = (np.arange(side, dtype=np.float32) / side - 0.5 for side in sides)
     turn = 2 * np.pi * angle
-    along = np.float32(np.cos(turn)) * ramp[None, :] + np.float32(np.sin(turn)) * ramp[:, None]
+    along = np.float32(np.cos(turn)) * across[None, :] + np.float32(np.sin(turn)) * down[:, None]
     if kind == 2:
         along = 0.5 * np.sin(along * np.float32(8 * np.pi) + np.float32(2 * np.pi * phase))
     image[:] = (base + (8 + 12 * swing) * along)[:, :, None]
@@ -132,7 +149,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 def _paint_object(image: np.ndarray, thing: SceneObject) -> None:
     """Blend the object into ``image`` in place, drawn at SUPERSAMPLE times the size for smooth edges."""
     left, top = int(thing.x - thing.radius), int(thing.y - thing.radius)
-    side = min(int(2 * thing.radius) + 2, len(image) - max(left, top))
+    side = min(int(2 * thing.radius) + 2, image.shape[0] - top, image.shape[1] - left)
     mask = Image.new("L", (side * SUPERSAMPLE, side * SUPERSAMPLE))
     _draw_shape(
         ImageDraw.Draw(mask),
@@ -168,8 +185,8 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
         draw.polygon([(x, y - r), (x + r, y + 0.9 * r), (x - r, y + 0.9 * r)], 255)
 
 
-def scene_of(split: str, index: int, size: int = 32, seed: int = 0) -> Scene:
-    """Scene ``index`` of a split, a function of these arguments alone.
+def scene_of(split: str, index: int, size: int = 32, seed: int = 0, largest: int | None = None) -> Scene:
+    """Scene ``index`` of a split, a function of these arguments alone; ``size`` and ``largest`` as in :func:`draw_scene`.
 
     No validation scene is seen in training: two-object scenes are dealt to a split by their caption, so that
     validation asks for combinations never trained on, and one-object scenes, which have few captions, by
@@ -177,12 +194,13 @@ def scene_of(split: str, index: int, size: int = 32, seed: int = 0) -> Scene:
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     while True:
-        objects = _choose_objects(rng, size)
+        sides = _choose_sides(rng, size, largest)
+        objects = _choose_objects(rng, sides)
         if len(objects) == 2:
             if _split_of(describe(objects).encode()) == split:
-                return _paint(rng, objects, size)
+                return _paint(rng, objects, sides)
         else:
-            scene = _paint(rng, objects, size)
+            scene = _paint(rng, objects, sides)
             if _split_of(scene.image.tobytes()) == split:
                 return scene
 
@@ -197,6 +215,7 @@ def write_scenes(
     *,
     val_count: int | None = None,
     size: int = 32,
+    largest: int | None = None,
     seed: int = 0,
     shard_size: int = 5000,
     progress: bool = False,
@@ -208,12 +227,13 @@ def write_scenes(
         count: training scenes.
         val_count: validation scenes, unseen in training; a tenth of ``count``, at most 1,000, if not given.
         size: side of the pictures in pixels.
+        largest: where given, both sides of each picture are drawn between ``size`` and it.
         seed: another seed, other scenes.
         shard_size: scenes a shard.
         progress: a progress bar on standard error.
 
     Returns:
-        What was written: ``out``, ``train``, ``val``, ``shards``, ``size``, ``seed``.
+        What was written: ``out``, ``train``, ``val``, ``shards``, ``size``, ``largest`` (where given), ``seed``.
     """
     from aimv2.data.shards import write_manifest, write_shard
 
@@ -228,7 +248,8 @@ def write_scenes(
     for option, (value, least) in limits.items():
         if value < least:
             raise UsageError(f"{option}: got {value}, expected at least {least}")
-    _check_size(size)
+    _check_size(size, largest)
+    about = {"size": size, **({} if largest is None else {"largest": largest}), "seed": seed}
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.glob("*.tar"))):
         raise UsageError(f"OUT: {str(out)!r} is a file or holds shards already, expected a new or empty folder")
@@ -241,11 +262,11 @@ def write_scenes(
         for number, start in enumerate(range(0, total, shard_size))
     ]
     for split, number, indices in _track(shards, progress):
-        samples = (_sample(split, index, size, seed) for index in indices)
+        samples = (_sample(scene_of(split, index, size, seed, largest), f"{split}{index:08d}") for index in indices)
         write_shard(folder / f"{split}-{number:06d}.tar", samples)
     (folder / "classes.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
-    write_manifest(folder, counts, source="scenes", size=size, seed=seed)
-    return {"out": str(folder), **counts, "shards": len(shards), "size": size, "seed": seed}
+    write_manifest(folder, counts, source="scenes", **about)
+    return {"out": str(folder), **counts, "shards": len(shards), **about}
 
 
 def _track(shards: list[tuple[str, int, range]], progress: bool) -> Iterator[tuple[str, int, range]]:
@@ -255,12 +276,11 @@ def _track(shards: list[tuple[str, int, range]], progress: bool) -> Iterator[tup
     yield from track(shards, "drawing scenes", console=Console(stderr=True), disable=not progress)
 
 
-def _sample(split: str, index: int, size: int, seed: int) -> tuple[str, dict[str, bytes]]:
-    scene = scene_of(split, index, size, seed)
+def _sample(scene: Scene, key: str) -> tuple[str, dict[str, bytes]]:
     png = io.BytesIO()
     Image.fromarray(scene.image).save(png, "png", compress_level=1)
     about = {"captions": {"caption": [scene.caption]}}
-    return f"{split}{index:08d}", {
+    return key, {
         "png": png.getvalue(),
         "txt": scene.caption.encode(),
         "json": json.dumps(about).encode(),

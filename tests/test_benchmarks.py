@@ -29,6 +29,31 @@ def test_data_benchmark_runs() -> None:
 
 
 @pytest.mark.long
+def test_native_training_benchmark_runs() -> None:
+    words = ["--rounds", "1", "--areas", "3", "4", "--budget", "32", "--precision", "fp32"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "native_train.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["areas"], result["pairs"]) == ([8, 16], 6) and 40 < result["patches"] <= 64
+    padding = result["share_of_padding"]
+    assert 0 <= padding["strips"] < padding["padded"] < 1
+    figures = result["fp32"]
+    for path in ("strips", "strips_eager", "packed", "padded"):
+        rate = figures[path]
+        assert rate["pairs_per_s"] > 0 and rate["patches_per_s"] / rate["pairs_per_s"] == pytest.approx(
+            result["patches"] / 6
+        )
+    packed, strips = figures["packed"]["pairs_per_s"], figures["strips_eager"]["pairs_per_s"]
+    assert figures["packed_over_strips_eager"]["ratio"] == pytest.approx(packed / strips)  # one round
+
+
+@pytest.mark.long
 def test_step_benchmark_runs() -> None:
     words = ["--rounds", "1", "--steps", "1"]
     done = subprocess.run(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from aimv2 import api, load_model
 from aimv2.cli import read_options
-from aimv2.config import get_value
+from aimv2.config import Config, get_value
 from aimv2.data.clip_text import START
 from aimv2.data.shards import write_shard
 from aimv2.data.stream import TrainStream, View
@@ -32,6 +32,8 @@ from aimv2.models.distilled import Distiller
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import encoder_flops, model_config
 from aimv2.train.flops import step_flops
+from aimv2.train.parallel import World
+from aimv2.train.view import make_view
 from runs import metrics
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -92,6 +94,7 @@ TOY = {
 }
 
 ADAPTED = [Path(__file__).parents[1] / "recipes" / f"aimv2-large-{size}.yaml" for size in (336, 448)]
+NATIVE = ADAPTED[0].with_name("aimv2-large-native.yaml")
 
 TOY_PAIR = {
     "model.text_width": 16,
@@ -160,7 +163,11 @@ def toy_options(recipe: Path, home: Path) -> dict[str, Any]:
     """TOY, three patches a side, and local stand-ins for what the recipe takes from outside."""
     raw = read_recipe(recipe)
     options: dict[str, Any] = dict(TOY)
-    options["model.image_size"] = 3 * model_config(raw["model.name"])[0].patch_size
+    if recipe == NATIVE:  # 4 to 16 patches, from an encoder with learnt positions
+        options |= {"init": str(home / "locked"), "optim.freeze_encoder": 1, "model.min_patches": 4}
+        options |= {"data.areas": [2, 4], "train.patch_budget": 64}
+    else:
+        options["model.image_size"] = 3 * model_config(raw["model.name"])[0].patch_size
     if "data.tokenizer" in raw:
         options["data.tokenizer"] = str(home / "tokenizer")
     else:
@@ -312,8 +319,42 @@ def test_the_adapted_recipes_hold_what_section_2_4_says(recipe: Path) -> None:
     assert {336: "87.6", 448: "87.9"}[size] in head and "--init aimv2-large-patch14-224" in head
 
 
+def test_the_native_recipe_keeps_one_budget_of_patches() -> None:
+    """Areas and constant budget of section 2.4; hours by the mean over the areas that mini-batches draw."""
+    config, head = parse(read_recipe(NATIVE)), head_of(NATIVE)
+    assert (
+        config.data.areas == (7, 12) and config.data.pack == 0 and config.train.batch_size == Config().train.batch_size
+    )
+    with torch.device("meta"):
+        model = AIMv2(*model_config(config.model.name))
+    assert sum(parameter.numel() for parameter in model.encoder.parameters()) == 308_935_680  # the released one's
+    view = make_view(config, model.encoder.config, True, World(0, 64, torch.device("cpu")))
+    assert view.native is not None
+    shares, budget = view.native.shares, config.train.patch_budget
+    assert list(shares) == [128, 256, 512, 1024, 2048, 4096]
+    assert view.native.budget * 64 * config.data.workers == budget == 8192 * 256
+    pairs = sum(share * budget / area for area, share in shares.items())  # a step, in the mean
+    assert 0 <= config.train.steps * pairs - 2_000_000_000 < pairs
+    a_step = sum(share * budget / area * step_flops(model, 1, area, 32) for area, share in shares.items())
+    written = {
+        "hours": r"hours\s+(\S+) \(estimate\)",
+        "a_pair": r"(\S+) FLOPs a pair with 32 caption tokens",
+        "patches": r"caption tokens \((\d+) patches",
+        "pairs": r"x ([\d,]+) pairs x",
+        "total": r"= (\S+) FLOPs, over 64 x 989e12",
+    }
+    texts = {name: match[1] for name, pattern in written.items() if (match := re.search(pattern, head))}
+    found = {name: float(text.replace(",", "")) for name, text in texts.items()}
+    total = a_step * config.train.steps
+    hours = total / (64 * 989e12 * 0.4) / 3600
+    wanted = {"hours": hours, "a_pair": a_step / pairs, "patches": budget / pairs, "pairs": pairs, "total": total}
+    assert found == pytest.approx(wanted, rel=0.005)
+    assert all(top1 in head for top1 in ("87.3 at native", "86.1 at 224", "87.1 at 448"))  # Table 6
+    assert "--init aimv2-large-patch14-224" in head
+
+
 @pytest.mark.parametrize(
-    "recipe", [*PAPER, *ADAPTED, LIT, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name
+    "recipe", [*PAPER, *ADAPTED, NATIVE, LIT, PAPER[0].with_name("aimv2-large-distilled.yaml")], ids=by_name
 )
 def test_every_value_says_whose_it_is(recipe: Path) -> None:
     for line in recipe.read_text().splitlines():

@@ -13,6 +13,7 @@ from aimv2.errors import UsageError, nearest, one_line
 LIMITS: list[tuple[str, float, float]] = [
     ("train.steps", 1, float("inf")),
     ("train.batch_size", 1, float("inf")),
+    ("train.patch_budget", 1, float("inf")),
     ("train.accumulate", 1, float("inf")),
     ("train.save_every", 0, float("inf")),
     ("train.keep", 0, float("inf")),
@@ -140,7 +141,7 @@ def check_ranges(config: Config) -> None:
     check_contrastive(config)
     if objective.classes is not None and objective.classes < 2:
         raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
-    if train.batch_size % train.accumulate:
+    if train.patch_budget is None and train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
     if train.stop_at is not None and train.stop_at < 1:
         raise UsageError(f"train.stop_at must be at least 1, got {train.stop_at}")

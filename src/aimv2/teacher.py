@@ -39,7 +39,7 @@ def open_teacher(
         module.requires_grad_(False)
     if isinstance(module, VisionEncoder) and module.config.image_size is None and grid is not None:
         frozen = replace(of_encoder(source, module, grid * module.config.patch_size), precision=precision)
-    size = frozen.image_size
+    size = frozen.side
 
     def run(images: Tensor) -> Tensor:
         return frozen(images)[0]

@@ -387,7 +387,7 @@ WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
     (spoil_values, {}, "all pixels of the test masks are ignored; see --ignore"),
     (None, {"classes": 2}, r"--classes 2: .*\.png holds class 2, the last one is 1"),
     (None, {"classes": 1}, "--classes 1: at least two"),
-    (None, {"image_size": 28}, "--image-size 28: .* sees 56 px alone"),
+    (None, {"image_size": 30}, "--image-size 30: .* has patches of 7 px"),
     (None, {"val_fraction": 0.5}, "has a test split of its own, val"),
     (None, {"layers": "9"}, "--layers 9: last"),
     (None, {"rates": "fast"}, "--rates fast: numbers"),

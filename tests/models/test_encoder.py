@@ -187,3 +187,18 @@ def test_the_encoder_of_a_whole_model_is_the_encoder() -> None:
     whole.encoder.load_state_dict(alone.state_dict())
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(whole.encoder(images), alone(images))
+
+
+def test_another_image_size_interpolates_the_positions() -> None:
+    encoder, images = tiny(16), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    before = encoder.patch_embed.position.detach().clone()
+    encoder.set_image_size(32)
+    assert encoder.config.image_size == encoder.patch_embed.config.image_size == 32
+    grid = before.reshape(1, 4, 4, WIDTH).permute(0, 3, 1, 2)
+    wanted = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True)
+    torch.testing.assert_close(encoder.patch_embed.position.detach(), wanted.flatten(2).transpose(1, 2))
+    assert encoder(images).shape == (2, 64, WIDTH)
+    with pytest.raises(ValueError, match="multiple of the patch size, 4, got 30"):
+        encoder.set_image_size(30)
+    with pytest.raises(ValueError, match="is native"):
+        tiny(None).set_image_size(32)

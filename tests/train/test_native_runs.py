@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import aimv2
+from aimv2 import api
+from aimv2.data.native import make_native_batch
+from aimv2.data.native import pack as pack_batches
 from aimv2.data.stream import TrainStream
 from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
 from aimv2.train.parallel import World
 from aimv2.train.view import make_view
-from runs import call, exact, options, resume, scenes, torchrun, train
+from runs import TINY, call, exact, options, resume, scenes, torchrun, train
 
 NATIVE = {
     "model__name": "aimv2-tiny-patch4-native",
@@ -81,6 +84,37 @@ def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
     assert set(areas) == {16, 32, 64}
 
 
+def test_the_number_of_pairs_is_nobodys_concern(data: Path, tmp_path: Path) -> None:
+    """A batch size that the run never uses must fit neither data nor micro-batches; the card names the budget."""
+    more = {**NATIVE, "train__patch_budget": 192, "train__accumulate": 3, "train__batch_size": 8192, "train__steps": 1}
+    train(data, tmp_path / "run", **more)
+    (card,) = (tmp_path / "run").glob("checkpoints/*/model/README.md")
+    assert "192 patches a step" in card.read_text()
+    dry = {f"{key.replace('__', '.')}": value for key, value in more.items()}
+    tried = api.pretrain(None, str(tmp_path / "dry"), {**TINY, **dry, "data.train": str(data)}, dry_run=True)
+    assert tried["patches_a_step"] == 192 and tried["batch_size"] is None
+
+
+@pytest.mark.parametrize("pack", [0, 2])
+def test_from_a_model_of_one_size_the_new_decoder_learns_first(data: Path, tmp_path: Path, pack: int) -> None:
+    train(data, tmp_path / "fixed", model__name="aimv2-tiny-patch4-32", train__steps=1)
+    more = {**NATIVE, "init": str(tmp_path / "fixed"), "optim__fresh_decoder": True, "optim__freeze_encoder": 2}
+    train(data, tmp_path / "run", data__pack=pack, train__save_every=1, train__keep=0, **more)
+    before = aimv2.load_model(str(tmp_path / "fixed")).state_dict()
+    del before["patch_embed.position"]
+    for step, same in ((2, True), (5, False)):
+        after = aimv2.load_model(f"{tmp_path / 'run'}@{step}").state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before) is same
+    model = aimv2.load_model(str(tmp_path / "run"), decoder=True)
+    image = torch.zeros(3, 16, 20, dtype=torch.uint8)
+    batch = make_native_batch([image, image], [[3], [4, 5]], [1, 2], 4, 20)
+    batch = pack_batches([batch]) if pack else batch
+    assert model.encoder.forward_batch(batch).requires_grad
+    model.encoder.frozen = True
+    assert not model.encoder.forward_batch(batch).requires_grad  # nothing is kept to go back by
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -88,6 +122,8 @@ def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
         ({"data__areas": [6, 4]}, "data.areas must be two whole numbers in order"),
         ({"train__patch_budget": None}, "train.patch_budget is not given"),
         ({"train__patch_budget": 200}, "train.patch_budget 200 over 1 ranks"),
+        ({"train__patch_budget": 0}, "train.patch_budget must be at least 1, got 0"),
+        ({"train__patch_budget": -64}, "train.patch_budget must be at least 1, got -64"),
         ({"objective__decoder_share": 0.5}, "objective.decoder_share 0.5: a native model's decoder sees all"),
         ({"model__name": "aimv2-tiny-patch4-32"}, "train.patch_budget is for native models"),
     ],

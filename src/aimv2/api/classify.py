@@ -24,7 +24,7 @@ def knn(
     baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
@@ -48,7 +48,7 @@ def knn(
         baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated; native: each image at its own size (native models)
         batch_size: images at once
         seed: of the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
@@ -93,7 +93,7 @@ def linear(
     baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
@@ -116,7 +116,7 @@ def linear(
         baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated; native: each image at its own size (native models)
         batch_size: images at once in the trunk
         seed: of held-out images, order of SGD and the random baseline
         device: cpu, cuda, ...; null: cuda where there is one
@@ -141,7 +141,7 @@ def fewshot(
     layers: str = "last",
     baselines: str | None = None,
     test_limit: int = 0,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str | None = None,
@@ -161,7 +161,7 @@ def fewshot(
         layers: last, avg6, all, or blocks with commas; the headline is of last where it is among them, else of the first
         baselines: random (the same encoder untrained), pixels (of a mean patch), or both with a comma; null: none
         test_limit: test images, drawn; 0: all
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated; native: each image at its own size (native models)
         batch_size: images at once
         seed: the first one; draws and the random baseline follow from it
         device: cpu, cuda, ...; null: cuda where there is one
@@ -203,7 +203,7 @@ def _asked(
     baselines: str | None,
     train_limit: int,
     test_limit: int,
-    image_size: int | None,
+    image_size: int | str | None,
     batch_size: int,
     seed: int,
     device: str | None,

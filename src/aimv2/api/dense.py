@@ -27,7 +27,7 @@ def segment(
     batch_size: int = 16,
     seeds: str = "0",
     baselines: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
@@ -53,7 +53,7 @@ def segment(
         batch_size: images a step
         seeds: of weights and order, with commas
         baselines: random (the same encoder untrained), pixels, or both with a comma
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
@@ -67,7 +67,7 @@ def segment(
         "segment", model, data, val_list, val_fraction, layers, rates, weight_decay, epochs, batch_size, seeds,
         baselines, image_size, trunk_batch, device, out,
     )  # fmt: skip
-    kind, side = masks(ignore, reduce_zero), frozen.image_size
+    kind, side = masks(ignore, reduce_zero), frozen.side
     protocol = {
         **_protocol(side),
         "loss": f"cross-entropy of each pixel at {side} x {side}, the mask resized to the nearest",
@@ -93,7 +93,7 @@ def depth(
     batch_size: int = 16,
     seeds: str = "0",
     baselines: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
@@ -117,7 +117,7 @@ def depth(
         batch_size: images a step
         seeds: of weights and order, with commas
         baselines: random (the same encoder untrained), pixels, or both with a comma
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
@@ -131,7 +131,7 @@ def depth(
         "depth", model, data, val_list, val_fraction, layers, rates, weight_decay, epochs, batch_size, seeds,
         baselines, image_size, trunk_batch, device, out,
     )  # fmt: skip
-    kind, side = depths(depth_scale), frozen.image_size
+    kind, side = depths(depth_scale), frozen.side
     protocol = {
         **_protocol(side),
         "target": "metres, by least squares on standardised depth; predictions kept within the training depths",
@@ -163,7 +163,7 @@ def _open(
     batch_size: int,
     seeds: str,
     baselines: str | None,
-    image_size: int | None,
+    image_size: int | str | None,
     trunk_batch: int,
     device: str | None,
     out: str | None,
@@ -194,6 +194,8 @@ def _open(
     for name in others:
         if name not in BASELINES:
             raise UsageError(f"--baselines {name}: one of {', '.join(BASELINES)} is expected{nearest(name, BASELINES)}")
+    if isinstance(image_size, str):
+        raise UsageError(f"--image-size {image_size}: maps are of one size here; pixels a side expected")
     frozen = open_frozen(model, usual_device(device), image_size)
     check_view(frozen, image_size)
     settings = DenseSettings(

@@ -26,7 +26,7 @@ def probe(
     baselines: str | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     trunk_batch: int = 64,
     workers: int = 2,
     device: str | None = None,
@@ -57,7 +57,7 @@ def probe(
         baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
         train_limit: training images, drawn; 0: all
         test_limit: test images, drawn; 0: all
-        image_size: of a native model, pixels a side
+        image_size: pixels a side, learned positions interpolated; native: each image at its own size (native models)
         trunk_batch: images at once in the trunk
         workers: processes that augment
         device: cpu, cuda, ...; null: cuda where there is one

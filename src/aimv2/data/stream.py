@@ -330,17 +330,21 @@ class TrainStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """``batch_size`` is global. Raises UsageError where it does not divide, or where the data are too few."""
+        """``batch_size`` is global; a native view has its budget instead.
+
+        Raises:
+            UsageError: it does not divide, or the data are too few.
+        """
         self.view, self.max_bad, self.bad = view, config.max_bad, list[str]()
         self.parts = max(config.workers, 1)
-        if batch_size % (world_size * self.parts):
+        if view.native is None and batch_size % (world_size * self.parts):
             raise UsageError(
                 f"train.batch_size {batch_size} does not divide by {world_size} ranks x {self.parts} data workers; "
                 "change train.batch_size or data.workers"
             )
         indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
         self.samples = sum(count_samples(index) for index in indices)
-        if self.samples < batch_size:
+        if view.native is None and self.samples < batch_size:
             raise UsageError(
                 f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
                 "give more data or a smaller batch"

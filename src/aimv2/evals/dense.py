@@ -67,7 +67,7 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
     Raises:
         UsageError: a size that the encoder can't see, or that its patches don't fill.
     """
-    size = frozen.image_size
+    size = frozen.side
     if image_size is not None and image_size != size:
         raise UsageError(f"--image-size {image_size}: {frozen.name} ({frozen.kind}) sees {size} px alone")
     config = getattr(frozen.module, "config", None)
@@ -158,7 +158,7 @@ def see(frozen: Frozen, pairs: Sequence[Pair], name: str, asked: Asked, folder: 
     Raises:
         UsageError: no image could be read, a cache of something else, patches that are no square map.
     """
-    data = whole_images(asked.data, f"{name}-whole", pairs, frozen.image_size)
+    data = whole_images(asked.data, f"{name}-whole", pairs, frozen.side)
     cached = cached_features(frozen, data, asked.settings.layers, "none", folder, asked.trunk_batch)
     patches = cached.features[0].shape[1]
     if math.isqrt(patches) ** 2 != patches:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from aimv2.data.ahead import ahead, batched
 from aimv2.data.images import ImageError
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import LAST, Frozen
+from aimv2.evals.ragged import RaggedWriter, open_ragged
 from aimv2.train.files import write_aside
 
 if TYPE_CHECKING:
@@ -39,14 +39,15 @@ class Cached:
     """Features and labels of the images that could be read.
 
     Attributes:
-        features: one array a layer: [N, D] float32 where patches are pooled, else [N, I, D] float16, memory-mapped.
+        features: one array a layer: [N, D] float32 where patches are pooled, else [N, I, D] float16, memory-mapped; all
+            patches at native: a :class:`aimv2.evals.ragged.Ragged`.
         labels: int64 [N].
         keys: N names.
         rejected: ``{"key", "reason"}`` of the images that could not be read.
         home: holds the temporary folder, where there is no other.
     """
 
-    features: list[np.ndarray]
+    features: list[Any]
     labels: np.ndarray
     keys: list[str]
     rejected: list[dict[str, str]]
@@ -86,6 +87,7 @@ def cached_features(
         "model": frozen.name,
         "weights_sha256": frozen.sha256 or frozen.name,
         "image_size": frozen.image_size,
+        "patches": list(frozen.range) if frozen.range else None,
         "layers": list(layers),
         "pool": pool,
         "precision": frozen.precision,
@@ -101,7 +103,10 @@ def cached_features(
     if not len(rows):
         first = state["rejected"][0]
         raise UsageError(f"--data: no image could be read; {first['key']}: {first['reason']}")
-    arrays = [np.load(at / f"{name}.npy", mmap_mode="r")[: len(rows)] for name in layers]
+    if frozen.range is not None and pool == "none":
+        arrays: list[Any] = open_ragged(at, layers, frozen.width, len(rows))
+    else:
+        arrays = [np.load(at / f"{name}.npy", mmap_mode="r")[: len(rows)] for name in layers]
     if pool != "none":
         arrays = [np.array(array) for array in arrays]
     rejected = [{"key": line["key"], "reason": line["reason"]} for line in state["rejected"]]
@@ -110,12 +115,12 @@ def cached_features(
 
 def seen(
     frozen: Frozen, data: Labelled, first: int = 0, size: int = 64
-) -> Iterator[tuple[list[int], Tensor | None, list[dict[str, Any]]]]:
+) -> Iterator[tuple[list[int], Any, list[dict[str, Any]]]]:
     """Test views of the images from row ``first`` on, decoded ahead.
 
     Returns:
-        batches of (rows that could be read, their pixels uint8 [B, 3, H, W] or None where there are none, and
-        ``{"row", "key", "reason"}`` of the others).
+        batches of (rows that could be read, their pixels uint8 [B, 3, H, W], at native a list of [3, H, W], or None where
+        there are none, and ``{"row", "key", "reason"}`` of the others).
     """
 
     def read(row: int) -> tuple[int, np.ndarray | str]:
@@ -127,7 +132,10 @@ def seen(
     for batch in batched(ahead(read, range(first, len(data.labels))), size):
         good = {row: pixels for row, pixels in batch if isinstance(pixels, np.ndarray)}
         lost = [{"row": row, "key": data.keys[row], "reason": why} for row, why in batch if isinstance(why, str)]
-        yield list(good), torch.from_numpy(np.stack(list(good.values()))) if good else None, lost
+        if frozen.range is not None and good:
+            yield list(good), [torch.from_numpy(pixels) for pixels in good.values()], lost
+        else:
+            yield list(good), torch.from_numpy(np.stack(list(good.values()))) if good else None, lost
 
 
 def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "") -> Path:
@@ -170,7 +178,9 @@ def _run(
 ) -> None:
     """Fills the arrays from ``state["done"]`` on; rows of unreadable images are not written."""
     count = len(data.labels)
-    arrays: list[np.ndarray] = []
+    arrays: list[Any] = []
+    if frozen.range is not None and pool == "none":
+        arrays = [RaggedWriter(at, layers, frozen.width, count, state["written"])]
 
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -179,38 +189,50 @@ def _run(
             state["rejected"] += lost
             if pixels is not None:
                 found = _features(frozen, pixels, layers, pool, flip)
-                arrays = arrays or _open(at, layers, found, count)
-                for array, values in zip(arrays, found):
-                    array[state["written"] : state["written"] + len(rows)] = values
+                if arrays and isinstance(arrays[0], RaggedWriter):
+                    arrays[0].append(found)
+                else:
+                    arrays = arrays or _open(at, layers, found, count)
+                    for array, values in zip(arrays, found):
+                        array[state["written"] : state["written"] + len(rows)] = values
             state["done"] += len(rows) + len(lost)
             state["written"] += len(rows)
             if number % FLUSH == FLUSH - 1 or state["done"] == count:
                 for array in arrays:
-                    array.flush()  # type: ignore[attr-defined]
+                    array.flush()
                 write_aside(at / ABOUT, json.dumps(state) + "\n")
             progress.advance(task, len(rows) + len(lost))
 
 
-def _features(frozen: Frozen, images: Tensor, layers: list[str], pool: str, flip: bool) -> list[np.ndarray]:
-    """[B, D] float32 or [B, I, D] float16 a layer."""
-    found = frozen(images.flip(-1) if flip else images, layers)
+def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: bool) -> list[Any]:
+    """[B, D] float32 or [B, I, D] float16 a layer; of all patches at native a list of B float16 [I, D]."""
+    if frozen.range is None:
+        found: list[Any] = frozen(images.flip(-1) if flip else images, layers)
+    else:
+        found = frozen.each([image.flip(-1) if flip else image for image in images], layers)
+        if pool == "none":
+            return [[_half(x.cpu().numpy()) for x in layer] for layer in found]
     if pool == "attention":
         head = getattr(frozen.module, "head", None)
         if head is None or layers != [LAST]:
             raise UsageError(f"--pool attention: {frozen.name} has no pooling head behind these layers; --pool mean")
         with torch.inference_mode():
-            found = [head(found[0])]
+            found = [torch.cat([head(x[None]) for x in found[0]]) if frozen.range else head(found[0])]
     elif pool == "mean":
-        found = [x.mean(1) for x in found]
+        found = [torch.stack([x.mean(0) for x in layer]) if frozen.range else layer.mean(1) for layer in found]
     arrays = [x.float().cpu().numpy() for x in found]
-    if pool != "none":
-        return arrays
-    halves = [array.astype(np.float16) for array in arrays]
-    if not all(np.isfinite(array).all() for array in halves):
+    return arrays if pool != "none" else [_half(array) for array in arrays]
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    """As float16. Raises UsageError where it does not hold a value."""
+    with np.errstate(over="ignore"):  # said below
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
         raise UsageError(
             "--features cached: a feature is larger than float16 holds; --features augmented, or --layers last"
         )
-    return halves
+    return half
 
 
 def _open(at: Path, layers: list[str], found: list[np.ndarray], count: int) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ class Asked:
     baselines: tuple[str, ...]
     train_limit: int
     test_limit: int
-    image_size: int | None
+    image_size: int | str | None
     batch_size: int
     seed: int
     device: str

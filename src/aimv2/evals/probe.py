@@ -23,6 +23,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.features import Cached, cached_features, seen
 from aimv2.evals.frozen import LAST, Frozen
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
+from aimv2.evals.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.probe_head import ProbeSweep, Trial
@@ -197,18 +198,28 @@ def usual_heads(width: int, settings: ProbeSettings) -> int | None:
 
 
 @torch.no_grad()
-def predict(sweep: ProbeSweep, batches: Iterator[list[Tensor]]) -> np.ndarray:
-    """The likeliest class by every head: int64 [G, N]."""
+def predict(sweep: ProbeSweep, batches: Iterator[list[Any]]) -> np.ndarray:
+    """The likeliest class by every head: int64 [G, N]. Of each layer a batch holds [B, tokens, D] or B times [tokens, D]."""
     sweep.eval()
     device = next(sweep.parameters()).device
-    parts = [sweep.logits([x.to(device) for x in features]).argmax(-1).cpu() for features in batches]
+
+    def there(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else [one.to(device) for one in x]
+
+    parts = [sweep.logits([there(x) for x in features]).argmax(-1).cpu() for features in batches]
     return torch.cat(parts, 1).numpy()
 
 
-def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Tensor]]:
-    """Batches of cached features, one tensor a layer."""
+def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Any]]:
+    """Batches of cached features; see :func:`predict`."""
     for at in range(0, len(cached.labels), size):
-        yield [torch.from_numpy(np.array(layer[at : at + size])) for layer in cached.features]
+        own = range(at, min(at + size, len(cached.labels)))
+        yield [
+            [torch.from_numpy(np.array(layer[row])) for row in own]
+            if isinstance(layer, Ragged)
+            else torch.from_numpy(np.array(layer[at : at + size]))
+            for layer in cached.features
+        ]
 
 
 class Seen:
@@ -298,7 +309,7 @@ def run_sweep(
         return outcomes[0], outcomes[-1]
     size = min(settings.batch_size, len(train.labels))
     sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device, trunk=frozen)
-    stream = ImageStream(train, frozen.image_size, size, seed, workers)
+    stream = ImageStream(train, frozen.side, size, seed, workers)
     train_sweep(sweep, stream, len(train.labels), settings, seed, run, frozen.device, again)
     outcomes = []
     for split in (splits.select, splits.test):

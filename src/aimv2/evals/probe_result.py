@@ -235,7 +235,7 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
 
 
 def open_and_measure(
-    model: str, device: str, image_size: int | None, precision: str, layers: str, asked: Asked
+    model: str, device: str, image_size: int | str | None, precision: str, layers: str, asked: Asked
 ) -> dict[str, Any]:
     """Opens the encoder, turns ``layers`` into names, measures."""
     import os
@@ -243,5 +243,9 @@ def open_and_measure(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("probe: its batch norm sees one process; start it without torchrun")
     frozen = open_frozen(model, device, image_size, precision)
+    if frozen.range is not None and asked.settings.augmented:
+        raise UsageError(
+            "--image-size native: augmented images are crops of one size; --features cached, or a number of pixels"
+        )
     settings = replace(asked.settings, layers=tuple(dict.fromkeys(frozen.layer_names(layers))))
     return measure(frozen, replace(asked, settings=settings))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from aimv2.batch import Batch, make_batch
 from aimv2.data.augment import augment
 from aimv2.data.images import ImageError
 from aimv2.data.transforms import to_pixels
+from aimv2.evals.ragged import Ragged
 
 if TYPE_CHECKING:
     from aimv2.data.labelled import Labelled
@@ -42,19 +44,27 @@ class Order:
 
 
 class FeatureStream:
-    """Batches whose ``images`` are cached features, float16 or float32 [B, layers, N, D]."""
+    """Batches whose ``images`` are cached features, float16 or float32 [B, layers, N, D].
 
-    def __init__(self, views: Sequence[Sequence[np.ndarray]], labels: np.ndarray, size: int, seed: int) -> None:
-        """``views``: of the same images, each a list of one array [N, tokens, D] a layer; one is drawn for each batch."""
+    Of images with different numbers of tokens they are [layers, R, D], R all tokens of the batch, and ``image_len`` says
+    how many are each image's.
+    """
+
+    def __init__(self, views: Sequence[Sequence[Any]], labels: np.ndarray, size: int, seed: int) -> None:
+        """``views``: of the same images, each a list of one array [N, tokens, D] or Ragged a layer; one is drawn for each
+        batch."""
         self.views, self.labels, self.seed, self.step = views, labels, seed, 0
         self.order = Order(len(labels), size, seed)
 
     def __next__(self) -> Batch:
         rows = np.sort(self.order.rows(self.step)[1])  # in the file's order: it is read from disk
         view = self.views[int(np.random.default_rng([self.seed, self.step, 1]).integers(len(self.views)))]
-        features = torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1))
         self.step += 1
-        return _batch(features, self.labels[rows])
+        if isinstance(view[0], Ragged):
+            lengths = torch.tensor([len(view[0][int(row)]) for row in rows])
+            layers = [np.concatenate([layer[int(row)] for row in rows]) for layer in view]
+            return replace(_batch(torch.from_numpy(np.stack(layers)), self.labels[rows]), image_len=lengths)
+        return _batch(torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1)), self.labels[rows])
 
     def state(self) -> int:
         return self.step

@@ -6,7 +6,7 @@ Legend: B images, h x w patch grid, I = h * w, p patch side, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aimv2.batch import Batch
 from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask, prefix_spans
 from aimv2.models.pool import AttentionPool
-from aimv2.models.positions import patchify, sincos_at, sincos_positions
+from aimv2.models.positions import patchify, resize_positions, sincos_at, sincos_positions
 from aimv2.models.sizes import EncoderConfig
 
 
@@ -71,6 +71,25 @@ class VisionEncoder(nn.Module):
         """Writes mean and std (buffers of a model built without memory hold nothing)."""
         for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
             buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Makes it one for another image size, in place: learned positions are interpolated (bicubic, antialiased).
+
+        A fixed-size model used at another size without training at it loses accuracy (AIMV2, Table 6).
+
+        Raises:
+            ValueError: a native model, or a size that holds no whole number of patches.
+        """
+        if self.config.image_size is None:
+            raise ValueError(f"{self.config.name} is native: it sees images of any size as it is")
+        config = replace(self.config, image_size=image_size)
+        if image_size < config.patch_size or image_size % config.patch_size:
+            raise ValueError(f"image_size must be a multiple of the patch size, {config.patch_size}, got {image_size}")
+        side = image_size // config.patch_size
+        resized = resize_positions(self.patch_embed.position, (side, side))
+        self.patch_embed.position = nn.Parameter(resized, self.patch_embed.position.requires_grad)
+        self.config = self.patch_embed.config = config
 
     def config_dict(self) -> dict[str, Any]:
         """What ``config.json`` keeps of the encoder."""
@@ -126,6 +145,9 @@ class VisionEncoder(nn.Module):
         if batch.places is None:
             return self(batch.images, None if bidirectional else batch.prefix_len)
         assert batch.image_len is not None
+        if self.frozen and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward_batch(batch, bidirectional)
         x = self.patch_embed(self.normalize(batch.images), batch.places)
         prefix = batch.image_len if bidirectional else batch.prefix_len  # padding behind an image is never seen
         if batch.layout is None or not batch.layout.image_groups:

@@ -126,7 +126,11 @@ class ProbeSweep(nn.Module):
         self.trunk = [trunk]  # in a list: frozen weights are no part of this module
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of every probe: [G, B, C]. Without a trunk ``batch.images`` holds features [B, layers, N, D]."""
+        """Logits of every probe: [G, B, C]. Without a trunk ``batch.images`` holds features [B, layers, N, D], or [layers, R,
+        D] of images with ``batch.image_len`` tokens each."""
+        if batch.image_len is not None:
+            lengths = batch.image_len.tolist()
+            return self.logits([layer.split(lengths) for layer in batch.images])
         return self.logits(self.features(batch.images))
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -136,26 +140,34 @@ class ProbeSweep(nn.Module):
             return list(images.unbind(1))
         return [x.clone() for x in trunk(images, self.layers)]  # inference tensors can't enter autograd
 
-    def logits(self, features: Sequence[Tensor]) -> Tensor:
-        """[B, N, D] of each layer -> [G, B, C], in fp32."""
-        with torch.autocast(features[0].device.type, enabled=False):
+    def logits(self, features: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
+        """[B, N, D] of each layer, or B tensors [N, D] of different lengths -> [G, B, C], in fp32."""
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             found: list[Tensor] = [torch.empty(0)] * len(self.trials)
             for at, layer in enumerate(self.layers):
                 mine = [g for g, trial in enumerate(self.trials) if trial.layer == layer]
-                x = features[at].float()
-                if self.protocol == "attentive":
-                    x = self.norms[at](x.flatten(0, 1)).view_as(x)
-                for g, logits in zip(mine, self._of_layer(x, mine)):
+                for g, logits in zip(mine, self._of_layer(features[at], at, mine)):
                     found[g] = logits
             return torch.stack(found)
 
-    def _of_layer(self, x: Tensor, mine: Sequence[int]) -> Tensor:
-        """Logits [g, B, C] of the probes ``mine`` on normalised tokens [B, N, D]."""
+    def _of_layer(self, features: Tensor | Sequence[Tensor], at: int, mine: Sequence[int]) -> Tensor:
+        """Logits [g, B, C] of the probes ``mine`` on the tokens [B, N, D] of layer number ``at``, or on B times [N, D]."""
+        one_length = isinstance(features, Tensor)
+        x = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
+        x = x.float()  # [all tokens, D]
+        if self.protocol == "attentive":
+            x = self.norms[at](x)
         probes: list[Any] = [self.heads[g] for g in mine]
         count = probes[0].heads
         scorers = torch.cat([probe.scorers() for probe in probes])  # [gH, D]
-        attention = (x @ scorers.t()).softmax(1)  # [B, N, gH]
-        means = attention.transpose(1, 2) @ x  # [B, gH, D]
+        scores = x @ scorers.t()
+        if one_length:
+            x, scores = (part.unflatten(0, features.shape[:2]) for part in (x, scores))  # type: ignore[union-attr]
+            means = scores.softmax(1).transpose(1, 2) @ x  # [B, gH, D]
+        else:  # every image by itself: nothing is padded
+            lengths = [len(tokens) for tokens in features]
+            pairs = zip(scores.split(lengths), x.split(lengths))
+            means = torch.stack([of_one.softmax(0).t() @ tokens for of_one, tokens in pairs])
         means = means.unflatten(1, (len(mine), count)).permute(1, 2, 0, 3)  # [g, H, B, D]
         value = torch.stack([probe.value.weight.unflatten(0, (count, -1)) for probe in probes])  # [g, H, d, D]
         pooled = (means @ value.transpose(2, 3)).permute(0, 2, 1, 3).flatten(2)  # [g, B, D]

@@ -12,6 +12,7 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
     """README.md of a model folder: what it is, how it was trained, what was measured."""
     train, optim = config.train, config.optim
     measured = "\n".join(f"| {key} | {value:.4f} |" for key, value in figures.items()) or "| none yet | |"
+    taken = f"{train.batch_size} pairs" if train.patch_budget is None else f"{train.patch_budget} patches"
     size = f"{encoder.image_size} px" if encoder.image_size else "any size"
     objective, use = config.objective, "`aimv2.load_model(FOLDER)` (encoder)"
     if objective.name == "probe":
@@ -41,7 +42,7 @@ def model_card(config: Config, encoder: EncoderConfig, step: int, figures: dict[
 {what}, with aimv2 {aimv2.__version__}.
 
 - {encoder.width} wide, {encoder.depth} blocks, patches of {encoder.patch_size} px, {size}
-- step {step} of {train.steps}, {train.batch_size} pairs a step, peak learning rate {optim.lr:g}, {train.precision}
+- step {step} of {train.steps}, {taken} a step, peak learning rate {optim.lr:g}, {train.precision}
 - objective: {learnt}
 {notes}
 | measured on the validation split | |

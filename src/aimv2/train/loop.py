@@ -72,7 +72,7 @@ class Trainer:
         ``stream`` and ``objective``: other than those of ``config``.
         """
         part, accumulate = config.train.batch_size // world.size, config.train.accumulate
-        if part % accumulate:
+        if config.train.patch_budget is None and part % accumulate:
             raise UsageError(
                 f"train.batch_size {config.train.batch_size} gives {world.size} ranks {part} pairs each, which do not "
                 f"divide by train.accumulate {accumulate}; change one of them"

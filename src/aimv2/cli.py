@@ -53,9 +53,13 @@ VERBS = {
     "segment": Verb("segment", ("model",), "measure a frozen encoder: segmentation by a linear probe on its patches"),
     "depth": Verb("depth", ("model",), "measure a frozen encoder: depth by a linear probe on its patches"),
     "zeroshot": Verb(
-        "zeroshot", ("model",), "classify by the texts of the classes: a LiT pair, or a decoder's likelihood"
+        "zeroshot",
+        ("model",),
+        "classify by the texts of the classes: a pair (LiT, CLIP, ...), or a decoder's likelihood",
     ),
-    "retrieve": Verb("retrieve", ("model",), "find images by captions and captions by images: recall at k"),
+    "retrieve": Verb(
+        "retrieve", ("model",), "find images by captions and captions by images: recall at k; a pair, or a decoder"
+    ),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}

@@ -34,7 +34,7 @@ def caption(
         beams: more than 1: beam search
         seed: of the draw
         batch_size: images at once
-        data: images with reference captions to score against: shards (val-* or test-*), a folder with captions.txt
+        data: images with reference captions to score against: shards (test-*, else val-*), a folder with captions.txt
             (image,caption), a captions file
         score: CIDEr, BLEU and exact match of captions of the data; needs the extra aimv2[caption]
         limit: how many of the data's images are drawn; 0: all

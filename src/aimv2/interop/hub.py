@@ -38,9 +38,13 @@ WANTED = [
     "*.safetensors.index.json",
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer*.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "spiece.model",  # SigLIP's
+    "sentencepiece.bpe.model",  # AltCLIP's
     "special_tokens_map.json",
 ]  # never a pickle
 CARD = "README.md"  # read for its licence; nothing needs it

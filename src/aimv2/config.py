@@ -176,7 +176,8 @@ class OptimConfig:
         min_lr: at the end of a cosine or a cooldown
         start_lr: at the first step of the warm-up
         warmup: steps
-        schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr; constant
+        schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr (without --config a run given as
+            init goes on: its options, its moments, 20% of its steps, from its rate to 1e-6); constant
         betas: of Adam
         eps: of Adam
         weight_decay: strength; see decay
@@ -184,8 +185,9 @@ class OptimConfig:
         clip: largest norm of the gradient; 0 does not clip
         layer_decay: rate of a block of the encoder as a part of the next one's; 1 trains all at one rate
         fresh_decoder: of init take the encoder alone, under a new decoder
-        freeze_encoder: steps at the start in which the decoder alone learns
-        lora: rank of low-rank updates of the encoder's products, its own weights frozen; 0 trains them all (aimv2[peft])
+        freeze_encoder: steps at the start in which the decoder alone learns; the encoder then learns at the schedule's rate
+        lora: rank of low-rank updates of the encoder's products, its own weights frozen and the saved ones merged; 0 trains
+            them all (aimv2[peft])
     """
 
     lr: float = 1e-3
@@ -220,7 +222,8 @@ class TrainConfig:
         save_every: steps between checkpoints; 0: only at the end
         keep: newest checkpoints to keep; 0 keeps all
         log_every: steps between lines of metrics
-        ema: decay of a moving average of the trained weights, which is validated and saved in their place; 0: none
+        ema: decay of a moving average of the trained weights, from the first ones on, which is validated and saved in their
+            place; 0: none
     """
 
     steps: int = 1_500_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,7 @@ def parse(flat: dict[str, Any]) -> Config:
     Raises:
         UsageError: a value of another type than its key's, or out of range.
     """
-    from jsonargparse import ArgumentParser, Namespace
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UsageError(one_line(message))
-
-    parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser = config_parser()
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         node = tree
@@ -110,10 +104,24 @@ def parse(flat: dict[str, Any]) -> Config:
         for section in sections:
             node = node.setdefault(section, {})
         node[name] = value
-    parsed: Namespace = parser.parse_object(tree)
+    parsed = parser.parse_object(tree)
     config = Config(**vars(parser.instantiate(parsed)))
     check_ranges(config)
     return config
+
+
+@cache
+def config_parser() -> Any:
+    """jsonargparse's parser of a Config, made once: it takes longer than all that it parses."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            raise UsageError(one_line(message))
+
+    parser = Parser(exit_on_error=True)
+    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    return parser
 
 
 def check_ranges(config: Config) -> None:
@@ -174,6 +182,10 @@ def check_start(config: Config) -> None:
         if getattr(optim, key) and stage not in ("pretrain", "distill"):
             instead = "; objective.freeze leaves the encoder as it is" if stage == "probe" else ""
             raise UsageError(f"optim.{key} is for an encoder under a decoder, got objective.name={stage}{instead}")
+    if optim.layer_decay != 1 and stage == "contrastive":
+        raise UsageError(
+            f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name=contrastive does not learn"
+        )
     if optim.lora and config.init is None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
     if optim.fresh_decoder and config.init is None:

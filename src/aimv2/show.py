@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+SHORT = 12  # values of a list that fit a line; longer ones are in the result file
+MEASURES = ("top1", "miou", "rmse")  # how columns of a sweep end that are figures, not what was tried
+
 
 def show(name: str, result: dict[str, Any]) -> None:
     """Prints a verb's result."""
@@ -42,31 +45,77 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
-    """What was measured and how, the figures, then baselines and layers as rows."""
+    """What was measured and how, the figures, baselines and layers as rows, then the sweep as a table."""
     figures, data = result["figures"], result["data"]
     console.print(
         f"{result['model']['name']} on {data.get('dataset') or data['name']}: {result['protocol'].get('name', result['verb'])}"
     )
     rows: list[tuple[str, str]] = []
     for key, value in figures.items():
-        if isinstance(value, bool | int | str) or value is None:
+        if isinstance(value, float):
+            rows.append((key, share(figures, key)))
+        elif isinstance(value, bool | int | str):
             rows.append((key, str(value)))
-        elif isinstance(value, float):
-            rows.append((key, f"{value:.4f}"))
-        elif isinstance(value, list) and value and all(isinstance(x, int | float) for x in value):
-            rows.append((key, "  ".join(f"{x:.4f}" for x in value)))
-        elif isinstance(value, dict) and key in ("by_layer", "image_to_text", "text_to_image", "by_shots"):
-            rows += [(f"{key} {name}", f"{x:.4f}") for name, x in value.items() if isinstance(x, float)]
-    for chosen in figures.get("chosen", [])[:1]:
-        rows.append(("chosen", "  ".join(f"{key} {value}" for key, value in chosen.items())))
+        elif isinstance(value, list) and 0 < len(value) <= SHORT and not key.endswith("_interval"):
+            if all(isinstance(x, int | float) for x in value) and key != "chosen":
+                rows.append((key, "  ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in value)))
+        elif isinstance(value, dict) and key in ("by_layer", "image_to_text", "text_to_image"):
+            rows += [(f"{key} {name}", share(value, name)) for name, x in value.items() if isinstance(x, float)]
+    said = [in_words(chosen) for chosen in figures.get("chosen", [])]
+    if said:
+        rows.append(("chosen", ";  ".join(dict.fromkeys(said))))  # by seed, where they differ
     for name, other in figures.get("baselines", {}).items():
-        shown = next(((key, value) for key, value in other.items() if isinstance(value, float)), None)
-        if shown is not None:
-            rows.append((f"baseline: {name}", f"{shown[0]} {shown[1]:.4f}"))
+        first = next((key for key, value in other.items() if isinstance(value, float)), None)
+        if first is not None:
+            rows.append((f"baseline: {name}", f"{first} {share(other, first)}"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, text in rows:
         table.add_row(key, text)
     console.print(table)
+    show_sweep(console, figures)
+
+
+def share(figures: dict[str, Any], key: str) -> str:
+    """A figure, and its interval where it has one."""
+    low, high = figures.get(f"{key}_interval") or (None, None)
+    return f"{figures[key]:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None and high is not None else "")
+
+
+def in_words(chosen: dict[str, Any] | float) -> str:
+    """What was chosen: values by name, or a rate."""
+    if not isinstance(chosen, dict):
+        return f"rate {chosen:g}"
+    return "  ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in chosen.items()
+    )
+
+
+def show_sweep(console: Console, figures: dict[str, Any]) -> None:
+    """The rows among which was chosen, the chosen one marked; of several layers those of the chosen one."""
+    rows, picked = figures.get("table", []), figures.get("chosen", [])
+    picked = [one if isinstance(one, dict) else {"rate": one} for one in picked]
+    layers = {one.get("layer") for one in picked}
+    rows = [row for row in rows if row.get("layer") in layers]
+    if not rows:
+        return
+    several = len({row.get("layer") for row in rows}) > 1
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "layer" or several]
+    columns = [key for key in columns if not key.endswith(("_interval", "_by_seed"))]
+    table = Table(box=None, pad_edge=False)
+    for key in [*columns, ""]:
+        table.add_column(key, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [cell(row, key) for key in columns]
+        table.add_row(*cells, "*" if any(one.items() <= row.items() for one in picked) else "")
+    console.print()
+    console.print(table)
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return share(row, key) if key.endswith(MEASURES) else f"{value:g}"
 
 
 def show_models(console: Console, result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.frozen import of_encoder, open_frozen
 from aimv2.models.encoder import VisionEncoder
 from aimv2.objectives.distill import Teacher
+from aimv2.train.flops import counted
 
 
 def open_teacher(
@@ -45,10 +46,12 @@ def open_teacher(
         return frozen(images)[0]
 
     try:
-        patches, width = run(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)).shape[1:]
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+        features, flops = counted(lambda: run(blank))
     except ValueError as error:  # a native model, and a grid beyond its range
         raise UsageError(f"{option} {source}: {error}") from None
+    patches, width = features.shape[1:]
     side = math.isqrt(patches)
     if side * side != patches:
         raise UsageError(f"{option} {source}: {patches} patch features an image of {size} px are no square grid")
-    return Teacher(source, frozen.sha256, size, side, width, run)
+    return Teacher(source, frozen.sha256, size, side, width, run, flops)

@@ -67,6 +67,11 @@ def test_interval_over_seeds_is_students() -> None:
     values = [0.5, 0.6, 0.55, 0.7]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     assert scores.over_seeds(values) == pytest.approx({"mean": 0.5875, "low": low, "high": high})
+    losses = scores.over_seeds([2.0, 0.1])
+    assert losses["low"] < 0 and losses["high"] > 1
+    cut = scores.over_seeds([0.7, 1.0], share=True)
+    assert cut["high"] == 1.0 and cut["low"] == 0.0 and cut["mean"] == pytest.approx(0.85)
+    assert scores.over_seeds(values, share=True) == scores.over_seeds(values)
     assert scores.over_seeds([0.5]) == {"mean": 0.5, "low": None, "high": None}
 
 

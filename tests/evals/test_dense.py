@@ -393,6 +393,7 @@ WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
     (None, {"rates": "fast"}, "--rates fast: numbers"),
     (None, {"rates": "1e-3,1e38"}, "--rates 1e-3,1e38: above 0, at most 1"),
     (None, {"weight_decay": -0.1}, r"--weight-decay -0\.1: 0 to 1"),
+    (None, {"seeds": "2,2"}, "--seeds 2,2: the same seed twice"),
     (None, {"epochs": 0}, "--epochs 0: at least 1"),
     (None, {"baselines": "pixel"}, "--baselines pixel: .*did you mean 'pixels'"),
 ]

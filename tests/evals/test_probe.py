@@ -1,7 +1,10 @@
 """The verb on real folders: splits, choice, seeds, layers, baselines, resuming, and what is refused."""
 
+import io
 import json
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +12,13 @@ import pytest
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.labelled import open_labelled
+from aimv2.data.labelled import open_labelled, subset
 from aimv2.errors import UsageError
+from aimv2.evals.contents import contents_of
 from aimv2.evals.features import cached_features
 from aimv2.evals.frozen import open_frozen
-from aimv2.evals.probe import ProbeTrainer
+from aimv2.evals.probe import ProbeSettings, ProbeTrainer
+from aimv2.evals.probe_result import Asked, find_splits
 from aimv2.evals.probe_stream import ImageStream
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
@@ -87,7 +92,7 @@ def test_seeds_layers_and_a_held_out_part(model: str, data: Path, tmp_path: Path
     )
     figures = result["figures"]
     assert list(figures["by_layer"]) == ["0", "1", "2", "3", "4", "last"]
-    assert figures["selected_on"] == "5 training images, held out" and result["data"]["train_images"] == 43
+    assert figures["selected_on"] == "6 training images, held out" and result["data"]["train_images"] == 42
     assert len(figures["top1_by_seed"]) == 2 and figures["interval"].startswith("95%, t")
     assert len(figures["table"]) == 6 * 4 and (out / "layers.png").stat().st_size > 1000
     assert api.probe(model, str(data), layers="avg6,-2", select="test", **QUICK)["figures"]["selected_on"].startswith(
@@ -184,12 +189,95 @@ def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Pa
         ({"protocol": "attentiv"}, "did you mean 'attentive'"),
         ({"layers": "9"}, "--layers 9: last, all, avg6"),
         ({"rates": "a"}, "--rates a: numbers"),
+        ({"rates": "0,1e-3"}, "--rates 0,1e-3: numbers above 0"),
+        ({"decays": "inf"}, "--decays inf: numbers"),
+        ({"seeds": "1,0,1"}, "--seeds 1,0,1: the same seed twice"),
+        ({"seeds": "0.5"}, r"--seeds 0\.5: whole numbers"),
+        ({"warmup": 8.0}, "--warmup 8: part of the 8 --epochs"),
+        ({"warmup": -1.0}, "--warmup -1: part of"),
         ({"heads": 5}, "--heads 5 does not divide"),
         ({"select": "validation"}, "--select validation"),
-        ({"image_size": 56}, "--image-size 56"),
+        ({"image_size": 30}, "--image-size 30: .* patches of 7 px"),
     ],
     ids=str,
 )
 def test_a_mistake_is_one_line(options: dict, said: str, model: str, data: Path) -> None:
     with pytest.raises(UsageError, match=said):
         api.probe(model, **{"data": str(data), **QUICK, **options})
+
+
+def test_a_cache_of_replaced_images_is_refused(model: str, data: Path, tmp_path: Path) -> None:
+    """In any form of data: another image under the same name, of the same size in bytes too."""
+    shutil.copytree(data, copy := tmp_path / "colours")
+    cache = {"cache": str(tmp_path / "cache"), "k": "3"}
+    first = api.knn(model, str(copy), **cache)["figures"]
+    assert api.knn(model, str(copy), **cache)["figures"] == first
+    file = copy / "test" / "red" / "0.png"
+    file.write_bytes((copy / "test" / "blue" / "0.png").read_bytes())
+    with pytest.raises(UsageError, match=r"images have been replaced or changed.*; give a new folder"):
+        api.knn(model, str(copy), **cache)
+
+
+def test_contents_of_every_form_are_told(tmp_path: Path) -> None:
+    import datasets
+
+    def marks(source: Path) -> tuple[str, str]:
+        found = [open_labelled(str(source), "train"), open_labelled(str(source), "train")]
+        assert found[0] is not None and found[1] is not None
+        part = contents_of(subset(found[0], np.array([0])))
+        assert contents_of(found[0]) == contents_of(found[1]) != "unknown"
+        assert contents_of(subset(subset(found[0], np.array([1, 0])), np.array([1]))) == part
+        return contents_of(found[0]), part
+
+    (tmp_path / "tars").mkdir()
+    tars = []
+    for text in ("a", "b"):
+        with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as tar:
+            for number in range(2):
+                for name, body in ((f"{number}.png", text.encode()), (f"{number}.cls", b"%d" % number)):
+                    (about := tarfile.TarInfo(name)).size = len(body)
+                    tar.addfile(about, io.BytesIO(body))
+        tars.append(marks(tmp_path / "tars"))
+    assert tars[0] != tars[1]
+    for text in ("a", "b"):
+        rows = {"image": [{"bytes": text.encode(), "path": None}] * 2, "label": [0, 1]}
+        table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+        table.save_to_disk(str(tmp_path / text))
+    assert marks(tmp_path / "a") != marks(tmp_path / "b")
+
+
+def test_the_same_weights_under_another_name_share_a_cache(model: str, data: Path, tmp_path: Path) -> None:
+    (other := tmp_path / "link").symlink_to(model)
+    first = api.knn(model, str(data), cache=str(tmp_path / "cache"), k="3")
+    again = api.knn(str(other), str(data), cache=str(tmp_path / "cache"), k="3")
+    assert again["model"]["name"] == str(other) and again["figures"] == first["figures"]
+
+
+def test_pixels_of_other_patches_are_other_features(data: Path, tmp_path: Path) -> None:
+    """Two encoders of one input size share a cache; their pixels are averaged over patches of their own."""
+    found, alone = [], []
+    for patch in (7, 14):
+        convert(
+            build(EncoderConfig("tiny", 64, 1, 2, 96, patch, 28), None).eval(), tmp_path / str(patch), "safetensors"
+        )
+        words = {"baselines": "pixels", "k": "3", "test_limit": 9}
+        shared = api.knn(str(tmp_path / str(patch)), str(data), cache=str(tmp_path / "cache"), **words)
+        found.append(shared["figures"]["baselines"])
+        alone.append(api.knn(str(tmp_path / str(patch)), str(data), **words)["figures"]["baselines"])
+    assert found == alone
+    assert {path.name for path in (tmp_path / "cache").glob("pixels-*")} == {"pixels-7-28-fp32", "pixels-14-28-fp32"}
+
+
+def test_the_held_out_tenth_is_of_each_class(tmp_path: Path) -> None:
+    """A class with few images is there where a head is chosen, and where it learns."""
+    for split, counts in (("train", (40, 3, 12)), ("test", (1, 1, 1))):
+        for name, count in zip(COLOURS, counts):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / split / name / f"{number}.png")
+    wanted = Asked(str(tmp_path), None, ProbeSettings(), "auto", (0,), (), 0, 0, 8, 0, None, None)
+    splits, said = find_splits(wanted)
+    assert splits.select is not None and said == "6 training images, held out"
+    assert np.bincount(splits.select.labels).tolist() == [4, 1, 1]
+    assert np.bincount(splits.train.labels).tolist() == [36, 2, 11]
+    assert not set(splits.select.keys) & set(splits.train.keys)

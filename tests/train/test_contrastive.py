@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,24 @@ import aimv2
 from aimv2 import api
 from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config import Config
-from aimv2.data.shards import write_shard
+from aimv2.data.shards import read_samples, scan_shard, write_shard
+from aimv2.data.stream import View, training_shards
 from aimv2.data.text import train_tokenizer
 from aimv2.errors import UsageError
+from aimv2.load_config import parse
 from aimv2.models.create import create_model
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig, encoder_flops
+from aimv2.train.ema import local
 from aimv2.train.flops import step_flops
+from aimv2.train.optim import hold_scale
 from aimv2.train.parallel import World, can_compile, join_world
+from aimv2.train.prepare import get_tokenizer
+from aimv2.train.stages.contrastive import build_model, cached_stream, objective
 from aimv2.train.step import TrainStep
-from runs import call, metrics, options, resume, scenes, torchrun, train
+from aimv2.train.validate import read_held_out
+from runs import TINY, call, metrics, options, resume, scenes, torchrun, train
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 PAIR: dict[str, Any] = {
@@ -39,6 +47,7 @@ PAIR: dict[str, Any] = {
     "model__text_hidden": 64,
     "model__projection": 24,
 }
+ALONE = World(0, 1, torch.device("cpu"))
 FIGURES = ("val_contrastive_loss", "val_image_to_text", "val_text_to_image", "val_scale")
 EXACT = ("step", "loss", "grad_norm", "lr", *FIGURES)
 
@@ -161,7 +170,10 @@ def one_step(world: World, batch: Batch, contrast: str) -> tuple[Any, dict[str, 
 
     clip = step.clip
     step.clip = lambda: (keep(), clip())[1]  # type: ignore[method-assign]
-    return step(batch, 0), gradients
+    figures = step(batch, 0)
+    local(step.model.log_scale).fill_(9.0)
+    hold_scale(step.model)
+    return figures, {**gradients, "scale, held": local(step.model.log_scale).clone()}
 
 
 def rank_main(rank: int, folder: Path, contrast: str) -> None:
@@ -181,12 +193,30 @@ def test_two_gloo_processes_give_the_gradients_of_one(contrast: str, tmp_path: P
     torch.testing.assert_close(two["means"], figures.means, rtol=1e-5, atol=0)
     torch.testing.assert_close(two["norm"], figures.norm, rtol=1e-5, atol=0)
     assert two["gradients"].keys() == gradients.keys() and "text.blocks.0.attn.qkv.weight" in gradients
+    assert gradients["scale, held"].exp().item() == pytest.approx(100)
     assert "image.head.query" in gradients and "image.norm.weight" not in gradients
     for name, gradient in gradients.items():
         close = {"rtol": 1e-5, "atol": 1e-5 * float(gradient.abs().max())}
         torch.testing.assert_close(
             two["gradients"][name], gradient, **close, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_a_scale_at_its_limit_comes_back() -> None:
+    """Pairs that do not match want a smaller scale; above the limit the clamp would give them no gradient."""
+    config = Config()
+    config.train.precision, config.optim.warmup, config.optim.lr = "fp32", 0, 1e-2
+    config.objective.name = "contrastive"
+    image = EncoderConfig("tiny", 32, 2, 2, 64, 8, 32, pool_heads=2)
+    model = TunedLiT(LiTConfig(image, TextConfig(24, 2, 2, 32, 20, 12, end=1), 16), False)
+    init_weights(model, 0)
+    with torch.no_grad():
+        model.log_scale.fill_(6.0)  # as after a step that was too long
+    step, scales = TrainStep(model, config, World(0, 1, torch.device("cpu")), False), []
+    for number in range(3):
+        step(pairs(), number)
+        scales.append(model.log_scale.item())
+    assert scales[0] == model.max_log_scale and scales[2] < scales[1] < scales[0]
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -232,6 +262,22 @@ def test_cached_features_train_as_the_encoder_does(
     assert len(seen) > 100 and torch.equal(model.image.norm.weight, aimv2.load_model(encoder).norm.weight)
 
 
+def test_cached_features_give_the_loss_of_the_images(data: Path, encoder: Path, tmp_path: Path) -> None:
+    given = {**TINY, "data.train": str(data), "data.features": str(tmp_path / "features"), "init": str(encoder)}
+    config = parse(given | {key.replace("__", "."): value for key, value in PAIR.items()})
+    tokenizer = get_tokenizer(config, None, ALONE)
+    model = build_model(config, tokenizer, False)
+    stream = cached_stream(config, model, tokenizer, ALONE)
+    assert tokenizer is not None and stream is not None
+    batch, (shards,) = next(stream), training_shards(config.data)
+    seen = read_held_out(shards, View(32, 16, True), tokenizer, 0)  # centre crops
+    images = seen.images[[seen.keys.index(key) for key in batch.keys]]
+    assert isinstance(images, torch.Tensor) and batch.images.shape == (8, 16, 32)
+    torch.testing.assert_close(batch.images.float(), model.image(images), rtol=2e-3, atol=2e-3)
+    losses = [objective(config)(model, replace(batch, images=one))["contrastive"][0] for one in (batch.images, images)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
 def test_an_interrupted_pass_goes_on(data: Path, encoder: Path, tmp_path: Path) -> None:
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "one", data__features=str(home), train__steps=2)
@@ -253,13 +299,25 @@ def test_a_cache_of_another_model_or_data_is_refused(data: Path, encoder: Path, 
     tune(data, encoder, tmp_path / "run", data__features=home, train__steps=2)
     other = create_model("aimv2-tiny-patch8-32", seed=6, **SHAPE)
     api.save_pretrained(other, tmp_path / "other")
+    larger = create_model("aimv2-tiny-patch8-32", seed=6, image_size=48, **SHAPE)
+    api.save_pretrained(larger, tmp_path / "larger")
     more = scenes(tmp_path / "scenes", 90)
-    for shards, model, said in (
-        (data, tmp_path / "other", "another encoder"),
-        (more, encoder, "another data, samples"),
+    (shard,), told = data.glob("train-*.tar"), tmp_path / "told"
+    told.mkdir()
+    samples = [  # the same images, keys and lengths; other words
+        (key, {name: body.replace(b"red", b"tan") if name in ("txt", "json") else body for name, body in parts.items()})
+        for key, parts in read_samples(shard)
+    ]
+    write_shard(told / shard.name, samples)
+    assert scan_shard(told / shard.name).offsets == scan_shard(shard).offsets
+    for shards, model, size, said in (
+        (data, tmp_path / "other", 32, "another encoder than"),
+        (data, tmp_path / "larger", 48, "another encoder, image_size than"),
+        (more, encoder, 32, "another data, samples than"),
+        (told, encoder, 32, "another data than"),
     ):
         with pytest.raises(UsageError, match=rf"data\.features .*{said}"):
-            tune(shards, model, tmp_path / "refused", data__features=home)
+            tune(shards, model, tmp_path / "refused", data__features=home, model__image_size=size)
     assert not (tmp_path / "refused").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -294,6 +352,7 @@ def test_what_must_not_change_the_losses(more: dict[str, Any], data: Path, encod
     tune(data, encoder, tmp_path / "run", train__steps=3, data__max_tokens=40, **more)  # two widths of captions
     plain, other = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("plain", "run"))
     assert other == pytest.approx(plain, rel=1e-4)
+    assert torch.equal(aimv2.load_model(tmp_path / "run").image.norm.weight, aimv2.load_model(encoder).norm.weight)
 
 
 # ---- the rest ----
@@ -350,6 +409,7 @@ def test_wrong_use(data: Path, encoder: Path, tmp_path: Path) -> None:
         (data, {"model__image_size": 64}, "sees 32 px and stays as it is, model.image_size is 64"),
         (data, {"model__width": 64}, "its encoder has width 32, model.width is 64"),
         (data, {"model__text_heads": 5}, "model.text_heads 5 does not divide model.text_width 32"),
+        (data, {"optim__layer_decay": 0.8}, r"optim\.layer_decay 0\.8: the encoder of .* does not learn"),
         (data, {"model__projection": 0}, "model.projection must be at least 1"),
         (data, {"data__tokenizer": str(plain)}, r"data\.tokenizer: .* has no start of text"),
         (data, {"data__vocab_size": 258}, "expected at least 259"),

@@ -189,6 +189,27 @@ def test_resume_is_exact(origin: Path, tmp_path: Path) -> None:
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
 
 
+def test_what_has_no_moments_in_the_run_starts_with_new_ones(
+    origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new decoder may have the shape of the old one, whose moments are not its own."""
+    trainer = built(origin, tmp_path, optim__fresh_decoder=True)
+    carry_on(trainer.config, trainer.model, trainer.optimizer, ALONE, False)
+    assert not trainer.optimizer.state and "optim.fresh_decoder makes a new decoder" in capsys.readouterr().err
+    trainer.close()
+
+
+def test_a_rate_of_nothing_can_not_fall(origin: Path, tmp_path: Path) -> None:
+    run = copied(origin, tmp_path)
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    stored["optim"] |= {"schedule": "cosine", "min_lr": 0.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UsageError, match=r"the run's rate is 0 at step 60, .* earlier checkpoint, or give optim\.lr"):
+        cool(tmp_path / "run", run)
+    assert cooldown_of(f"{run}@{AT}", {})[1]["optim.lr"] > 0
+    assert cooldown_of(str(run), {"optim.lr": 1e-4})[1]["train.steps"] == 12
+
+
 def test_two_ranks_take_the_moments_of_one(origin: Path, tmp_path: Path) -> None:
     cool(tmp_path / "one", f"{origin}@{AT}", data__workers=2)
     words = ["pretrain", "--run", str(tmp_path / "two"), "--init", f"{origin}@{AT}", "--optim.schedule", "cooldown"]

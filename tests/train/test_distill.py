@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,16 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
-from aimv2.objectives.distill import DistillObjective, Teacher, stored_features
+from aimv2.models.sizes import encoder_flops
+from aimv2.objectives.distill import DistillObjective, Teacher, relation_loss, stored_features
 from aimv2.teacher import open_teacher
 from aimv2.train.parallel import World, join_world
 from aimv2.train.step import TrainStep
+from aimv2.train.validate import read_held_out
 from runs import metrics, options, resume, scenes, torchrun, train
 
 EXACT = ("step", "loss", "text_loss", "pixel_loss", "feature_loss", "grad_norm", "val_text_loss", "val_pixel_loss")
+EXACT += ("val_feature_loss",)
 
 
 NATIVE = "aimv2-large-patch14-native"
@@ -105,6 +109,38 @@ def test_a_student_run(data, teacher, tmp_path, loss):
         assert {key.split(".")[0] for key in weights.keys()} == {"encoder", "decoder"}  # noqa: SIM118
     model = aimv2.load_model(str(run), decoder=True)
     assert type(model) is AIMv2 and model.encoder.config.width == 32
+    if loss == "relation":  # compared without a projection, which is not saved
+        found = relation_of_held_out(data, model, open_teacher(str(teacher), torch.device("cpu")))
+        assert metrics(run)[-1]["val_feature_loss"] == pytest.approx(found, rel=1e-4) and found > 0
+
+
+def relation_of_held_out(data, student, known):
+    """The feature loss that validation must find: whole images, no prefix."""
+    view, total, patches = View(32, 16, False), 0.0, 0
+    images = read_held_out(sorted(data.glob("val-*.tar")), view, None, 16).images
+    with torch.no_grad():
+        for image in images[:, None]:  # one at a time
+            total += relation_loss(student.encoder(image), known.run(image)).item()
+            patches += 16
+    return total / patches
+
+
+def test_mfu_counts_a_teacher_that_runs(data, teacher, dino, tmp_path, monkeypatch):
+    known = open_teacher(str(teacher), torch.device("cpu"))
+    assert known.flops == encoder_flops(aimv2.load_model(str(teacher)).config)
+    tokens, width = 4 * 4 + 4, 24  # patches, and a class token and registers
+    block = 2 * (4 * width**2 + 2 * width * 2 * width) + 4 * tokens * width
+    assert open_teacher(str(dino), torch.device("cpu")).flops == 16 * 2 * 3 * 14**2 * width + 2 * tokens * block
+    monkeypatch.setattr("aimv2.train.loop.peak_flops", lambda device, precision: 1e9)
+    teach(teacher, data, tmp_path / "taught")
+    distil(data, tmp_path / "live", teacher, train__steps=1, data__crop_scale=0.4)
+    distil(tmp_path / "taught", tmp_path / "stored", "stored", train__steps=1)
+    live, stored = (metrics(tmp_path / name)[0] for name in ("live", "stored"))
+    flops = [line["mfu"] * 1e9 / line["pairs_per_s"] for line in (live, stored)]  # of a pair
+    text = live["tokens_per_s"] / live["pairs_per_s"] - stored["tokens_per_s"] / stored["pairs_per_s"]
+    assert text == pytest.approx(0), "the same captions"
+    assert flops[0] - flops[1] == pytest.approx(known.flops, rel=1e-6)
+    assert "val_feature_loss" not in metrics(tmp_path / "stored")[-1], "features are stored for training images alone"
 
 
 def test_feature_loss_falls(data, teacher, tmp_path):
@@ -218,23 +254,23 @@ def one_step(world, batch, view, accumulate=1):
     return step(batch, 0), gradients
 
 
-def rank_main(rank, folder, accumulate):
+def rank_main(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29300 + os.getppid() % 300)}
     world = join_world()
-    for view in ("prefix", "whole"):
+    for view, accumulate in product(("prefix", "whole"), (1, 2)):
         figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], view, accumulate)
         if rank == 0:
-            torch.save({"means": figures.means, "norm": figures.norm, "gradients": gradients}, folder / f"{view}.pt")
+            found = {"means": figures.means, "norm": figures.norm, "gradients": gradients}
+            torch.save(found, folder / f"{view}-{accumulate}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_gloo_processes_give_the_gradients_of_one(tmp_path, accumulate):
-    spawn(rank_main, (Path(tmp_path), accumulate), nprocs=2)
-    for view in ("prefix", "whole"):
+def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
+    spawn(rank_main, (Path(tmp_path),), nprocs=2)
+    for view, accumulate in product(("prefix", "whole"), (1, 2)):
         figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs(), view)
-        two = torch.load(tmp_path / f"{view}.pt")
+        two = torch.load(tmp_path / f"{view}-{accumulate}.pt")
         torch.testing.assert_close(two["means"], figures.means)
         torch.testing.assert_close(two["norm"], figures.norm)
         assert two["gradients"].keys() == gradients.keys() and "to_teacher.weight" in gradients

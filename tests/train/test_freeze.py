@@ -8,7 +8,7 @@ import torch
 
 from aimv2.config import OptimConfig
 from aimv2.models.create import create_model
-from aimv2.train.optim import make_optimizer
+from aimv2.train.optim import make_optimizer, release_encoder
 from aimv2.train.parallel import can_compile
 from runs import exact, options, resume, scenes, torchrun, train
 
@@ -61,6 +61,21 @@ def test_resume_is_exact_across_the_end_of_it(data: Path, held: Path, tmp_path: 
     resume(tmp_path / "parts")
     assert exact(tmp_path / "parts") == exact(held)
     assert all(torch.equal(value, weights(held, 6)[key]) for key, value in weights(tmp_path / "parts", 6).items())
+
+
+def test_moments_that_came_along_end_with_the_freeze() -> None:
+    """A cooldown takes moments from a run; those of a frozen encoder would be read as of its first step."""
+    options: dict[str, Any] = {"width": 16, "heads": 2, "hidden": 24, "depth": 1, "decoder_width": 16}
+    options |= {"decoder_heads": 2, "decoder_hidden": 24, "decoder_depth": 1, "decoder_vocab_size": 9}
+    model = create_model("aimv2-tiny-patch8-32", decoder=True, seed=0, **options)
+    optimizer = make_optimizer(model, OptimConfig(freeze_encoder=2))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    release_encoder(optimizer)
+    for name, parameter in model.named_parameters():
+        found = {key: bool(value.any()) for key, value in optimizer.state[parameter].items()}
+        assert found == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), name.startswith("decoder.")), name
 
 
 def near(one: Path, other: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import aimv2
+from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
@@ -94,6 +95,20 @@ def test_it_starts_where_init_is(data: Path, more: dict[str, Any], tmp_path: Pat
     train(data, tmp_path / "run", **more | still)
     start, end = exact(tmp_path / "run")[-1], exact(Path(more["init"]))[-1]
     assert start["val_text_loss"] == pytest.approx(end["val_text_loss"], rel=1e-5)
+
+
+def test_what_comes_next_has_the_merged_weights(
+    data: Path, more: dict[str, Any], tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--init of such a run gives a plain model, with or without new updates; a cooldown makes new ones."""
+    still = {"optim__lr": 1e-12, "optim__start_lr": 0.0, "optim__weight_decay": 0.0, "train__steps": 1}
+    end = exact(tuned)[-1]
+    for rank in (0, 2):
+        run = tmp_path / f"rank{rank}"
+        train(data, run, **more | still | {"init": str(tuned), "optim__lora": rank})
+        assert exact(run)[-1]["val_text_loss"] == pytest.approx(end["val_text_loss"], rel=1e-5)
+    api.pretrain(None, str(tmp_path / "cooled"), {"init": str(tuned), "optim.schedule": "cooldown"})
+    assert "moments start anew (optim.lora makes new updates)" in capsys.readouterr().err
 
 
 def test_resume_is_exact(data: Path, more: dict[str, Any], tuned: Path, tmp_path: Path) -> None:

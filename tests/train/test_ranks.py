@@ -27,25 +27,35 @@ def close(one, other):
     )
 
 
-def test_two_processes_have_the_losses_of_one(data, tmp_path):
-    train(data, tmp_path / "one", data__workers=2, eval__every=3)
-    words = options(data, tmp_path / "two", data__workers=1, eval__every=3)
+def run_two(data, run, **more):
+    """A run of two processes and two micro-batches."""
+    words = options(data, run, data__workers=1, eval__every=3, train__accumulate=2, eval__captions=0, **more)
     ended = torchrun(2, *words)
     assert ended.returncode == 0, ended.stderr
-    one, two = exact(tmp_path / "one"), exact(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """Such a run, undisturbed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    run_two(data, run)
+    return run
+
+
+def test_two_processes_have_the_losses_of_one(data, two, tmp_path):
+    train(data, tmp_path / "one", data__workers=2, eval__every=3)
+    one, other = exact(tmp_path / "one"), exact(two)
     assert len(one) == 8
-    assert close(one, two)
-    assert metrics(tmp_path / "two")[-1]["val_text_loss"] > 0
-    assert (tmp_path / "two" / "summary.json").is_file()
+    assert close(one, other)
+    assert metrics(two)[-1]["val_text_loss"] > 0
+    assert (two / "summary.json").is_file()
 
 
-def test_two_processes_resume_exactly(data, tmp_path):
-    for part, stop in (("whole", 6), ("parts", 2)):
-        ended = torchrun(2, *options(data, tmp_path / part, train__stop_at=stop, train__accumulate=2))
-        assert ended.returncode == 0, ended.stderr
+def test_two_processes_resume_exactly(data, two, tmp_path):
+    run_two(data, tmp_path / "parts", train__stop_at=2)
     ended = torchrun(2, "pretrain", "--run", str(tmp_path / "parts"), "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
+    assert exact(tmp_path / "parts") == exact(two)
 
 
 def test_mistake_under_torchrun_is_said_once(data, tmp_path):
@@ -89,21 +99,30 @@ def one_step(world, batch, accumulate=1, checkpointing=False):
     return figures, gradients
 
 
-def rank_main(rank, folder, accumulate):
+def rank_main(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getppid() % 300)}
     world = join_world()
-    figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], accumulate)
-    if rank == 0:
-        torch.save({"means": figures.means, "norm": figures.norm, "gradients": gradients}, folder / "two.pt")
+    for accumulate in (1, 2):
+        figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], accumulate)
+        if rank == 0:
+            found = {"means": figures.means, "norm": figures.norm, "gradients": gradients}
+            torch.save(found, folder / f"two-{accumulate}.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes found, one file a number of micro-batches."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(rank_main, (Path(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_gloo_processes_give_the_gradients_of_one(tmp_path, accumulate):
+def test_two_gloo_processes_give_the_gradients_of_one(ranks, accumulate):
     figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs())
-    spawn(rank_main, (Path(tmp_path), accumulate), nprocs=2)
-    two = torch.load(tmp_path / "two.pt")
+    two = torch.load(ranks / f"two-{accumulate}.pt")
     torch.testing.assert_close(two["means"], figures.means)
     torch.testing.assert_close(two["norm"], figures.norm)
     assert two["gradients"].keys() == gradients.keys()

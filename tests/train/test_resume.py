@@ -79,15 +79,15 @@ def test_resume_is_exact_with_compiled_blocks_over_many_shapes(tmp_path):
     if (reason := can_compile(torch.device("cpu"))) is not None:
         pytest.skip(f"torch.compile does not work here: {reason}")
     data = uneven_captions(tmp_path)
-    long = {"train__compile": "on", "train__steps": 24, "train__batch_size": 16, "train__precision": "bf16"}
-    assert len(shapes_seen(data, 24, 16)) > 8
+    long = {"train__compile": "on", "train__steps": 16, "train__batch_size": 16, "train__precision": "bf16"}
+    long |= {"eval__captions": 0}
+    assert len(shapes_seen(data, 16, 16)) > 8
     train(data, tmp_path / "whole", **long)
-    started = call(*options(data, tmp_path / "parts", **long, train__stop_at=11))
-    assert started.returncode == 0, started.stderr
+    train(data, tmp_path / "parts", **long, train__stop_at=7)
     went_on = call("pretrain", "--run", str(tmp_path / "parts"), "--resume")  # a fresh process: other history of shapes
     assert went_on.returncode == 0, went_on.stderr
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
-    assert same_weights(tmp_path / "parts", tmp_path / "whole", 24)
+    assert same_weights(tmp_path / "parts", tmp_path / "whole", 16)
 
 
 def test_lines_past_the_checkpoint_are_cut(data, tmp_path):

@@ -174,7 +174,7 @@ def _open(
         UsageError: an option out of its range, an encoder that can't be opened or can't see that size.
     """
     from aimv2.api.features import usual_device
-    from aimv2.api.probe import numbers, words
+    from aimv2.api.probe import numbers, whole_seeds, words
     from aimv2.evals.dense import BASELINES, Asked, check_view
     from aimv2.evals.dense_heads import DenseSettings
     from aimv2.evals.frozen import open_frozen
@@ -204,6 +204,6 @@ def _open(
         weight_decay=weight_decay,
         epochs=epochs,
         batch_size=batch_size,
-        seeds=tuple(int(seed) for seed in numbers(seeds, "--seeds")),
+        seeds=whole_seeds(seeds),
     )
     return frozen, Asked(data, val_list, val_fraction, settings, others, trunk_batch, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
@@ -74,11 +75,15 @@ def probe(
         if number < 1:
             raise UsageError(f"{option} {number}: at least 1 expected")
     grid = numbers(rates, "--rates"), numbers(decays, "--decays")
+    if not all(grid[0]):
+        raise UsageError(f"--rates {rates}: numbers above 0 expected")
+    if not 0 <= warmup < epochs:
+        raise UsageError(f"--warmup {warmup:g}: part of the {epochs} --epochs; 0 or more and less than that expected")
     settings = ProbeSettings(
         protocol, ("last",), *grid, epochs, warmup, batch_size, heads, augmented=features == "augmented", flip=flip
     )
     limits = train_limit, test_limit
-    chosen = tuple(int(seed) for seed in numbers(seeds, "--seeds"))
+    chosen = whole_seeds(seeds)
     asked = Asked(
         str(data), dataset, settings, select, chosen, words(baselines), *limits, trunk_batch, workers, out, cache
     )
@@ -117,6 +122,21 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         found = tuple(float(word) for word in words(text))
     except ValueError:
         found = ()
-    if not found or any(number < 0 for number in found):
+    if not found or not all(0 <= number < math.inf for number in found):
         raise UsageError(f"{option} {text}: numbers with commas, none below 0, expected")
     return found
+
+
+def whole_seeds(text: str) -> tuple[int, ...]:
+    """``"0,1"`` -> (0, 1).
+
+    Raises:
+        UsageError: no whole numbers, or one of them twice: its figures would count as two draws.
+    """
+    found = words(str(text))
+    if not found or not all(word.isdecimal() for word in found):
+        raise UsageError(f"--seeds {text}: whole numbers from 0 on with commas expected")
+    seeds = tuple(map(int, found))
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text}: the same seed twice; different ones expected")
+    return seeds

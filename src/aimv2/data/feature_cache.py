@@ -12,11 +12,13 @@ import hashlib
 import json
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -111,8 +113,8 @@ def cached_features(
     """
     assert config.features is not None
     folder = Path(config.features)
-    rows = training_rows(config)
-    about = describe(encoder, rows, precision)
+    rows, data = training_rows(config)
+    about = describe(encoder, data, len(rows), precision)
     shape = (len(rows), encoder.config.patches, encoder.config.width)
     if ranks.rank == 0 and not (folder / ABOUT).is_file():
         create(folder, about, shape)
@@ -128,14 +130,30 @@ def cached_features(
     return Features(np.load(folder / FEATURES, mmap_mode="r"), rows, good_rows(config, rows, state, captions), captions)
 
 
-def training_rows(config: DataConfig) -> list[Row]:
-    """Every training sample, source by source, by the headers of the shards."""
-    found = []
+def training_rows(config: DataConfig) -> tuple[list[Row], str]:
+    """Every training sample, source by source, by the headers of the shards.
+
+    Returns:
+        the samples, and a hash of their places, of the sizes of their files and of their captions: other captions beside the
+        same images are other data. The images are not read; a file of another picture has another size as a rule.
+    """
+    found, data = list[Row](), hashlib.sha256()
     for source, shards in enumerate(training_shards(config)):
         for shard in shards:
-            scan = scan_shard(shard)
-            found += [Row(key, source, shard, *span) for key, *span in zip(scan.keys, scan.offsets, scan.offsets[1:])]
-    return found
+            with shard.open("rb") as file:
+                scan = scan_shard(shard, met=partial(add_member, data, file))
+            rows = [Row(key, source, shard, *span) for key, *span in zip(scan.keys, scan.offsets, scan.offsets[1:])]
+            data.update(f"{source} {shard.name} {len(rows)}\n".encode())
+            found += rows
+    return found, data.hexdigest()
+
+
+def add_member(data: Any, file: BinaryIO, member: tarfile.TarInfo) -> None:
+    """Adds a file of a shard to the hash ``data``: name, place and size, and what is in it where it may hold captions."""
+    data.update(f"{member.name} {member.offset_data} {member.size}\n".encode())
+    if member.name.lower().endswith((".txt", ".json")):
+        file.seek(member.offset_data)
+        data.update(file.read(member.size))
 
 
 def good_rows(
@@ -162,19 +180,17 @@ def good_rows(
     return good
 
 
-def describe(encoder: VisionEncoder, rows: Sequence[Row], precision: str) -> dict[str, Any]:
-    """What a cache was made from: the trunk's weights, the samples and their places, and how it was computed."""
-    data, trunk = hashlib.sha256(), hashlib.sha256()
-    for row in rows:
-        data.update(f"{row.source} {row.shard.name} {row.key} {row.start} {row.end}\n".encode())
+def describe(encoder: VisionEncoder, data: str, samples: int, precision: str) -> dict[str, Any]:
+    """What a cache was made from: the trunk's weights, the samples (``data``: their hash), and how it was computed."""
+    trunk = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         if not name.startswith("head."):
             trunk.update(f"{name} {tuple(value.shape)}\n".encode())
             trunk.update(value.detach().cpu().float().contiguous().numpy().data)
     return {
         "encoder": trunk.hexdigest(),
-        "data": data.hexdigest(),
-        "samples": len(rows),
+        "data": data,
+        "samples": samples,
         "image_size": encoder.config.image_size,
         "mean_std": [list(encoder.config.mean), list(encoder.config.std)],
         "precision": precision,

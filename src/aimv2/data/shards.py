@@ -18,7 +18,7 @@ import shutil
 import sys
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,11 +158,12 @@ class ShardScan:
         return bool(self.cut) and self.cut_key in (None, key)
 
 
-def scan_shard(path: Path, keep_keys: bool = True) -> ShardScan:
-    """Read a tar's headers, skipping over the bodies. A sample that the file's end cuts is left out."""
-    scan = ShardScan()
-    last_name, end = None, 0
+def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInfo], None] | None = None) -> ShardScan:
+    """Read a tar's headers, skipping over the bodies; ``met`` is shown each. A sample that the file's end cuts is left out."""
+    scan, last_name, end = ShardScan(), None, 0
     for member, name, _ in _members(path, scan):
+        if met is not None:
+            met(member)
         if name != last_name:
             scan.offsets.append(member.offset)
             if keep_keys:
@@ -182,8 +183,7 @@ def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
 
     A tar that is cut at its end gives what is whole, and a logged warning.
     """
-    scan = ShardScan()
-    key, parts = None, dict[str, bytes]()
+    scan, key, parts = ShardScan(), None, dict[str, bytes]()
     with open(tar, "rb") as file:
         for member, name, extension in _members(tar, scan):
             if name != key:

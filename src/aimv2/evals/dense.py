@@ -17,6 +17,7 @@ import numpy as np
 
 from aimv2.data.pairs import Kind, Pair, open_pairs, scan_maps, whole_images
 from aimv2.errors import UsageError
+from aimv2.evals.contents import contents_of_files
 from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
 from aimv2.evals.features import Cached, cached_features
 from aimv2.evals.frozen import LAST, Frozen, random_twin, raw_pixels
@@ -159,7 +160,8 @@ def see(frozen: Frozen, pairs: Sequence[Pair], name: str, asked: Asked, folder: 
         UsageError: no image could be read, a cache of something else, patches that are no square map.
     """
     data = whole_images(asked.data, f"{name}-whole", pairs, frozen.side)
-    cached = cached_features(frozen, data, asked.settings.layers, "none", folder, asked.trunk_batch)
+    contents = contents_of_files(pair.image for pair in pairs)
+    cached = cached_features(frozen, data, asked.settings.layers, "none", folder, asked.trunk_batch, contents=contents)
     patches = cached.features[0].shape[1]
     if math.isqrt(patches) ** 2 != patches:
         raise UsageError(f"MODEL {frozen.name}: {patches} patches are no square map")

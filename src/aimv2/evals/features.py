@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from rich.progress import Progress
 from aimv2.data.ahead import ahead, batched
 from aimv2.data.images import ImageError
 from aimv2.errors import UsageError
+from aimv2.evals.contents import contents_of
 from aimv2.evals.frozen import LAST, Frozen
 from aimv2.evals.ragged import RaggedWriter, open_ragged
 from aimv2.train.files import write_aside
@@ -62,6 +64,7 @@ def cached_features(
     folder: Path | None = None,
     batch_size: int = 64,
     flip: bool = False,
+    contents: str | None = None,
 ) -> Cached:
     """The trunk runs once over all images; what ``folder`` holds already is read, an interrupted pass goes on.
 
@@ -73,6 +76,7 @@ def cached_features(
         folder: of the cache; None: a temporary one.
         batch_size: images at once.
         flip: of the mirrored images.
+        contents: what tells that the images are still the same; None: see :func:`aimv2.evals.contents.contents_of`.
 
     Raises:
         UsageError: a cache of another model, data or view; no image could be read; values too large for float16.
@@ -84,8 +88,7 @@ def cached_features(
     which = hashlib.sha256(f"{keys} {' '.join(layers)}".encode()).hexdigest()[:8]
     at = root / f"{data.split}-{pool}{'-flip' if flip else ''}-{which}"
     about = {
-        "model": frozen.name,
-        "weights_sha256": frozen.sha256 or frozen.name,
+        "weights_sha256": weights_of(frozen),
         "image_size": frozen.image_size,
         "patches": list(frozen.range) if frozen.range else None,
         "layers": list(layers),
@@ -94,6 +97,7 @@ def cached_features(
         "images": len(data.labels),
         "source": data.source if "://" in data.source else str(Path(data.source).expanduser().resolve()),
         "keys_sha256": keys,
+        "contents_sha256": contents or contents_of(data),
     }
     state = _begin(at, about)
     if state["done"] < len(data.labels):
@@ -142,7 +146,16 @@ def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "")
     """Where an encoder's features lie: in a cache that several verbs share, by its weights, else below ``home``."""
     if cache is None:
         return home / "features" / name
-    return Path(cache).expanduser() / f"{(frozen.sha256 or 'pixels')[:12]}-{frozen.image_size}-{frozen.precision}"
+    weights = frozen.sha256[:12] or weights_of(frozen)
+    return Path(cache).expanduser() / f"{weights}-{frozen.image_size}-{frozen.precision}"
+
+
+def weights_of(frozen: Frozen) -> str:
+    """What makes an encoder: the hash of its weights; of raw pixels the patch, and which images it sees at native."""
+    if frozen.sha256:
+        return frozen.sha256
+    sizes = f"-{frozen.range.low}-{frozen.range.high}" if frozen.range else ""
+    return f"pixels-{math.isqrt(frozen.width // 3)}{sizes}"
 
 
 def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +169,12 @@ def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
         stored = json.loads(file.read_text())
         different = [key for key in about if stored["about"].get(key) != about[key]]
         if different:
-            name = different[0] if different[0] != "model" or len(different) == 1 else different[1]
+            name = different[0]
+            if name == "contents_sha256":
+                raise UsageError(
+                    f"--cache or --out: the images have been replaced or changed since the feature cache {at} was made "
+                    "(sizes and times of their files); give a new folder"
+                )
             raise UsageError(
                 f"--cache or --out: the feature cache {at} was made by another model or data ({name}: "
                 f"{stored['about'].get(name)}, here {about[name]}); give a new folder"

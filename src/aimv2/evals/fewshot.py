@@ -85,7 +85,7 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
                 mine = rows[:, :few].flatten()
                 predict, _ = logistic(features[mine], pooled.train.labels[mine], C, intercept=False)
                 tops.append(top1(predict(test), pooled.test.labels))
-            spread = over_seeds(tops)
+            spread = over_seeds(tops, share=True)
             table.append(
                 {
                     "layer": layer,

@@ -81,8 +81,8 @@ def peak(values: Sequence[float]) -> int:
     return int(ties[(len(ties) - 1) // 2])
 
 
-def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (kept, held out), rising: a fifth of each class's images is held out, drawn; of a single image none.
+def hold_out(labels: np.ndarray, seed: int, share: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (kept, held out), rising: ``share`` of each class's images is held out, drawn; of a single image none.
 
     Raises:
         UsageError: no class has images enough.
@@ -91,7 +91,7 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        count = max(round(HELD_OUT * len(rows)), 1) if len(rows) > 1 else 0
+        count = max(round(share * len(rows)), 1) if len(rows) > 1 else 0
         held[rows[:count]] = True
     if not held.any():
         raise UsageError("--data: no class has two training images; a validation split or more images expected")

@@ -19,11 +19,12 @@ from aimv2.data.labelled import limit, open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.features import features_home
 from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
+from aimv2.evals.linear import hold_out
 from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
 
-HELD_OUT = 0.1  # of the training images, where a data set has no validation split
+HELD_OUT = 0.1  # of each class's training images, where a data set has no validation split
 BASELINES = ("random", "pixels")
 SELECT = ("auto", "val", "heldout", "test")
 
@@ -109,7 +110,6 @@ def find_splits(asked: Asked) -> tuple[Splits, str]:
         raise UsageError(
             f"--select val: {asked.data} has no validation split; --select heldout holds out training images"
         )
-    rng = np.random.default_rng(0)
     for option, count in (("--train-limit", asked.train_limit), ("--test-limit", asked.test_limit)):
         if count and count < len(train.classes):
             raise UsageError(f"{option} {count}: at least one image of each of {len(train.classes)} classes expected")
@@ -119,18 +119,15 @@ def find_splits(asked: Asked) -> tuple[Splits, str]:
         return Splits(train, None, test), "test (the best head on the test labels, as the paper reports it)"
     if val is not None and asked.select != "heldout":
         return Splits(train, val, test), "validation split"
-    order = rng.permutation(len(train.labels))
-    count = max(round(HELD_OUT * len(order)), 1)
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    kept, held = hold_out(train.labels, 0, HELD_OUT)
     select = replace(subset(train, held), split="heldout")
-    return Splits(subset(train, kept), select, test), f"{count} training images, held out"
+    return Splits(subset(train, kept), select, test), f"{len(held)} training images, held out"
 
 
 def identity(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked) -> dict[str, Any]:
     """What must be the same for an output folder to be gone on with."""
     return {
         "weights_sha256": frozen.sha256,
-        "model": frozen.name,
         "image_size": frozen.image_size,
         "precision": frozen.precision,
         "data": splits.test.source,
@@ -192,7 +189,7 @@ def sweep_figures(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked
 def interval(tops: Sequence[float], test: Outcome, head: int) -> list[float]:
     """95% of the top-1 accuracy: over seeds where there are several, else over the test images."""
     if len(tops) > 1:
-        spread = over_seeds(list(tops))
+        spread = over_seeds(list(tops), share=True)
         return [spread["low"], spread["high"]]
     right = int((test.predicted[head] == test.labels).sum())
     return [float(bound) for bound in wilson(right, len(test.labels))]

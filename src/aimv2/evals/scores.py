@@ -53,12 +53,13 @@ def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half)
 
 
-def over_seeds(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
+def over_seeds(values: Sequence[float], level: float = 0.95, share: bool = False) -> dict[str, Any]:
     """Mean over seeds and Student's t interval of that mean.
 
     Args:
         values: one score a seed, at least one.
         level: of confidence.
+        share: the scores are shares: the interval, which knows no bounds by itself, is cut to 0..1.
 
     Returns:
         ``mean``, ``low``, ``high``, floats; one seed has no interval: both bounds None.
@@ -70,4 +71,5 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
     from scipy.stats import t
 
     half = float(t.ppf(0.5 + level / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    low, high = mean - half, mean + half
+    return {"mean": mean, "low": max(low, 0.0) if share else low, "high": min(high, 1.0) if share else high}

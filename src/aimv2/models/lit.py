@@ -100,7 +100,12 @@ class LiT(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What cosines are multiplied by: exp of the learned logarithm, which is held in 0..ln(max_scale); []."""
-        return self.log_scale.clamp(0, torch.tensor(self.config.max_scale).log().item()).exp()
+        return self.log_scale.clamp(0, self.max_log_scale).exp()
+
+    @property
+    def max_log_scale(self) -> float:
+        """ln(max_scale), as fp32 has it."""
+        return torch.tensor(self.config.max_scale).log().item()
 
     def config_dict(self) -> dict[str, Any]:
         """What ``config.json`` keeps of the pair."""

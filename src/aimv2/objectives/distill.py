@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aimv2.batch import Batch
 from aimv2.config import ObjectiveConfig
+from aimv2.models.decoder import Prediction
 from aimv2.objectives.pretrain import PretrainObjective
 
 Terms = dict[str, tuple[Tensor, Tensor]]
@@ -32,6 +33,7 @@ class Teacher:
         width: E.
         run: uint8 images [B, 3, image_size, image_size] -> patch features [B, I, E], normalising with its own mean and
             std; None: the features come with the batch.
+        flops: of one image, forward; 0: not known, or nothing runs here.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Teacher:
     grid: int
     width: int
     run: Callable[[Tensor], Tensor] | None
+    flops: float = 0.0
 
     def features(self, batch: Batch) -> Tensor:
         """What it says of a batch's images: fp32 [B, I, E], without gradient."""
@@ -137,7 +140,17 @@ class DistillObjective:
         wanted = self.teacher.features(batch)
         base = self.pretrain
         prediction = model(batch, base.targets(batch), base.bidirectional, features=True)
-        terms = base.terms(prediction, model, batch)
+        return {**base.terms(prediction, model, batch), **self.feature_term(prediction, wanted, batch)}
+
+    def whole(self, model: nn.Module, batch: Batch) -> Terms:
+        """The feature term alone, all patches of the student seeing each other as when it is used."""
+        wanted = self.teacher.features(batch)
+        prediction = model(batch, self.pretrain.targets(batch), True, features=True)
+        return self.feature_term(prediction, wanted, batch)
+
+    def feature_term(self, prediction: Prediction, wanted: Tensor, batch: Batch) -> Terms:
+        """``feature`` of the student's features, beside those that the teacher has of the same images."""
+        assert prediction.features is not None
         with torch.autocast(batch.images.device.type, enabled=False):
             loss = self.loss(prediction.features.float(), wanted)
-        return {**terms, "feature": (loss, self.counts(batch)["feature"])}
+        return {"feature": (loss, self.counts(batch)["feature"])}

@@ -1,7 +1,8 @@
 """Cooldowns: any checkpoint of a run becomes a finished model (AIMV2, section 3.1).
 
-The rate falls linearly from where it was to 1e-6 over 20% of the steps done so far, on other data than they saw; the
-optimizer's moments go on.
+The rate falls linearly from where it was to 1e-6 over 20% of the steps done so far, and the optimizer's moments go on. The
+data are the run's, drawn with another seed: in another order, with other crops, captions and prefixes. Weights are those that
+the run saved, its moving average where ``train.ema`` is on.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"init {init}: a cooldown goes on with pre-training, got objective.name={name}; --config says what else to do"
         )
     rate = learning_rate(point.step, before.train.steps, before.optim)
+    if not rate and "optim.lr" not in given:
+        raise UsageError(
+            f"init {init}: the run's rate is 0 at step {point.step}, which leaves nothing to cool down; start from an earlier "
+            "checkpoint, or give optim.lr"
+        )
     changed = {
         "seed": (before.seed + 1) % 2**32,
         "train.steps": max(1, round(SHARE * point.step)),
@@ -110,6 +116,8 @@ def carry_on(
         return
     if config.optim.lora:
         why: str | None = "optim.lora makes new updates"
+    elif config.optim.fresh_decoder:
+        why = "optim.fresh_decoder makes a new decoder"
     else:
         why = take_moments(point.folder / "state", model, optimizer, world)
     if why is None:

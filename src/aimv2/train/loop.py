@@ -199,6 +199,8 @@ class Trainer:
         figures["tokens_per_s"] = (tokens + patches) * done / seconds
         if self.peak:
             flops = step_flops(self.unwrapped(), pairs, patches / pairs, max(tokens, 1))
+            if isinstance(self.update.objective, DistillObjective):
+                flops += pairs * self.update.objective.teacher.flops
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
@@ -223,7 +225,9 @@ class Trainer:
             return
         start = time.perf_counter()
         with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
-            self.figures = self.stage.validate(self.model, self.held_out, self.config, self.world)
+            self.figures = self.stage.validate(
+                self.model, self.update.objective, self.held_out, self.config, self.world
+            )
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
 

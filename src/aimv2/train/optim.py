@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from aimv2.config import OptimConfig
+from aimv2.models.lit import TunedLiT
 from aimv2.models.probe_head import ProbeSweep
+from aimv2.train.ema import local
 
 DECAYED = (nn.Linear, nn.Conv2d, nn.Embedding)  # their matrices; norms, biases, positions and [BOS] are not decayed
 
@@ -110,11 +112,17 @@ def hold_encoder(encoder: nn.Module) -> None:
 
 
 def release_encoder(optimizer: torch.optim.AdamW) -> None:
-    """Counts the encoder's steps from here: its moments are those of no step yet."""
+    """Counts the encoder's steps from here: its moments are those of no step yet, also where a cooldown brought some."""
     for group in optimizer.param_groups:
         if group.get("encoder"):
             for parameter in group["params"]:
-                optimizer.state[parameter]["step"].zero_()
+                for value in optimizer.state[parameter].values():
+                    value.zero_()
+
+
+def hold_scale(model: TunedLiT) -> None:
+    """After a step: puts the learned scale back into its range. Outside it would get no gradient, and stay there."""
+    local(model.log_scale).clamp_(0, model.max_log_scale)
 
 
 def step_unless(

@@ -17,11 +17,12 @@ from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config import Config
 from aimv2.data.native import make_native_batch
 from aimv2.data.stream import View, kept_patches
+from aimv2.models.lit import TunedLiT
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.models.products import fast_products
 from aimv2.objectives import Objective
 from aimv2.train.ema import Ema
-from aimv2.train.optim import hold_encoder, make_optimizer, release_encoder, step_unless
+from aimv2.train.optim import hold_encoder, hold_scale, make_optimizer, release_encoder, step_unless
 from aimv2.train.parallel import Trainable, World, parallelize
 from aimv2.train.schedule import learning_rate
 from aimv2.train.stages import stage_of
@@ -95,6 +96,8 @@ class TrainStep:
         broken = ~torch.isfinite(torch.cat([means, norm[None]]))
         rate = partial(learning_rate, step, config.train.steps, config.optim)
         step_unless(self.optimizer, broken.any().float(), rate, frozen)
+        if isinstance(self.model, TunedLiT):
+            hold_scale(self.model)
         if self.ema is not None:
             self.ema.update()
         if config.train.precision == "fp16":

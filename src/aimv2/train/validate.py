@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from aimv2.data.shards import captions_of, label_of, read_samples
 from aimv2.data.stream import View, image_bytes
 from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import Box, centre_crop_box, crop_resize, to_pixels
-from aimv2.objectives.pretrain import PretrainObjective
+from aimv2.objectives.pretrain import PretrainObjective, Terms
 from aimv2.train.parallel import World
 
 
@@ -108,7 +108,9 @@ def held_out_batches(data: HeldOut, patch: int, size: int, share: float, text: b
     return batches
 
 
-def mean_loss(model: nn.Module, objective: PretrainObjective, batches: Sequence[Batch], world: World) -> float:
+def mean_loss(
+    model: nn.Module, objective: Callable[[nn.Module, Batch], Terms], batches: Sequence[Batch], world: World
+) -> float:
     """The objective's one term over all batches of all ranks: sum / count.
 
     Ranks run equally many batches, since a sharded model gathers its weights in each; a rank that has fewer repeats its

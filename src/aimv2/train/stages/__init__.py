@@ -37,7 +37,7 @@ class Stage:
     text: Callable[[Config], bool]
     build: Callable[[Config, Tokenizer | None, bool], nn.Module]
     objective: Callable[[Config], Objective]
-    validate: Callable[[nn.Module, HeldOut, Config, World], dict[str, float]]
+    validate: Callable[[nn.Module, Objective, HeldOut, Config, World], dict[str, float]]
     taught: Callable[[Config, Tokenizer | None, bool, OpenTeacher], tuple[nn.Module, Objective]] | None = None
     stream: Callable[[Config, nn.Module, Tokenizer | None, World], FeatureStream | None] | None = None
 
@@ -45,7 +45,7 @@ class Stage:
 STAGES = {
     "pretrain": Stage(pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate),
     "distill": Stage(  # without its teacher it is pre-training
-        pretrain.reads_text, pretrain.build_model, pretrain.objective, pretrain.validate, distill.build
+        pretrain.reads_text, pretrain.build_model, pretrain.objective, distill.validate, distill.build
     ),
     "probe": Stage(probe.reads_text, probe.build_model, probe.objective, probe.validate),
     "contrastive": Stage(

@@ -19,6 +19,7 @@ from aimv2.interop.model_folder import checkpoints
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiTConfig, PairFeatures, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig
+from aimv2.objectives import Objective
 from aimv2.objectives.contrastive import ContrastiveObjective, summed_loss
 from aimv2.train.parallel import World
 from aimv2.train.stages.pretrain import shapes
@@ -115,7 +116,7 @@ def cached_stream(config: Config, model: nn.Module, tokenizer: Tokenizer | None,
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: HeldOut, config: Config, world: World) -> dict[str, float]:
+def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
     """Every held-out pair among all of them, in fp32.
 
     Returns:

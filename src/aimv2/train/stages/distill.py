@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from aimv2.config import Config
 from aimv2.data.shards import MANIFEST
 from aimv2.data.stream import training_shards
@@ -15,10 +18,14 @@ from aimv2.errors import UsageError
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
+from aimv2.objectives import Objective
 from aimv2.objectives.distill import PROJECTED, DistillObjective, Teacher
+from aimv2.train.parallel import World
 from aimv2.train.stages import pretrain
+from aimv2.train.validate import HeldOut, held_out_batches, mean_loss
 
 STORED = "stored"  # the teacher whose features lie beside the images
+BATCH = 64  # held-out pairs in the models at once
 
 
 def build(
@@ -50,6 +57,23 @@ def build(
     if model.to_teacher is not None:
         init_weights(model.to_teacher, config.seed + 1)  # the student's own weights are those of pre-training alone
     return model, DistillObjective(options, teacher)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
+    """Losses of pre-training, and of a teacher that runs along ``val_feature_loss`` of whole images (mean of a patch); features
+    are stored for training images alone."""
+    figures = pretrain.validate(model, objective, data, config, world)
+    assert isinstance(model, Distiller) and isinstance(objective, DistillObjective)
+    if objective.teacher.run is None:
+        return figures
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        batches = held_out_batches(data, model.encoder.config.patch_size, BATCH, 1.0, model.decoder.config.text)
+        figures["val_feature_loss"] = mean_loss(model, objective.whole, batches, world)
+    model.train(was_training)
+    return figures
 
 
 def check_teacher(config: Config, teacher: Teacher) -> None:

@@ -12,6 +12,7 @@ from aimv2.interop.model_folder import checkpoints
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
+from aimv2.objectives import Objective
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.lora import add_updates
 from aimv2.train.parallel import World
@@ -42,7 +43,7 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
     return model
 
 
-def validate(model: nn.Module, data: HeldOut, config: Config, world: World) -> dict[str, float]:
+def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
     """Text and pixel losses; see :func:`aimv2.train.validate.validate_pairs`."""
     assert isinstance(model, AIMv2)
     shape, patch = model.decoder.config, model.encoder.config.patch_size

@@ -19,6 +19,7 @@ from aimv2.models.classifier import Classifier
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
+from aimv2.objectives import Objective
 from aimv2.objectives.probe import ProbeObjective
 from aimv2.train.parallel import World
 from aimv2.train.stages.pretrain import shapes
@@ -33,7 +34,7 @@ def objective(config: Config) -> ProbeObjective:
     return ProbeObjective(config.objective)
 
 
-def validate(model: nn.Module, data: HeldOut, config: Config, world: World) -> dict[str, float]:
+def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
     """Loss and accuracy; see :func:`aimv2.train.validate.validate_classes`."""
     return validate_classes(model, data, world)
 

@@ -59,14 +59,125 @@ def checked(result: dict[str, Any], out: Path, verb: str) -> dict[str, Any]:
 # ---- CIFAR-10 ----
 
 
-def classified(result: dict[str, Any]) -> None:
+def counted(result: dict[str, Any], train: int | None, test: int) -> None:
     data = result["data"]
-    assert (data["dataset"], data["classes"], data["split"]) == ("cifar10", 10, "test")
-    assert data["test_images"] == 200
+    assert (data["name"], data["classes"], data["split"]) == ("cifar10", 10, "test")
+    assert (data.get("train_images"), data["test_images"]) == (train, test)
 
 
 def test_knn(model: str, shared_data: Path, cache: str, tmp_path: Path) -> None:
+    """Raw pixels stand above chance: the labels are those of the images."""
     source = str(shared_data / "cifar10")
-    result = api.knn(model, source, baselines="pixels", k="1,20", cache=cache, out=str(tmp_path), **FEW)
-    figures = checked(result, tmp_path, "knn")
-    assert result["data"]["train_images"] == 500
+    result = api.knn(model, source, k="1,20", baselines="pixels", cache=cache, out=str(tmp_path / "out"), **FEW)
+    figures = checked(result, tmp_path / "out", "knn")
+    counted(result, 500, 200)
+    assert list(figures["per_class"]) == CLASSES and [row["k"] for row in figures["table"]] == [1, 20]
+    low, _ = figures["baselines"]["pixels"]["top1_interval"]
+    assert low > 0.1, "chance of ten classes"
+    assert figures["top1"] == pytest.approx(np.mean(list(figures["per_class"].values()))), "20 test images a class"
+
+
+def test_linear(model: str, shared_data: Path, cache: str, tmp_path: Path) -> None:
+    result = api.linear(model, str(shared_data / "cifar10"), cache=cache, out=str(tmp_path / "out"), **FEW)
+    figures = checked(result, tmp_path / "out", "linear")
+    counted(result, 500, 200)
+    assert list(figures["per_class"]) == CLASSES and figures["selected_on"] == "100 training images held out"
+    assert figures["top1_interval"][0] > 0.1, "even untrained features tell colours apart"
+
+
+def test_probe(model: str, shared_data: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"epochs": 6, "batch_size": 50, "rates": "1e-3,1e-2", "decays": "0.05"}
+    source = str(shared_data / "cifar10")
+    result = api.probe(model, source, train_limit=300, test_limit=200, out=str(tmp_path / "out"), **how)
+    figures = checked(result, tmp_path / "out", "probe")
+    counted(result, 270, 200)
+    assert figures["selected_on"] == "30 training images, held out" and len(figures["table"]) == 2
+    confusion = np.array(figures["confusion"])
+    assert confusion.shape == (10, 10) and confusion.sum(1).tolist() == [20] * 10
+    assert figures["top1"] == pytest.approx(confusion.trace() / 200) and list(figures["per_class"]) == CLASSES
+    assert figures["top1_interval"][0] > 0.1 or figures["table"][1]["test_top1"] > 0.14
+
+
+def test_fewshot(model: str, shared_data: Path, tmp_path: Path) -> None:
+    source = str(shared_data / "cifar10")
+    result = api.fewshot(model, source, shots="1,5", seeds=2, test_limit=200, out=str(tmp_path / "out"))
+    figures = checked(result, tmp_path / "out", "fewshot")
+    counted(result, 100, 200)  # five of ten classes in two draws
+    assert [row["shots"] for row in figures["table"]] == [1, 5] and len(figures["top1_by_seed"]) == 2
+    assert figures["top1"] > 0.13
+
+
+def test_zeroshot(model: str, shared_data: Path, tmp_path: Path) -> None:
+    source = str(shared_data / "cifar10")
+    result = api.zeroshot(model, source, templates="a photo of a {}", limit=50, out=str(tmp_path / "out"))
+    figures = checked(result, tmp_path / "out", "zeroshot")
+    counted(result, None, 50)
+    assert [row["class"] for row in figures["per_class"]] == CLASSES and figures["chance"] == 0.1
+    assert result["protocol"]["name"] == "zero-shot, likelihood" and 0 <= figures["top1"] <= figures["top5"] <= 1
+
+
+# ---- photographs with captions ----
+
+
+def test_caption(model: str, shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    source, out = str(shared_data / "flickr8k-1k"), tmp_path / "out"
+    result = api.caption(model, [], data=source, score=True, limit=16, max_tokens=8, out=str(out))
+    figures = checked(result, out, "caption")
+    assert result["data"]["images"] == 16 and len(figures["examples"]) == 10
+    assert figures["exact_match"] == 0 and 0 <= figures["bleu4"] <= figures["bleu1"] < 1
+
+
+def test_retrieve(model: str, shared_data: Path, tmp_path: Path) -> None:
+    source, out = str(shared_data / "flickr8k-1k"), tmp_path / "out"
+    result = api.retrieve(model, source, candidates=16, k="1,5", normalize="sum", out=str(out))
+    ways = checked(result, out, "retrieve")
+    assert (ways["text_to_image"]["queries"], ways["text_to_image"]["among"]) == (80, 16), "five captions each"
+    assert (ways["image_to_text"]["queries"], ways["image_to_text"]["among"]) == (16, 80)
+    assert ways["text_to_image"]["R@1_chance"] == pytest.approx(1 / 16)
+    assert result["data"]["images"] == 1000 and ways["text_to_image"]["R@1"] <= ways["text_to_image"]["R@5"]
+
+
+# ---- maps made of the photographs ----
+
+
+def with_maps(source: Path, root: Path, kind: str) -> list[np.ndarray]:
+    """32 and 12 photographs with a map of their brightness: over its mean or not (masks), or 1 to 5 m (depth).
+
+    Returns:
+        The test maps.
+    """
+    held = []
+    for number, file in enumerate(sorted((source / "images").iterdir())[:44]):
+        split = "train" if number < 32 else "val"
+        for part in ("images", kind):
+            (root / part / split).mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            light = np.asarray(image.convert("L").resize((64, 64)), np.float32) / 255
+            image.convert("RGB").resize((64, 64)).save(root / "images" / split / f"{file.stem}.png")
+        made = (light > 0.5).astype(np.uint8) if kind == "masks" else (1000 + 4000 * light).astype(np.uint16)
+        Image.fromarray(made).save(root / kind / split / f"{file.stem}.png")
+        held += [made] if split == "val" else []
+    return held
+
+
+def test_segment(model: str, shared_data: Path, tmp_path: Path) -> None:
+    """Above the mean IoU of answering the commoner class everywhere."""
+    held = np.stack(with_maps(shared_data / "flickr8k-1k", tmp_path / "data", "masks"))
+    out = tmp_path / "out"
+    result = api.segment(model, str(tmp_path / "data"), rates="1e-2,1e-1", epochs=10, batch_size=8, out=str(out))
+    figures = checked(result, out, "segment")
+    assert (result["data"]["train_images"], result["data"]["test_images"]) == (32 - 3, 12)
+    share = held.mean()
+    assert 0.2 < share < 0.8, "both classes are there"
+    assert figures["miou"] > max(share, 1 - share) / 2 + 0.1, figures
+
+
+def test_depth(model: str, shared_data: Path, tmp_path: Path) -> None:
+    """Below the error of answering the mean everywhere."""
+    held = np.stack(with_maps(shared_data / "flickr8k-1k", tmp_path / "data", "depth")) / 1000
+    out = tmp_path / "out"
+    result = api.depth(model, str(tmp_path / "data"), rates="1e-2,1e-1", epochs=10, batch_size=8, out=str(out))
+    figures = checked(result, out, "depth")
+    assert result["data"]["test_images"] == 12
+    assert figures["rmse"] < 0.9 * held.std(), (figures, held.std())

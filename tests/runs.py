@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +53,26 @@ def scenes(folder: Path, count: int = 120) -> Path:
 def train(data: Path, run: Path, **options: Any) -> dict[str, Any]:
     """A tiny run in this process; options as ``train__steps=3``."""
     given = {key.replace("__", "."): value for key, value in options.items()}
-    return api.pretrain(None, str(run), {**TINY, "data.train": str(data), **given})
+    with light_collections():
+        return api.pretrain(None, str(run), {**TINY, "data.train": str(data), **given})
 
 
 def resume(run: Path, **options: Any) -> dict[str, Any]:
     """Goes on with a run in this process."""
     given = {key.replace("__", "."): value for key, value in options.items()}
-    return api.pretrain(None, str(run), {"resume": True, **given})
+    with light_collections():
+        return api.pretrain(None, str(run), {"resume": True, **given})
+
+
+@contextlib.contextmanager
+def light_collections() -> Iterator[None]:
+    """What lives before a run is not looked over for garbage in it: the stream collects as it starts, in every data worker
+    too, and all that the test process has imported takes longer than the run."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from aimv2.evals import ptb
 from aimv2.evals.caption_score import score
 from aimv2.evals.result import read_result
 from aimv2.evals.weights import weights_hash
+from aimv2.models.aimv2 import AIMv2
 from runs import scenes, train
 
 FLICKR = Path(__file__).parents[3] / "shared" / "data" / "flickr8k-1k"
@@ -143,6 +144,7 @@ def test_verb(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["verb"] == "caption" and result["data"]["test_images"] == 24 and result["data"]["split"] == "val"
     model = api.load_model(run, decoder=True)
     assert result["model"]["weights_sha256"] == weights_hash(model) and result["model"]["kind"] == "ours"
+    assert result["model"]["unchanged"] is True
     assert result["protocol"]["tokenizer"] in (ptb.JAVA, ptb.OURS) and result["protocol"]["decoding"] == "greedy"
     alone = [(item.image, list(read_captioned(item)[1])) for item in open_captioned(str(data))[0]]
     assert [(row["image"], row["references"]) for row in result["figures"]["captions"]] == alone[:10]
@@ -150,6 +152,22 @@ def test_verb(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     again = api.caption(str(run), [], data=str(data), score=True, limit=5, max_tokens=5, beams=2)
     assert again["data"]["test_images"] == 5 and again["protocol"]["decoding"] == "beam search, 2 beams"
     assert "captions" in api.compare([str(tmp_path / "out")])["text"]
+
+
+def test_weights_that_change_meanwhile_are_noticed(
+    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AIMv2.caption
+
+    def spoils(self: AIMv2, *args: Any) -> list[str]:
+        written = real(self, *args)
+        self.encoder.norm.weight.data[0] += 1
+        return written
+
+    monkeypatch.setattr(AIMv2, "caption", spoils)
+    with pytest.raises(RuntimeError, match="weights changed"):
+        api.caption(str(run), [], data=str(data), score=True, limit=2, max_tokens=3, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 def test_figures_are_those_of_the_captions(run: Path, tmp_path: Path) -> None:

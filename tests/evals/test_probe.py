@@ -6,9 +6,11 @@ import shutil
 import signal
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aimv2 import api
@@ -16,7 +18,7 @@ from aimv2.data.labelled import open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.contents import contents_of
 from aimv2.evals.features import cached_features
-from aimv2.evals.frozen import open_frozen
+from aimv2.evals.frozen import Frozen, open_frozen
 from aimv2.evals.probe import ProbeSettings, ProbeTrainer
 from aimv2.evals.probe_result import Asked, find_splits
 from aimv2.evals.probe_stream import ImageStream
@@ -169,7 +171,7 @@ def test_verbs_share_a_cache(model: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Path) -> None:
-    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
     common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     for name, theirs in (
@@ -179,7 +181,14 @@ def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Pa
         theirs.save_pretrained(tmp_path / name)
         frozen = open_frozen(str(tmp_path / name))
         assert (frozen.kind, frozen.width, frozen.image_size, frozen.depth) == ("transformers", 32, 28, 2)
-        assert api.probe(str(tmp_path / name), str(data), layers="all", **QUICK)["figures"]["top1"] > 0.4
+        pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+        first, block, last = frozen(pixels, ["0", "1", "last"])
+        torch.testing.assert_close(block, last)  # the last block through the last norm
+        torch.testing.assert_close(first.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)  # the other one too
+    assert api.probe(str(tmp_path / "dino"), str(data), layers="all", **QUICK)["figures"]["top1"] > 0.4
+    CLIPVisionModel(CLIPVisionConfig(**common, intermediate_size=48)).save_pretrained(tmp_path / "clip")
+    raw, last = open_frozen(str(tmp_path / "clip"))(pixels, ["1", "last"])  # whose last features have no norm either
+    torch.testing.assert_close(raw, last)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +290,22 @@ def test_the_held_out_tenth_is_of_each_class(tmp_path: Path) -> None:
     assert np.bincount(splits.select.labels).tolist() == [4, 1, 1]
     assert np.bincount(splits.train.labels).tolist() == [36, 2, 11]
     assert not set(splits.select.keys) & set(splits.train.keys)
+
+
+def test_a_file_of_openvino_is_hashed_again(model: str, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("openvino")
+    folder = tmp_path / "ov"
+    api.convert(model, str(folder), to="openvino")
+    assert api.knn(str(folder), str(data), k="3", device="cpu")["model"]["unchanged"] is True
+    (weights,) = folder.glob("*.bin")
+    real = Frozen.__call__
+
+    def spoils(self: Frozen, *args: Any) -> Any:
+        found = real(self, *args)
+        (other := tmp_path / "other.bin").write_bytes(bytes(100))
+        other.replace(weights)  # the old one is still mapped
+        return found
+
+    monkeypatch.setattr(Frozen, "__call__", spoils)
+    with pytest.raises(UsageError, match=r"MODEL .*/ov: its file .*\.bin changed meanwhile"):
+        api.knn(str(folder), str(data), k="3", device="cpu")

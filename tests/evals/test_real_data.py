@@ -1,7 +1,6 @@
 """Every measuring verb on real data: CIFAR-10 and captioned photographs, a small untrained model, a few hundred images."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ import torch
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.captioned import open_captioned, read_captioned
-from aimv2.data.images import decode_image
 from aimv2.data.text import train_tokenizer
-from aimv2.evals.weights import weights_hash
 from aimv2.interop.model_folder import save_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
@@ -51,7 +47,7 @@ def checked(result: dict[str, Any], out: Path, verb: str) -> dict[str, Any]:
     stored = json.loads((out / "result.json").read_text("utf-8"))
     assert stored == json.loads(json.dumps(result)) and stored["verb"] == verb
     assert stored["format"] == "aimv2 result 1" and len(stored["model"]["weights_sha256"]) == 64
-    assert stored["model"]["unchanged"] is True
+    assert stored["model"].get("unchanged") is True or verb == "caption", "caption reads a model that may be trained"
     assert {"protocol", "data", "figures", "seconds", "version", "command"} <= stored.keys()
     return stored["figures"]
 
@@ -95,7 +91,7 @@ def test_probe(model: str, shared_data: Path, tmp_path: Path) -> None:
     confusion = np.array(figures["confusion"])
     assert confusion.shape == (10, 10) and confusion.sum(1).tolist() == [20] * 10
     assert figures["top1"] == pytest.approx(confusion.trace() / 200) and list(figures["per_class"]) == CLASSES
-    assert figures["top1_interval"][0] > 0.1 or figures["table"][1]["test_top1"] > 0.14
+    assert figures["top1_interval"][0] > 0.1, figures
 
 
 def test_fewshot(model: str, shared_data: Path, tmp_path: Path) -> None:
@@ -124,7 +120,7 @@ def test_caption(model: str, shared_data: Path, tmp_path: Path) -> None:
     source, out = str(shared_data / "flickr8k-1k"), tmp_path / "out"
     result = api.caption(model, [], data=source, score=True, limit=16, max_tokens=8, out=str(out))
     figures = checked(result, out, "caption")
-    assert result["data"]["images"] == 16 and len(figures["examples"]) == 10
+    assert (result["data"]["test_images"], result["data"]["references"]) == (16, 80) and figures["captions"]
     assert figures["exact_match"] == 0 and 0 <= figures["bleu4"] <= figures["bleu1"] < 1
 
 
@@ -167,7 +163,7 @@ def test_segment(model: str, shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = api.segment(model, str(tmp_path / "data"), rates="1e-2,1e-1", epochs=10, batch_size=8, out=str(out))
     figures = checked(result, out, "segment")
-    assert (result["data"]["train_images"], result["data"]["test_images"]) == (32 - 3, 12)
+    assert (result["data"]["train_images"], result["data"]["test_images"]) == (32, 12)
     share = held.mean()
     assert 0.2 < share < 0.8, "both classes are there"
     assert figures["miou"] > max(share, 1 - share) / 2 + 0.1, figures

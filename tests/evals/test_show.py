@@ -1,5 +1,6 @@
 """What the evaluation verbs print without --json: figures with their intervals, what was chosen, the sweep, baselines."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,17 @@ def test_a_verb_prints_what_it_found(
 def test_the_whole_grid_of_a_probe_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(place / "m"), "--data", str(place / "data"), "--epochs", "1", "--batch-size", "18", "--seeds", "0,1"]
     assert main(["probe", *words, "--baselines", "pixels", "--device", "cpu"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    titles = [line for line in printed.err.splitlines() if "14 heads" in line]
+    assert [title.split(":")[0] for title in titles] == [
+        f"{place / 'm'}, seed 0", f"{place / 'm'}, seed 1", "baseline pixels, seed 0", "baseline pixels, seed 1"
+    ]  # fmt: skip
+    losses = [float(found) for found in re.findall(r"^step \d+/2 loss ([\d.]+)", printed.err, re.MULTILINE)]
+    assert (
+        len(losses) == 8 and max(losses[0], losses[2]) < 3
+    )  # three classes: about log 3 = 1.1 at first, not 14 times it
+    assert "tokens/s" not in printed.err
+    lines = [line.split() for line in printed.out.splitlines()]
     head = lines.index(["lr", "weight_decay", "selection_top1", "test_top1"])
     rows = lines[head + 1 :]
     assert len(rows) == 14 and {row[0] for row in rows} >= {"5e-05", "0.002"}

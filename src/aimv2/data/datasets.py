@@ -1,7 +1,8 @@
 """The fourteen data sets of the paper's frozen evaluation, and the forms on disk that are their own.
 
 Sizes are those of AIMV2, Table B1. Where a set has its own form (pickles, lists in ``meta/``), a function here finds
-it in a folder and says what its splits hold; forms that any data set may have are in `labelled_forms`.
+it in a folder and says what its splits hold; more of them are in `labelled_archives` and `labelled_wilds`, and forms
+that any data set may have in `labelled_forms`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aimv2.data.labelled_forms import Form, ImageFiles, Listed, wrong
+from aimv2.data.labelled_archives import eurosat, imagenet, pcam
+from aimv2.data.labelled_forms import Form, ImageFiles, Listed, find_home, read_lines, read_matrix, wrong
+from aimv2.data.labelled_wilds import camelyon17, fmow, iwildcam, rxrx1
 from aimv2.errors import UsageError, nearest
 
 METRIC = "top-1 accuracy"  # of all fourteen
@@ -93,16 +96,11 @@ def known_form(root: Path, source: str) -> Form | None:
     Raises:
         UsageError: it has that form, but a file of it is missing or broken.
     """
-    finders = (_cifar, _food101, _dtd, _pets, _cars, _inat18, _infograph)
+    finders = (
+        *(_cifar, _food101, _dtd, _pets, _cars, _inat18, _infograph),
+        *(eurosat, imagenet, pcam, camelyon17, rxrx1, fmow, iwildcam),
+    )
     return next((form for finder in finders if (form := finder(root, source))), None)
-
-
-def _home(root: Path, marks: tuple[str, ...], inner: tuple[str, ...]) -> Path | None:
-    """The folder that holds all of ``marks``: ``root`` or the one that its archive unpacks to."""
-    for folder in (root, *(root / name for name in inner)):
-        if all((folder / mark).exists() for mark in marks):
-            return folder
-    return None
 
 
 # ---- CIFAR ----
@@ -233,23 +231,15 @@ class _Arrays(pickle.Unpickler):
 # ---- lists beside images ----
 
 
-def _lines(path: Path, source: str) -> list[str]:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise wrong(source, f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def _food101(root: Path, source: str) -> Form | None:
     """``meta/train.txt`` and ``meta/test.txt`` with ``CLASS/ID`` a line; ``images/CLASS/ID.jpg``."""
-    home = _home(root, ("meta/train.txt", "meta/test.txt", "images"), ("food-101",))
+    home = find_home(root, ("meta/train.txt", "meta/test.txt", "images"), ("food-101",))
     if home is None:
         return None
 
     def listing(split: str) -> Listed:
-        classes = sorted({line.split("/")[0] for line in _lines(home / "meta" / "train.txt", source)})
-        names = [f"{line}.jpg" for line in _lines(home / "meta" / f"{split}.txt", source)]
+        classes = sorted({line.split("/")[0] for line in read_lines(home / "meta" / "train.txt", source)})
+        names = [f"{line}.jpg" for line in read_lines(home / "meta" / f"{split}.txt", source)]
         return _by_folder(home, names, classes, source)
 
     return Form("Food-101's lists", {split: partial(listing, split) for split in ("train", "test")}, "food101")
@@ -257,13 +247,13 @@ def _food101(root: Path, source: str) -> Form | None:
 
 def _dtd(root: Path, source: str) -> Form | None:
     """``labels/train1.txt``, ``val1.txt``, ``test1.txt`` (the first of ten partitions) with ``CLASS/NAME.jpg`` a line."""
-    home = _home(root, ("labels/train1.txt", "labels/test1.txt", "images"), ("dtd", "dtd/dtd"))
+    home = find_home(root, ("labels/train1.txt", "labels/test1.txt", "images"), ("dtd", "dtd/dtd"))
     if home is None:
         return None
 
     def listing(split: str) -> Listed:
-        classes = sorted({line.split("/")[0] for line in _lines(home / "labels" / "train1.txt", source)})
-        return _by_folder(home, _lines(home / "labels" / f"{split}1.txt", source), classes, source)
+        classes = sorted({line.split("/")[0] for line in read_lines(home / "labels" / "train1.txt", source)})
+        return _by_folder(home, read_lines(home / "labels" / f"{split}1.txt", source), classes, source)
 
     splits = [split for split in ("train", "val", "test") if (home / "labels" / f"{split}1.txt").is_file()]
     return Form("DTD's lists, partition 1", {split: partial(listing, split) for split in splits}, "dtd")
@@ -281,12 +271,12 @@ def _by_folder(home: Path, names: list[str], classes: list[str], source: str) ->
 
 def _pets(root: Path, source: str) -> Form | None:
     """``annotations/trainval.txt`` and ``test.txt``: ``Breed_name_ID CLASS SPECIES BREED`` a line, classes from 1."""
-    home = _home(root, ("annotations/trainval.txt", "annotations/test.txt", "images"), ("oxford-iiit-pet",))
+    home = find_home(root, ("annotations/trainval.txt", "annotations/test.txt", "images"), ("oxford-iiit-pet",))
     if home is None:
         return None
 
     def rows(file: str) -> list[tuple[str, int]]:
-        listed = [line.split() for line in _lines(home / "annotations" / file, source) if not line.startswith("#")]
+        listed = [line.split() for line in read_lines(home / "annotations" / file, source) if not line.startswith("#")]
         if broken := next((row for row in listed if len(row) < 2 or not row[1].isdigit()), None):
             raise wrong(source, f"annotations/{file}: NAME CLASS ... expected, not {' '.join(broken)[:80]}")
         return [(row[0], int(row[1]) - 1) for row in listed]
@@ -309,7 +299,7 @@ def _names_by_number(names: dict[int, str]) -> tuple[str, ...]:
 
 def _cars(root: Path, source: str) -> Form | None:
     """``devkit/cars_train_annos.mat``, ``cars_test_annos_withlabels.mat``, ``cars_train/``, ``cars_test/``."""
-    home = _home(root, ("devkit/cars_train_annos.mat", "cars_train"), ("stanford_cars",))
+    home = find_home(root, ("devkit/cars_train_annos.mat", "cars_train"), ("stanford_cars",))
     if home is None:
         return None
     labelled = "cars_test_annos_withlabels.mat"  # the devkit's own list of test images has no labels
@@ -317,33 +307,20 @@ def _cars(root: Path, source: str) -> Form | None:
     files = {split: next((f for f in names if (home / f).is_file()), None) for split, names in places.items()}
 
     def listing(split: str, file: str) -> Listed:
-        annotations = np.atleast_1d(_matrix(home / file, source)["annotations"])
+        annotations = np.atleast_1d(read_matrix(home / file, source)["annotations"])
         keys = [f"cars_{split}/{one['fname']}" for one in annotations]
         labels = np.array([int(one["class"]) - 1 for one in annotations], np.int64)
         meta = home / "devkit" / "cars_meta.mat"
-        names = tuple(map(str, _matrix(meta, source)["class_names"])) if meta.is_file() else None
+        names = tuple(map(str, read_matrix(meta, source)["class_names"])) if meta.is_file() else None
         return Listed(keys, labels, names, ImageFiles(home, keys))
 
     splits = {split: partial(listing, split, file) for split, file in files.items() if file}
     return Form("Stanford Cars' devkit", splits, "cars")
 
 
-def _matrix(path: Path, source: str) -> dict[str, Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise wrong(
-            source, f"{path.name} needs scipy (pip install scipy); or write train.csv and test.csv: path,label"
-        ) from None
-    try:
-        return loadmat(path, squeeze_me=True)
-    except Exception as error:  # scipy raises many kinds for a broken file
-        raise wrong(source, f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
-
-
 def _inat18(root: Path, source: str) -> Form | None:
     """``train2018.json`` and ``val2018.json`` in COCO's form; the paper tests on the latter (24,426 images)."""
-    home = _home(root, ("train2018.json", "val2018.json"), ())
+    home = find_home(root, ("train2018.json", "val2018.json"), ())
     if home is None:
         return None
 
@@ -365,12 +342,12 @@ def _inat18(root: Path, source: str) -> Form | None:
 
 def _infograph(root: Path, source: str) -> Form | None:
     """DomainNet's ``infograph_train.txt`` and ``infograph_test.txt``: ``infograph/CLASS/NAME.jpg LABEL`` a line."""
-    home = _home(root, ("infograph_train.txt", "infograph_test.txt"), ())
+    home = find_home(root, ("infograph_train.txt", "infograph_test.txt"), ())
     if home is None:
         return None
 
     def rows(split: str) -> list[tuple[str, int]]:
-        listed = [line.rpartition(" ") for line in _lines(home / f"infograph_{split}.txt", source)]
+        listed = [line.rpartition(" ") for line in read_lines(home / f"infograph_{split}.txt", source)]
         if broken := next((row for row in listed if not row[0] or not row[2].isdigit()), None):
             raise wrong(source, f"infograph_{split}.txt: PATH LABEL expected, not {''.join(broken)[:80]}")
         return [(path.strip(), int(label)) for path, _, label in listed]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -89,6 +90,37 @@ def names_beside(*folders: Path) -> tuple[str, ...] | None:
             lines = path.read_text("utf-8-sig", "replace").splitlines()
             return tuple(name for line in lines if (name := line.strip()))
     return None
+
+
+def find_home(root: Path, marks: tuple[str, ...], inner: tuple[str, ...]) -> Path | None:
+    """The folder that holds all of ``marks``: ``root`` or the one that its archive unpacks to."""
+    for folder in (root, *(root / name for name in inner)):
+        if all((folder / mark).exists() for mark in marks):
+            return folder
+    return None
+
+
+def read_lines(path: Path, source: str) -> list[str]:
+    """Lines of a text file that hold anything."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise wrong(source, f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_matrix(path: Path, source: str) -> dict[str, Any]:
+    """What a .mat file holds."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise wrong(
+            source, f"{path.name} needs scipy (pip install scipy); or write train.csv and test.csv: path,label"
+        ) from None
+    try:
+        return loadmat(path, squeeze_me=True)
+    except Exception as error:  # scipy raises many kinds for a broken file
+        raise wrong(source, f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
     started = time.perf_counter()
     if model.tokenizer is None:
         raise UsageError(f"MODEL {name}: no tokenizer beside its weights; a model that captions is expected")
+    before = weights_hash(model)
     items, split = open_captioned(asked.data)
     out = check_out(asked.out, "caption")
     rows: Sequence[int] = range(len(items))
@@ -176,9 +177,11 @@ def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
         "name": Path(asked.data).name, "dataset": None, "source": asked.data, "split": split, "test_images": len(names),
         "images_there": len(items), "references": sum(map(len, references)),
     }  # fmt: skip
+    if weights_hash(model) != before:
+        raise RuntimeError(f"{name}: the weights changed while they were measured")
     config = model.encoder.config
     ours = {
-        "name": name, "kind": "ours", "weights_sha256": weights_hash(model), "image_size": config.image_size,
+        "name": name, "kind": "ours", "weights_sha256": before, "unchanged": True, "image_size": config.image_size,
         "width": config.width,
     }  # fmt: skip
     seconds = time.perf_counter() - started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def contents_of(data: Labelled) -> str:
     Of files and shards their sizes and times of change, of arrays in memory their bytes, of tables the fingerprint that
     `datasets` keeps of them.
     """
-    image: Callable[[int], Any] = data.image
+    image: Any = data.image
     rows = np.arange(len(data.keys))
     while isinstance(image, _Chosen):
         image, rows = image.image, image.rows[rows]

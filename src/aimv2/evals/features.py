@@ -170,6 +170,8 @@ def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
         different = [key for key in about if stored["about"].get(key) != about[key]]
         if different:
             name = different[0]
+            if name not in stored["about"]:
+                raise UsageError(f"--cache or --out: an earlier version made the feature cache {at}; give a new folder")
             if name == "contents_sha256":
                 raise UsageError(
                     f"--cache or --out: the images have been replaced or changed since the feature cache {at} was made "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aimv2.data.transforms import centre_crop_box, crop_resize, native_size, to_pixels
 from aimv2.errors import UsageError
-from aimv2.evals.weights import weights_hash
+from aimv2.evals.weights import file_hash, weights_hash
 from aimv2.interop.shapes import read_json
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -66,6 +66,7 @@ class Frozen:
         device: where it runs.
         precision: of its products, fp32 or bf16 (norms, softmax and what is handed on stay fp32).
         range: of the sizes that it sees at native; None: squares.
+        file: that holds the weights, to be hashed again; None where ``module`` does.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Frozen:
     device: torch.device
     precision: str = "fp32"
     range: Range | None = None
+    file: Path | None = None
 
     @property
     def side(self) -> int:
@@ -160,6 +162,8 @@ class Frozen:
 
     def unchanged(self) -> bool:
         """Whether the weights are still what they were when the encoder was opened."""
+        if self.file is not None:
+            return file_hash(self.file) == self.sha256
         return self.module is None or weights_hash(self.module) == self.sha256
 
 
@@ -321,6 +325,7 @@ def raw_pixels(frozen: Frozen) -> Frozen:
         run=run,
         module=None,
         precision="fp32",
+        file=None,
     )
 
 
@@ -379,14 +384,49 @@ def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
             elif name == AVERAGE:
                 found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
             else:
-                found.append(patches(hidden[int(name) + 1]))
+                block = hidden[int(name) + 1]
+                same = block.shape == out.last_hidden_state.shape  # stages of other widths have no norm in common
+                found.append(patches(norm(block) if norm is not None and same else block))
         return found
 
     with torch.inference_mode():
         probe = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+        norm = last_norm(model, ((probe.float() / 255 - mean) / std).to(kind))
         width = run(probe, [LAST])[0].shape[-1]
     depth = getattr(config, "num_hidden_layers", 0)
     return Frozen(source, "transformers", size, width, depth, weights_hash(model), run, model, device)
+
+
+def last_norm(model: nn.Module, pixels: Tensor) -> nn.Module | None:
+    """The norm between the last block and ``last_hidden_state``, whatever its name; None where there is none.
+
+    CLIP's and BEiT's last features have not been through a norm: theirs is of the pooled vector alone.
+    """
+    seen: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, given: Any, made: Any) -> None:
+        seen[module] = given[0], made
+
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and not any(part.isdigit() for part in name.split("."))  # not a block's own
+    ]
+    hooks = [module.register_forward_hook(note) for module in norms]
+    try:
+        out = model(pixel_values=pixels, output_hidden_states=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    if not getattr(out, "hidden_states", None):
+        return None
+
+    def leads(given: Any, made: Any) -> bool:
+        ends = zip((given, made), (out.hidden_states[-1], out.last_hidden_state))
+        return all(isinstance(x, Tensor) and x.shape == end.shape and torch.equal(x, end) for x, end in ends)
+
+    return next((module for module, (given, made) in seen.items() if leads(given, made)), None)
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
@@ -425,8 +465,6 @@ def _timm(source: str, device: torch.device) -> Frozen:
 
 def _openvino(source: str, folder: Path) -> Frozen:
     """What ``aimv2 convert --to openvino`` wrote, int8 too; on the CPU."""
-    import hashlib
-
     from aimv2.interop.openvino import FILE, OpenVINOEncoder
 
     encoder = OpenVINOEncoder(folder)
@@ -434,9 +472,10 @@ def _openvino(source: str, folder: Path) -> Frozen:
         raise UsageError(f"MODEL {source}: a native model in OpenVINO; measure the model that it was made from")
     size = encoder.about["image_size"]
     width = encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
-    digest = hashlib.sha256((folder / FILE).with_suffix(".bin").read_bytes()).hexdigest()
+    file = (folder / FILE).with_suffix(".bin").resolve()
+    digest = file_hash(file)
 
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         return [encoder(images)] * len(layers)
 
-    return Frozen(source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"))
+    return Frozen(source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"), file=file)

@@ -77,6 +77,16 @@ class ProbeSettings:
         return [Trial(layer, lr, decay) for layer in self.layers for lr in self.rates for decay in self.decays]
 
 
+class SweepLog(Log):
+    """The loss of a head, in the mean over the sweep; no tokens, for there is no text."""
+
+    heads = 1
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        kept = {key: value for key, value in figures.items() if key != "tokens_per_s"}
+        super().write(step, {key: value / self.heads if key.endswith("loss") else value for key, value in kept.items()})
+
+
 class ProbeTrainer(Trainer):
     """The one loop over a sweep: no validation on the way, the heads alone are saved."""
 
@@ -84,8 +94,10 @@ class ProbeTrainer(Trainer):
     saves = True
 
     def open_log(self) -> Log:
-        log = super().open_log()
-        self.peak = None  # the arithmetic of heads alone says nothing of a device
+        log = SweepLog(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
+        assert isinstance(self.model, ProbeSweep)
+        log.heads = len(self.model.heads)
+        self.log, self.peak = log, None  # the arithmetic of heads alone says nothing of a device
         return log
 
     def validate(self, log: Log) -> None:
@@ -114,6 +126,7 @@ def train_sweep(
     device: torch.device,
     again: str = "",
     saves: bool = True,
+    title: str = "",
 ) -> ProbeSweep:
     """Trains the heads in place, in the one loop; a run folder that holds a beginning is gone on with.
 
@@ -127,6 +140,7 @@ def train_sweep(
         device: where the heads are trained.
         again: the command that goes on after an interruption.
         saves: keep checkpoints; not beside other ranks, which would have to take part.
+        title: a line above those of the log.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     size = min(settings.batch_size, images)
@@ -160,7 +174,9 @@ def train_sweep(
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
     if found is not None:
         trainer.restore(found)
-    trainer.open_log()
+    log = trainer.open_log()
+    if title:
+        log.say(title)
     try:
         trainer.train()
     finally:
@@ -289,6 +305,8 @@ def run_sweep(
         batch: images at once in the trunk.
     """
     layers, train = settings.layers, splits.train
+    whose = f"baseline {frozen.kind}" if frozen.kind in ("random", "pixels") else frozen.name
+    title = f"{whose}, seed {seed}: {len(settings.trials())} heads, loss in the mean over them"
     run = out / "run" / f"seed-{seed}"
     if not settings.augmented:
         views = [
@@ -299,7 +317,7 @@ def run_sweep(
         size = min(settings.batch_size, len(labels))
         sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device)
         stream: Stream = FeatureStream([view.features for view in views], labels, size, seed)
-        train_sweep(sweep, stream, len(labels), settings, seed, run, frozen.device, again)
+        train_sweep(sweep, stream, len(labels), settings, seed, run, frozen.device, again, title=title)
         outcomes = []
         for split in (splits.select, splits.test):
             if split is None:
@@ -310,7 +328,7 @@ def run_sweep(
     size = min(settings.batch_size, len(train.labels))
     sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device, trunk=frozen)
     stream = ImageStream(train, frozen.side, size, seed, workers)
-    train_sweep(sweep, stream, len(train.labels), settings, seed, run, frozen.device, again)
+    train_sweep(sweep, stream, len(train.labels), settings, seed, run, frozen.device, again, title=title)
     outcomes = []
     for split in (splits.select, splits.test):
         if split is not None:

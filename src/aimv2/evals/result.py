@@ -63,8 +63,11 @@ def about_model(frozen: Frozen) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the weights have changed: a mistake of ours.
+        UsageError: their file has: somebody else's.
     """
     if not frozen.unchanged():
+        if frozen.file is not None:
+            raise UsageError(f"MODEL {frozen.name}: its file {frozen.file.name} changed meanwhile; measure it again")
         raise RuntimeError(f"{frozen.name}: the frozen weights changed while they were measured")
     return {
         "name": frozen.name,

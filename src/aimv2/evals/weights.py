@@ -1,6 +1,7 @@
 """One number for all weights of a model."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,3 +15,9 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file: 64 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

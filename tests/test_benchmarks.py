@@ -74,3 +74,21 @@ def test_step_benchmark_runs() -> None:
         assert figures["ratio_of_rounds"] == [pytest.approx(figures["ratio"], abs=1e-3)]
         assert figures["memory_ratio"] == pytest.approx(figures["peak_memory_gb"] / figures["plain_peak_memory_gb"])
         assert 0.05 < figures["plain_peak_memory_gb"] < 100, "1e9 bytes"
+
+
+@pytest.mark.long
+def test_probe_sweep_benchmark_runs() -> None:
+    words = ["--rounds", "1", "--model", "aimv2-tiny-patch8-32", "--images", "2", "--cached", "4"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "probe_sweep.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    seconds = result["seconds_a_step"]
+    assert set(seconds) == {"cached_1", "cached_14", "cached_14_plain", "augmented_1", "augmented_14"}
+    assert result["ratios"]["augmented_14_to_1"] == pytest.approx(seconds["augmented_14"] / seconds["augmented_1"])
+    assert result["ratios"]["cached_14_to_1"] == pytest.approx(seconds["cached_14"] / seconds["cached_1"])

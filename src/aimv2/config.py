@@ -176,7 +176,7 @@ class OptimConfig:
         min_lr: at the end of a cosine or a cooldown
         start_lr: at the first step of the warm-up
         warmup: steps
-        schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr (without --config a run given as
+        schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr (with no config given a run given as
             init goes on: its options, its moments, 20% of its steps, from its rate to 1e-6); constant
         betas: of Adam
         eps: of Adam

@@ -68,6 +68,12 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         first = next((key for key, value in other.items() if isinstance(value, float)), None)
         if first is not None:
             rows.append((f"baseline: {name}", f"{first} {share(other, first)}"))
+        for way in ("image_to_text", "text_to_image"):
+            rows += [
+                (f"baseline: {name}, {way} {key}", share(other[way], key))
+                for key in other.get(way, {})
+                if key.endswith("@1")
+            ]
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, text in rows:
         table.add_row(key, text)

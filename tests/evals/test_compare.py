@@ -61,9 +61,13 @@ def test_the_papers_numbers() -> None:
     ]
     assert dict(numbers["zeroshot"]["rows"])["AIMv2 L (12B/3B pairs)"] == 77.0 and len(numbers["zeroshot"]["rows"]) == 6
     cells = paper_cells("imagenet1k")
-    assert len(cells) == 21 + 7 + 6 and {cell.source for cell in cells} == {
-        *("AIMV2, Table 3", "AIMV2, Tables 3, B2", "AIMV2, Table 5", "AIMV2, Table 6"),
+    assert len(cells) == 21 + 7 + 6 + 30 and {cell.source for cell in cells} == {
+        *("AIMV2, Table 3", "AIMV2, Tables 3, B2", "AIMV2, Table 5", "AIMV2, Table 6", "efficient-probing"),
     }
+    independent = {
+        cell.protocol: cell.value for cell in cells if cell.source == "efficient-probing" and "L/14 224" in cell.model
+    }
+    assert independent == {"efficient probe": 85.9, "linear, sgd": 84.7, "kNN": 76.0}
     assert [cell.value for cell in paper_cells("infograph")][:2] == [50.2, 45.2]
     assert paper_cells("flickr8k-1k") == []
 

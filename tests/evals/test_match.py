@@ -245,6 +245,27 @@ def test_zeroshot_by_likelihood(scenes: Path) -> None:
     assert limited["data"]["test_images"] == 11 and limited["figures"]["chance"] == 1 / 48
 
 
+def test_the_baseline_is_the_model_with_an_untrained_encoder(scenes: Path, tmp_path: Path) -> None:
+    """As measured of a model whose encoder was replaced by hand."""
+    model = aimv2.load_model(scenes / "model", decoder=True)
+    model.encoder = build(model.encoder.config, None, seed=3)
+    save_model(model, tmp_path / "twin")
+    model.tokenizer.save(tmp_path / "twin")
+    data = str(scenes / "data")
+    given: dict = {"seed": 3, "templates": "a small {} at the top left"}
+    result = api.zeroshot(str(scenes / "model"), data, baselines="random", **given)["figures"]
+    twin = api.zeroshot(str(tmp_path / "twin"), data, **given)["figures"]
+    assert result.pop("baselines") == {"random": twin} and result != twin
+    given = {"seed": 3, "candidates": 20, "k": "1,3"}
+    result = api.retrieve(str(scenes / "model"), data, baselines="random", **given)
+    twin = api.retrieve(str(tmp_path / "twin"), data, **given)["figures"]
+    assert result["figures"]["baselines"] == {"random": twin}
+    assert result["figures"]["image_to_text"] != twin["image_to_text"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    table = api.compare([str(tmp_path / "result.json")])["text"]
+    assert "random encoder" in table and table.count("chance") == 1
+
+
 def test_the_prior_is_the_mean_over_other_images(scenes: Path) -> None:
     """log p(text | image) - log mean p(text | other image): a text's own probability cancels."""
     model = aimv2.load_model(scenes / "model", decoder=True)
@@ -320,6 +341,8 @@ WRONG = [
     ("retrieve MODEL --data CLASSES", "class folders without captions"),
     ("retrieve MODEL --data nowhere", "no such file or folder"),
     ("retrieve ENCODER --data SCENES", "an encoder alone"),
+    ("retrieve MODEL --data SCENES --baselines pixels", "raw pixels can't stand in for an encoder"),
+    ("zeroshot MODEL --data CLASSES --baselines randm", "did you mean 'random'?"),
 ]
 
 

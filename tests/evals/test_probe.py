@@ -97,8 +97,9 @@ def test_seeds_layers_and_a_held_out_part(model: str, data: Path, tmp_path: Path
     assert figures["selected_on"] == "6 training images, held out" and result["data"]["train_images"] == 42
     assert len(figures["top1_by_seed"]) == 2 and figures["interval"].startswith("95%, t")
     assert len(figures["table"]) == 6 * 4 and (out / "layers.png").stat().st_size > 1000
-    assert api.probe(model, str(data), layers="avg6,-2", select="test", **QUICK)["figures"]["selected_on"].startswith(
-        "test"
+    measured = api.probe(model, str(data), layers="avg6,-2", select="test", **QUICK)
+    assert measured["figures"]["selected_on"].startswith("test") and measured["data"]["train_images"] == 60, (
+        "nothing is chosen on the validation split, so it is learnt from"
     )
 
 

@@ -118,9 +118,10 @@ def test_zeroshot(model: str, shared_data: Path, tmp_path: Path) -> None:
 def test_caption(model: str, shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     source, out = str(shared_data / "flickr8k-1k"), tmp_path / "out"
-    result = api.caption(model, [], data=source, score=True, limit=16, max_tokens=8, out=str(out))
+    result = api.caption(model, [], data=source, score=True, limit=16, max_tokens=8, baselines="random", out=str(out))
     figures = checked(result, out, "caption")
     assert (result["data"]["test_images"], result["data"]["references"]) == (16, 80) and figures["captions"]
+    assert {"cider", "bleu4", "exact_match"} <= figures["baselines"]["random"].keys()
     assert figures["exact_match"] == 0 and 0 <= figures["bleu4"] <= figures["bleu1"] < 1
 
 

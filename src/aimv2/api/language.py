@@ -20,6 +20,7 @@ def caption(
     data: str | None = None,
     score: bool = False,
     limit: int = 0,
+    baselines: str | None = None,
     out: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def caption(
             (image,caption), a captions file
         score: CIDEr, BLEU and exact match of captions of the data; needs the extra aimv2[caption]
         limit: how many of the data's images are drawn; 0: all
+        baselines: of the scores: random (the same model, its encoder untrained); null: none
         out: folder of result.json, where data are scored
         device: cpu, cuda, ...; null: cuda where there is one
     """
@@ -45,7 +47,11 @@ def caption(
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: at least 1 expected")
-    given = [option for option, value in (("--data", data), ("--limit", limit), ("--out", out)) if value]
+    given = [
+        option
+        for option, value in (("--data", data), ("--limit", limit), ("--baselines", baselines), ("--out", out))
+        if value
+    ]
     if not score and given:
         raise UsageError(f"{given[0]}: belongs to --score; add --score, or leave it out")
     if score and data is None:
@@ -60,5 +66,8 @@ def caption(
 
         return caption_files(loaded, images, max_tokens, temperature, top_p, beams, seed, batch_size)
     from aimv2.evals.caption_score import Asked, measure
+    from aimv2.evals.untrained import check_baselines
 
-    return measure(model, loaded, Asked(data, max_tokens, temperature, top_p, beams, seed, batch_size, limit, out))
+    baseline = check_baselines(baselines)
+    asked = Asked(data, max_tokens, temperature, top_p, beams, seed, batch_size, limit, out, baseline)
+    return measure(model, loaded, asked)

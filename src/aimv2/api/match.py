@@ -17,6 +17,7 @@ def zeroshot(
     normalize: str = "prior",
     limit: int = 0,
     seed: int = 0,
+    baselines: str | None = None,
     batch_size: int = 64,
     device: str | None = None,
     out: str | None = None,
@@ -36,6 +37,7 @@ def zeroshot(
             unlabelled images)
         limit: images, drawn; 0: all
         seed: of the images drawn
+        baselines: random (the same model, its encoder untrained); null: none
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
@@ -47,9 +49,11 @@ def zeroshot(
         raise UsageError(f"--limit {limit}: 0 (all) or more expected")
     from aimv2.api.features import usual_device
     from aimv2.evals.scorer import open_matcher
+    from aimv2.evals.untrained import check_baselines
     from aimv2.evals.zeroshot import Asked, measure
 
-    asked = Asked(data, dataset, templates, classes, normalize, limit, seed, batch_size, out)
+    baseline = check_baselines(baselines)
+    asked = Asked(data, dataset, templates, classes, normalize, limit, seed, batch_size, out, baseline)
     return measure(open_matcher(model, by, usual_device(device)), asked)
 
 
@@ -62,6 +66,7 @@ def retrieve(
     by: str = "auto",
     normalize: str = "prior",
     seed: int = 0,
+    baselines: str | None = None,
     batch_size: int = 64,
     device: str | None = None,
     out: str | None = None,
@@ -80,6 +85,7 @@ def retrieve(
         normalize: of the likelihood, for image to text (text to image is the same by all): sum, mean (a token), or prior
             (the sum, less the caption's log-likelihood over up to 100 other images)
         seed: of the candidates
+        baselines: random (the same model, its encoder untrained); null: none
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
@@ -95,8 +101,10 @@ def retrieve(
     from aimv2.api.features import usual_device
     from aimv2.evals.retrieve import Asked, measure
     from aimv2.evals.scorer import open_matcher
+    from aimv2.evals.untrained import check_baselines
 
-    asked = Asked(data, captions, candidates, tuple(map(int, words)), normalize, seed, batch_size, out)
+    baseline = check_baselines(baselines)
+    asked = Asked(data, captions, candidates, tuple(map(int, words)), normalize, seed, batch_size, out, baseline)
     return measure(open_matcher(model, by, usual_device(device)), asked)
 
 

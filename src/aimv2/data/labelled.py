@@ -270,6 +270,28 @@ class _Chosen:
         return self.image(int(self.rows[row]))
 
 
+def joined(first: Labelled, second: Labelled) -> Labelled:
+    """The images of both splits of a data set, under the name of the first."""
+    return replace(
+        first,
+        keys=[*first.keys, *second.keys],
+        labels=np.concatenate([first.labels, second.labels]),
+        image=_Joined(first, second),
+    )
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Images of one split, then those of another."""
+
+    first: Labelled
+    second: Labelled
+
+    def __call__(self, row: int) -> Image.Image:
+        count = len(self.first.labels)
+        return self.first.image(row) if row < count else self.second.image(row - count)
+
+
 def limit(data: Labelled, count: int, seed: int = 0) -> Labelled:
     """A draw of ``count`` images in which classes differ by one image at most, as far as they have any left.
 

@@ -26,6 +26,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.ptb import tokenise
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scores import wilson
+from aimv2.evals.untrained import BASELINE, with_untrained_encoder
 from aimv2.evals.weights import weights_hash
 from aimv2.models.aimv2 import AIMv2
 
@@ -45,6 +46,7 @@ class Asked:
     batch_size: int
     limit: int
     out: str | None
+    baseline: bool = False
 
 
 def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -155,9 +157,14 @@ def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
     rows: Sequence[int] = range(len(items))
     if 0 < asked.limit < len(items):  # the same ones each time
         rows = np.sort(np.random.default_rng(0).choice(len(items), asked.limit, replace=False)).tolist()
-    names, written, references, left_out = write_all(model, [items[row] for row in rows], asked)
+    drawn = [items[row] for row in rows]
+    names, written, references, left_out = write_all(model, drawn, asked)
     figures = score(written, references)
     tokenizer, by_image = figures.pop("tokenizer"), figures.pop("cider_by_image")
+    if asked.baseline:
+        _, others, _, _ = write_all(with_untrained_encoder(model, asked.seed), drawn, asked)
+        scored = score(others, references)
+        figures["baselines"] = {BASELINE: {key: scored[key] for key in figures}}
     figures |= left_out
     figures["captions"] = [
         {"image": names[n], "written": written[n], "references": references[n], "cider": by_image[n]}
@@ -200,6 +207,8 @@ def render_scores(result: dict[str, Any]) -> str:
         f"words by {result['protocol']['tokenizer']}; {result['protocol']['decoding']}",
     ]
     left = {key: figures[key] for key in ("without_captions", "unreadable") if figures[key]}
+    for other, found in figures.get("baselines", {}).items():
+        lines.append(f"baseline: {other}  CIDEr {100 * found['cider']:.1f}, BLEU-4 {100 * found['bleu4']:.1f}")
     lines += [f"left out, {key.replace('_', ' ')}: {count:,}" for key, count in left.items()]
     lines += [f"{row['written']}  |  {row['references'][0]}" for row in figures["captions"][:3]]
     return "\n".join(line if len(line) <= 80 else line[:77] + "..." for line in lines)

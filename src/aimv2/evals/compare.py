@@ -64,7 +64,7 @@ class Cell:
         value: in that unit.
         interval: (low, high) in that unit, 95%; None where it has none.
         kind: result, baseline, or paper.
-        source: table of the paper, or the file.
+        source: table of the paper, the leaderboard, or the file.
         notes: what keeps it from being compared without a word.
     """
 
@@ -82,7 +82,7 @@ class Cell:
 
 @cache
 def paper() -> dict[str, Any]:
-    """The paper's numbers: ``datasets``, ``recognition``, ``zeroshot``, ``resolution``; see paper.yaml."""
+    """The numbers of paper.yaml: ``datasets``, ``recognition``, ``zeroshot``, ``resolution``, ``leaderboard``."""
     return yaml.safe_load(files("aimv2.evals").joinpath("paper.yaml").read_text("utf-8"))
 
 
@@ -104,7 +104,7 @@ def known_dataset(name: str) -> dict[str, Any] | None:
 
 
 def paper_cells(dataset: str) -> list[Cell]:
-    """Everything that the paper reports on a registered data set, in the order of its tables."""
+    """Everything that the paper and the leaderboard report on a registered data set, in the order of their tables."""
     top1, numbers = METRICS[("top1",)][0], paper()
     names = [row[0] for row in numbers["datasets"]["rows"]]
     cells = []
@@ -124,6 +124,10 @@ def paper_cells(dataset: str) -> list[Cell]:
     part = numbers["zeroshot"]
     for name, value in part["rows"] if part["dataset"] == dataset else ():
         cells.append(Cell(dataset, name, "", part["protocol"], top1, value, None, "paper", part["source"]))
+    part = numbers["leaderboard"]
+    for row in part["rows"] if part["dataset"] == dataset else ():
+        for protocol, value in zip(part["columns"], row[1:]):
+            cells.append(Cell(dataset, row[0], "", protocol, top1, value, None, "paper", part["source"]))
     return cells
 
 
@@ -200,7 +204,7 @@ def _figures(cell: Cell, figures: dict[str, Any], result: dict[str, Any]) -> Ite
             low, high = part.get(f"{key}_interval") or (None, None)
             interval = None if low is None or high is None else (scale * low, scale * high)
             yield replace(cell, metric=metric, value=scale * part[key], interval=interval)
-        if isinstance(part.get(f"{key}_chance"), int | float):
+        if cell.kind == "result" and isinstance(part.get(f"{key}_chance"), int | float):
             value = scale * part[f"{key}_chance"]
             yield replace(cell, model="chance", of=cell.model, kind="baseline", metric=metric, value=value, notes=())
 
@@ -344,8 +348,11 @@ def _closing(grids: Sequence[Grid], notes: Notes) -> list[str]:
         lines.append("Each column is a protocol of its own: figures compare within a column, not across.")
     if any(cell.interval for cell in cells):
         lines.append("Below or behind a figure: its 95% interval.")
-    if any(cell.kind == "paper" for cell in cells):
+    if any(cell.kind == "paper" and cell.source.startswith("AIMV2") for cell in cells):
         lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {PAPER_NOTE}.")
+    board = paper()["leaderboard"]
+    if any(cell.source == board["source"] for cell in cells):
+        lines.append(f"{board['source']}: the public table of that repository (arXiv 2506.10178); {board['note']}.")
     return lines
 
 

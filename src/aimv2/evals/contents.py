@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from aimv2.data.datasets import ImageArrays
-from aimv2.data.labelled import Labelled, _Chosen
+from aimv2.data.labelled import Labelled, _Chosen, _Joined
+from aimv2.data.labelled_archives import TableOfImages
 from aimv2.data.labelled_forms import ImageFiles, ShardImages
 from aimv2.data.labelled_tables import TableImages
 
@@ -25,6 +26,8 @@ def contents_of(data: Labelled) -> str:
     rows = np.arange(len(data.keys))
     while isinstance(image, _Chosen):
         image, rows = image.image, image.rows[rows]
+    if isinstance(image, _Joined):
+        return hashlib.sha256(f"{contents_of(image.first)} {contents_of(image.second)}".encode()).hexdigest()
     if isinstance(image, ImageFiles):
         return contents_of_files(image.root / image.names[row] for row in rows.tolist())
     if isinstance(image, ShardImages):
@@ -33,6 +36,8 @@ def contents_of(data: Labelled) -> str:
         return hashlib.sha256(tars.encode() + spans.tobytes()).hexdigest()
     if isinstance(image, ImageArrays):
         return hashlib.sha256(np.ascontiguousarray(image.pixels).data).hexdigest()
+    if isinstance(image, TableOfImages):
+        return contents_of_files([image.path])
     if isinstance(image, TableImages):
         return str(getattr(image.rows, "_fingerprint", "unknown"))
     return "unknown"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.labelled import limit, open_labelled, subset
+from aimv2.data.labelled import joined, limit, open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.features import features_home
 from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
@@ -113,10 +113,13 @@ def find_splits(asked: Asked) -> tuple[Splits, str]:
     for option, count in (("--train-limit", asked.train_limit), ("--test-limit", asked.test_limit)):
         if count and count < len(train.classes):
             raise UsageError(f"{option} {count}: at least one image of each of {len(train.classes)} classes expected")
+    said = ""
+    if asked.select == "test" and val is not None:  # nothing is chosen on it, so it is learnt from
+        train, said = joined(train, val), "; learnt from the training and the validation split"
     train = limit(train, asked.train_limit) if 0 < asked.train_limit < len(train.labels) else train
     test = limit(test, asked.test_limit) if 0 < asked.test_limit < len(test.labels) else test
     if asked.select == "test":
-        return Splits(train, None, test), "test (the best head on the test labels, as the paper reports it)"
+        return Splits(train, None, test), f"test (the best head on the test labels, as the paper reports it{said})"
     if val is not None and asked.select != "heldout":
         return Splits(train, val, test), "validation split"
     kept, held = hold_out(train.labels, 0, HELD_OUT)

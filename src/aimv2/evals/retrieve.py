@@ -27,6 +27,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, stacked
 from aimv2.evals.scores import wilson
+from aimv2.evals.untrained import BASELINE
 
 CANDIDATES = 100  # by likelihood, where nothing else is asked for
 
@@ -43,6 +44,7 @@ class Asked:
     seed: int
     batch_size: int
     out: str | None
+    baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,16 @@ def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
         raise too_few(asked, f"{count} images with captions could be read", exactly or 2, drawn.rejected)
     if max(asked.k) >= count:
         raise UsageError(f"--k {max(asked.k)}: below the number of candidates, {count}, expected")
-    scores, prior_from = score_all(matcher, drawn, asked)
     own = relevant(drawn.captions)
-    figures = {
-        "text_to_image": recall(scores.T, own.T, asked.k),
-        "image_to_text": recall(scores, own, asked.k),
-    }
+
+    def figures_of(matcher: Matcher) -> tuple[dict[str, Any], str | None]:
+        scores, prior_from = score_all(matcher, drawn, asked)
+        ways = {"text_to_image": recall(scores.T, own.T, asked.k), "image_to_text": recall(scores, own, asked.k)}
+        return ways, prior_from
+
+    figures, prior_from = figures_of(matcher)
+    if asked.baseline:
+        figures["baselines"] = {BASELINE: figures_of(matcher.untrained(asked.seed))[0]}
     protocol: dict[str, Any] = {
         "name": f"retrieval, {matcher.by}",
         "candidates": count,

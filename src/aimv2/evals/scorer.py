@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from aimv2.data.images import to_rgb
 from aimv2.data.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import is_foreign, open_transformers
+from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.evals.weights import weights_hash
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
@@ -77,6 +78,17 @@ class Matcher:
         if weights_hash(self.weights) != self.sha256:
             raise RuntimeError(f"{self.name}: the weights changed while they were measured")
         return {"name": self.name, "weights_sha256": self.sha256, "unchanged": True, **self.shape}
+
+    def untrained(self, seed: int) -> Matcher:
+        """The same with an encoder that has seen nothing.
+
+        Raises:
+            UsageError: none of ours.
+        """
+        if not isinstance(self.model, AIMv2 | LiT):
+            raise UsageError(f"--baselines random: {self.name} is not an AIMV2; its twin can't be drawn")
+        twin = with_untrained_encoder(self.model, seed)
+        return replace(self, model=twin, weights=twin, sha256=weights_hash(twin), see=image_transform(twin))
 
     def scorer(self, groups: Sequence[Sequence[str]], normalize: str, others: Iterable[Tensor] = ()) -> Scorer:
         """By cosine for a pair, which leaves ``normalize`` and ``others`` unused, else by likelihood."""

@@ -26,6 +26,7 @@ from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, stacked
 from aimv2.evals.scores import per_class, top1, wilson
 from aimv2.evals.templates import fill, find_templates, read_lines
+from aimv2.evals.untrained import BASELINE
 
 BEST = 5  # guesses kept an image
 NAMELESS = re.compile(r"\d+|n\d{8}")  # numbers and WordNet ids say nothing to a text tower
@@ -44,6 +45,7 @@ class Asked:
     seed: int
     batch_size: int
     out: str | None
+    baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,15 @@ def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
     out = check_out(asked.out, "zeroshot")
     groups = [fill(templates, name) for name in names]
     rejected: list[dict[str, str]] = []
-    others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
-    scorer = matcher.scorer(groups, asked.normalize, (batch for batch, _ in others))
-    best, labels = guess(matcher, scorer, chosen.test, asked.batch_size, rejected)
+
+    def figures_of(matcher: Matcher, rejected: list[dict[str, str]]) -> dict[str, Any]:
+        others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
+        scorer = matcher.scorer(groups, asked.normalize, (batch for batch, _ in others))
+        return figures(*guess(matcher, scorer, chosen.test, asked.batch_size, rejected), names)
+
+    found = figures_of(matcher, rejected)
+    if asked.baseline:
+        found["baselines"] = {BASELINE: figures_of(matcher.untrained(asked.seed), [])}
     protocol: dict[str, Any] = {
         "name": f"zero-shot, {matcher.by}",
         "templates": list(templates),
@@ -85,15 +93,12 @@ def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
         "dataset": asked.dataset,
         "source": chosen.test.source,
         "split": chosen.test.split,
-        "test_images": len(labels),
+        "test_images": len(chosen.test.labels) - len(rejected),
         "classes": len(names),
         "rejected": rejected,
     }
     seconds = time.perf_counter() - started
-    result = make_result(
-        "zeroshot", protocol, matcher.about(), about, figures(best, labels, names), seconds, asked.seed
-    )
-    return write_result(out, result)
+    return write_result(out, make_result("zeroshot", protocol, matcher.about(), about, found, seconds, asked.seed))
 
 
 def choose(asked: Asked, prior: bool) -> Chosen:

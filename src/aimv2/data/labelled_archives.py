@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from aimv2.data.labelled_forms import (
     wrong,
 )
 from aimv2.data.pictures import walk
+from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def eurosat(root: Path, source: str) -> Form | None:
 def _list_eurosat(home: Path, lists: Path | None, source: str, split: str) -> Listed:
     keys = [key for name in _LAND for key in walk(home, f"{name}/")]
     if lists:
-        wanted = {line.rpartition(".")[0] for line in read_lines(lists / f"eurosat-{split}.txt", source)}
+        wanted = {Path(line).stem for line in read_lines(lists / f"eurosat-{split}.txt", source)}
         keys = [key for key in keys if Path(key).stem in wanted]
         if len(keys) != len(wanted):
             raise wrong(source, f"eurosat-{split}.txt names {len(wanted):,} images, {len(keys):,} of them are there")
@@ -101,7 +101,10 @@ def imagenet(root: Path, source: str) -> Form | None:
     if home is None:
         return None
     wnids = [name for name in _children(home / "train") if re.fullmatch(r"n\d{8}", name)]
-    flat = [name for name in _children(home / "val") if name.lower().endswith((".jpeg", ".jpg"))]
+    inside = _children(home / "val")
+    flat = [name for name in inside if name.lower().endswith((".jpeg", ".jpg"))]
+    if not set(wnids).isdisjoint(inside):
+        flat = []  # sorted by class; an image beside the folders is a stray
     if not wnids or (home == root and not flat):
         return None  # not ImageNet's, or class folders like any other
     dataset = "imagenet1k" if len(wnids) == 1000 else None
@@ -139,9 +142,10 @@ def _list_imagenet_val(
     of_image = _wnids_of_val(flat, above, source)
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
     for name in flat:
-        if of_image.get(Path(name).stem) not in numbers:
-            what = of_image.get(Path(name).stem, "no class in the list of labels")
-            raise wrong(source, f"val/{name}: {what}, which train does not have")
+        wnid = of_image.get(Path(name).stem)
+        if wnid not in numbers:
+            what = f"its class {wnid} is not in train" if wnid else f"not in {_SOLUTION}"
+            raise wrong(source, f"val/{name}: {what}")
     labels = np.array([numbers[of_image[Path(name).stem]] for name in flat], np.int64)
     keys = [f"val/{name}" for name in flat]
     return Listed(keys, labels, _imagenet_names(wnids, above, source), ImageFiles(home, keys))
@@ -154,17 +158,25 @@ def _wnids_of_val(flat: Sequence[str], above: Sequence[Path], source: str) -> di
         return {row[0]: row[1].split(" ")[0] for row in rows if len(row) > 1}
     truth = _first(folder / inner / _TRUTH for folder in above for inner in ("", *_DEVKITS))
     if truth and (truth.parent / "meta.mat").is_file():
-        synsets = read_matrix(truth.parent / "meta.mat", source)["synsets"]
-        wnids = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in np.atleast_1d(synsets)}
+        wnids = _wnids_of_devkit(truth.parent / "meta.mat", source)
         lines = read_lines(truth, source)
         if len(lines) != len(flat):
             raise wrong(source, f"{_TRUTH} has {len(lines):,} lines, val has {len(flat):,} images")
-        return {Path(name).stem: wnids.get(int(line), line) for name, line in zip(flat, lines)}
+        return {Path(name).stem: wnids.get(line, line) for name, line in zip(flat, lines)}
     lacks = f"meta.mat beside {_TRUTH}" if truth else f"{_SOLUTION} (Kaggle) or ILSVRC2012_devkit_t12/data"
     raise wrong(
         source,
         f"val has no class folders and its labels are missing: {lacks} expected; or sort val into val/WNID/*.JPEG",
     )
+
+
+def _wnids_of_devkit(path: Path, source: str) -> dict[str, str]:
+    """{number of a class as the ground truth writes it: WNID}; superclasses are among them, with numbers above 1000."""
+    matrix = read_matrix(path, source)
+    try:
+        return {str(int(one["ILSVRC2012_ID"])): str(one["WNID"]) for one in np.atleast_1d(matrix["synsets"])}
+    except (KeyError, ValueError, TypeError, IndexError):
+        raise wrong(source, f"{path.name}: synsets with ILSVRC2012_ID and WNID expected, as in the devkit") from None
 
 
 def _imagenet_names(wnids: Sequence[str], above: Sequence[Path], source: str) -> tuple[str, ...]:
@@ -192,12 +204,14 @@ _PCAM_SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 
 class TableOfImages:
-    """Images of a data set ``x`` [N, H, W, 3] in an HDF5 file, which each process opens for itself."""
+    """Images of a data set ``x`` [N, H, W, 3] in an HDF5 file, which each process opens for itself.
+
+    h5py has one lock for all threads and holds it over a fork; a lock of our own could be copied while it is held.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: tuple[int, Any] | None = None
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> Path:
         return self.path
@@ -209,10 +223,10 @@ class TableOfImages:
         import h5py
 
         try:
-            with self._lock:
-                if self._open is None or self._open[0] != os.getpid():
-                    self._open = os.getpid(), h5py.File(self.path, "r")["x"]
-                return Image.fromarray(self._open[1][row])
+            held = self._open
+            if held is None or held[0] != os.getpid():
+                held = self._open = os.getpid(), h5py.File(self.path, "r")["x"]
+            return Image.fromarray(held[1][row])
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise ImageError(f"cannot be read: {error}") from None
 
@@ -229,8 +243,12 @@ def pcam(root: Path, source: str) -> Form | None:
             splits = {split: partial(_list_pcam, file, source) for split, file in there.items()}
             return Form("PatchCamelyon's HDF5", splits, "pcam")
         if packed := next((file for file in files.values() if file.with_name(f"{file.name}.gz").is_file()), None):
-            raise wrong(source, f"{packed.name}.gz is compressed; gunzip {_PCAM.format('*', '*')}.gz first")
+            raise _packed(packed, source)
     return None
+
+
+def _packed(file: Path, source: str) -> UsageError:
+    return wrong(source, f"{file.name}.gz is compressed; gunzip {_PCAM.format('*', '*')}.gz first")
 
 
 def _list_pcam(x: Path, source: str) -> Listed:
@@ -239,14 +257,18 @@ def _list_pcam(x: Path, source: str) -> Listed:
     except ImportError:
         raise wrong(source, f"{x.name} needs h5py (pip install h5py)") from None
     y = x.with_name(x.name.replace("_x.h5", "_y.h5"))
+    if not y.is_file():
+        raise _packed(y, source) if y.with_name(f"{y.name}.gz").is_file() else wrong(source, f"{y.name} is missing")
     try:
         with h5py.File(x, "r") as images, h5py.File(y, "r") as labels:
-            shape, found = images["x"].shape, np.asarray(labels["y"]).reshape(-1).astype(np.int64)
-    except (OSError, KeyError) as error:
+            shape, kind = images["x"].shape, images["x"].dtype
+            found = np.asarray(labels["y"]).reshape(-1).astype(np.int64)
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise wrong(source, f"{x.name} or {y.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if len(shape) != 4 or shape[0] != len(found) or shape[3] != 3:
+    if len(shape) != 4 or shape[0] != len(found) or shape[3] != 3 or kind != np.uint8:
         raise wrong(
-            source, f"{x.name}: images [N, 96, 96, 3] of as many labels expected, {shape} and {len(found)} found"
+            source,
+            f"{x.name}: images [N, 96, 96, 3] of bytes and N labels expected, {list(shape)} of {kind} and {len(found)} found",
         )
     keys = [f"{x.stem}-{row:06d}" for row in range(len(found))]
     return Listed(keys, found, ("normal", "tumor"), TableOfImages(x))

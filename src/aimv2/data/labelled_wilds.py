@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from aimv2.data.labelled_forms import Form, ImageFiles, Listed, find_home, wrong
+from aimv2.data.labelled_forms import Form, ImageFiles, Listed, find_home, number_labels, wrong
 
 Row = dict[str, str]
 # a row and its number in the table -> split, image, label
@@ -37,11 +35,15 @@ def camelyon17(root: Path, source: str) -> Form | None:
 
 
 def rxrx1(root: Path, source: str) -> Form | None:
-    """``metadata.csv`` and ``images/EXPERIMENT/PlateN/WELL_sSITE.png``: cells under one of 1,139 treatments."""
+    """``metadata.csv`` and ``images/EXPERIMENT/PlateN/WELL_sSITE.png``: cells under one of 1,139 treatments.
+
+    Of the experiments that ``train`` names, the images of site 2 are WILDS' in-distribution test.
+    """
 
     def read(row: Row, number: int) -> tuple[str, str, str]:
         name = f"images/{row['experiment']}/Plate{row['plate']}/{row['well']}_s{row['site']}.png"
-        return row["dataset"], name, row["sirna_id"]
+        within = row["dataset"] == "train" and row["site"] == "2"
+        return ("" if within else row["dataset"]), name, row["sirna_id"]
 
     columns = ("experiment", "plate", "well", "site", "dataset", "sirna_id")
     return _form(root, source, "rxrx1", ("metadata.csv", "images"), columns, read)
@@ -96,7 +98,7 @@ def _form(
 def _cells(table: Path, source: str) -> Iterator[list[str]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.reader(file)
+            yield from (cells for cells in csv.reader(file) if cells)  # a blank line is no row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise wrong(source, f"{table.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -115,7 +117,6 @@ def _list(table: Path, source: str, read: Reader, classes: tuple[str, ...] | Non
             words.append(word)
     if keys and not (table.parent / keys[0]).is_file():
         raise wrong(source, f"{table.name} names {keys[0]}, which is not there")
-    numbered = all(word.isdigit() for word in everything)
-    names = classes if numbered else tuple(sorted(everything))
-    numbers = {word: int(word) if numbered else names.index(word) for word in everything}  # type: ignore[union-attr]
-    return Listed(keys, np.array([numbers[word] for word in words], np.int64), names, ImageFiles(table.parent, keys))
+    # where the classes have names here, the table has their numbers
+    labels, names = number_labels(words, () if classes else sorted(everything), classes, source)
+    return Listed(keys, labels, names, ImageFiles(table.parent, keys))

@@ -41,6 +41,7 @@ TINY = {
     "eval.samples": 16,
     "eval.captions": 2,
     "log.tensorboard": False,
+    "log.report": False,
 }
 
 

@@ -91,6 +91,7 @@ TOY = {
     "eval.captions": 1,
     "eval.probe_epochs": 1,
     "log.tensorboard": False,
+    "log.report": False,
 }
 
 ADAPTED = [Path(__file__).parents[1] / "recipes" / f"aimv2-large-{size}.yaml" for size in (336, 448)]

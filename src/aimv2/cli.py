@@ -60,6 +60,10 @@ VERBS = {
     "retrieve": Verb(
         "retrieve", ("model",), "find images by captions and captions by images: recall at k; a pair, or a decoder"
     ),
+    "report": Verb(
+        "report", ("runs*",), "a page of what a run has learnt: curves, pictures, figures; of several what differs"
+    ),
+    "explore": Verb("explore", ("model",), "look at a model in the browser: features, captions, next patches, search"),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}

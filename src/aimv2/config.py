@@ -276,10 +276,12 @@ class LogConfig:
     Args:
         tensorboard: write TensorBoard events into the run folder
         wandb: a Weights & Biases project; null: none
+        report: draw report.html of the run at its end (as `aimv2 report RUN` does)
     """
 
     tensorboard: bool = True
     wandb: str | None = None
+    report: bool = True
 
 
 @dataclass
@@ -328,11 +330,12 @@ def leaf_keys() -> list[str]:
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections -> ``{"train.steps": 10}``. Only sections of :class:`Config` are opened."""
-    sections = {key for key in known_keys() if key not in leaf_keys()}
+    known = set(known_keys())
+    sections = known - set(leaf_keys())
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = prefix + str(key)
-        if isinstance(value, dict) and (name in sections or name not in known_keys()):
+        if isinstance(value, dict) and (name in sections or name not in known):
             flat |= flatten(value, name + ".") or {name: value}
         else:
             flat[name] = value

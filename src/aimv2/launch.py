@@ -26,6 +26,8 @@ from aimv2.interop.load import load_model
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
 from aimv2.models.aimv2 import AIMv2
+from aimv2.report.runs import git_state
+from aimv2.report.write import after_run
 from aimv2.teacher import open_teacher
 from aimv2.train import prepare
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
@@ -228,6 +230,9 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
         result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
         result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
         write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+        if config.log.report and (path := after_run(run, world.device, say)):
+            result["report"] = path
+            write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
     world.barrier()
     return world.broadcast(result)
 
@@ -246,6 +251,7 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
         + ("" if not torch.cuda.is_available() else ", CUDA"),
         "version": aimv2.__version__,
         "torch": torch.__version__,
+        **({"git": state} if (state := git_state()) else {}),
         "command": " ".join(["aimv2", *sys.argv[1:]]),
     }
 

@@ -156,7 +156,7 @@ def show_figures(console: Console, result: dict[str, Any]) -> None:
     """Two columns, then what does not fit a cell."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in result.items():
-        if isinstance(value, str | int | float | bool) or value is None:
+        if (isinstance(value, str | int | float | bool) or value is None) and key != "report":
             table.add_row(
                 key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
             )
@@ -165,6 +165,10 @@ def show_figures(console: Console, result: dict[str, Any]) -> None:
         console.print(f"learning rate: {curve(result['learning_rate'])}")
     for row in result.get("captions", []):
         console.print(f"{row['key']}: {row['written']}  |  {row['reference']}")
+    for section, why in result.get("left_out", {}).items() if isinstance(result.get("left_out"), dict) else ():
+        console.print(f"left out: {section}: {why}")
+    if "report" in result:
+        console.print(f"report: {result['report']}")
 
 
 def curve(points: list[dict[str, float]]) -> str:

@@ -59,6 +59,7 @@ def finetune(data: Path, run: Path, source: Path, **more: object) -> dict:
         "train.compile": "off",
         "eval.every": 0,
         "log.tensorboard": False,
+        "log.report": False,
     }
     return api.pretrain(None, str(run), {**given, **{key.replace("__", "."): value for key, value in more.items()}})
 

@@ -3,11 +3,13 @@
 from aimv2.api.classify import fewshot, knn, linear
 from aimv2.api.compare import compare
 from aimv2.api.dense import depth, segment
+from aimv2.api.explore import explore
 from aimv2.api.features import embed
 from aimv2.api.language import caption
 from aimv2.api.match import retrieve, zeroshot
 from aimv2.api.models import convert, load_model, models, push, save_pretrained
 from aimv2.api.probe import probe
+from aimv2.api.report import report
 from aimv2.api.stages import run
 from aimv2.api.teach import data_teach
 from aimv2.api.train import data_check, data_import, data_shapes, pretrain, tokenizer_train
@@ -22,6 +24,7 @@ __all__ = [
     "data_teach",
     "depth",
     "embed",
+    "explore",
     "fewshot",
     "knn",
     "linear",
@@ -30,6 +33,7 @@ __all__ = [
     "pretrain",
     "probe",
     "push",
+    "report",
     "retrieve",
     "run",
     "save_pretrained",

@@ -32,8 +32,8 @@ def measure(config: Config, model: AIMv2, tokenizer: Tokenizer | None, say: Call
     """Figures of a finished run beside its validation losses.
 
     Returns:
-        ``val_text_loss_unigram`` and ``_bigram``, ``caption_exact_match`` and ``captions`` where there is text;
-        ``probe_top1`` and ``probe_top1_random`` with ``eval.probe``.
+        ``val_text_loss_unigram`` and ``_bigram``, ``caption_exact_match`` of ``caption_images`` and ``captions`` where there
+        is text; ``probe_top1`` and ``probe_top1_random`` on ``probe_test_images`` with ``eval.probe``.
     """
     view = measured_view(config, model, tokenizer is not None)
     figures: dict[str, Any] = {}
@@ -87,7 +87,11 @@ def write_captions(model: AIMv2, tokenizer: Tokenizer, held_out: HeldOut, shown:
         {"key": key, "written": text, "reference": want}
         for key, text, want in list(zip(held_out.keys, written, wanted))[:shown]
     ]
-    return {"caption_exact_match": right / max(len(written), 1), "captions": examples}
+    return {
+        "caption_exact_match": right / max(len(written), 1),
+        "caption_images": len(written),
+        "captions": examples,
+    }
 
 
 def probe_against_random(config: Config, model: AIMv2, view: View, say: Callable[[str], None]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def probe_against_random(config: Config, model: AIMv2, view: View, say: Callable
     if heads is not None and width % heads:
         raise UsageError(f"eval.probe_heads {heads} does not divide the encoder's width {width}")
     untrained = build(model.encoder.config, None, config.seed).to(model.encoder.mean.device)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"probe_test_images": len(test[1])}
     assert isinstance(untrained, VisionEncoder)
     for name, encoder in (("probe_top1", model.encoder), ("probe_top1_random", untrained)):
         say(f"{name}: attentive probe, {len(train[1])} training and {len(test[1])} test images")

@@ -64,7 +64,10 @@ class AIMv2(nn.Module):
         Args:
             images: uint8 or normalised float [B, 3, H, W].
             max_tokens: end of text included; None: as many as the decoder can write.
-            temperature, top_p, beams, seed: see :func:`aimv2.models.generate.generate`.
+            temperature: 0 takes the likeliest token each time.
+            top_p: draw from the smallest set of tokens with this mass.
+            beams: more than 1: beam search.
+            seed: of the draw.
             tokenizer: other than the model's own.
 
         Raises:

@@ -28,7 +28,18 @@ from aimv2.train.stages import stage_of
 from aimv2.train.start import tokenizer_of_init
 
 CONFIG = "config.yaml"
-PARTS = (CONFIG, "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "wandb", "tokenizer", "data")
+PARTS = (
+    CONFIG,
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "tokenizer",
+    "report.html",
+    "report",
+    "data",
+)
 SCENES = "scenes"  # what the manifest of built-in data says
 TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on, at most
 
@@ -36,7 +47,8 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "objective.teacher",  # by another path: its weights must be the same
-    "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", *(k for k in leaf_keys() if k.startswith("eval.")),
+    "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
+    *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
 
 

@@ -1,0 +1,198 @@
+"""The pictures of the explorer: those of a folder, examples drawn on the spot, uploads. All by number, never by path."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePath
+
+from PIL import Image
+
+from aimv2.data.images import ImageError, decode_image
+from aimv2.data.pictures import Picture, pictures
+from aimv2.data.scenes import scene_of
+
+TYPES = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000  # of an upload, by its header
+LONGEST = 2048  # pixels a side that are kept of an upload
+KEPT = 16  # uploads and further examples; the oldest goes
+DECODED = 32  # pictures of the folder held decoded
+THUMBNAIL = 192  # pixels a side
+EXAMPLES = 12  # drawn where no folder is given
+NAME = 80  # characters shown of a name
+SPLIT = "val"  # no model of the demo has learnt from these scenes
+
+
+class Refusal(Exception):
+    """A request that can't be answered.
+
+    Attributes:
+        status: of the answer.
+    """
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture by number: ``kind`` is folder, example or upload; ``says`` what an example shows, else ""."""
+
+    number: int
+    name: str
+    kind: str
+    says: str = ""
+
+
+class Album:
+    """Numbers 0..N-1 are the folder's pictures (or the first examples) and stay; later ones are uploads and examples.
+
+    Not safe for several threads at once: the server's one worker calls it.
+    """
+
+    def __init__(self, source: str | None, limit: int, example_size: int) -> None:
+        """
+        Args:
+            source: what :func:`aimv2.data.pictures.pictures` reads; None: examples are drawn.
+            limit: pictures of the source, the first; 0: all.
+            example_size: pixels a side of examples.
+
+        Raises:
+            UsageError: no image in the source.
+        """
+        self.example_size, self.drawn = example_size, itertools.count()
+        self.listed: list[Picture] = []
+        self.entries: dict[int, Entry] = {}
+        self.added: OrderedDict[int, Image.Image] = OrderedDict()
+        self.decoded: OrderedDict[int, Image.Image] = OrderedDict()
+        self.thumbnails: dict[int, bytes] = {}
+        if source is None:
+            fixed = [self._scene() for _ in range(EXAMPLES)]
+            self.scenes = [image for image, _ in fixed]
+            self.entries = {at: Entry(at, f"example {at + 1}", "example", says) for at, (_, says) in enumerate(fixed)}
+        else:
+            self.listed = list(islice(pictures(source, "--images"), limit or None))
+            self.entries = {
+                at: Entry(at, PurePath(name).name[-NAME:], "folder") for at, (name, _) in enumerate(self.listed)
+            }
+        self.fixed = len(self.entries)
+        self.numbers = itertools.count(self.fixed)
+
+    def shown(self) -> list[Entry]:
+        """What the page lists: the newest of what was added first, then the folder."""
+        return [self.entries[number] for number in (*reversed(self.added), *range(self.fixed))]
+
+    def entry(self, number: int) -> Entry:
+        """
+        Raises:
+            Refusal: no such picture.
+        """
+        if number not in self.entries:
+            raise Refusal(404, "This picture is no longer held; choose it anew.")
+        return self.entries[number]
+
+    def image(self, number: int) -> Image.Image:
+        """The upright RGB picture.
+
+        Raises:
+            Refusal: no such picture, or one of the folder that can't be read.
+        """
+        entry = self.entry(number)
+        if number in self.added:
+            return self.added[number]
+        if entry.kind == "example":
+            return self.scenes[number]
+        if number not in self.decoded:
+            self.decoded[number] = self._read(number)
+            if len(self.decoded) > DECODED:
+                self.decoded.popitem(last=False)
+        self.decoded.move_to_end(number)
+        return self.decoded[number]
+
+    def _read(self, number: int) -> Image.Image:
+        try:
+            return fitted(decode_image(self.listed[number][1]()))
+        except ImageError as error:
+            raise Refusal(422, f"{self.entries[number].name} can't be shown: {error}.") from None
+        except OSError as error:
+            raise Refusal(422, f"{self.entries[number].name} can't be read: {error.strerror or 'no reason'}.") from None
+
+    def thumbnail(self, number: int) -> bytes:
+        """A small PNG.
+
+        Raises:
+            Refusal: see :meth:`image`.
+        """
+        if number not in self.thumbnails:
+            small = self.image(number).copy()
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            file = io.BytesIO()
+            small.save(file, "PNG")
+            self.thumbnails[number] = file.getvalue()
+        return self.thumbnails[number]
+
+    def upload(self, content: bytes, name: str) -> Entry:
+        """Adds an encoded picture.
+
+        Raises:
+            Refusal: not a JPEG, PNG or WebP, broken, too large.
+        """
+        return self._add(fitted(decode_upload(content)), name.strip()[-NAME:] or "upload", "upload")
+
+    def example(self) -> Entry:
+        """Draws and adds a further example."""
+        image, says = self._scene()
+        return self._add(image, "example", "example", says)
+
+    def _scene(self) -> tuple[Image.Image, str]:
+        scene = scene_of(SPLIT, next(self.drawn), size=self.example_size)
+        return Image.fromarray(scene.image), scene.caption
+
+    def _add(self, image: Image.Image, name: str, kind: str, says: str = "") -> Entry:
+        entry = Entry(next(self.numbers), name, kind, says)
+        self.added[entry.number], self.entries[entry.number] = image, entry
+        while len(self.added) > KEPT:
+            oldest, _ = self.added.popitem(last=False)
+            del self.entries[oldest]
+            self.thumbnails.pop(oldest, None)
+        return entry
+
+    def readable(self) -> Iterator[int]:
+        """Numbers of the folder's pictures (or the first examples)."""
+        return iter(range(self.fixed))
+
+
+def decode_upload(content: bytes) -> Image.Image:
+    """What a stranger's bytes hold, found by decoding; the name of a file says nothing.
+
+    Raises:
+        Refusal: not a JPEG, PNG or WebP, broken, too many pixels.
+    """
+    if not content:
+        raise Refusal(400, "The file is empty.")
+    try:
+        with Image.open(io.BytesIO(content), formats=TYPES):
+            pass
+    except Image.DecompressionBombError:
+        raise Refusal(413, f"The picture has more than {MAX_PIXELS:,} pixels.") from None
+    except Exception:  # a broken header makes Pillow's plugins raise nearly anything
+        raise Refusal(
+            415, "This file is not a picture that can be read here: a JPEG, PNG or WebP is expected."
+        ) from None
+    try:
+        return decode_image(content, MAX_PIXELS)
+    except ImageError as error:
+        raise Refusal(415, f"This picture can't be used: {error}.") from None
+
+
+def fitted(image: Image.Image) -> Image.Image:
+    """The picture, its longer side LONGEST at most."""
+    if max(image.size) > LONGEST:
+        image = image.copy()
+        image.thumbnail((LONGEST, LONGEST), reducing_gap=3.0)
+    return image

@@ -1,0 +1,133 @@
+"""Who may ask, and what a browser may do with the answers.
+
+A page of another site can make a browser send requests to this machine: by address (its ``Origin`` and ``Sec-Fetch-Site`` say
+so), or by a name of its own that it lets point here (DNS rebinding: its ``Host`` says so). Both are refused before any route.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data: blob:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+METHODS = ("GET", "HEAD", "POST")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """ASGI around the explorer: refuses foreign hosts and foreign pages, adds HEADERS to every answer."""
+
+    def __init__(self, app: App, host: str) -> None:
+        """``host``: that the server is bound to."""
+        self.app, self.host = app, host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return  # no websockets, no lifespan
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = refusal(scope["method"], scope["path"], headers, self.host)
+
+        async def with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *ours]}
+            await send(message)
+
+        if refused is None:
+            await self.app(scope, receive, with_headers)
+            return
+        status, sentence = refused
+        body = json.dumps({"error": sentence}).encode()
+        fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await with_headers({"type": "http.response.start", "status": status, "headers": fields})
+        await send({"type": "http.response.body", "body": body})
+
+
+def refusal(method: str, path: str, headers: dict[str, str], host: str) -> tuple[int, str] | None:
+    """Why a request is not answered: a status and a sentence; None where it is.
+
+    Args:
+        method, path: of the request.
+        headers: by lower-case name.
+        host: that the server is bound to.
+    """
+    if method not in METHODS:
+        return 405, f"{method} is not understood here."
+    asked = headers.get("host", "")
+    if not known_host(asked, host):
+        return 400, "This name does not belong to the explorer; open the address that it printed when it started."
+    origin = headers.get("origin")
+    if origin is not None and origin != f"http://{asked}":
+        return 403, "The explorer answers its own page alone, not pages of other sites."
+    site = headers.get("sec-fetch-site", "same-origin")
+    opened = path == "/" and method == "GET" and headers.get("sec-fetch-mode") == "navigate"  # a link was followed
+    if site not in ("same-origin", "none") and not opened:
+        return 403, "The explorer answers its own page alone, not pages of other sites."
+    return None
+
+
+def known_host(asked: str, host: str) -> bool:
+    """Whether a ``Host`` header names this server.
+
+    Any port: a tunnel may change it, and rebinding needs a name, not a port. Bound to loopback: loopback's names alone. Bound
+    to more: every numeric address too, for which no name can have been made to point here, and this machine's own name.
+    """
+    name = hostname(asked)
+    if name in LOOPBACK_NAMES:
+        return True
+    if is_loopback(host):
+        return name == host.lower()
+    return name in (host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()) or is_address(name)
+
+
+def hostname(asked: str) -> str:
+    """A ``Host`` header without its port, in lower case; IPv6 without brackets; "" where it is neither."""
+    text = asked.strip().lower()
+    if text.startswith("["):
+        inner, closed, rest = text[1:].partition("]")
+        return inner if closed and (not rest or (rest[1:].isdigit() and rest[0] == ":")) else ""
+    name, colon, port = text.partition(":")
+    return name if not colon or port.isdigit() else ""
+
+
+def is_address(name: str) -> bool:
+    """Whether it is a numeric address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what is bound to it."""
+    return host.lower() == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)

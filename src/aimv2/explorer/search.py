@@ -1,0 +1,129 @@
+"""Pictures of the folder by a text: by the two towers of a pair, or by the decoder's likelihood. A part of them a call.
+
+Legend: N pictures, I patches, D width, P width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aimv2.evals.scorer import by_cosine, eager
+from aimv2.explorer.album import Refusal
+from aimv2.explorer.stored import Stored
+from aimv2.explorer.study import BUDGET, Study
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.likelihood import ImageMemory, log_likelihood, tokenize
+from aimv2.models.lit import LiT
+
+LONGEST_TEXT = 500  # characters
+QUERIES = 16  # remembered a model
+SHOWN = 24  # results
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found so far.
+
+    Attributes:
+        by: contrastive or likelihood.
+        ranked: (picture, score), best first: a cosine, or how many nats likelier the text is than beside the folder's
+            average picture.
+        compared, of: pictures scored so far, and all.
+    """
+
+    by: str
+    ranked: list[tuple[int, float]]
+    compared: int
+    of: int
+
+
+class Vectors:
+    """The image side of a pair whose images are numbers: their vectors are known. The text side is the pair's."""
+
+    def __init__(self, pair: LiT, kept: dict[int, Tensor]) -> None:
+        self.pair, self.kept = pair, kept
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """int64 [N] -> [N, P], of unit length."""
+        return torch.stack([self.kept[number] for number in images.tolist()])
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """See :class:`aimv2.evals.scorer.Pair`."""
+        return self.pair.encode_text(texts)
+
+
+class Search:
+    """Text to picture, for every model of a study."""
+
+    def __init__(self, study: Study, stored: Stored | None = None) -> None:
+        self.study, self.stored = study, stored
+        self.vectors: dict[int, dict[int, Tensor]] = {}  # of pairs: model -> picture -> [P]
+        self.queries: OrderedDict[tuple[int, str], dict[int, float]] = OrderedDict()
+
+    def find(self, index: int, text: str) -> Found:
+        """Goes on with a search for a while, and says what it has found.
+
+        Raises:
+            Refusal: no text, too long a text, a model that reads none.
+        """
+        model, text = self.study.able(index, "search").model, " ".join(text.split())
+        if not text or len(text) > LONGEST_TEXT:
+            raise Refusal(400, f"A text of 1 to {LONGEST_TEXT} characters is expected.")
+        if isinstance(model, LiT):
+            scores = self._by_pair(index, model, text)
+        else:
+            assert isinstance(model, AIMv2)
+            logs = self._by_decoder(index, model, text)
+            average = torch.tensor(list(logs.values()), dtype=torch.float64).logsumexp(0).item() - math.log(
+                len(logs) or 1
+            )
+            scores = {number: value - average for number, value in logs.items()}
+        ranked = sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
+        by = "contrastive" if isinstance(model, LiT) else "likelihood"
+        return Found(by, ranked, len(scores), len(self.study.folder()))
+
+    def _by_pair(self, index: int, model: LiT, text: str) -> dict[int, float]:
+        kept, until = self.vectors.setdefault(index, {}), time.monotonic() + BUDGET
+        if self.stored is not None and not kept:
+            kept |= self.stored.vectors(model)
+        for part in self.study.stacks(index, [n for n in self.study.folder() if n not in kept]):
+            with eager():
+                images = torch.stack([self.study.seen(index, number) for number in part])
+                kept |= zip(part, model.encode_image(images.to(model.log_scale.device)).float())
+            if time.monotonic() > until:
+                break
+        there = [number for number in self.study.folder() if number in kept]
+        if not there:
+            return {}
+        found = by_cosine(Vectors(model, kept), [[text]])(torch.tensor(there))
+        return dict(zip(there, found[:, 0].tolist()))
+
+    def _by_decoder(self, index: int, model: AIMv2, text: str) -> dict[int, float]:
+        """log p(text | picture), nats: the encoder's features are kept, the decoder reads them for each text."""
+        scores, until = self._scores(index, text), time.monotonic() + BUDGET
+        last, tokens = self.study.model(index).depth - 1, tokenize(model, [text])
+        place = model.decoder.bos
+        for part in self.study.stacks(index, [n for n in self.study.folder() if n not in scores]):
+            maps = self.study.maps(index, part, last)
+            with eager():
+                features = torch.stack([torch.from_numpy(one) for one in maps]).flatten(1, 2)
+                caches = model.decoder.new_caches()
+                model.decoder.read_image(features.to(place), caches)
+                scores |= zip(part, log_likelihood(model, ImageMemory(caches), tokens)[:, 0].tolist())
+            if time.monotonic() > until:
+                break
+        return {number: scores[number] for number in self.study.folder() if number in scores}
+
+    def _scores(self, index: int, text: str) -> dict[int, float]:
+        """What is known of a query; the newest QUERIES are remembered."""
+        found = self.queries.pop((index, text), {})
+        self.queries[index, text] = found
+        if len(self.queries) > QUERIES:
+            self.queries.popitem(last=False)
+        return found

@@ -1,0 +1,202 @@
+"""The explorer's server: one page, its questions, uploads. Nothing is read by a path that came from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import sys
+import traceback
+import webbrowser
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from aimv2.errors import UsageError
+from aimv2.explorer.album import Refusal
+from aimv2.explorer.answers import Answers, as_dict
+from aimv2.explorer.guard import App, Guard, is_loopback
+
+PAGE = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/explorer.css": ("explorer.css", "text/css; charset=utf-8"),
+    "/explorer.js": ("explorer.js", "text/javascript; charset=utf-8"),
+    "/draw.js": ("draw.js", "text/javascript; charset=utf-8"),
+}
+DRAINED = 8  # times the limit of an upload is read and thrown away, so that a browser hears why it is refused
+GRACE = 1  # seconds that answers under way have when the server ends
+
+T = TypeVar("T")
+
+
+def make_app(answers: Answers, host: str) -> App:
+    """The explorer as an ASGI application behind its guard.
+
+    Args:
+        answers: to the page's questions.
+        host: that it will be bound to.
+    """
+    worker = ThreadPoolExecutor(1, "explorer")  # models and pictures belong to this thread
+
+    async def work(function: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(worker, function, *given)
+
+    async def ask(request: Request) -> Response:
+        question = answers.by_name.get(request.path_params["name"])
+        if question is None:
+            raise Refusal(404, "There is no such question.")
+        return JSONResponse(await work(question, request.query_params))
+
+    async def thumbnail(request: Request) -> Response:
+        png = await work(answers.study.album.thumbnail, request.path_params["number"])
+        return Response(png, media_type="image/png")
+
+    async def upload(request: Request) -> Response:
+        content = await read_body(request, answers.upload_bytes)
+        name = request.query_params.get("name", "")
+        return JSONResponse(as_dict(await work(answers.study.album.upload, content, name)))
+
+    async def example(request: Request) -> Response:
+        return JSONResponse(as_dict(await work(answers.study.album.example)))
+
+    routes = [
+        *(Route(path, static(*what), methods=["GET"]) for path, what in PAGE.items()),
+        Route("/api/upload", upload, methods=["POST"]),
+        Route("/api/example", example, methods=["POST"]),
+        Route("/api/thumbnail/{number:int}.png", thumbnail, methods=["GET"]),
+        Route("/api/{name:str}", ask, methods=["GET"]),
+    ]
+    return Guard(
+        Starlette(routes=routes, exception_handlers={Refusal: said, HTTPException: not_here, 500: broken}), host
+    )
+
+
+def static(name: str, kind: str) -> Callable[[Request], Any]:
+    """Answers with a file of the package, read once."""
+    content = files("aimv2.explorer").joinpath("page", name).read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(content, headers={"content-type": kind})
+
+    return answer
+
+
+async def said(request: Request, refusal: Exception) -> Response:
+    """A refusal as the page shows it."""
+    assert isinstance(refusal, Refusal)
+    return JSONResponse({"error": str(refusal)}, refusal.status)
+
+
+async def not_here(request: Request, error: Exception) -> Response:
+    """No such address, or not by this method."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": "There is nothing at this address."}, error.status_code)
+
+
+async def broken(request: Request, error: Exception) -> Response:
+    """A mistake of ours: the terminal has the traceback, the page a sentence without any detail."""
+    traceback.print_exception(error)
+    return JSONResponse({"error": "The explorer met a mistake of its own; the terminal says more."}, 500)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        Refusal: it is larger than ``limit`` bytes.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > DRAINED * limit:
+            break
+        if size <= limit:
+            parts.append(part)
+    if size > limit:
+        raise Refusal(413, f"The file is larger than the {in_mb(limit)} MB that are accepted (option upload-mb).")
+    return b"".join(parts)
+
+
+def in_mb(size: int) -> str:
+    """Bytes in MB, in short."""
+    return f"{size / 1e6:.3g}"
+
+
+# ---- the process ----
+
+
+def serve(answers: Answers, host: str, listening: socket.socket, open_browser: bool) -> None:
+    """Prints the address and serves until Ctrl-C (KeyboardInterrupt) or SIGTERM.
+
+    Args:
+        answers: to the page's questions.
+        host, listening: from :func:`listen`.
+        open_browser: at the address.
+    """
+    if not is_loopback(host):
+        print(
+            f"warning: --host {host}: whoever reaches this machine over the network can use the explorer and see the "
+            "pictures; there is no password",
+            file=sys.stderr,
+        )
+    url = url_of(host, listening)
+    print(f"explorer: {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if open_browser:
+        webbrowser.open(url)
+    http_server(answers, host).run(sockets=[listening])
+
+
+def http_server(answers: Answers, host: str) -> uvicorn.Server:
+    """Silent, without logs of who asked what; ``host`` as for :func:`make_app`."""
+    config = uvicorn.Config(
+        make_app(answers, host),
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    return uvicorn.Server(config)
+
+
+def url_of(host: str, listening: socket.socket) -> str:
+    """The address of the page."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0: a free one.
+
+    Raises:
+        UsageError: a busy port, a host that is not this machine's, a port out of range.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: 0 (a free one) to 65535 expected")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, proto)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {host}: no address of this machine ({error})") from None
+    try:
+        if sys.platform != "win32":  # there it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"--port {port}: already in use; give another one, or 0 for any that is free") from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise UsageError(f"--port {port}: not allowed here; give one from 1024 up, or 0 for a free one") from None
+        raise UsageError(f"--host {host}: can't be bound ({error.strerror or error})") from None
+    return listening

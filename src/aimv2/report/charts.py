@@ -1,0 +1,247 @@
+"""Curves of runs: as SVG that follows the page's colours, and as one PNG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from aimv2.report.blocks import Chart
+from aimv2.report.runs import Run
+
+WIDTH, HEIGHT = 520, 250  # of a chart's own coordinates
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34
+POINTS = 400  # of a curve; longer ones are averaged
+WIDE = 20.0  # values that span more than this factor are drawn on a logarithmic axis
+COLOURS = 8  # line colours that the page knows; then they repeat
+
+
+@dataclass
+class Line:
+    """A curve: ``style`` is train (a line), held-out (a line with dots) or level (one value, dashed)."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    colour: int = 0
+    style: str = "train"
+
+
+@dataclass
+class Panel:
+    """Curves on one pair of axes; ``log``: a logarithmic axis where the values span much."""
+
+    title: str
+    lines: list[Line] = field(default_factory=list)
+    log: bool = False
+
+
+# ---- which curves ----
+
+
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
+    """The curves of runs: each loss with its validation, other held-out figures, learning rate, gradient, throughput."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.figures()))
+    losses = [key for key in keys if key.endswith("loss") and not key.startswith("val_")]
+    taken = set(losses)
+    panels = []
+    for key in losses:
+        held = [name for name in keys if name == f"val_{key}" or (len(runs) == 1 and name.startswith(f"val_{key}_"))]
+        taken |= {name for name in keys if name.startswith(f"val_{key}")}
+        panels.append(_panel(runs, [key, *held], title_of(key), log=True))
+        panels[-1].lines += _levels(runs, f"val_{key}", panels[-1])
+    for key in (key for key in keys if key.startswith("val_") and key not in taken):
+        panels.append(_panel(runs, [key], title_of(key)))
+    for key in ("lr", "grad_norm", "pairs_per_s", "tokens_per_s", "mfu", "memory_gb"):
+        if key in keys:
+            panels.append(_panel(runs, [key], title_of(key), log=key == "grad_norm"))
+    if len(runs) == 1 and runs[0].config.optim.clip:
+        clip = runs[0].config.optim.clip
+        for panel in panels:
+            if panel.title == title_of("grad_norm"):
+                panel.lines.append(_level(f"clipped above {clip:g}", clip, panel, 3))
+    return [panel for panel in panels if any(line.values for line in panel.lines)]
+
+
+TITLES = {
+    "loss": "Loss (weighted sum)",
+    "text_loss": "Text loss, nats a token",
+    "pixel_loss": "Pixel loss, mean squared error of normalised patches",
+    "class_loss": "Class loss, nats an image",
+    "feature_loss": "Feature loss, to the teacher",
+    "contrastive_loss": "Contrastive loss, nats a pair",
+    "val_perplexity": "Perplexity of held-out captions",
+    "val_top1": "Top-1 of held-out images",
+    "lr": "Learning rate",
+    "grad_norm": "Norm of the gradient, before clipping",
+    "pairs_per_s": "Throughput, pairs a second",
+    "tokens_per_s": "Throughput, image and text positions a second",
+    "mfu": "Model FLOP utilisation",
+    "memory_gb": "Memory, GB",
+}
+
+
+def title_of(key: str) -> str:
+    """A figure's name for people."""
+    if match := re.fullmatch(r"(val_\w+_loss)_(\d+)", key):
+        return f"{title_of(match[1])}, prefix {match[2]}%"
+    return TITLES.get(key) or key.removeprefix("val_").replace("_", " ").capitalize() + (
+        " (held out)" if key.startswith("val_") else ""
+    )
+
+
+def _panel(runs: Sequence[Run], keys: Sequence[str], title: str, log: bool = False) -> Panel:
+    panel = Panel(title, log=log)
+    for number, run in enumerate(runs):
+        for place, key in enumerate(keys):
+            steps, values = run.series(key)
+            held = key.startswith("val_")
+            label = ("held out" if held else "training") if len(keys) > 1 else ""
+            if held and place > 1:
+                label = f"held out, prefix {key.rpartition('_')[2]}%"
+            if len(runs) > 1:
+                label = f"{run.name}{', held out' if held and len(keys) > 1 else ''}"
+            if values:
+                colour = place if len(runs) == 1 else number
+                panel.lines.append(Line(label, steps, values, colour % COLOURS, "held-out" if held else "train"))
+    return panel
+
+
+def _levels(runs: Sequence[Run], key: str, panel: Panel) -> list[Line]:
+    """What unigrams and bigrams of the training captions reach, where the run was measured against them."""
+    told = runs[0].summary if len(runs) == 1 else {}
+    names = {f"{key}_unigram": "word frequencies", f"{key}_bigram": "bigrams"}
+    return [
+        _level(label, told[name], panel, 3 + place)
+        for place, (name, label) in enumerate(names.items())
+        if isinstance(told.get(name), int | float)
+    ]
+
+
+def _level(label: str, value: float, panel: Panel, colour: int) -> Line:
+    last = max((step for line in panel.lines for step in line.steps), default=1)
+    return Line(label, [0, last], [value, value], colour, "level")
+
+
+# ---- as SVG ----
+
+
+def draw(panel: Panel, last: int) -> Chart:
+    """A panel as SVG, steps 0 to ``last``: colours are classes of the page, so that it follows light and dark."""
+    lines = [_thin(line) for line in panel.lines]
+    values = [v for line in lines for v in line.values if math.isfinite(v)]
+    log = panel.log and bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if not log:
+        room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        low, high = (0.0 if 0 <= low < 0.4 * high else low - room), high + room
+    last = max(last, 1)
+
+    def x_of(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y_of(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.title)}">']
+    for tick in _log_ticks(low, high) if log else _ticks(low, high, 5):
+        y = y_of(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
+    for tick in _ticks(0, last, 6):
+        parts.append(
+            f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_short(tick)}</text>'
+        )
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
+    if log:
+        parts.append(f'<text class="tick" x="4" y="{HEIGHT - 4}">logarithmic</text>')
+    for line in lines:
+        parts.append(_path(line, x_of, y_of))
+    parts.append("</svg>")
+    named = [line for line in lines if line.label]
+    keys = "".join(
+        f'<span><i class="key c{line.colour} {line.style}"></i>{escape(line.label)}</span>' for line in named
+    )
+    return Chart(panel.title, "".join(parts) + (f'<p class="legend">{keys}</p>' if keys else ""))
+
+
+def _path(line: Line, x_of: object, y_of: object) -> str:
+    assert callable(x_of) and callable(y_of)
+    points = [(x_of(s), y_of(v)) for s, v in zip(line.steps, line.values) if math.isfinite(v)]
+    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    tip = f"<title>{escape(line.label)}</title>" if line.label else ""
+    out = f'<polyline class="curve c{line.colour} {line.style}" points="{text}">{tip}</polyline>'
+    if line.style == "held-out" or len(points) == 1:
+        dots = points if len(points) <= 60 else []
+        for (x, y), step, value in zip(dots, line.steps, line.values):
+            out += f'<circle class="dot c{line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
+            out += f"<title>step {step:g}: {value:.4g}</title></circle>"
+    return out
+
+
+def _thin(line: Line) -> Line:
+    """At most POINTS points, each the mean of its neighbours."""
+    count = len(line.values)
+    if count <= POINTS:
+        return line
+    edges = [round(at * count / POINTS) for at in range(POINTS + 1)]
+    parts = list(pairwise(edges))
+    steps = [sum(line.steps[a:b]) / (b - a) for a, b in parts]
+    return Line(line.label, steps, [sum(line.values[a:b]) / (b - a) for a, b in parts], line.colour, line.style)
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round values within the range, about as many as wanted."""
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    begin = math.ceil(low / step - 1e-9)
+    return [round(at * step, 12) for at in range(begin, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    return ticks if len(ticks) <= 7 else [t for t in ticks if str(f"{t:e}")[0] == "1"]
+
+
+def _short(value: float) -> str:
+    """A tick's text: 1500000 is 1.5M."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            return f"{value / (1e3 if letter == 'k' else unit):g}{letter}"
+    return f"{value:g}"
+
+
+# ---- as PNG ----
+
+
+def draw_png(panels: Sequence[Panel], file: Path) -> None:
+    """All panels as one picture, for documents."""
+    from matplotlib.figure import Figure
+
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for line in panel.lines:
+            form = {"train": "-", "held-out": "o-", "level": "--"}[line.style]
+            label = line.label or None
+            axes.plot(line.steps, line.values, form, color=f"C{line.colour}", label=label, linewidth=1.3, markersize=3)
+        values = [v for line in panel.lines for v in line.values if math.isfinite(v)]
+        if panel.log and values and min(values) > 0 and max(values) > WIDE * min(values):
+            axes.set_yscale("log")
+        axes.set_title(panel.title, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if any(line.label for line in panel.lines):
+            axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)

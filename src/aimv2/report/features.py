@@ -1,0 +1,171 @@
+"""What an encoder's features look like: maps a layer, PCA as colours, similarity to a patch, attention.
+
+Legend: B images, h x w patch grid, I = h * w, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aimv2.errors import UsageError
+from aimv2.models.encoder import VisionEncoder
+
+LOW, HIGH = 2.0, 98.0  # percentiles that become the darkest and the brightest value of a colour
+LAST = "last"
+
+Map = NDArray[np.float32]
+
+
+@torch.inference_mode()
+def patch_maps(encoder: VisionEncoder, images: Tensor, layers: Sequence[int] | None = None) -> dict[str, Map]:
+    """Features of every patch, bidirectional, in the form that everything downstream reads: after the last norm.
+
+    Args:
+        encoder: in evaluation mode.
+        images: uint8 [B, 3, H, W], as the encoder sees them; moved to its device.
+        layers: indices of blocks, negative ones from the end; None: all.
+
+    Returns:
+        float32 [B, h, w, D] by the layer's name: its index, or ``last`` for the last block.
+
+    Raises:
+        UsageError: a layer that there is not.
+        ValueError: images that the encoder can't see.
+    """
+    depth = len(encoder.blocks)
+    wanted = [check_layer(encoder, layer) for layer in (range(depth) if layers is None else layers)]
+    grid = grid_of(encoder, images)
+    found = encoder.encode(images.to(encoder.mean.device), layers=wanted)
+    names = [LAST if layer == depth - 1 else str(layer) for layer in wanted]
+    return {name: x.float().unflatten(1, grid).cpu().numpy() for name, x in zip(names, found)}
+
+
+def pca_rgb(maps: Sequence[Map]) -> list[NDArray[np.uint8]]:
+    """The three main directions of all patches as red, green and blue: like colours mean like features.
+
+    One basis and one scale for all the maps, so that colours compare between them. The 2nd and the 98th percentile of a
+    direction are its darkest and brightest; each points to where its largest weight is positive, so that the same
+    features give the same colours.
+
+    Args:
+        maps: [h, w, D] each, of one D; h and w may differ.
+
+    Returns:
+        uint8 [h, w, 3] each; a direction without any variance is 128.
+    """
+    rows = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
+    centred = rows - rows.mean(0)
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    main = vectors[:, ::-1][:, :3]  # [D, up to 3]
+    main = main * np.sign(main[np.abs(main).argmax(0), np.arange(main.shape[1])])
+    scores = centred @ main
+    low, high = np.percentile(scores, [LOW, HIGH], axis=0)
+    span = high - low
+    flat = values[::-1][:3] <= 1e-12 * max(float(np.square(rows).sum()), 1e-300)
+    shares = np.where(flat | (span <= 0), 128 / 255, (scores - low) / np.where(span > 0, span, 1))
+    colours = np.full((len(rows), 3), 128, np.uint8)
+    colours[:, : main.shape[1]] = np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
+    ends = np.cumsum([one.shape[0] * one.shape[1] for one in maps])[:-1]
+    return [part.reshape(*one.shape[:2], 3) for part, one in zip(np.split(colours, ends), maps)]
+
+
+def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[Map]:
+    """How like one patch every patch of other maps is.
+
+    Args:
+        map: [h, w, D], in which the patch lies.
+        patch: its row and column.
+        others: [h', w', D] each; give ``map`` itself among them to see it too.
+
+    Returns:
+        float32 [h', w'] each, cosine -1..1; 0 where a patch's features are all zero.
+
+    Raises:
+        UsageError: a patch outside the map, maps of another width.
+    """
+    check_patch(patch, (map.shape[0], map.shape[1]))
+    asked = map[patch].astype(np.float64)
+    out = []
+    for other in others:
+        if other.shape[-1] != len(asked):
+            raise UsageError(f"maps of one width expected, got {len(asked)} and {other.shape[-1]}")
+        norms = np.linalg.norm(other.astype(np.float64), axis=-1) * np.linalg.norm(asked)
+        dots = other.astype(np.float64) @ asked
+        cosine = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+        out.append(cosine.clip(-1, 1).astype(np.float32))
+    return out
+
+
+@torch.inference_mode()
+def attention_maps(encoder: VisionEncoder, image: Tensor, layer: int, patch: tuple[int, int] | None) -> Map:
+    """Where a patch looks: ``softmax(q k / sqrt(d))`` of a block's heads, all patches seeing each other.
+
+    Args:
+        encoder: in evaluation mode.
+        image: uint8 [3, H, W], as the encoder sees it; moved to its device.
+        layer: index of the block, negative ones from the end.
+        patch: row and column of the query; None: the mean over all queries, which is how much each patch is looked at.
+
+    Returns:
+        float32 [H, h, w]; each head sums to 1.
+
+    Raises:
+        UsageError: a layer or a patch that there is not.
+        ValueError: an image that the encoder can't see.
+    """
+    layer = check_layer(encoder, layer)
+    grid = grid_of(encoder, image[None])
+    if patch is not None:
+        check_patch(patch, grid)
+    weights = attention_weights(encoder, image, layer)
+    chosen = weights.mean(1) if patch is None else weights[:, patch[0] * grid[1] + patch[1]]
+    return chosen.unflatten(-1, grid).cpu().numpy()
+
+
+def attention_weights(encoder: VisionEncoder, image: Tensor, layer: int) -> Tensor:
+    """Softmax weights of a block for one image uint8 [3, H, W]: fp32 [H, I, I], rows ask.
+
+    The block's own input is computed first and then its projections: no hook, so that two threads may ask at once.
+    """
+    images = image[None].to(encoder.mean.device)
+    if layer == 0:
+        x = encoder.patch_embed(encoder.normalize(images).to(encoder.patch_embed.proj.weight.dtype))
+    else:
+        x = encoder(images, layers=[layer - 1])[1][0]
+    block = encoder.blocks[layer]
+    q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)))  # type: ignore[union-attr, operator]
+    return (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-2, -1)).softmax(-1)[0]
+
+
+def grid_of(encoder: VisionEncoder, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of [B, 3, H, W].
+
+    Raises:
+        ValueError: images that the encoder can't see.
+    """
+    encoder.config.check_pixels(tuple(images.shape))
+    patch = encoder.config.patch_size
+    return images.shape[2] // patch, images.shape[3] // patch
+
+
+def check_layer(encoder: VisionEncoder, layer: int) -> int:
+    """The index of a block, counted from 0.
+
+    Raises:
+        UsageError: there is no such block.
+    """
+    depth = len(encoder.blocks)
+    if not -depth <= layer < depth:
+        raise UsageError(f"layer {layer}: {encoder.config.name} has layers {-depth} to {depth - 1}")
+    return layer % depth
+
+
+def check_patch(patch: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Raises UsageError for a patch outside a grid of (rows, columns)."""
+    if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
+        raise UsageError(f"patch {patch[0]},{patch[1]} lies outside the grid of {grid[0]} rows and {grid[1]} columns")

@@ -1,0 +1,139 @@
+"""Pictures that a report shows: training samples as the run draws them, and held-out images.
+
+Legend: p patch side, I patches of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from megatron.energon import WorkerConfig
+from torch import Tensor, nn
+
+from aimv2.config import Config
+from aimv2.data.images import ImageError
+from aimv2.data.shards import read_samples
+from aimv2.data.stream import PairEncoder, View, sample_rng, training_shards, validation_shards
+from aimv2.data.text import Tokenizer, load_tokenizer
+from aimv2.errors import UsageError
+from aimv2.interop.load import has_decoder, load_model, locate
+from aimv2.models.aimv2 import AIMv2
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.sizes import EncoderConfig
+from aimv2.report.runs import Run
+from aimv2.train.parallel import World
+from aimv2.train.prepare import known_tokenizer
+from aimv2.train.stages import stage_of
+from aimv2.train.validate import read_held_out
+from aimv2.train.view import make_view
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A training sample at one visit, as the model sees it.
+
+    Attributes:
+        key: of the sample.
+        source: its name in the mixture; "" where there is one source.
+        image: uint8 [3, h * p, w * p], cropped, resized, perhaps flipped.
+        caption: the drawn caption as its tokens spell it; "" without text.
+        prefix: patches that see each other.
+    """
+
+    key: str
+    source: str
+    image: Tensor
+    caption: str
+    prefix: int
+
+
+@dataclass(frozen=True)
+class HeldOutImage:
+    """A validation image in its centre view, uint8 [3, H, W], with its first caption and label (-1: none)."""
+
+    key: str
+    image: Tensor
+    caption: str
+    label: int
+
+
+def open_model(folder: Path, device: str | torch.device | None) -> AIMv2 | VisionEncoder:
+    """The model of a checkpoint, with its decoder and tokeniser where it has them; of a pair the image tower.
+
+    Raises:
+        UsageError: nothing to load there.
+    """
+    at = locate(folder)
+    model: nn.Module = load_model(at, decoder=has_decoder(at), device=device)
+    if isinstance(model, AIMv2):
+        if (at.folder / "tokenizer_config.json").is_file():
+            model.tokenizer = load_tokenizer(at.folder, option="MODEL")
+        return model
+    encoder = getattr(model, "image", model)
+    assert isinstance(encoder, VisionEncoder)
+    return encoder
+
+
+def view_of(config: Config, encoder: EncoderConfig) -> View:
+    """How a run's samples are seen, by one process whatever the run had.
+
+    Raises:
+        UsageError: options that do not fit the encoder.
+    """
+    return make_view(config, encoder, stage_of(config).text(config), World(0, 1, torch.device("cpu")))
+
+
+def tokenizer_of(run: Run) -> Tokenizer | None:
+    """The run's tokeniser; None for images alone, or where it is not at hand."""
+    if not stage_of(run.config).text(run.config):
+        return None
+    home = known_tokenizer(run.folder)
+    source = home if home is not None else run.config.data.tokenizer
+    try:
+        return None if source == "auto" else load_tokenizer(source)
+    except UsageError:
+        return None
+
+
+def training_samples(config: Config, view: View, tokenizer: Tokenizer | None, count: int, visit: int = 0) -> list[Seen]:
+    """The first samples of each source, at one visit: crop, flip, caption and prefix by the stream's own rules.
+
+    Args:
+        config: of the run.
+        view: see :func:`view_of`.
+        tokenizer: None shows no captions.
+        count: over all sources.
+        visit: another one draws other crops, captions and prefixes.
+
+    Raises:
+        UsageError: no data there.
+    """
+    encoder = PairEncoder(
+        config.data, replace(view, teacher=0), tokenizer, config.seed, WorkerConfig(rank=0, world_size=1, num_workers=0)
+    )
+    shards = training_shards(config.data)
+    shares = [count // len(shards) + (at < count % len(shards)) for at in range(len(shards))]
+    found = []
+    for number, (tars, share) in enumerate(zip(shards, shares)):
+        source = encoder.sources[number]
+        name = (source.name or Path(source.path).name) if len(shards) > 1 else ""
+        for key, parts in islice((pair for tar in tars for pair in read_samples(tar)), share):
+            sample = {"__key__": key, "__restore_key__": (), "__subflavors__": {"source": number}, **parts}
+            try:
+                seen = encoder.see(sample, sample_rng(config.seed, key, 0, visit))
+            except ImageError:
+                continue
+            caption = tokenizer.decode(seen["tokens"]) if tokenizer else ""
+            found.append(Seen(key, name, torch.from_numpy(seen["image"]), caption, seen["prefix"]))
+    return found
+
+
+def held_out_images(config: Config, view: View, tokenizer: Tokenizer | None, count: int) -> list[HeldOutImage]:
+    """The first images of the validation split; [] without one."""
+    shards = validation_shards(config.data)
+    found = read_held_out(shards, replace(view, captions=False), tokenizer, count, config.data.max_tokens)
+    labels = found.labels.tolist()
+    return [HeldOutImage(*one) for one in zip(found.keys, found.images, found.captions, labels)]

@@ -1,0 +1,214 @@
+"""``aimv2 report``: one run in full, or several beside one another; once, or again and again while a run trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aimv2.errors import UsageError
+from aimv2.interop.load import usable_device
+from aimv2.models.aimv2 import AIMv2
+from aimv2.report import facts, views
+from aimv2.report.blocks import Section
+from aimv2.report.charts import panels_of
+from aimv2.report.page import Page, write_page
+from aimv2.report.runs import Run, read_run
+from aimv2.report.samples import (
+    HeldOutImage,
+    held_out_images,
+    open_model,
+    tokenizer_of,
+    training_samples,
+    view_of,
+)
+from aimv2.train.log import say
+
+PAGE = "report.html"
+BATCH = 8  # training samples shown
+IDLE = 600.0  # seconds without a new line of metrics after which a run that is watched counts as stopped
+
+
+@dataclass
+class Reporter:
+    """What stays the same between two pages of the same runs.
+
+    Attributes:
+        folders: of the runs.
+        out: the page.
+        images: pictures a section.
+        device: of the model.
+        kept: sections drawn from a checkpoint, by (run, step): drawn once.
+    """
+
+    folders: Sequence[str]
+    out: Path
+    images: int
+    device: torch.device
+    kept: dict[tuple[Path, int], list[Section]] = field(default_factory=dict)
+
+    def write(self, reload: float | None = None, waiting: bool = False) -> tuple[list[Run], dict[str, Any]]:
+        """One page of the runs as they are now; ``reload``: seconds, see :class:`Page`; ``waiting``: without figures too."""
+        runs = [read_run(folder, waiting) for folder in self.folders]
+        if all(run.finished for run in runs):
+            reload = None
+        page = self.alone(runs[0]) if len(runs) == 1 else self.beside(runs)
+        page.reload = reload
+        size = write_page(page, self.out)
+        return runs, {
+            "report": str(self.out),
+            "pictures": str(self.out.parent / self.out.stem),
+            "bytes": size,
+            "sections": [section.name for section in page.sections if not section.missing],
+            "left_out": {section.name: section.missing for section in page.sections if section.missing},
+        }
+
+    def alone(self, run: Run) -> Page:
+        """Everything of one run."""
+        panels = panels_of([run])
+        parts = [facts.curve_section([run], panels), *self.pictures(run), facts.result_section(run)]
+        parts += [facts.config_section(run), facts.machine_section(run)]
+        return Page(run.name, facts.state_of(run), facts.headlines(run), parts, panels)
+
+    def beside(self, runs: Sequence[Run]) -> Page:
+        """Curves over one another, figures, and what differs."""
+        panels = panels_of(runs)
+        parts = [facts.curve_section(runs, panels), facts.figure_section(runs), facts.difference_section(runs)]
+        parts.append(self.same_pictures(runs))
+        for number, run in enumerate(runs):
+            results = facts.result_section(run)
+            results.name, results.title = f"results-{number + 1}", f"Results of {run.name}"
+            results.lead = "" if number else results.lead
+            parts.append(results)
+        names = " | ".join(run.name for run in runs)
+        return Page(names, f"{len(runs)} runs", [], parts, panels)
+
+    def pictures(self, run: Run) -> list[Section]:
+        """The sections that need pictures, drawn once a checkpoint."""
+        step = run.checkpoint[0] if run.checkpoint else -1
+        if (run.folder, step) not in self.kept:
+            self.kept.clear()
+            self.kept[run.folder, step] = picture_sections(run, self.images, self.device)
+        return self.kept[run.folder, step]
+
+    def same_pictures(self, runs: Sequence[Run]) -> Section:
+        """Held-out images as each of several runs sees them."""
+        title = "The same pictures"
+        if any(run.checkpoint is None for run in runs):
+            waiting = ", ".join(run.name for run in runs if run.checkpoint is None)
+            return Section("beside", title, missing=f"no checkpoint yet: {waiting}")
+        try:
+            first = scene_of(runs[0], self.images, self.device)
+            found = [views.compared(first)]
+            found += [views.compared(scene_of(run, self.images, self.device)) for run in runs[1:]]
+        except (UsageError, OSError) as error:
+            return Section("beside", title, missing=f"not drawn: {error}")
+        return views.beside_section([run.name for run in runs], first, found)
+
+
+def write_report(
+    folders: Sequence[str], out: str | None = None, images: int = 6, device: str | torch.device | None = None
+) -> dict[str, Any]:
+    """See :func:`aimv2.api.report`."""
+    return reporter(folders, out, images, device).write()[1]
+
+
+def watch(
+    folders: Sequence[str], every: float, out: str | None = None, images: int = 6, device: str | None = None
+) -> dict[str, Any]:
+    """Rewrites the page every so many seconds until every run has ended; see :func:`aimv2.api.report`.
+
+    Raises:
+        KeyboardInterrupt: the page that was written last stays, and no longer reloads itself.
+    """
+    if every <= 0:
+        raise UsageError(f"--watch {every:g}: seconds above 0 expected")
+    made = reporter(folders, out, images, device)
+    seen, since = -1, time.monotonic()
+    try:
+        while True:
+            runs, result = made.write(every, waiting=True)
+            lines = sum(len(run.metrics) for run in runs)
+            if lines != seen:
+                say(f"{made.out}: " + ", ".join(f"{run.name} at step {run.step}" for run in runs))
+                seen, since = lines, time.monotonic()
+            if all(run.finished for run in runs):
+                return result
+            if time.monotonic() - since > IDLE:
+                say(f"no new figures for {IDLE / 60:g} minutes: taken as stopped")
+                return made.write(waiting=True)[1]
+            time.sleep(every)
+    except KeyboardInterrupt:
+        made.write(waiting=True)
+        raise
+
+
+def reporter(folders: Sequence[str], out: str | None, images: int, device: str | torch.device | None) -> Reporter:
+    """Checks the options.
+
+    Raises:
+        UsageError: no run, a number of images below 1, an unknown device, a page that is not HTML.
+    """
+    if not folders:
+        raise UsageError("RUN: at least one run folder is expected")
+    if images < 1:
+        raise UsageError(f"--images {images}: at least 1 expected")
+    for folder in folders:
+        read_run(folder, waiting=True)
+    if out is None:
+        page = Path(folders[0]).expanduser() / PAGE if len(folders) == 1 else Path(PAGE)
+    else:
+        page = Path(out).expanduser()
+        page = page / PAGE if page.is_dir() or not page.suffix else page
+    if page.suffix != ".html":
+        raise UsageError(f"--out {out}: a folder or a name that ends in .html is expected")
+    return Reporter(folders, page, images, usable_device(device))
+
+
+def after_run(run: Path, device: torch.device, tell: Callable[[str], None]) -> str | None:
+    """The report at the end of a run, its path; a warning and None in place of an error, as the run itself is done."""
+    try:
+        return str(write_report([str(run)], device=device)["report"])
+    except Exception as error:  # whatever it is, the run has its summary
+        tell(f"no report: {' '.join(str(error).split()) or type(error).__name__} (`aimv2 report {run}` tries again)")
+        return None
+
+
+# ---- pictures ----
+
+
+def picture_sections(run: Run, images: int, device: torch.device) -> list[Section]:
+    """The sections of pictures; those that can't be say why."""
+    if run.checkpoint is None:
+        return views.without_model("the run has no checkpoint yet")
+    try:
+        scene = scene_of(run, images, device)
+    except (UsageError, OSError) as error:
+        return views.without_model(f"not drawn: {error}")
+    return views.sections(scene)
+
+
+def scene_of(run: Run, images: int, device: torch.device) -> views.Scene:
+    """Model and pictures of a run's newest checkpoint.
+
+    Raises:
+        UsageError: no model to load, no data.
+    """
+    assert run.checkpoint is not None
+    model = open_model(run.checkpoint[1] / "model", device)
+    encoder = model.encoder if isinstance(model, AIMv2) else model
+    assert isinstance(encoder, views.VisionEncoder)
+    tokenizer, view = tokenizer_of(run), view_of(run.config, encoder.config)
+    training = training_samples(run.config, view, tokenizer, BATCH)
+    held_out = held_out_images(run.config, view, tokenizer, views.searched(encoder, view.patches, images))
+    origin = "held-out"
+    if not held_out:
+        plain = training_samples(run.config, view, tokenizer, views.searched(encoder, view.patches, images))
+        held_out, origin = [HeldOutImage(one.key, one.image, one.caption, -1) for one in plain], "training"
+    why = f"a run of objective.name={run.config.objective.name} has no decoder"
+    whole = model if isinstance(model, AIMv2) else None
+    return views.Scene(encoder, whole, why, training, held_out, tokenizer, images, origin)

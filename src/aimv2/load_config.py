@@ -182,9 +182,11 @@ def check_start(config: Config) -> None:
         if getattr(optim, key) and stage not in ("pretrain", "distill"):
             instead = "; objective.freeze leaves the encoder as it is" if stage == "probe" else ""
             raise UsageError(f"optim.{key} is for an encoder under a decoder, got objective.name={stage}{instead}")
-    if optim.layer_decay != 1 and stage == "contrastive":
+    frozen = stage == "contrastive" or (stage == "probe" and config.objective.freeze)
+    if optim.layer_decay != 1 and frozen and not config.resume:  # of a run that goes on, its own stage counts
         raise UsageError(
-            f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name=contrastive does not learn"
+            f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name={stage} does not learn"
+            f"{' unless objective.freeze is false' if stage == 'probe' else ''}"
         )
     if optim.lora and config.init is None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")

@@ -159,3 +159,10 @@ def test_mistakes_are_named() -> None:
         image_transform("aimv2-large-patch14-225")
     with pytest.raises(UsageError, match="int"):
         image_transform(3)
+
+
+@pytest.mark.parametrize("patches", [7, 11, 16, 64])
+@pytest.mark.parametrize("ratio", [0.2, 0.9, 1.0, 3.5])
+def test_native_size_of_a_range_of_one(patches: int, ratio: float) -> None:
+    w, h = native_size(round(300 * ratio), 300, 14, patches, patches)
+    assert w * h == 14 * 14 * patches and w % 14 == 0

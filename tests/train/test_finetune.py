@@ -157,7 +157,8 @@ def test_wrong_use(data: Path, tmp_path: Path) -> None:
         ({"objective__heads": 5}, "objective.heads 5 does not divide"),
         ({"objective__classes": 1}, "objective.classes must be at least 2"),
         ({"init": "aimv2-larg-patch14-224"}, "did you mean 'aimv2-large-patch14-224'"),
-        ({"init": None, "objective__freeze": True}, "--init MODEL says which"),
+        ({"init": None, "objective__freeze": True, "optim__layer_decay": 1.0}, "--init MODEL says which"),
+        ({"objective__freeze": True, "optim__layer_decay": 0.9}, "does not learn unless objective.freeze is false"),
     ):
         with pytest.raises(UsageError, match=said):
             finetune(data, tmp_path / "run", init, **more)

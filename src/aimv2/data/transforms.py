@@ -82,6 +82,9 @@ def native_size(width: int, height: int, patch: int, low: int, high: int) -> tup
         w, h = (w - 1, h) if w >= h else (w, h - 1)
     while w * h < low:
         w, h = (w + 1, h) if w >= h else (w, h + 1)
+    if w * h > high:  # a range too narrow to be met by steps of one: the best grid within it
+        grids = [(x, y) for y in range(1, high + 1) for x in range(-(-low // y), high // y + 1)]
+        w, h = min(grids, key=lambda grid: abs(math.log(grid[0] * height / (grid[1] * width))))
     return w * patch, h * patch
 
 

@@ -125,4 +125,4 @@ class Stored:
         for path in sorted(self.folder.glob("features-*.parquet")):
             table = pq.read_table(path, columns=["key", column])
             for key, row in zip(table["key"].to_pylist(), table[column]):
-                yield key, row.values.to_numpy()
+                yield key, np.array(row.values)

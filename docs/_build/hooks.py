@@ -17,7 +17,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 MADE = re.compile(r"<!-- made: (\w+) -->")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):<code>~?(.*?)</code>")
-OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:recipes|src|benchmarks|notebooks|tests|docs/_build)/[^)#\s]*|[A-Z]+\.md)(#[^)]*)?\)")
+OUTSIDE = re.compile(
+    r"\]\((?:\.\./)+((?:recipes|src|benchmarks|notebooks|tests|docs/_build)/[^)#\s]*|[A-Z]+\.md)(#[^)]*)?\)"
+)
 
 
 def on_config(config: Any) -> Any:

@@ -10,7 +10,7 @@ no wait for a GPU, and no rule by token id (unlike the released training code).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Batch:
         layout: of a packed row (native training); None: strips of one area, padded with zeros.
         teacher: int8 [B, I, E], stored features of a teacher for these crops; None: none are stored.
         teacher_scale: float16 [B, I], their unit.
+        sources: places of the samples' sources in the mixture; [] where there is none.
     """
 
     images: Tensor
@@ -88,10 +89,11 @@ class Batch:
     layout: Layout | None = None
     teacher: Tensor | None = None
     teacher_scale: Tensor | None = None
+    sources: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
-        parts = {name: value for name, value in vars(self).items() if name not in ("keys", "bad", "layout")}
+        parts = {name: value for name, value in vars(self).items() if name not in ("keys", "bad", "layout", "sources")}
         tensors = {name: value for name, value in parts.items() if value is not None}
         if str(device).startswith("cuda"):
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
@@ -170,6 +172,7 @@ def make_batch(
     kept: Tensor | None = None,
     image_len: Tensor | None = None,
     teacher: tuple[Tensor, Tensor] | None = None,
+    sources: Sequence[int] = (),
 ) -> Batch:
     """Collates images and tokenised captions and lists what will be scored.
 
@@ -185,6 +188,7 @@ def make_batch(
         kept: int64 [B, K], see :class:`Batch`.
         image_len: int64 [B], real patches of each image; None: all I.
         teacher: int8 [B, I, E] and float16 [B, I], see :class:`Batch`.
+        sources: B places in the mixture; none by default.
     """
     import torch
 
@@ -214,6 +218,7 @@ def make_batch(
         image_len=image_len,
         teacher=teacher[0] if teacher else None,
         teacher_scale=teacher[1] if teacher else None,
+        sources=list(sources),
     )
 
 
@@ -248,6 +253,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         if batches[0].kept is None
         else torch.cat([batch.kept for batch in batches if batch.kept is not None]),
         teacher=(torch.cat([one for one, _ in stored]), torch.cat([unit for _, unit in stored])) if stored else None,
+        sources=[source for batch in batches for source in batch.sources],
     )
 
 
@@ -269,6 +275,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
             labels=batch.labels[at : at + size],
             kept=None if batch.kept is None else batch.kept[at : at + size],
             teacher=None if stored is None else (stored[0][at : at + size], stored[1][at : at + size]),
+            sources=batch.sources[at : at + size],
         )
         for at in range(0, len(batch), size)
     ]

@@ -1,4 +1,5 @@
 """``aimv2 <verb>``: parse, call the verb's function in :mod:`aimv2.api`, print. No torch before a verb runs."""
+# PYTHON_ARGCOMPLETE_OK: argcomplete's global hook looks for this
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ VERBS = {
     "run": Verb("run", ("chain",), "run a chain of stages: what is not done yet, in order, and one report"),
     "data import": Verb("data_import", ("source", "out"), "images and captions, as people have them, to shards"),
     "data check": Verb("data_check", ("source",), "look over shards before training"),
+    "data browse": Verb("data_browse", (), "a page of samples as the model will see them, before a run (its options)"),
     "data shapes": Verb("data_shapes", ("out",), "write the built-in captioned scenes"),
     "data teach": Verb("data_teach", ("teacher", "data", "out"), "store a teacher's patch features beside the images"),
     "tokenizer train": Verb("tokenizer_train", ("captions", "out"), "train a BPE on captions"),
@@ -64,9 +66,12 @@ VERBS = {
         "report", ("runs*",), "a page of what a run has learnt: curves, pictures, figures; of several what differs"
     ),
     "explore": Verb("explore", ("model",), "look at a model in the browser: features, captions, next patches, search"),
+    "doctor": Verb("doctor", (), "look over this machine, and train a tiny model; exit code 1 where something failed"),
     "push": Verb("push", ("model", "repository"), "upload a model to the hub, with its card"),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
+CONFIGURED = ("pretrain", "data browse")  # verbs that take the whole configuration as dotted options
+CONFIG_HELP = "values of a run; dotted options go over them"
 FLAGS = ("resume", "overwrite")
 RANK_WAITS = 5.0  # seconds
 DISK = (
@@ -81,7 +86,11 @@ DISK = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs a verb.
+
+    Returns:
+        the exit code: 0, 1 where doctor found a failure, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -112,6 +121,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain(f"error: {error.filename or 'the disk'}: {error.strerror}")
         return 2
+    except ModuleNotFoundError as error:
+        from aimv2.packages import install_line
+
+        line = install_line(error.name or "")
+        if debug or line is None:
+            raise
+        complain(f"error: the package of {error.name} is missing: {line}")
+        return 2
     except Exception as error:
         if type(error).__name__ != "Interrupted":
             raise
@@ -126,6 +143,10 @@ def run() -> None:
     them while the interpreter is taken down aborts a process whose work is done. So does a run that was asked to stop: a
     further signal would find the interpreter without its handlers.
     """
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could follow
+        from aimv2.complete import complete
+
+        complete()
     code = main()
     if code in (130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -161,7 +182,7 @@ def dispatch(words: list[str]) -> int:
         name = f"{name} {words.pop(0)}"
     if name not in VERBS:
         raise UsageError(f"unknown verb '{name}'{nearest(name, [*VERBS, *GROUPS])} (aimv2 --help lists them)")
-    run = run_pretrain if name == "pretrain" else run_verb
+    run = run_configured if name in CONFIGURED else run_verb
     result = run(name, words)
     if result is None or os.environ.get("RANK", "0") != "0":
         return 0
@@ -171,7 +192,7 @@ def dispatch(words: list[str]) -> int:
         from aimv2.show import show
 
         show(name, result)
-    return 0
+    return int(name == "doctor" and result["failed"] > 0)
 
 
 def overview(group: str | None = None) -> str:
@@ -234,7 +255,11 @@ def verb_parser(name: str) -> Any:
         key = word.rstrip("*")
         many: dict[str, Any] = {"nargs": "*", "type": str} if word.endswith("*") else {"type": str}
         parser.add_argument(key, metavar=key.upper(), help=helps.get(key, ""), **many)
-    parser.add_function_arguments(function, skip={word.rstrip("*") for word in words})
+    taken = {word.rstrip("*") for word in words}
+    if name in CONFIGURED:  # its own options; those of a configuration are read apart
+        parser.add_argument("--config", metavar="RECIPE.yaml", type=str, help=CONFIG_HELP)
+        taken |= {"config", "options"}
+    parser.add_function_arguments(function, skip=taken)
     add_common(parser)
     return parser
 
@@ -245,6 +270,8 @@ def read_words(name: str, words: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: an unknown option, a word too many or too few, a value of another type.
     """
+    if name == "data browse":
+        return read_browse(words)
     parser = verb_parser(name)
     words = _join_negative(words)
     _check_options(parser, words)
@@ -315,41 +342,67 @@ def _check_options(parser: Any, words: list[str]) -> None:
             raise UsageError(f"unknown option '{option.replace('_', '-')}'{nearest(option.replace('_', '-'), shown)}")
 
 
-def run_pretrain(name: str, words: list[str]) -> dict[str, Any] | None:
-    """``pretrain`` takes the whole configuration as dotted options."""
-    if any(word in ("-h", "--help") for word in words):
-        print_pretrain_help(name)
-        return None
-    recipe, given, switches = read_options(words)
+def run_configured(name: str, words: list[str]) -> dict[str, Any] | None:
+    """A verb that takes the whole configuration as dotted options."""
     from aimv2 import api
 
-    return api.pretrain(recipe, None, given, "dry_run" in switches, "print_config" in switches)
+    if any(word in ("-h", "--help") for word in words):
+        print_configured_help(name)
+        return None
+    if name == "pretrain":
+        recipe, given, switches = read_options(words)
+        return api.pretrain(recipe, None, given, "dry_run" in switches, "print_config" in switches)
+    return api.data_browse(**read_browse(words))
 
 
-def print_pretrain_help(name: str) -> None:
+def read_browse(words: list[str]) -> dict[str, Any]:
+    """The words of ``data browse`` as values of its function: its own options, and those of a configuration."""
+    recipe, given, switches = read_options(words, ("open",), ("out", "count"))
+    own: dict[str, Any] = {key: given.pop(key) for key in ("out", "count") if key in given}
+    if "count" in own:
+        try:
+            own["count"] = int(own["count"])
+        except ValueError:
+            raise UsageError(f"--count {own['count']}: a whole number expected") from None
+    return {"config": recipe, "options": given, "open": "open" in switches, **own}
+
+
+def print_configured_help(name: str) -> None:
     """Every key with its type, default and meaning."""
     from aimv2.config import Config
 
-    parser = make_parser(name)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="values of a run; dotted options go over them")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, say what a run takes")
-    parser.add_argument(
-        "--print-config", action="store_true", help="show the effective values and where they came from"
-    )
+    if name == "pretrain":
+        parser = make_parser(name)
+        parser.add_argument("--config", metavar="RECIPE.yaml", help=CONFIG_HELP)
+        parser.add_argument(
+            "--dry-run", action="store_true", help="build everything, run one step, say what a run takes"
+        )
+        parser.add_argument(
+            "--print-config", action="store_true", help="show the effective values and where they came from"
+        )
+        add_common(parser)
+    else:
+        parser = verb_parser(name)
     parser.add_class_arguments(Config, nested_key=None)
-    add_common(parser)
     print_help(parser)
 
 
-def read_options(words: list[str]) -> tuple[str | None, dict[str, Any], set[str]]:
+def read_options(
+    words: list[str], switch_names: tuple[str, ...] = ("dry_run", "print_config"), more: tuple[str, ...] = ()
+) -> tuple[str | None, dict[str, Any], set[str]]:
     """``--config R --run D --train.steps 10 --resume`` -> (recipe, values by dotted key, switches).
+
+    Args:
+        words: of the command line.
+        switch_names: options of the verb itself without a value.
+        more: those with one, which come among the values.
 
     Raises:
         UsageError: an unknown option (with the nearest known one), an option without its value, a stray word.
     """
     from aimv2.config import known_keys, leaf_keys
 
-    keys, recipe, given, switches = set(known_keys()), None, dict[str, Any](), set[str]()
+    keys, recipe, given, switches = {*known_keys(), *more}, None, dict[str, Any](), set[str]()
     at = 0
     while at < len(words):
         option, equals, value = words[at].partition("=")
@@ -357,11 +410,13 @@ def read_options(words: list[str]) -> tuple[str | None, dict[str, Any], set[str]
         key = option[2:].replace("-", "_")
         if not option.startswith("--"):
             raise UsageError(f"unexpected '{option}'; options are --section.key VALUE")
-        if key in ("dry_run", "print_config") and not equals:
+        if key in switch_names and not equals:
             switches.add(key)
             continue
         if key not in keys and key != "config":
-            raise UsageError(f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config'])}")
+            raise UsageError(
+                f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}"
+            )
         following = words[at] if at < len(words) else None
         if not equals:
             if key in FLAGS and (following is None or following.startswith("--")):

@@ -53,14 +53,27 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     try:
         if options.resume:
             return resume(options, {**base, **given}, started, dry_run, print_config)
-        cooled = options.init if recipe is None and options.optim.schedule == "cooldown" else None
-        if cooled and (options.data.train is None or point_of(cooled)):  # else any model on data of one's own
-            recipe, base = cooldown_of(cooled, given)
-        if recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA"):
+        recipe, base = recipe_of(options, recipe, base, given)
+        if wants_demo(options, recipe):
             return demo(given, started, dry_run, print_config)
         return pretrain(recipe, base, given, started, dry_run, print_config)
     finally:
         leave_world()
+
+
+def recipe_of(
+    options: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Where the values below the given ones come from, and the values: a recipe's, or those of the run that a cooldown ends."""
+    cooled = options.init if recipe is None and options.optim.schedule == "cooldown" else None
+    if cooled and (options.data.train is None or point_of(cooled)):  # else any model on data of one's own
+        return cooldown_of(cooled, given)
+    return recipe, base
+
+
+def wants_demo(options: Config, recipe: str | None) -> bool:
+    """Whether neither values nor data are given."""
+    return recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
 
 
 def pretrain(
@@ -72,6 +85,25 @@ def pretrain(
     prepare.locate_data(config)
     if recipe is not None and print_config:  # a recipe can be read before there are data
         return describe_config(config, provenance(base, given, recipe))
+    config, base = settle(config, recipe, base, given)
+    for line in prepare.remarks(config):
+        say(line)
+    if print_config:
+        return describe_config(config, provenance(base, given, "image size"))
+    if run is None:
+        return try_one_step(config)
+    prepare.check_overwrite(config, run)
+    return start(config, run, started, "optim.warmup" in given)
+
+
+def settle(
+    config: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
+) -> tuple[Config, dict[str, Any]]:
+    """A run's values, checked against the first samples of its data; without a recipe its defaults go by their size.
+
+    Returns:
+        the configuration, and the values below the given ones.
+    """
     samples = prepare.first_samples(config, 64)
     if recipe is None:
         base = prepare.defaults_for(samples)
@@ -83,14 +115,7 @@ def pretrain(
     prepare.check_init(config)
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
-    for line in prepare.remarks(config):
-        say(line)
-    if print_config:
-        return describe_config(config, provenance(base, given, "image size"))
-    if run is None:
-        return try_one_step(config)
-    prepare.check_overwrite(config, run)
-    return start(config, run, started, "optim.warmup" in given)
+    return config, base
 
 
 def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+WIDTH = 80
+PLACES = ("default", "command line", "demo", "image size", "$AIMV2_DATA")  # of values; else a recipe's file
 SHORT = 12  # values of a list that fit a line; longer ones are in the result file
 MEASURES = ("top1", "miou", "rmse")  # how columns of a sweep end that are figures, not what was tried
 
@@ -36,6 +39,10 @@ def show(name: str, result: dict[str, Any]) -> None:
         from aimv2.data.check import render_check
 
         console.print(render_check(result))
+    elif name == "doctor":
+        from aimv2.doctor.examine import render
+
+        console.print(render(result), soft_wrap=False, width=min(console.width, WIDTH))
     elif "figures" in result and "protocol" in result:
         show_result(console, result)
     elif "config" in result and "from" in result:
@@ -147,9 +154,13 @@ def show_models(console: Console, result: dict[str, Any]) -> None:
 
 def show_config(console: Console, result: dict[str, Any]) -> None:
     """``key: value  # where it came from``, which is a recipe too."""
+    recipe = next((name for name in result["from"].values() if name not in PLACES), None)
+    if recipe is not None:
+        console.print(f"# recipe: {recipe}")
     for key, value in result["config"].items():
-        console.print(f"{key + ':':<28} {json.dumps(value):<34} # {result['from'][key]}")
-    console.print(f"# learning rate: {curve(result['learning_rate'])}")
+        place = result["from"][key]
+        console.print(f"{key + ':':<27} {json.dumps(value):<34} # {place if place in PLACES else 'recipe'}")
+    show_curve(console, result["learning_rate"], "# ")
 
 
 def show_figures(console: Console, result: dict[str, Any]) -> None:
@@ -162,15 +173,28 @@ def show_figures(console: Console, result: dict[str, Any]) -> None:
             )
     console.print(table)
     if "learning_rate" in result:
-        console.print(f"learning rate: {curve(result['learning_rate'])}")
-    for row in result.get("captions", []):
-        console.print(f"{row['key']}: {row['written']}  |  {row['reference']}")
+        show_curve(console, result["learning_rate"])
+    if result.get("captions"):
+        show_captions(console, result["captions"])
     for section, why in result.get("left_out", {}).items() if isinstance(result.get("left_out"), dict) else ():
         console.print(f"left out: {section}: {why}")
     if "report" in result:
         console.print(f"report: {result['report']}")
 
 
-def curve(points: list[dict[str, float]]) -> str:
-    """step:rate pairs in a line."""
-    return "  ".join(f"{int(point['step'])}: {point['lr']:.2e}" for point in points)
+def show_captions(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Held-out images, what was written of them, and what stands beside them in the data."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head, share in (("image", 2), ("written", 4), ("reference", 4)):
+        table.add_column(head, overflow="fold", ratio=share)
+    for row in rows:
+        table.add_row(row["key"], row["written"], row["reference"])
+    console.print()
+    console.print(table, soft_wrap=False, width=min(console.width, WIDTH))
+
+
+def show_curve(console: Console, points: list[dict[str, float]], mark: str = "") -> None:
+    """step:rate pairs, as many a line as fit; ``mark`` begins each."""
+    pairs = "\n".join(f"{int(point['step'])}:\u00a0{point['lr']:.2e} " for point in points)  # a pair stays on its line
+    text = textwrap.fill(pairs, WIDTH, initial_indent=f"{mark}learning rate: ", subsequent_indent=f"{mark}{'':15}")
+    console.print(text.replace("\u00a0", " "))

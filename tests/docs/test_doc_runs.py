@@ -38,7 +38,13 @@ STEPS = {
         "train.precision": "fp32",
     },
     **{"optim.warmup": 1, "data.workers": 0, "data.shuffle_buffer": 8, "eval.samples": 4, "eval.captions": 1},
-    **{"eval.probe_epochs": 1, "eval.probe_samples": 60, "eval.probe_val_samples": 60, "log.tensorboard": False, "log.report": False},
+    **{
+        "eval.probe_epochs": 1,
+        "eval.probe_samples": 60,
+        "eval.probe_val_samples": 60,
+        "log.tensorboard": False,
+        "log.report": False,
+    },
 }
 SHAPE = {
     **{"model.width": 32, "model.depth": 2, "model.heads": 2, "model.hidden": 64, "data.vocab_size": 300},

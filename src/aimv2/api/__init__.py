@@ -1,8 +1,10 @@
 """Every verb of the command line as one function. Heavy imports happen inside."""
 
+from aimv2.api.browse import data_browse
 from aimv2.api.classify import fewshot, knn, linear
 from aimv2.api.compare import compare
 from aimv2.api.dense import depth, segment
+from aimv2.api.doctor import doctor
 from aimv2.api.explore import explore
 from aimv2.api.features import embed
 from aimv2.api.language import caption
@@ -18,11 +20,13 @@ __all__ = [
     "caption",
     "compare",
     "convert",
+    "data_browse",
     "data_check",
     "data_import",
     "data_shapes",
     "data_teach",
     "depth",
+    "doctor",
     "embed",
     "explore",
     "fewshot",

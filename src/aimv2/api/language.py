@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from aimv2.api.models import load_model
@@ -60,6 +61,8 @@ def caption(
         raise UsageError(f"IMAGES {images[0]}: --score reads the images of --data; leave one of them out")
     if limit < 0:
         raise UsageError(f"--limit {limit}: 0 (all) or more expected")
+    if score and importlib.util.find_spec("pycocoevalcap") is None:  # before hours of captions
+        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'")
     loaded = load_model(model, decoder=True, device=usual_device(device))
     if data is None:
         from aimv2.evals.caption import caption_files

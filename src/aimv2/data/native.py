@@ -83,12 +83,13 @@ def make_native_batch(
     keys: Sequence[str] = (),
     bad: Sequence[str] = (),
     labels: Sequence[int] | None = None,
+    sources: Sequence[int] = (),
 ) -> Batch:
     """A mini-batch of one area.
 
     Args:
         images: B of uint8 [3, h * p, w * p], each of at most ``area`` patches.
-        captions, keys, bad, labels: see :func:`aimv2.batch.make_batch`.
+        captions, keys, bad, labels, sources: see :func:`aimv2.batch.make_batch`.
         prefix_len: B prefix lengths, each in 1..h * w - 1 of its image.
         patch: p.
         area: A.
@@ -103,7 +104,8 @@ def make_native_batch(
         strips[row, :, :, : count * patch] = to_strip(image, patch)
         places[row, :count] = grid_places(*grid)
         lengths.append(count)
-    batch = make_batch(strips, captions, prefix_len, area, keys, bad, labels=labels, image_len=torch.tensor(lengths))
+    sizes = torch.tensor(lengths)
+    batch = make_batch(strips, captions, prefix_len, area, keys, bad, labels=labels, image_len=sizes, sources=sources)
     return replace(batch, places=places, layout=strip_layout(area, batch))
 
 
@@ -132,6 +134,7 @@ def pack(batches: Sequence[Batch]) -> Batch:
         [bad for batch in batches for bad in batch.bad],
         labels=torch.cat([batch.labels for batch in batches]),
         image_len=image_len,
+        sources=[source for batch in batches for source in batch.sources],
     )
     starts = image_len.cumsum(0) - image_len
     rows = torch.cat(

@@ -212,6 +212,7 @@ class PairEncoder(TaskEncoder):
             "prefix": draw_prefix(rng, patches),
             "label": label_of(parts),
             "area": area,
+            "source": sample["__subflavors__"]["source"],
         }
         if self.view.keep < 1:
             seen["kept"] = draw_kept(rng, patches, self.view.keep)
@@ -239,6 +240,7 @@ class PairEncoder(TaskEncoder):
             labels=[sample["label"] for sample in samples],
             kept=kept,
             teacher=teacher,
+            sources=[sample["source"] for sample in samples],
         )
 
 
@@ -263,6 +265,7 @@ class NativePairEncoder(PairEncoder):
             [sample["__key__"] for sample in samples],
             fresh,
             [sample["label"] for sample in samples],
+            [sample["source"] for sample in samples],
         )
 
 

@@ -49,7 +49,7 @@ def usual_backend(asked: str, device: torch.device) -> str:
     """
     there = importlib.util.find_spec("faiss") is not None
     if asked == "faiss" and not there:
-        raise UsageError("--backend faiss: not installed (pip install faiss-cpu), or --backend torch")
+        raise UsageError("--backend faiss needs faiss: pip install 'aimv2[faiss]', or use --backend torch")
     if asked == "auto":
         return "faiss" if there and device.type == "cpu" else "torch"
     return asked

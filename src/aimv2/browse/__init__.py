@@ -1,0 +1,1 @@
+"""`aimv2 data browse`: a run's samples as its model will see them, before it starts."""

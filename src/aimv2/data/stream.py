@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import math
 import signal
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, get_savable_loader, stateless
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.itar import ITarFile
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from PIL import Image
 
@@ -409,6 +411,21 @@ class TrainStream:
     def restore(self, state: Any) -> None:
         """Goes to a position that :meth:`state` gave; before the first batch only."""
         self.loader.restore_state_rank(state)
+
+
+class _ReadMembers(list[tarfile.TarInfo]):
+    """Headers that a tar has read: none is kept.
+
+    energon leaves tars open and reads samples by their offsets; ``tarfile`` would remember a header for every read, for
+    as long as the tar is open: some kilobytes a sample, without end where a data set has few shards.
+    """
+
+    def append(self, member: tarfile.TarInfo) -> None:
+        pass
+
+
+# tarfile sets and fills the attribute; every tar that energon opens gets this one
+ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
 
 
 def _start_worker(init: Callable[[int], None], number: int) -> None:

@@ -12,7 +12,7 @@ from aimv2.errors import UsageError
 from aimv2.report.blocks import Section
 from aimv2.report.charts import Panel, draw_png
 from aimv2.report.images import to_png, to_uri
-from aimv2.report.views import sheet
+from aimv2.report.sheet import draw_sheet
 from aimv2.train.files import write_aside
 
 LARGEST = 5_000_000  # bytes of a page
@@ -71,7 +71,7 @@ def write_page(page: Page, out: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for section in page.sections:
-            picture = sheet(section)
+            picture = draw_sheet(section)
             if picture is not None:
                 _write_bytes(folder / f"{section.name}.png", to_png(picture))
         if page.panels and page.reload is None:  # of a page that lives, at its end

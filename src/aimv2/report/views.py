@@ -19,7 +19,7 @@ from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import encoder_flops
 from aimv2.report.blocks import Section, Shot, Strip, Tinted
 from aimv2.report.features import attention_maps, patch_maps, pca_rgb
-from aimv2.report.images import Picture, blend, colour, enlarge, fit, frame_patch, hide_behind
+from aimv2.report.images import Picture, blend, colour, enlarge, frame_patch, hide_behind
 from aimv2.report.predictions import END, NORMALISED, Token, caption_loss, caption_words, next_patches, rollout
 from aimv2.report.samples import HeldOutImage, Seen
 
@@ -111,8 +111,8 @@ def loss_tokens(scene: Scene, seen: Seen) -> list[Tinted]:
 
 
 def tinted(token: Token) -> Tinted:
-    tip = f"loss {token.loss:.3f} nats, probability {np.exp(-token.loss):.1%}"
-    return Tinted(token.text, f"{token.loss:.1f}", min(token.loss / DEAR, 1), tip)
+    tip = f"loss {max(0.0, token.loss):.3f} nats, probability {np.exp(-max(0.0, token.loss)):.1%}"
+    return Tinted(token.text, f"{max(0.0, token.loss):.1f}", min(token.loss / DEAR, 1), tip)
 
 
 def small(picture: Picture) -> bool:
@@ -315,21 +315,6 @@ def searched(encoder: VisionEncoder, patches: int, images: int) -> int:
     """How many images neighbours are looked for among: as many as a moment's work allows, AMONG at most."""
     work = WORK["cuda" if encoder.mean.device.type == "cuda" else "cpu"]
     return max(images, min(AMONG, int(work / encoder_flops(encoder.config, patches))))
-
-
-def sheet(section: Section, side: int = 128) -> Picture | None:
-    """All pictures of a section as one: a row a strip, each picture as large as a square of ``side``."""
-    rows: Sequence[list[Shot]] = [block.shots for block in section.blocks if isinstance(block, Strip)]
-    if not rows:
-        return None
-    gap, width = 6, max(map(len, rows))
-    out = np.full((len(rows) * (side + gap) + gap, width * (side + gap) + gap, 3), 255, np.uint8)
-    for at, row in enumerate(rows):
-        for place, shot in enumerate(row):
-            part = fit(shot.picture, side)
-            top, left = gap + at * (side + gap), gap + place * (side + gap)
-            out[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return out
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Scene], Drawn]]] = {

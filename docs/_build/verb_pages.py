@@ -50,7 +50,7 @@ def pages() -> dict[str, str]:
         "",
         *table(list(EVERYWHERE)),
         "",
-        "Exit codes: 0, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
+        "Exit codes: 0, 1 where `doctor` found a failure, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
         "Ctrl-C, 143 after SIGTERM.",
     ]
     return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in VERBS}}

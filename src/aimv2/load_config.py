@@ -186,7 +186,7 @@ def check_start(config: Config) -> None:
     if optim.layer_decay != 1 and frozen and not config.resume:  # of a run that goes on, its own stage counts
         raise UsageError(
             f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name={stage} does not learn"
-            f"{' unless objective.freeze is false' if stage == 'probe' else ''}"
+            f"{' unless objective.freeze is false' if stage == 'probe' else ''}; set optim.layer_decay 1"
         )
     if optim.lora and config.init is None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")

@@ -53,6 +53,7 @@ SHAPE = {
 FEWER = {
     "probe": ["--epochs", "1", "--seeds", "0"],
     "data shapes": ["--count", "500"],
+    "doctor": ["--quick", "true"],
     "retrieve": ["--candidates", "20"],
 }
 
@@ -110,7 +111,8 @@ def twin(words: list[str]) -> list[str]:
     """A command with what makes it short behind it."""
     words = ["released" if word == RELEASED else word for word in words[1:]]
     name = " ".join(words[:2]) if words[0] == "data" else words[0]
-    if name == "pretrain" and "--resume" not in words:
+    words = [word for word in words if word != "--open"]  # no browser
+    if name in ("pretrain", "data browse") and "--resume" not in words:
         more = {**STEPS, **({} if "--init" in words else SHAPE)}
         return [*words, *(word for key, value in more.items() for word in (f"--{key}", str(value)))]
     return [*words, *FEWER.get(name, [])]

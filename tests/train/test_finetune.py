@@ -80,7 +80,7 @@ def test_fifty_steps_with_large_activations_stay_finite(precision: str, data: Pa
 
 def test_a_frozen_encoder_stays_as_it_is(data: Path, tmp_path: Path) -> None:
     init = released_file(tmp_path / "m")
-    finetune(data, tmp_path / "run", init, objective__freeze=True, train__steps=5)
+    finetune(data, tmp_path / "run", init, objective__freeze=True, optim__layer_decay=1.0, train__steps=5)
     tuned, before = aimv2.load_model(tmp_path / "run"), aimv2.load_model(init)
     for key, value in before.state_dict().items():
         assert torch.equal(tuned.state_dict()[key], value), key

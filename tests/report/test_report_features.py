@@ -9,7 +9,7 @@ import torch
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
-from aimv2.report.features import attention_maps, attention_weights, patch_maps, pca_rgb, similarity
+from aimv2.report.features import attention_maps, attention_weights, main_directions, patch_maps, pca_rgb, similarity
 
 SHAPE = {"width": 32, "depth": 3, "heads": 2, "hidden": 64}
 
@@ -53,6 +53,18 @@ def test_pca_finds_known_directions_and_is_the_same_each_time() -> None:
     assert 0.01 < (colours[:, 0] == 255).mean() < 0.04  # scaled by percentiles: one outlier does not darken the rest
     again = pca_rgb([whole[:8], whole[8:]])
     assert np.array_equal(first, again[0]) and np.array_equal(second, again[1])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(40, 7), (40, 200), (2, 5), (9, 2)])
+def test_main_directions_are_those_of_a_singular_value_decomposition(rows: int, width: int) -> None:
+    x = np.random.default_rng(rows).normal(size=(rows, width)) * np.linspace(3, 1, width)
+    x -= x.mean(0)
+    values, found = main_directions(x)
+    _, singular, directions = np.linalg.svd(x, full_matrices=False)
+    count = min(3, rows, width)
+    np.testing.assert_allclose(values, singular[:count] ** 2, atol=1e-9)
+    for number in range(min(count, rows - 1)):  # rows without their mean span one direction fewer
+        assert abs(found[:, number] @ directions[number]) == pytest.approx(1)
 
 
 def test_pca_of_nothing_to_see_is_grey() -> None:

@@ -87,6 +87,13 @@ def test_wrong_recipes(tmp_path, capsys):
     assert tree(tmp_path) == ["recipe.yaml"]
 
 
+def test_a_recipe_without_a_model(data, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("optim:\n  warmup: 1\ntrain:\n  steps: 3\n  batch_size: 8\n")
+    words = ["--config", tmp_path / "recipe.yaml", "--data.train", data, "--run", tmp_path / "run"]
+    refused(capsys, ["pretrain", *words], "model.name auto", "--model.name NAME")
+    assert tree(tmp_path) == ["recipe.yaml"]
+
+
 def test_no_run_folder(capsys, data):
     words = options(data, "x")
     at = words.index("--run")

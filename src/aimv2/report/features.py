@@ -60,18 +60,35 @@ def pca_rgb(maps: Sequence[Map]) -> list[NDArray[np.uint8]]:
     """
     rows = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
     centred = rows - rows.mean(0)
-    values, vectors = np.linalg.eigh(centred.T @ centred)
-    main = vectors[:, ::-1][:, :3]  # [D, up to 3]
+    values, main = main_directions(centred)
     main = main * np.sign(main[np.abs(main).argmax(0), np.arange(main.shape[1])])
     scores = centred @ main
     low, high = np.percentile(scores, [LOW, HIGH], axis=0)
     span = high - low
-    flat = values[::-1][:3] <= 1e-12 * max(float(np.square(rows).sum()), 1e-300)
+    flat = values <= 1e-12 * max(float(np.square(rows).sum()), 1e-300)
     shares = np.where(flat | (span <= 0), 128 / 255, (scores - low) / np.where(span > 0, span, 1))
     colours = np.full((len(rows), 3), 128, np.uint8)
     colours[:, : main.shape[1]] = np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
     ends = np.cumsum([one.shape[0] * one.shape[1] for one in maps])[:-1]
     return [part.reshape(*one.shape[:2], 3) for part, one in zip(np.split(colours, ends), maps)]
+
+
+def main_directions(centred: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Up to three largest eigenvalues [K] of the scatter of rows [N, D] and their directions [D, K], unit length or zero.
+
+    The smaller of scatter [D, D] and products of rows [N, N] is taken apart, and only its top: both have the same values.
+    """
+    from scipy.linalg import eigh
+
+    rows, width = centred.shape
+    scatter = centred @ centred.T if rows < width else centred.T @ centred
+    values, vectors = eigh(scatter, subset_by_index=[max(0, len(scatter) - 3), len(scatter) - 1])
+    values, vectors = values[::-1], vectors[:, ::-1]
+    if rows < width:
+        vectors = centred.T @ vectors
+        lengths = np.linalg.norm(vectors, axis=0)
+        vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return values, vectors
 
 
 def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[Map]:

@@ -314,6 +314,7 @@ def test_several_captions_an_image(scenes: Path, shared_data: Path) -> None:
 def test_templates(tmp_path: Path) -> None:
     assert len(IMAGENET) == len(set(IMAGENET)) == 80 and set(DEFAULT) < set(IMAGENET)
     assert all(line.count("{}") == 1 for line in IMAGENET)
+    assert find_templates("default", "imagenet1k") == IMAGENET and find_templates("default", "food101") == DEFAULT
     assert find_templates("imagenet") == IMAGENET and find_templates("my {}!") == ("my {}!",)
     (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n")
     assert find_templates(str(tmp_path / "t.txt")) == ("a {}", "the {}")

@@ -29,8 +29,8 @@ def zeroshot(
             RUN, RUN@STEP, or a folder of convert --to safetensors
         data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
         dataset: a registered name, whose counts are then checked; null: any data set
-        templates: default (three for photographs), imagenet (the eighty of CLIP), one with {} for the class, or a file of
-            them, one a line
+        templates: default (three for photographs; of a pair on imagenet1k the eighty of CLIP), imagenet (these eighty), one with {}
+            for the class, or a file of them, one a line
         classes: file of class names, one a line in the order of the labels; null: the data set's own
         by: contrastive (a pair's two towers), likelihood (of the texts, by the decoder), or auto: what the model has
         normalize: of the likelihood: sum, mean (a token), or prior (the sum, less the text's log-likelihood over other,

@@ -36,17 +36,18 @@ IMAGENET = (
 LISTS = {"default": DEFAULT, "imagenet": IMAGENET}
 
 
-def find_templates(asked: str) -> tuple[str, ...]:
+def find_templates(asked: str, dataset: str | None = None) -> tuple[str, ...]:
     """The templates behind ``--templates``.
 
     Args:
         asked: ``default``, ``imagenet``, one template, or a text file with one a line.
+        dataset: a registered name; the default of ``imagenet1k`` is ``imagenet``.
 
     Raises:
         UsageError: none of these, a template without ``{}``, an empty file.
     """
     if asked in LISTS:
-        return LISTS[asked]
+        return LISTS["imagenet" if dataset == "imagenet1k" else asked]
     if "{}" in asked:
         return (asked,)
     file = Path(asked).expanduser()

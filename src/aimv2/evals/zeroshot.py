@@ -64,7 +64,8 @@ def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
         UsageError: data, class names or templates that do not fit.
     """
     started = time.perf_counter()
-    templates = find_templates(asked.templates)
+    # a decoder reads every text before every image: eighty a class are for pairs
+    templates = find_templates(asked.templates, asked.dataset if matcher.by == "contrastive" else None)
     prior = matcher.by == "likelihood" and asked.normalize == "prior"
     chosen = choose(asked, prior)
     names = class_names(chosen.test, asked.classes)

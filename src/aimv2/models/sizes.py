@@ -140,7 +140,9 @@ def model_config(
             the width.
     """
     if name == "auto":  # a run without a recipe goes by the size of its images
-        raise UsageError("model.name auto: the recipe names no model; give --model.name NAME (`aimv2 models` lists them)")
+        raise UsageError(
+            "model.name auto: the recipe names no model; give --model.name NAME (`aimv2 models` lists them)"
+        )
     if name not in MODELS:
         raise UsageError(f"model.name: no model '{name}'{nearest(name, MODELS)} (aimv2.list_models() names them all)")
     encoder, default_decoder = MODELS[name]

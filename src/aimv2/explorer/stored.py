@@ -20,6 +20,7 @@ from aimv2.evals.embed import ABOUT, one_line_key
 from aimv2.evals.scorer import eager
 from aimv2.evals.weights import weights_hash
 from aimv2.explorer.album import Album
+from aimv2.explorer.foreign import ForeignEncoder
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 
@@ -53,13 +54,13 @@ class Stored:
         """Learns which picture is which."""
         self.numbers = {one_line_key(name): at for at, (name, _) in enumerate(album.listed)}
 
-    def of(self, encoder: VisionEncoder) -> bool:
+    def of(self, encoder: VisionEncoder | ForeignEncoder) -> bool:
         """Whether the features are this encoder's."""
         if id(encoder) not in self.same:
-            self.same[id(encoder)] = weights_hash(encoder) == self.sha256
+            self.same[id(encoder)] = isinstance(encoder, VisionEncoder) and weights_hash(encoder) == self.sha256
         return self.same[id(encoder)]
 
-    def note(self, encoder: VisionEncoder, pair: bool) -> str:
+    def note(self, encoder: VisionEncoder | ForeignEncoder, pair: bool) -> str:
         """A sentence for the page: what becomes of the features."""
         if not self.of(encoder):
             return "The folder holds features of another model, so its pictures themselves are read."
@@ -84,7 +85,7 @@ class Stored:
             weight = model.image_projection.weight
             return dict(zip(numbers, F.normalize(model.image_projection(torch.stack(rows).to(weight)).float(), dim=-1)))
 
-    def maps(self, encoder: VisionEncoder) -> dict[int, np.ndarray]:
+    def maps(self, encoder: VisionEncoder | ForeignEncoder) -> dict[int, np.ndarray]:
         """Features of the last layer by number: views [h, w, D]; {} where the features are of no use for it."""
         last, config = self._last(encoder), encoder.config
         if self.pool != "none" or last is None or config.image_size is None or not self.of(encoder):
@@ -92,7 +93,7 @@ class Stored:
         side = config.image_size // config.patch_size
         return {number: row.reshape(side, side, -1) for number, row in self._rows(last)}
 
-    def _last(self, encoder: VisionEncoder) -> int | None:
+    def _last(self, encoder: VisionEncoder | ForeignEncoder) -> int | None:
         """The place of the last layer among those that are stored."""
         depth = len(encoder.blocks)
         layers = [layer % depth for layer in self.layers] or [depth - 1]

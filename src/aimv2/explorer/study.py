@@ -19,8 +19,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from aimv2.data.transforms import image_transform, resized_crop_box
-from aimv2.errors import UsageError
 from aimv2.explorer.album import Album, Refusal
+from aimv2.explorer.foreign import CANNOT, ForeignEncoder
 from aimv2.explorer.stored import Stored
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
@@ -47,12 +47,12 @@ class Shown:
         model: the whole of it, in evaluation mode.
         encoder: its encoder.
         see: PIL image -> uint8 [3, H, W].
-        cannot: what it can't do (caption, paint, search) -> a sentence that says why.
+        cannot: what it can't do (attention, caption, paint, search) -> a sentence that says why.
     """
 
     name: str
-    model: VisionEncoder | LiT | AIMv2
-    encoder: VisionEncoder
+    model: VisionEncoder | LiT | AIMv2 | ForeignEncoder
+    encoder: VisionEncoder | ForeignEncoder
     see: Callable[[Image.Image], Tensor]
     cannot: dict[str, str]
 
@@ -66,19 +66,21 @@ def open_shown(source: str, device: str) -> Shown:
     """A model to look at.
 
     Args:
-        source: anything of ours or released; see :func:`aimv2.load_model`.
+        source: anything of ours or released (:func:`aimv2.load_model`); for its features alone a folder or hub id of a
+            ``transformers`` vision model, or ``timm:NAME`` where timm imports.
         device: where it runs.
 
     Raises:
-        UsageError: nothing to load, a model that is no AIMV2.
+        UsageError: nothing to load.
     """
     from aimv2.api.models import load_model
-    from aimv2.evals.frozen import is_foreign
+    from aimv2.evals.frozen import is_foreign, open_frozen
     from aimv2.interop import load
 
+    if source.startswith("timm:") or is_foreign(load.locate(source).folder):
+        other = ForeignEncoder(open_frozen(source, device))
+        return Shown(source, other, other, image_transform(other), CANNOT)
     at = load.locate(source)
-    if is_foreign(at.folder):
-        raise UsageError(f"MODEL {source}: a vision model of transformers; the explorer shows AIMV2's own")
     model = load_model(source, decoder=load.has_decoder(at), device=device)
     encoder = model if isinstance(model, VisionEncoder) else model.encoder
     return Shown(source, model, encoder, image_transform(encoder), cannot(model))
@@ -249,8 +251,10 @@ class Study:
         """[H, h, w]: where a patch looks."""
         self.layer(index, layer)
         patch = self.patch(index, number, row, column)
+        encoder = self.able(index, "attention").encoder
+        assert isinstance(encoder, VisionEncoder)
         key = ("attention", index, number, layer, patch)
-        ask = partial(attention_maps, self.model(index).encoder, self.seen(index, number), layer, patch)
+        ask = partial(attention_maps, encoder, self.seen(index, number), layer, patch)
         return self._remember(key, ask, lambda x: x.nbytes)
 
     def caption(self, index: int, number: int) -> list[Word]:

@@ -5,7 +5,8 @@ Legend: B images, h x w patch grid, I = h * w, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.sizes import EncoderConfig
 
 LOW, HIGH = 2.0, 98.0  # percentiles that become the darkest and the brightest value of a colour
 LAST = "last"
@@ -21,8 +23,24 @@ LAST = "last"
 Map = NDArray[np.float32]
 
 
+class PatchEncoder(Protocol):
+    """What maps of features are read from: a :class:`VisionEncoder`, or another model behind the same face."""
+
+    @property
+    def config(self) -> EncoderConfig: ...
+
+    @property
+    def blocks(self) -> Sized: ...
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def encode(self) -> Any: ...
+
+
 @torch.inference_mode()
-def patch_maps(encoder: VisionEncoder, images: Tensor, layers: Sequence[int] | None = None) -> dict[str, Map]:
+def patch_maps(encoder: PatchEncoder, images: Tensor, layers: Sequence[int] | None = None) -> dict[str, Map]:
     """Features of every patch, bidirectional, in the form that everything downstream reads: after the last norm.
 
     Args:
@@ -159,7 +177,7 @@ def attention_weights(encoder: VisionEncoder, image: Tensor, layer: int) -> Tens
     return (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-2, -1)).softmax(-1)[0]
 
 
-def grid_of(encoder: VisionEncoder, images: Tensor) -> tuple[int, int]:
+def grid_of(encoder: PatchEncoder, images: Tensor) -> tuple[int, int]:
     """Rows and columns of patches of [B, 3, H, W].
 
     Raises:
@@ -170,7 +188,7 @@ def grid_of(encoder: VisionEncoder, images: Tensor) -> tuple[int, int]:
     return images.shape[2] // patch, images.shape[3] // patch
 
 
-def check_layer(encoder: VisionEncoder, layer: int) -> int:
+def check_layer(encoder: PatchEncoder, layer: int) -> int:
     """The index of a block, counted from 0.
 
     Raises:

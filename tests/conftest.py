@@ -1,9 +1,14 @@
 """What several test modules need."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny products; threads that wait for each other only cost (children inherit it)
@@ -25,3 +30,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Indices of foreign shards stay out of the user's cache; no data set is picked up from the environment."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("AIMV2_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, one for a whole file; skipped where there is none, but never when CI is set."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        why = f"no browser ({', '.join(BROWSERS)})"
+        if os.environ.get("CI"):
+            pytest.fail(f"{why}; .ci/run installs one")
+        pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()

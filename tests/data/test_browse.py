@@ -6,9 +6,7 @@ import base64
 import io
 import os
 import re
-import shutil
 import webbrowser
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from aimv2.data.text import Tokenizer, train_tokenizer
 from aimv2.train.loop import Trainer
 from runs import TINY, scenes, train
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 NATIVE = {
     "model.name": "aimv2-tiny-patch4-native",
@@ -310,23 +307,6 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 # ---- in a browser ----
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One for the whole file."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        why = f"no browser ({', '.join(BROWSERS)})"
-        if os.environ.get("CI"):
-            pytest.fail(f"{why}; .ci/run installs one")
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_the_page_as_a_person_sees_it(data: Path, tmp_path: Path, browser: Any) -> None:

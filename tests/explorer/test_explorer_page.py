@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,27 +17,9 @@ from aimv2.data.transforms import image_transform
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 PATCHES = 4  # a side
 DARK = 60  # brightness below which a background is dark
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One for the whole file."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        why = f"no browser ({', '.join(BROWSERS)})"
-        if os.environ.get("CI"):
-            pytest.fail(f"{why}; .ci/run installs one")
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -349,3 +329,28 @@ def test_two_models_side_by_side_and_what_one_cannot(open_screen: Any, place: Pa
         screen.page.wait_for_function("() => document.querySelectorAll('#strip button').length === 13")
         screen.settled()
         assert screen.drawn(".pca canvas").std() > 20
+
+
+def test_a_model_of_another_origin_beside_ours(open_screen: Any, place: Path, photograph: Path) -> None:
+    """Where attention is asked for, it goes on with similar patches of the place that was clicked, and says so."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    shape: dict = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**shape, image_size=56, patch_size=14)).save_pretrained(place / "dino")
+    with serving(place / "model", place / "pictures", other=place / "dino") as url:
+        screen = open_screen().open(url)
+        page = screen.page
+        page.check("[value=attention]")
+        screen.click_patch(2, 1)
+        ours, theirs = page.locator(".map figcaption").all_inner_texts()
+        assert "Attention of the framed patch (row 3, column 2)" in ours
+        assert "Cosine of every patch with the framed one (row 3, column 2)" in theirs and "another origin" in theirs
+        assert "error" not in page.locator("#parts .status").nth(1).get_attribute("class")
+    with serving(place / "dino", place / "pictures") as url:
+        screen = open_screen().open(url)
+        screen.upload(photograph)
+        assert screen.page.is_disabled("[value=attention]") and screen.drawn(".pca canvas").std() > 20
+        screen.page.uncheck("#under")
+        screen.click_patch(0, 1)
+        brightness = cells(screen.drawn(".map canvas")).sum(-1)
+        assert np.unravel_index(brightness.argmax(), brightness.shape) == (0, 1)

@@ -79,14 +79,17 @@ function askParts(at) {
   });
 }
 
+// where attention is asked for, a model that shows none goes on with its similar patches and says so
+const modeOf = (model) => model.cannot.attention ? 'similarity' : now.mode;
+
 async function askMap(at) {
   const view = views[at], [row, column] = patchAt(view, now.place), model = about.models[at];
   const query = {model: at, image: now.picture.image, layer: layerOf(model), row, column};
   const stale = () => query.image !== now.picture.image || query.layer !== layerOf(model) || `${patchAt(views[at], now.place)}` !== `${[row, column]}`;
-  const mode = now.mode;
+  const mode = modeOf(model);
   for (let more = true; more;) {
     const found = await ask(mode, query);
-    if (stale() || mode !== now.mode) return;
+    if (stale() || mode !== modeOf(model)) return;
     blocks.parts[at].map = {mode, patch: [row, column], found};
     drawParts(at);
     if (mode === 'similarity') await drawOthers(at, found);
@@ -108,7 +111,7 @@ function drawParts(at) {
   bold.textContent = attends ? 'Where the patch looks' : 'Similar patches';
   caption.replaceChildren(bold, attends
     ? `Attention of the framed patch (${where}) in block ${layerOf(about.models[at]) + 1}, ${now.head === 'mean' ? 'mean over the heads' : `head ${+now.head + 1}`}.`
-    : `Cosine of every patch with the framed one (${where}).`);
+    : `Cosine of every patch with the framed one (${where}).${now.mode === mode ? '' : ` ${about.models[at].cannot.attention}`}`);
   canvas.setAttribute('aria-label', `${bold.textContent}: ${caption.lastChild.textContent}`);
   $('.low', node).textContent = attends ? '0' : low.toFixed(2);
   $('.high', node).textContent = attends ? percent(high) : high.toFixed(2);
@@ -406,6 +409,7 @@ function makeBlocks(section, what) {
     }
     return {node, line: line(status)};
   });
+  if (section === 'parts' && about.models.every((model) => model.cannot.attention)) $('[name=mode][value=attention]').disabled = true;
   if (what && about.models.every((model) => model.cannot[what])) {
     for (const control of document.querySelectorAll(`#${section} :is(input, select, button)`)) control.disabled = true;
     if (section === 'words') $('#words .lead').hidden = true;

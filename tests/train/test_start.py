@@ -69,9 +69,14 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
 
 
-def test_a_run_of_ours_gives_encoder_decoder_shape_and_tokenizer(data: Path, origin: Path, tmp_path: Path) -> None:
+def test_a_run_of_ours_gives_encoder_decoder_shape_and_tokenizer(
+    data: Path, origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     model = start(data, run, origin, **FREE, data__vocab_size=280)
+    kept = whole(origin).decoder.config.vocab_size
+    said = f"data.vocab_size 280 is not used: the decoder of init goes on with its own {kept} tokens"
+    assert capsys.readouterr().err.count(said) == 1
     assert close(model.state_dict(), whole(origin).state_dict())
     (folder,) = (origin / "checkpoints").iterdir()
     assert load_tokenizer(run / "tokenizer").fingerprint() == load_tokenizer(folder / "model").fingerprint()

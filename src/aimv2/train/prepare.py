@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.config import Config, Source, get_value, leaf_keys, to_dict
+from aimv2.config import Config, DataConfig, Source, get_value, leaf_keys, to_dict
 from aimv2.data.clip_text import START, started
 from aimv2.data.shards import captions_of, read_samples
 from aimv2.data.stream import image_bytes, training_shards
@@ -23,6 +23,7 @@ from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
 from aimv2.train.checkpoint import read_about, remove_unfinished
 from aimv2.train.files import write_aside
+from aimv2.train.log import say
 from aimv2.train.parallel import World
 from aimv2.train.stages import stage_of
 from aimv2.train.start import tokenizer_of_init
@@ -213,7 +214,10 @@ def find_tokenizer(config: Config, known: Path | None, world: World) -> Tokenize
     if known is not None:
         return load_tokenizer(known)
     if not pair and (home := tokenizer_of_init(config)) is not None:
-        return load_tokenizer(home)
+        kept, asked = load_tokenizer(home), config.data.vocab_size
+        if world.main and asked not in (kept.vocab_size, DataConfig().vocab_size):
+            say(f"data.vocab_size {asked} is not used: the decoder of init goes on with its own {kept.vocab_size} tokens")
+        return kept
     trained = None
     if world.main:
         captions = islice(training_captions(config), TOKENIZER_CAPTIONS)

@@ -30,6 +30,12 @@ NATIVE = {
 }
 
 
+FIXED = {  # the same without what is for native models
+    **{"model__name": "aimv2-tiny-patch4-32", "model__min_patches": None, "model__max_patches": None},
+    **{"data__areas": [7, 12], "train__patch_budget": None},
+}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes(tmp_path_factory.mktemp("scenes"))
@@ -127,6 +133,11 @@ def test_from_a_model_of_one_size_the_new_decoder_learns_first(data: Path, tmp_p
         ({"train__patch_budget": -64}, "train.patch_budget must be at least 1, got -64"),
         ({"objective__decoder_share": 0.5}, "objective.decoder_share 0.5: a native model's decoder sees all"),
         ({"model__name": "aimv2-tiny-patch4-32"}, "train.patch_budget is for native models"),
+        (
+            {**FIXED, "data__areas": [4, 6]},
+            "data.areas is for native models; aimv2-tiny-patch4-32 sees 32 px: leave data.areas",
+        ),
+        ({**FIXED, "model__max_patches": 64}, "model.max_patches is for native models"),
     ],
 )
 def test_wrong_use_is_one_line(data: Path, tmp_path: Path, change: dict[str, object], line: str) -> None:

@@ -216,7 +216,9 @@ def find_tokenizer(config: Config, known: Path | None, world: World) -> Tokenize
     if not pair and (home := tokenizer_of_init(config)) is not None:
         kept, asked = load_tokenizer(home), config.data.vocab_size
         if world.main and asked not in (kept.vocab_size, DataConfig().vocab_size):
-            say(f"data.vocab_size {asked} is not used: the decoder of init goes on with its own {kept.vocab_size} tokens")
+            say(
+                f"data.vocab_size {asked} is not used: the decoder of init goes on with its own {kept.vocab_size} tokens"
+            )
         return kept
     trained = None
     if world.main:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aimv2.config import Config
+from aimv2.config import Config, DataConfig
 from aimv2.data.native import area_shares
 from aimv2.data.stream import Native, View
 from aimv2.errors import UsageError
@@ -19,11 +19,17 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
     """
     share = config.objective.decoder_share
     if encoder.image_size is not None:
-        if config.train.patch_budget is not None or config.data.pack:
-            name = "data.pack" if config.train.patch_budget is None else "train.patch_budget"
+        given = {
+            "train.patch_budget": config.train.patch_budget is not None,
+            "data.pack": bool(config.data.pack),
+            "data.areas": tuple(config.data.areas) != DataConfig().areas,
+            "model.min_patches": config.model.min_patches is not None,
+            "model.max_patches": config.model.max_patches is not None,
+        }
+        if name := next((name for name, there in given.items() if there), None):
+            instead = "use train.batch_size" if name == "train.patch_budget" else f"leave {name} out"
             raise UsageError(
-                f"{name} is for native models; {encoder.name} sees {encoder.image_size} px: use train.batch_size, or a "
-                "native model.name"
+                f"{name} is for native models; {encoder.name} sees {encoder.image_size} px: {instead}, or give a native model.name"
             )
         return View(encoder.image_size, encoder.patches, captions, share)
     if share < 1:

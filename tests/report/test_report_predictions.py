@@ -15,7 +15,7 @@ from aimv2.models.create import create_model
 from aimv2.models.likelihood import score
 from aimv2.models.positions import pixel_patches, unpatchify
 from aimv2.objectives.pretrain import PretrainObjective, normalized_patches
-from aimv2.report.predictions import END, caption_loss, caption_words, next_patches, rollout
+from aimv2.report.predictions import END, caption_loss, caption_words, next_patches, rollout, visible
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 PATCH, PATCHES = 8, 16
@@ -185,3 +185,7 @@ def test_losses_under_a_prefix_are_those_of_training(model: AIMv2, image: torch.
     found = sum(token.loss for token in caption_loss(model, image, "a large blue square", prefix=5))
     assert found == pytest.approx(float(total), rel=1e-4)
     assert found != pytest.approx(sum(t.loss for t in caption_loss(model, image, "a large blue square")), rel=1e-6)
+
+
+def test_white_space_is_seen() -> None:
+    assert [visible(text) for text in (" a", "b", " ", "  ", "")] == [" a", "b", "␣", "␣␣", ""]

@@ -15,6 +15,7 @@ from aimv2.errors import UsageError
 from aimv2.launch import rate_curve
 from aimv2.report.charts import Line, Panel, draw
 from aimv2.report.images import to_uri
+from aimv2.report.predictions import visible
 from aimv2.train.files import write_aside
 
 BINS = 16  # of the histogram, at most
@@ -207,7 +208,7 @@ def chips(sample: Sample, drawn: Drawn) -> list[Chip]:
             out.append(Chip("start" if place == 0 else "…", number, special=True))
         else:
             joined = place > 0 and not text.startswith(" ") and not out[-1].special
-            out.append(Chip(text.strip(), number, joined))
+            out.append(Chip(visible(text).strip(), number, joined))
     return out
 
 

@@ -26,10 +26,16 @@ from aimv2.report.features import grid_of
 
 ALTERNATIVES = 5  # likeliest tokens that a word carries
 END = "⏎"  # how end of text is shown
+SPACE = "␣"  # and a token of white space alone
 NORMALISED = (
     "Targets are patches of mean 0 and deviation 1 each, so that the model predicts pattern and colours within a patch but "
     "not its brightness and contrast: mean and deviation are those of the true patch."
 )
+
+
+def visible(text: str) -> str:
+    """A token's text as it is shown: white space alone as a sign for each character."""
+    return text if text.strip() else SPACE * len(text)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ from aimv2.models.sizes import encoder_flops
 from aimv2.report.blocks import Section, Shot, Strip, Tinted
 from aimv2.report.features import attention_maps, patch_maps, pca_rgb
 from aimv2.report.images import Picture, blend, colour, enlarge, frame_patch, hide_behind
-from aimv2.report.predictions import END, NORMALISED, Token, caption_loss, caption_words, next_patches, rollout
+from aimv2.report.predictions import (
+    END,
+    NORMALISED,
+    Token,
+    caption_loss,
+    caption_words,
+    next_patches,
+    rollout,
+    visible,
+)
 from aimv2.report.samples import HeldOutImage, Seen
 
 SHARES = (0.1, 0.5, 0.9)  # prefixes at which patches are predicted
@@ -106,13 +115,13 @@ def loss_tokens(scene: Scene, seen: Seen) -> list[Tinted]:
     if model is None or not model.decoder.config.text or model.tokenizer is None:
         ids = scene.tokenizer.encode(seen.caption)
         texts = [scene.tokenizer.decode([token]) for token in ids[:-1]]
-        return [Tinted(text, "", 0) for text in [*texts, END]]
+        return [Tinted(visible(text), "", 0) for text in [*texts, END]]
     return [tinted(token) for token in caption_loss(model, seen.image, seen.caption, seen.prefix)]
 
 
 def tinted(token: Token) -> Tinted:
     tip = f"loss {max(0.0, token.loss):.3f} nats, probability {np.exp(-max(0.0, token.loss)):.1%}"
-    return Tinted(token.text, f"{max(0.0, token.loss):.1f}", min(token.loss / DEAR, 1), tip)
+    return Tinted(visible(token.text), f"{max(0.0, token.loss):.1f}", min(token.loss / DEAR, 1), tip)
 
 
 def small(picture: Picture) -> bool:
@@ -190,10 +199,10 @@ def caption_section(scene: Scene) -> Drawn:
         picture = bytes_of(one.image)
         tokens = [
             Tinted(
-                word.text,
+                visible(word.text),
                 f"{word.probability:.0%}",
                 1 - word.probability,
-                "; ".join(f"{text.strip() or text} {share:.0%}" for text, share in word.alternatives),
+                "; ".join(f"{visible(text).strip()} {share:.0%}" for text, share in word.alternatives),
             )
             for word in words
         ]
@@ -201,7 +210,7 @@ def caption_section(scene: Scene) -> Drawn:
         if number < 2:  # where it looked, for two of them
             for word in words[:10]:
                 heat = blend(enlarge(picture, *reach(picture)), colour(word.attention))
-                shots.append(Shot(heat, word.text.strip() or word.text, True))
+                shots.append(Shot(heat, visible(word.text).strip(), True))
         strips.append(Strip("", shots, tokens, f"reference: {one.caption}" if one.caption else "", size=74))
     lead = (
         f"Captions that the model writes for {scene.origin} images, the likeliest token each time. The number is its "

@@ -189,10 +189,10 @@ function askWords(at) {
     const buttons = words.map((word, place) => {
       const button = document.createElement('button'), ends = word.text === '⏎';
       button.type = 'button';
-      button.textContent = ends ? 'end' : word.text.trim();
+      button.textContent = ends ? 'end' : word.text.trim() || '␣';
       button.className = ends ? 'end spaced' : place && word.text.startsWith(' ') ? 'spaced' : '';
       button.style.setProperty('--sure', `${100 * word.probability}%`);
-      button.setAttribute('aria-label', `${ends ? 'end of the caption' : word.text.trim()}, ${percent(word.probability)}`);
+      button.setAttribute('aria-label', `${ends ? 'end of the caption' : word.text.trim() || 'space'}, ${percent(word.probability)}`);
       button.onmouseenter = button.onfocus = button.onclick = () => drawWord(at, place);
       button.onkeydown = (event) => {
         const next = buttons[place + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || NaN)];
@@ -210,7 +210,7 @@ function drawWord(at, place) {
   const {node, words} = blocks.words[at], word = words[place], view = views[at], canvas = $('.looked canvas', node);
   [...$('.caption', node).children].forEach((button, other) => button.setAttribute('aria-pressed', other === place));
   drawMap(canvas, view, word.attention, 0, Math.max(...word.attention.flat()), true);
-  const shown = (text) => text === '⏎' ? 'end of the caption' : `“${text.trim()}”`;
+  const shown = (text) => text === '⏎' ? 'end of the caption' : text.trim() ? `“${text.trim()}”` : 'a space';
   canvas.setAttribute('aria-label', `Where the decoder looked as it chose ${shown(word.text)}`);
   $('.looked figcaption', node).textContent = `Where the decoder looked as it chose ${shown(word.text)}: ${percent(word.share)} of its attention went to the picture, the rest to the words before.`;
   const list = document.createElement('ul');

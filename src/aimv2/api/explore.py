@@ -24,7 +24,7 @@ def explore(
 
     Args:
         model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a decoder adds captions, painting and search,
-            a LiT pair search; of a vision model of transformers (or timm:NAME) the features
+            a LiT pair search; of a vision model of transformers or timm:NAME its features
         images: a folder of images, a text file with a path a line, shards, or a folder that embed wrote (pool attention for a
             pair, none for others: its pictures are then not encoded anew); null: captioned scenes, drawn on the spot
         other: a second model, shown beside the first

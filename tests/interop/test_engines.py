@@ -48,7 +48,7 @@ def test_int8_of_a_model_in_memory_and_json_alone_on_standard_output(tmp_path: P
     images = torch.randint(0, 256, (8, 3, 28, 28), dtype=torch.uint8)
     aimv2.save_pretrained(model, tmp_path / "memory", to="openvino", precision="int8", pixels=[images])
     got = OpenVINOEncoder(tmp_path / "memory")(images)
-    assert torch.nn.functional.cosine_similarity(got, model(images), dim=-1).mean() > 0.97
+    assert torch.nn.functional.cosine_similarity(got, model(images), dim=-1).mean() > 0.99
     convert(model, tmp_path / "m", "safetensors")
     (tmp_path / "photos").mkdir()
     for at, image in enumerate(images):

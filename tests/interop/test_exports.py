@@ -71,7 +71,7 @@ def test_openvino_int8_is_near_and_smaller(tmp_path: Path) -> None:
     convert(model, tmp_path / "fp32", "openvino")
     convert(model, tmp_path / "int8", "openvino", precision="int8", pixels=[images])
     got, wanted = OpenVINOEncoder(tmp_path / "int8")(images), model(images)
-    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean() > 0.97
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean() > 0.99
     sizes = [(tmp_path / name / "openvino_model.bin").stat().st_size for name in ("int8", "fp32")]
     assert sizes[0] < 0.5 * sizes[1]
     with pytest.raises(UsageError, match="int8 needs --images"):

@@ -78,12 +78,21 @@ class World:
 
 
 def join_world() -> World:
-    """Joins torchrun's process group (nccl with CUDA, else gloo); a world of one without torchrun."""
+    """Joins torchrun's process group (nccl with CUDA, else gloo); a world of one without torchrun.
+
+    Raises:
+        UsageError: more processes on this machine than GPUs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(
+                f"LOCAL_RANK {local} (torchrun sets it), but this machine shows {gpus} GPU(s); at most --nproc-per-node {gpus}"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():

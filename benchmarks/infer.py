@@ -1,6 +1,6 @@
-"""Frozen features of L/14-224, four images at once: ours beside transformers, a plain path and the exported files.
+"""Frozen features of L/14-224, a few images at once: ours beside transformers, a plain path and the exported files.
 
-    python benchmarks/infer.py [--rounds 7] [--only torch_fp32,transformers_fp32]
+    python benchmarks/infer.py [--rounds 7] [--batch 4] [--only torch_fp32,transformers_fp32]
 
 Every path lives in a process of its own and they take turns, a few at a time beside transformers in fp32; weights are random
 and the same. ``part`` is the time as a part of what transformers takes eager in fp32 (below 1 is faster). The exported files
@@ -19,17 +19,17 @@ from typing import Any
 
 from turns import in_turns
 
-MODEL, BATCH = "aimv2-large-patch14-224", 4
+MODEL = "aimv2-large-patch14-224"
 BASE = "transformers_fp32"
 GROUP = 5  # paths in memory at once, beside BASE
 
 
-def pixels(torch: Any, dtype: Any = None) -> Any:
-    """Normalised images [4, 3, 224, 224]."""
-    return torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype or torch.float32)
+def pixels(torch: Any, batch: int, dtype: Any = None) -> Any:
+    """Normalised images [batch, 3, 224, 224]."""
+    return torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype or torch.float32)
 
 
-def ours(folder: str, precision: str, compiled: bool, device: str) -> tuple[Any, list[Any]]:
+def ours(folder: str, batch: int, precision: str, compiled: bool, device: str) -> tuple[Any, list[Any]]:
     """This package."""
     import torch
 
@@ -41,10 +41,12 @@ def ours(folder: str, precision: str, compiled: bool, device: str) -> tuple[Any,
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
-    return on_device(torch, model, pixels(torch, dtype), device)
+    return on_device(torch, model, pixels(torch, batch, dtype), device)
 
 
-def theirs(folder: str, precision: str, compiled: bool, device: str, fast: bool = False) -> tuple[Any, list[Any]]:
+def theirs(
+    folder: str, batch: int, precision: str, compiled: bool, device: str, fast: bool = False
+) -> tuple[Any, list[Any]]:
     """transformers; ``fast``: with the setting for products that ours runs with."""
     import torch
     from transformers import AutoModel
@@ -57,10 +59,10 @@ def theirs(folder: str, precision: str, compiled: bool, device: str, fast: bool 
     model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     if compiled:
         model = torch.compile(model)
-    return on_device(torch, lambda x: model(pixel_values=x).last_hidden_state, pixels(torch, dtype), device)
+    return on_device(torch, lambda x: model(pixel_values=x).last_hidden_state, pixels(torch, batch, dtype), device)
 
 
-def plain(folder: str, precision: str, device: str) -> tuple[Any, list[Any]]:
+def plain(folder: str, batch: int, precision: str, device: str) -> tuple[Any, list[Any]]:
     """What one writes first: separate projections, SDPA, convolution."""
     import torch
     from torch import nn
@@ -88,7 +90,7 @@ def plain(folder: str, precision: str, device: str) -> tuple[Any, list[Any]]:
             x = x + block.mlp.down(nn.functional.silu(linear(y, gate)) * linear(y, up))
         return model.norm(x)
 
-    return on_device(torch, run, pixels(torch, dtype), device)
+    return on_device(torch, run, pixels(torch, batch, dtype), device)
 
 
 def on_device(torch: Any, model: Any, images: Any, device: str) -> tuple[Any, list[Any]]:
@@ -103,23 +105,23 @@ def on_device(torch: Any, model: Any, images: Any, device: str) -> tuple[Any, li
     return run, [images.to(device)]
 
 
-def onnx(folder: str) -> tuple[Any, list[Any]]:
+def onnx(folder: str, batch: int) -> tuple[Any, list[Any]]:
     """ONNX Runtime."""
     import onnxruntime
     import torch
 
     session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
-    return (lambda x: session.run(None, {"pixel_values": x})), [pixels(torch).numpy()]
+    return (lambda x: session.run(None, {"pixel_values": x})), [pixels(torch, batch).numpy()]
 
 
-def openvino(folder: str) -> tuple[Any, list[Any]]:
+def openvino(folder: str, batch: int) -> tuple[Any, list[Any]]:
     """OpenVINO."""
     import torch
 
     from aimv2.interop.openvino import OpenVINOEncoder
 
     encoder = OpenVINOEncoder(folder)
-    return (lambda x: encoder.run(x)), [pixels(torch).numpy()]
+    return (lambda x: encoder.run(x)), [pixels(torch, batch).numpy()]
 
 
 def write_models(out: Path, wanted: set[str]) -> None:
@@ -134,7 +136,7 @@ def write_models(out: Path, wanted: set[str]) -> None:
         forms["onnx"] = ("onnx", {})
     for precision in ("fp32", "bf16", "int8"):
         if f"openvino_{precision}" in wanted:
-            more = {"pixels": [pixels(torch)]} if precision == "int8" else {}
+            more = {"pixels": [pixels(torch, 4)]} if precision == "int8" else {}
             forms[f"openvino_{precision}"] = ("openvino", {"precision": precision, **more})
     for name, (to, options) in forms.items():
         model = create_model(MODEL, seed=0).eval()
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 7 for a figure to quote")
     parser.add_argument("--runs", type=int, default=1, help="runs of a path in a round")
     parser.add_argument("--only", default="", help="paths to run, with commas; all by default")
+    parser.add_argument("--batch", type=int, default=4, help="images at once")
     options = parser.parse_args()
     import torch
 
@@ -157,16 +160,25 @@ def main() -> None:
         out = Path(temporary)
         paths: dict[str, Any] = {}
         for precision in ("fp32", "bf16"):
-            paths[f"transformers_{precision}"] = (theirs, (str(out / "transformers"), precision, False, device))
+            paths[f"transformers_{precision}"] = (
+                theirs,
+                (str(out / "transformers"), options.batch, precision, False, device),
+            )
             if precision == "fp32":
-                paths["transformers_fast_fp32"] = (theirs, (str(out / "transformers"), precision, False, device, True))
-            paths[f"transformers_compiled_{precision}"] = (theirs, (str(out / "transformers"), precision, True, device))
-            paths[f"plain_{precision}"] = (plain, (str(out / "ours"), precision, device))
-            paths[f"torch_{precision}"] = (ours, (str(out / "ours"), precision, False, device))
-            paths[f"torch_compiled_{precision}"] = (ours, (str(out / "ours"), precision, True, device))
-        paths["onnx_fp32"] = (onnx, (str(out / "onnx"),))
+                paths["transformers_fast_fp32"] = (
+                    theirs,
+                    (str(out / "transformers"), options.batch, precision, False, device, True),
+                )
+            paths[f"transformers_compiled_{precision}"] = (
+                theirs,
+                (str(out / "transformers"), options.batch, precision, True, device),
+            )
+            paths[f"plain_{precision}"] = (plain, (str(out / "ours"), options.batch, precision, device))
+            paths[f"torch_{precision}"] = (ours, (str(out / "ours"), options.batch, precision, False, device))
+            paths[f"torch_compiled_{precision}"] = (ours, (str(out / "ours"), options.batch, precision, True, device))
+        paths["onnx_fp32"] = (onnx, (str(out / "onnx"), options.batch))
         for precision in ("fp32", "bf16", "int8"):
-            paths[f"openvino_{precision}"] = (openvino, (str(out / f"openvino_{precision}"),))
+            paths[f"openvino_{precision}"] = (openvino, (str(out / f"openvino_{precision}"), options.batch))
         wanted = set(options.only.split(",")) - {""} or set(paths)
         if unknown := wanted - set(paths):
             parser.error(f"--only {sorted(unknown)[0]}: one of {', '.join(paths)} expected")
@@ -180,11 +192,11 @@ def main() -> None:
             missing |= lacking
             for name, taken in seconds.items():
                 parts[name] = {
-                    "images_per_s": BATCH / statistics.median(taken),
+                    "images_per_s": options.batch / statistics.median(taken),
                     "part": statistics.median(one / of for one, of in zip(taken, seconds[BASE])),
                     "peak_memory_gb": memory[name],
                 }
-    result: dict[str, Any] = {"model": MODEL, "batch": BATCH, "device": device, "rounds": options.rounds}
+    result: dict[str, Any] = {"model": MODEL, "batch": options.batch, "device": device, "rounds": options.rounds}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "paths": parts, "missing": missing}
     print(json.dumps(result, indent=1))
 

@@ -84,19 +84,21 @@ class PlainModel(nn.Module):
 
 
 class PlainStep:
-    """Forward, backward, clip and update, as our step does them."""
+    """Forward, backward, clip and update, as our step does them, on torch's default device."""
 
     def __init__(self, precision: str) -> None:
         torch.manual_seed(0)
         self.model = PlainModel()
+        self.device = torch.get_default_device()
         self.bf16 = precision == "bf16"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), foreach=False)
 
     def __call__(self, images: Tensor, text: Tensor, lengths: Tensor, prefix: Tensor) -> float:
         """uint8 [B, 3, H, W], int64 [B, 77], int64 [B], int64 [B] -> the loss."""
+        images, text, lengths, prefix = (part.to(self.device) for part in (images, text, lengths, prefix))
         mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
         x = (images.float() / 255 - mean) / std
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             pixels, logits = self.model(x, text, prefix)
         grid = IMAGE // PATCH
         targets = x.reshape(len(x), 3, grid, PATCH, grid, PATCH).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

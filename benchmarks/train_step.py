@@ -1,9 +1,10 @@
 """Our training step beside the plain one, interleaved: images a second, peak memory, and their ratios, as one JSON object.
 
-    python benchmarks/train_step.py [--rounds 7] [--steps 3]
+    python benchmarks/train_step.py [--rounds 7] [--steps 3] [--pairs 8]
 
 Each step lives in a process of its own (so that its peak memory is its own) and they take turns: only ratios of
-interleaved rounds mean anything on a shared machine. Both see the same pairs in the same order.
+interleaved rounds mean anything on a shared machine. Both see the same pairs in the same order. On a GPU where there is one:
+``--pairs 256`` fills it.
 """
 
 from __future__ import annotations
@@ -16,40 +17,41 @@ from typing import Any
 
 from turns import in_turns
 
-PAIRS, SHORTEST, LONGEST, BATCHES = 8, 8, 39, 6
+SHORTEST, LONGEST, BATCHES = 8, 39, 6
 
 
-def make_pairs(torch: Any) -> list[tuple[Any, list[list[int]], Any]]:
+def make_pairs(torch: Any, pairs: int) -> list[tuple[Any, list[list[int]], Any]]:
     """Images, captions of 8 to 39 tokens and prefix lengths of a few batches."""
     from plain_step import IMAGE, PATCHES, VOCABULARY
 
     draw = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(BATCHES):
-        images = torch.randint(0, 256, (PAIRS, 3, IMAGE, IMAGE), dtype=torch.uint8, generator=draw)
-        lengths = torch.randint(SHORTEST, LONGEST + 1, (PAIRS,), generator=draw).tolist()
+        images = torch.randint(0, 256, (pairs, 3, IMAGE, IMAGE), dtype=torch.uint8, generator=draw)
+        lengths = torch.randint(SHORTEST, LONGEST + 1, (pairs,), generator=draw).tolist()
         captions = [torch.randint(2, VOCABULARY, (n,), generator=draw).tolist() for n in lengths]
-        batches.append((images, captions, torch.randint(1, PATCHES, (PAIRS,), generator=draw)))
+        batches.append((images, captions, torch.randint(1, PATCHES, (pairs,), generator=draw)))
     return batches
 
 
-def plain_path(precision: str) -> tuple[Any, list[Any]]:
+def plain_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
     """The plain step and its batches."""
     import torch
 
     from plain_step import TEXT, PlainStep
 
     inputs = []
-    for images, captions, prefix in make_pairs(torch):
-        text = torch.zeros(PAIRS, TEXT, dtype=torch.int64)
+    for images, captions, prefix in make_pairs(torch, pairs):
+        text = torch.zeros(pairs, TEXT, dtype=torch.int64)
         for row, caption in enumerate(captions):
             text[row, : len(caption)] = torch.tensor(caption)
         inputs.append((images, text, torch.tensor([len(c) for c in captions]), prefix))
+    torch.set_default_device(device)
     step = PlainStep(precision)
     return (lambda batch: step(*batch)), inputs
 
 
-def our_path(precision: str) -> tuple[Any, list[Any]]:
+def our_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
     """Our step, as the trainer runs it, and its batches."""
     import torch
 
@@ -65,23 +67,25 @@ def our_path(precision: str) -> tuple[Any, list[Any]]:
     config = Config()
     config.train.precision = precision  # type: ignore[assignment]
     config.optim.warmup = 10
-    world = World(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device(device))
     compiled, why_not = want_compile(config.train, world)
     if why_not:
         print(why_not, file=sys.stderr, flush=True)
     step = TrainStep(model, config, world, compiled)  # type: ignore[arg-type]
     model.train()
-    inputs = [make_batch(images, captions, prefix, PATCHES) for images, captions, prefix in make_pairs(torch)]
+    inputs = [make_batch(images, captions, prefix, PATCHES) for images, captions, prefix in make_pairs(torch, pairs)]
     return (lambda batch: float(step(batch, 1).means.sum())), inputs
 
 
-def measure(precision: str, rounds: int, steps: int) -> dict[str, Any]:
+def measure(precision: str, rounds: int, steps: int, pairs: int, device: str) -> dict[str, Any]:
     """Both paths in turns."""
     seconds, memory, missing = in_turns(
-        {"plain": (plain_path, (precision,)), "ours": (our_path, (precision,))}, rounds, steps
+        {name: (path, (precision, pairs, device)) for name, path in (("plain", plain_path), ("ours", our_path))},
+        rounds,
+        steps,
     )
     assert not missing, missing
-    rate = {path: PAIRS / statistics.median(values) for path, values in seconds.items()}
+    rate = {path: pairs / statistics.median(values) for path, values in seconds.items()}
     return {
         "images_per_s": rate["ours"],
         "plain_images_per_s": rate["plain"],
@@ -105,13 +109,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 7 for a figure to quote")
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
+    parser.add_argument("--pairs", type=int, default=8, help="of a step")
     options = parser.parse_args()
     import torch
 
-    result: dict[str, Any] = {"pairs": PAIRS, "rounds": options.rounds, "steps_a_round": options.steps}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {
+        "device": device,
+        "pairs": options.pairs,
+        "rounds": options.rounds,
+        "steps_a_round": options.steps,
+    }
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "allocator": allocator()}
     for precision in ("fp32", "bf16"):
-        result[precision] = measure(precision, options.rounds, options.steps)
+        result[precision] = measure(precision, options.rounds, options.steps, options.pairs, device)
     print(json.dumps(result, indent=1))
 
 

@@ -32,7 +32,12 @@ def serve(path: Path, arguments: tuple[Any, ...], pipe: Connection) -> None:
 
 
 def peak_memory() -> float:
-    """Largest resident memory of this process, 1e9 bytes (getrusage would count its parent's from before)."""
+    """1e9 bytes: most memory of the GPU where this process used one, else most resident memory (getrusage would count its
+    parent's from before)."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 

@@ -450,7 +450,11 @@ def _timm(source: str, device: torch.device) -> Frozen:
         import timm
     except (ImportError, RuntimeError) as error:
         raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
-    model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
+    try:
+        model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
+    except Exception as error:  # an unknown name, no network, no such weights: each an exception of its own
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"MODEL {source}: timm can't open it ({why})") from None
     about = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(about[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
 

@@ -1,6 +1,6 @@
 """Our training step beside the plain one, interleaved: images a second, peak memory, and their ratios, as one JSON object.
 
-    python benchmarks/train_step.py [--rounds 7] [--steps 3] [--pairs 8]
+    python benchmarks/train_step.py [--rounds 7] [--steps 3] [--pairs 8] [--precision fp32 bf16]
 
 Each step lives in a process of its own (so that its peak memory is its own) and they take turns: only ratios of
 interleaved rounds mean anything on a shared machine. Both see the same pairs in the same order. On a GPU where there is one:
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 7 for a figure to quote")
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--pairs", type=int, default=8, help="of a step")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     options = parser.parse_args()
     import torch
 
@@ -121,7 +122,7 @@ def main() -> None:
         "steps_a_round": options.steps,
     }
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "allocator": allocator()}
-    for precision in ("fp32", "bf16"):
+    for precision in options.precision:
         result[precision] = measure(precision, options.rounds, options.steps, options.pairs, device)
     print(json.dumps(result, indent=1))
 

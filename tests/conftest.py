@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny products; threads that wait for each other only cost (children inherit it)
+torch.backends.cudnn.allow_tf32 = False  # on a GPU: fp32 convolutions as exact as on a CPU
 
 
 @pytest.fixture(scope="session")

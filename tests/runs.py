@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from aimv2 import api
 from aimv2.data.scenes import write_scenes
 
@@ -108,8 +111,15 @@ def call(*words: str, timeout: float = 120, env: dict[str, str] | None = None) -
     )
 
 
+def need_ranks(ranks: int) -> None:
+    """Skips a test of several processes where GPUs are seen, but fewer than processes."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} processes need {ranks} GPUs; CUDA_VISIBLE_DEVICES= runs them on the CPU")
+
+
 def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Runs the command line on several gloo processes."""
+    """Runs the command line on several processes: gloo, or nccl where there are GPUs."""
+    need_ranks(ranks)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

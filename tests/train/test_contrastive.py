@@ -36,7 +36,7 @@ from aimv2.train.prepare import get_tokenizer
 from aimv2.train.stages.contrastive import build_model, cached_stream, objective
 from aimv2.train.step import TrainStep
 from aimv2.train.validate import read_held_out
-from runs import TINY, call, metrics, options, resume, scenes, torchrun, train
+from runs import TINY, call, metrics, need_ranks, options, resume, scenes, torchrun, train
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 PAIR: dict[str, Any] = {
@@ -188,6 +188,7 @@ def rank_main(rank: int, folder: Path, contrast: str) -> None:
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 def test_two_gloo_processes_give_the_gradients_of_one(contrast: str, tmp_path: Path) -> None:
     figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs(), contrast)
+    need_ranks(2)
     spawn(rank_main, (tmp_path, contrast), nprocs=2)
     two = torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(two["means"], figures.means, rtol=1e-5, atol=0)

@@ -39,7 +39,7 @@ from aimv2.teacher import open_teacher
 from aimv2.train.parallel import World, join_world
 from aimv2.train.step import TrainStep
 from aimv2.train.validate import read_held_out
-from runs import metrics, options, resume, scenes, torchrun, train
+from runs import metrics, need_ranks, options, resume, scenes, torchrun, train
 
 EXACT = ("step", "loss", "text_loss", "pixel_loss", "feature_loss", "grad_norm", "val_text_loss", "val_pixel_loss")
 EXACT += ("val_feature_loss",)
@@ -267,6 +267,7 @@ def rank_main(rank, folder):
 
 
 def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
+    need_ranks(2)
     spawn(rank_main, (Path(tmp_path),), nprocs=2)
     for view, accumulate in product(("prefix", "whole"), (1, 2)):
         figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs(), view)

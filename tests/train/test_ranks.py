@@ -12,7 +12,7 @@ from aimv2.config import Config
 from aimv2.models.create import create_model
 from aimv2.train.parallel import World, join_world
 from aimv2.train.step import TrainStep
-from runs import exact, metrics, options, scenes, torchrun, train
+from runs import exact, metrics, need_ranks, options, scenes, torchrun, train
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,7 @@ def rank_main(rank, folder):
 def ranks(tmp_path_factory):
     """What two processes found, one file a number of micro-batches."""
     folder = tmp_path_factory.mktemp("ranks")
+    need_ranks(2)
     spawn(rank_main, (Path(folder),), nprocs=2)
     return folder
 

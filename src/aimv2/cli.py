@@ -211,7 +211,7 @@ def make_parser(name: str) -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UsageError(one_line(message))
+            raise UsageError(one_line(message, options=True))
 
     verb = VERBS[name]
     return Parser(prog=f"aimv2 {name}", description=verb.summary, allow_abbrev=False)

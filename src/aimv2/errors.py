@@ -9,7 +9,10 @@ PLAIN = {
     "float": "a number",
     "bool": "true or false",
     "tuple": "a list such as [0.9, 0.95]",
+    "list": "a list",
+    "dict": "names with values",
     "str": "text",
+    "NoneType": "null",
 }
 
 
@@ -24,12 +27,34 @@ class RankError(UsageError):
     """A mistake that one rank alone met: that rank says it, whichever it is."""
 
 
-def one_line(message: str) -> str:
-    """jsonargparse's report of a wrong value as one line."""
-    text = " ".join(message.split())
-    text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-    text = re.sub(r"Expected a <class '(\w+)'>", lambda found: f"Expected {PLAIN.get(found[1], found[1])}", text)
-    return text.removeprefix("Validation failed: ").replace("Parser key", "key")
+def one_line(message: str, options: bool = False) -> str:
+    """jsonargparse's report of a wrong value as one line: what was given, and what is expected.
+
+    ``options``: keys are said as options of the command line (``max_tokens``: ``--max-tokens``).
+    """
+    text = " ".join(message.split()).removeprefix("Validation failed: ")
+    found = re.fullmatch(
+        r'Parser key "([\w.]+)": (?:.*?)(Expected an? .*?)\.? (?:Got value|Given value type: .*? Given value): (.*)',
+        text,
+    )
+    if found is None:
+        return text.replace("Parser key", "key")
+    key, wanted, given = found.groups()
+    kinds = [plain(kind) for kind in re.findall(r"Expected an? (.*?)(?:\.? - |\.? Got value: |\.?$)", wanted)]
+    name = "--" + key.replace("_", "-") if options else key
+    kinds = [kind for kind in kinds if not (options and kind == "null")] or kinds
+    return f"{name} {given}: {' or '.join(dict.fromkeys(kinds))} expected"
+
+
+def plain(kind: str) -> str:
+    """A Python type, as jsonargparse writes it, in words."""
+    if found := re.fullmatch(r"<class '(\w+)'>", kind):
+        return PLAIN.get(found[1], found[1])
+    if found := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+        return f"one of {found[1]}".replace("'", "")
+    if found := re.fullmatch(r"tuple with (\d+) elements", kind):
+        return f"a list of {found[1]}"
+    return kind if kind.startswith(("a ", "an ")) else f"a {kind}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -216,6 +216,27 @@ def test_model_that_is_none(tmp_path, capsys):
     refused(capsys, ["caption", tmp_path / "model", image], "model.safetensors", "is expected")
     with pytest.raises(UsageError, match="no run in"):
         resume(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    refused(capsys, ["caption", tmp_path / "run", image], "MODEL", "no complete checkpoint yet")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("pretrain --train.stop_at x", "train.stop_at x: a whole number (int) or null expected"),
+        ("pretrain --train.steps 1.5", "train.steps 1.5: a whole number (int) expected"),
+        ("pretrain --train.ema x", "train.ema x: a number expected"),
+        ("pretrain --model.decoder_separate 4", "model.decoder_separate 4: true or false or null expected"),
+        ("pretrain --train.compile 4", "train.compile 4: one of auto, on, off expected"),
+        ("pretrain --optim.betas [1,2,3]", "optim.betas [1, 2, 3]: a list of 2 expected"),
+        ("pretrain --optim.betas x", "optim.betas x: a list such as [0.9, 0.95] expected"),
+        ("caption M --max-tokens x", "--max-tokens x: a whole number (int) expected"),
+        ("report RUN --watch x", "--watch x: a number expected"),
+    ],
+)
+def test_a_value_of_another_kind(words, line, capsys):
+    refused(capsys, words.split(), f"error: {line}\n")
 
 
 @pytest.mark.parametrize(

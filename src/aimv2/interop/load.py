@@ -114,7 +114,7 @@ def _from_folder(given: str, folder: Path) -> Source:
         return Source(given, folder, tuple(folder / name for name in names))
     if (folder / model_folder.WEIGHTS).is_file():
         return Source(given, folder, (folder / model_folder.WEIGHTS,))
-    if (folder / "checkpoints").is_dir() or (folder / "model").is_dir():
+    if model_folder.is_run(folder) or (folder / "model").is_dir():
         inner = model_folder.find_model(folder)
         return Source(given, inner, (inner / model_folder.WEIGHTS,))
     files = sorted(folder.glob("*.safetensors"))

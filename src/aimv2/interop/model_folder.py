@@ -62,6 +62,11 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is that of a run, which may have no checkpoint yet."""
+    return (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file()
+
+
 def find_model(source: str | Path) -> Path:
     """The model folder behind MODEL: a model folder, a run (its newest checkpoint) or RUN@STEP.
 
@@ -81,7 +86,7 @@ def find_model(source: str | Path) -> Path:
                 return folder / "model"
         steps = ", ".join(str(number) for number, _ in checkpoints(Path(run))) or "none"
         raise UsageError(f"MODEL {text}: no checkpoint of step {step} in {run} (there: {steps})")
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         if found := checkpoints(path):
             return found[-1][1] / "model"
         raise UsageError(f"MODEL {text}: the run has no complete checkpoint yet")

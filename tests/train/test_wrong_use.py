@@ -236,7 +236,7 @@ def test_model_that_is_none(tmp_path, capsys):
     ],
 )
 def test_a_value_of_another_kind(words, line, capsys):
-    refused(capsys, words.split(), f"error: {line}\n")
+    assert refused(capsys, words.split()) == f"error: {line}"
 
 
 @pytest.mark.parametrize(

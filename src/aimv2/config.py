@@ -30,11 +30,12 @@ class ModelConfig:
         decoder_heads: decoder heads
         decoder_hidden: decoder SwiGLU width
         decoder_separate: one trunk for pixels and one for text instead of a joint one (Table 9d)
-        text_width: contrastive alone, as the next four: width of the text tower; null: the released one's 768
-        text_depth: blocks of the text tower; null: 12
-        text_heads: heads of the text tower; null: 6
-        text_hidden: SwiGLU width of the text tower; null: 2048
-        projection: width of the space that images and texts share; null: 768
+        text_width: contrastive alone, as the next four: width of the text tower; null: the released one's 768, or the
+            encoder's where that is narrower
+        text_depth: blocks of the text tower; null: 12, or the narrower encoder's
+        text_heads: heads of the text tower; null: 6, or the narrower encoder's
+        text_hidden: SwiGLU width of the text tower; null: 2048, or the narrower encoder's
+        projection: width of the space that images and texts share; null: 768, or the narrower encoder's width
     """
 
     name: str = "auto"

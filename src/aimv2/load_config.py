@@ -205,7 +205,7 @@ def check_teacher(config: Config) -> None:
 
 def check_contrastive(config: Config) -> None:
     """Raises UsageError where options of the contrastive stage contradict it or each other, or stand without it."""
-    model, train = config.model, config.train
+    train = config.train
     if config.objective.name != "contrastive":
         if config.data.features is not None:
             raise UsageError(
@@ -217,9 +217,6 @@ def check_contrastive(config: Config) -> None:
             f"objective.name=contrastive compares each pair with the whole batch: train.accumulate {train.accumulate} would "
             "lose most of the others; use 1, and train.checkpointing=true where memory is short"
         )
-    width, heads = model.text_width or 768, model.text_heads or 6
-    if width % heads:
-        raise UsageError(f"model.text_heads {heads} does not divide model.text_width {width}")
 
 
 def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:

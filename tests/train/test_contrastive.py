@@ -33,7 +33,7 @@ from aimv2.train.flops import step_flops
 from aimv2.train.optim import hold_scale
 from aimv2.train.parallel import World, can_compile, join_world
 from aimv2.train.prepare import get_tokenizer
-from aimv2.train.stages.contrastive import build_model, cached_stream, objective
+from aimv2.train.stages.contrastive import build_model, cached_stream, objective, usual_tower
 from aimv2.train.step import TrainStep
 from aimv2.train.validate import read_held_out
 from runs import TINY, call, metrics, need_ranks, options, resume, scenes, torchrun, train
@@ -134,6 +134,14 @@ def test_resumed_run_equals_an_undisturbed_one(contrast: str, data: Path, encode
     if contrast == "sigmoid":
         assert result["val_bias"] == pytest.approx(-10, abs=0.1) and result["val_scale"] == pytest.approx(10, rel=0.1)
         assert isinstance(aimv2.load_model(tmp_path / "parts"), LiT)
+
+
+def test_a_tower_that_nobody_described() -> None:
+    """The released one beside encoders of its width or more, one of the encoder's shape beside narrower ones."""
+    large = EncoderConfig("large", 1024, 24, 8, 2816, 14, 224)
+    assert usual_tower(large) == (TextConfig(), 768)
+    tower, projection = usual_tower(EncoderConfig("tiny", 96, 4, 3, 256, 4, 32))
+    assert (tower.width, tower.depth, tower.heads, tower.hidden, projection) == (96, 4, 3, 256, 96)
 
 
 def test_zero_shot_and_retrieval_measure_the_run(tuned: Path, data: Path, tmp_path: Path) -> None:

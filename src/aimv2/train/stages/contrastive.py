@@ -50,19 +50,22 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
     assert tokenizer is not None and given is not None
     origin = origin_of(given)
     check_shape(origin, config)
-    model, text = config.model, TextConfig()
+    model, (usual, projection) = config.model, usual_tower(origin.encoder)
+    text = TextConfig(
+        width=model.text_width or usual.width,
+        depth=model.text_depth or usual.depth,
+        heads=model.text_heads or usual.heads,
+        hidden=model.text_hidden or usual.hidden,
+        vocab_size=tokenizer.vocab_size,
+        max_text=config.data.max_tokens,
+        end=tokenizer.eos_id,
+    )
+    if text.width % text.heads:
+        raise UsageError(f"model.text_heads {text.heads} does not divide model.text_width {text.width}")
     pair = LiTConfig(
         replace(origin.encoder, pool_heads=origin.encoder.heads),  # one number for both in the released layout
-        TextConfig(
-            width=model.text_width or text.width,
-            depth=model.text_depth or text.depth,
-            heads=model.text_heads or text.heads,
-            hidden=model.text_hidden or text.hidden,
-            vocab_size=tokenizer.vocab_size,
-            max_text=config.data.max_tokens,
-            end=tokenizer.eos_id,
-        ),
-        model.projection or LiTConfig.projection,
+        text,
+        model.projection or projection,
         TEMPERATURE[config.objective.contrast],
     )
     with torch.device("meta"):
@@ -74,6 +77,15 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
             if not key.startswith("head."):
                 fill_tensor(target, weights, origin.rules[f"encoder.{key}"])
     return built
+
+
+def usual_tower(encoder: EncoderConfig) -> tuple[TextConfig, int]:
+    """Text tower and projection where ``model`` names none: the released ones, or beside a narrower encoder one of its shape."""
+    released = TextConfig()
+    if encoder.width >= released.width:
+        return released, LiTConfig.projection
+    shape = {key: getattr(encoder, key) for key in ("width", "depth", "heads", "hidden")}
+    return replace(released, **shape), encoder.width
 
 
 def check_shape(origin: Origin, config: Config) -> None:

@@ -49,7 +49,7 @@ def test_cached_equals_uncached(way: str, separate: bool) -> None:
     for eos in (NEVER, 4):
         cached = generate(model, pictures(), eos, 8, **WAYS[way])
         assert cached == generate(model, pictures(), eos, 8, cached=False, **WAYS[way])
-    assert len({tuple(ids) for ids in cached}) == 3 and max(len(set(ids)) for ids in cached) > 2  # lively
+    assert len({tuple(ids) for ids in cached}) > 1 and max(len(set(ids)) for ids in cached) > 2  # lively
 
 
 def test_greedy_by_hand() -> None:

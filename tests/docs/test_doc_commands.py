@@ -41,7 +41,8 @@ def test_commands_are_found_in_every_form() -> None:
     assert sum(not c.inline for c in by_page["README.md"]) > 20, "fenced"
     assert sum(not c.inline for c in by_page["docs/stages.md"]) > 20, "indented, continued lines too"
     assert any(
-        "--model.text_heads 2" in c.text and c.text.startswith("aimv2 pretrain") for c in by_page["docs/stages.md"]
+        "--data.features features" in c.text and "--train.steps 20" in c.text and c.text.startswith("aimv2 pretrain")
+        for c in by_page["docs/stages.md"]
     )
     assert any(c.inline and c.text.startswith("python benchmarks/") for c in by_page["docs/performance.md"])
     assert any("torchrun" in c.text and "--rdzv-backend" in c.text for c in by_page["docs/tutorials/many-gpus.md"])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny products; threads that wait for each other only cost (children inherit it)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script: children could not be stopped
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cudnn.allow_tf32 = False  # on a GPU: fp32 convolutions as exact as on a CPU
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shlex
 import shutil
 import signal
@@ -38,7 +37,6 @@ from aimv2.train.interrupt import Interrupted
 
 # verbs that go on in a folder where they were interrupted; others start again in an empty one
 GO_ON = ("pretrain", "data_import", "data_teach", "embed", "probe", "knn", "linear", "fewshot")
-NAP = 0.2  # seconds
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 
 
@@ -257,7 +255,7 @@ class Worker:
         said = Said(child, job.name)
         try:
             assert child.stdout is not None
-            printed = read_all(child.stdout.fileno())
+            printed = child.stdout.read()
             code = child.wait()
         finally:
             if child.poll() is None:
@@ -274,18 +272,6 @@ class Worker:
             return json.loads(printed)
         except ValueError:
             raise UsageError(f"stage '{job.name}' gave no result: {printed[:200]!r}") from None
-
-
-def read_all(stream: int) -> str:
-    """What comes until the end of ``stream``, waited for in naps: a signal that comes just before a wait, or to another
-    thread, is only seen at its end."""
-    parts: list[bytes] = []
-    while True:
-        if select.select([stream], [], [], NAP)[0]:
-            part = os.read(stream, 1 << 16)
-            if not part:
-                return b"".join(parts).decode(errors="replace")
-            parts.append(part)
 
 
 class Said(threading.Thread):

@@ -30,7 +30,6 @@ from aimv2.train.log import say
 
 PAGE = "report.html"
 BATCH = 8  # training samples shown
-NAP = 0.2  # seconds
 IDLE = 600.0  # seconds without a new line of metrics after which a run that is watched counts as stopped
 
 
@@ -142,17 +141,10 @@ def watch(
             if time.monotonic() - since > IDLE:
                 say(f"no new figures for {IDLE / 60:g} minutes: taken as stopped")
                 return made.write(waiting=True)[1]
-            pause(every)
+            time.sleep(every)
     except KeyboardInterrupt:
         made.write(waiting=True)
         raise
-
-
-def pause(seconds: float) -> None:
-    """Sleeps in naps: a Ctrl-C that comes just before a sleep, or to another thread, is only seen at its end."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, NAP))
 
 
 def reporter(folders: Sequence[str], out: str | None, images: int, device: str | torch.device | None) -> Reporter:

@@ -302,7 +302,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device or "cpu")
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UsageError(f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU") from None
     return found

@@ -9,8 +9,7 @@ PLAIN = {
     "float": "a number",
     "bool": "true or false",
     "tuple": "a list such as [0.9, 0.95]",
-    "list": "a list",
-    "dict": "names with values",
+    "Source": "a source, such as {path: shards, weight: 1.0},",
     "str": "text",
     "NoneType": "null",
 }
@@ -32,18 +31,27 @@ def one_line(message: str, options: bool = False) -> str:
 
     ``options``: keys are said as options of the command line (``max_tokens``: ``--max-tokens``).
     """
-    text = " ".join(message.split()).removeprefix("Validation failed: ")
-    found = re.fullmatch(
-        r'Parser key "([\w.]+)": (?:.*?)(Expected an? .*?)\.? (?:Got value|Given value type: .*? Given value): (.*)',
-        text,
-    )
-    if found is None:
-        return text.replace("Parser key", "key")
-    key, wanted, given = found.groups()
-    kinds = [plain(kind) for kind in re.findall(r"Expected an? (.*?)(?:\.? - |\.? Got value: |\.?$)", wanted)]
-    name = "--" + key.replace("_", "-") if options else key
-    kinds = [kind for kind in kinds if not (options and kind == "null")] or kinds
-    return f"{name} {given}: {' or '.join(dict.fromkeys(kinds))} expected"
+    message = message.removeprefix("Validation failed: ")
+    key = re.match(r'Parser key "([\w.]+)":\s*', message)
+    if key is None:
+        return " ".join(message.split())
+    name = "--" + key[1].replace("_", "-") if options else key[1]
+    body = message[key.end() :]
+    tried = re.findall(r"^    - (.*)", body, re.MULTILINE)  # of a union: why each of its types does not fit
+    inner = [reason for reason in tried if not re.fullmatch(r"Expected an? .*", reason) or ". Got value: " in reason]
+    if inner:  # a part of the value is wrong
+        return f"{name}: {expected(inner[0])}"
+    if not tried:
+        return f"{name} {expected(' '.join(body.split()))}"
+    kinds = [plain(re.sub("Expected an? ", "", reason)) for reason in tried]
+    kinds = [kind for kind in kinds if not (options and kind == PLAIN["NoneType"])]
+    return f"{name} {body.rpartition('Given value: ')[2]}: {' or '.join(kinds)} expected"
+
+
+def expected(reason: str) -> str:
+    """``Expected a KIND. Got value: V`` as ``V: KIND expected``; another reason as it is."""
+    found = re.fullmatch(r"(?:Expected an? |Not a valid subclass of )(.*?)\. Got value: (.*)", reason)
+    return f"{found[2]}: {plain(found[1])} expected" if found else reason
 
 
 def plain(kind: str) -> str:
@@ -54,7 +62,7 @@ def plain(kind: str) -> str:
         return f"one of {found[1]}".replace("'", "")
     if found := re.fullmatch(r"tuple with (\d+) elements", kind):
         return f"a list of {found[1]}"
-    return kind if kind.startswith(("a ", "an ")) else f"a {kind}"
+    return PLAIN.get(kind, kind)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from aimv2.cli import main
 from aimv2.data.shards import write_shard
 from aimv2.errors import UsageError
-from runs import command, exact, metrics, options, resume, scenes, train
+from runs import assert_refused, command, exact, metrics, options, resume, scenes, train
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +24,6 @@ def picture(colour=(200, 30, 30)):
     file = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(file, "PNG")
     return file.getvalue()
-
-
-def refused(capsys, words, *named):
-    """Runs the command line in this process: exit code 2 and one line that holds every word of ``named``."""
-    assert main([str(word) for word in words]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1, lines
-    assert not any("Traceback" in line for line in lines)
-    for word in named:
-        assert word in errors[0], errors[0]
-    return errors[0]
 
 
 def tree(folder):
@@ -69,7 +57,7 @@ def test_mistakes_of_the_configuration(data, tmp_path, capsys, more, named):
     words = options(data, run)
     for key, value in more.items():
         words += [f"--{key}", value]
-    refused(capsys, words, *named)
+    assert_refused(capsys, words, *named)
     assert not run.exists(), tree(run)
 
 
@@ -83,35 +71,35 @@ def test_wrong_recipes(tmp_path, capsys):
         ("- a\n", ["recipe.yaml", "list"]),
     ):
         recipe.write_text(text)
-        refused(capsys, ["pretrain", "--config", recipe, "--run", tmp_path / "run"], *named)
+        assert_refused(capsys, ["pretrain", "--config", recipe, "--run", tmp_path / "run"], *named)
     assert tree(tmp_path) == ["recipe.yaml"]
 
 
 def test_a_recipe_without_a_model(data, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("optim:\n  warmup: 1\ntrain:\n  steps: 3\n  batch_size: 8\n")
     words = ["--config", tmp_path / "recipe.yaml", "--data.train", data, "--run", tmp_path / "run"]
-    refused(capsys, ["pretrain", *words], "model.name auto", "--model.name NAME")
+    assert_refused(capsys, ["pretrain", *words], "model.name auto", "--model.name NAME")
     assert tree(tmp_path) == ["recipe.yaml"]
 
 
 def test_no_run_folder(capsys, data):
     words = options(data, "x")
     at = words.index("--run")
-    refused(capsys, words[:at] + words[at + 2 :], "--run")
+    assert_refused(capsys, words[:at] + words[at + 2 :], "--run")
 
 
 def test_empty_data(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    refused(capsys, options(tmp_path / "empty", tmp_path / "run"), "data.train", "no .tar")
+    assert_refused(capsys, options(tmp_path / "empty", tmp_path / "run"), "data.train", "no .tar")
     (tmp_path / "none").mkdir()
     write_shard(tmp_path / "none" / "train-000000.tar", [])
-    refused(capsys, options(tmp_path / "none", tmp_path / "run"), "empty data set")
+    assert_refused(capsys, options(tmp_path / "none", tmp_path / "run"), "empty data set")
     assert not (tmp_path / "run").exists()
 
 
 def test_captions_missing(tmp_path, capsys):
     write_shard(tmp_path / "train-000000.tar", [(f"k{i}", {"png": picture((i, 0, 0))}) for i in range(30)])
-    refused(capsys, options(tmp_path, tmp_path / "run"), "captions missing", "objective.targets=image")
+    assert_refused(capsys, options(tmp_path, tmp_path / "run"), "captions missing", "objective.targets=image")
     result = train(tmp_path, tmp_path / "images", objective__targets="image", train__steps=2)
     assert result["step"] == 2 and "val_text_loss" not in result
 
@@ -119,20 +107,20 @@ def test_captions_missing(tmp_path, capsys):
 def test_folder_that_is_no_shards(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(picture())
-    refused(capsys, options(tmp_path / "photos", tmp_path / "run"), "aimv2 data import")
+    assert_refused(capsys, options(tmp_path / "photos", tmp_path / "run"), "aimv2 data import")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.md").write_text("no image here")
-    refused(capsys, ["data", "import", tmp_path / "text", tmp_path / "out"], "text")
+    assert_refused(capsys, ["data", "import", tmp_path / "text", tmp_path / "out"], "text")
     assert not (tmp_path / "out").exists()
 
 
 def test_output_that_is_not_writable(data, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
-    refused(capsys, options(data, tmp_path / "file" / "run"), "--run", "not a writable folder")
-    refused(capsys, ["data", "shapes", tmp_path / "file" / "out", "--count", "5"], str(tmp_path / "file"))
+    assert_refused(capsys, options(data, tmp_path / "file" / "run"), "--run", "not a writable folder")
+    assert_refused(capsys, ["data", "shapes", tmp_path / "file" / "out", "--count", "5"], str(tmp_path / "file"))
     captions = tmp_path / "captions.txt"
     captions.write_text("a red circle\na blue square\n")
-    refused(capsys, ["tokenizer", "train", captions, tmp_path / "file" / "bpe"], str(tmp_path / "file" / "bpe"))
+    assert_refused(capsys, ["tokenizer", "train", captions, tmp_path / "file" / "bpe"], str(tmp_path / "file" / "bpe"))
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -141,7 +129,7 @@ def test_run_folder_in_use(data, tmp_path, capsys):
     train(data, run, train__steps=2)
     (run / "notes.txt").write_text("mine")
     before = {path: (run / path).read_bytes() for path in tree(run) if (run / path).is_file()}
-    refused(capsys, options(data, run), str(run), "--resume", "--overwrite")
+    assert_refused(capsys, options(data, run), str(run), "--resume", "--overwrite")
     assert {path: (run / path).read_bytes() for path in before} == before
     train(data, run, train__steps=3, overwrite=True)
     assert (run / "notes.txt").read_text() == "mine"
@@ -153,7 +141,7 @@ def test_too_many_bad_samples(tmp_path, capsys):
     bad = [(f"bad{i}", {"png": b"no image", "txt": b"a word"}) for i in range(5)]
     write_shard(tmp_path / "train-000000.tar", [*good, *bad])
     words = options(tmp_path, tmp_path / "run", **{"train.steps": 30})
-    refused(capsys, [*words, "--data.max_bad", "3"], "data.max_bad allows 3", "bad", "train-000000.tar")
+    assert_refused(capsys, [*words, "--data.max_bad", "3"], "data.max_bad allows 3", "bad", "train-000000.tar")
     result = train(tmp_path, tmp_path / "run", train__steps=6, overwrite=True)
     assert result["step"] == 6
 
@@ -162,7 +150,7 @@ def test_every_sample_bad(tmp_path, capsys):
     write_shard(tmp_path / "train-000000.tar", [(f"k{i}", {"png": b"no image", "txt": b"w"}) for i in range(30)])
     for workers in (0, 1):
         words = options(tmp_path, tmp_path / "run", **{"data.workers": workers})
-        refused(capsys, [*words, "--data.max_bad", "3", "--overwrite"], "4 samples could not be read", "k")
+        assert_refused(capsys, [*words, "--data.max_bad", "3", "--overwrite"], "4 samples could not be read", "k")
 
 
 def test_loss_that_is_not_finite(data, tmp_path, capsys):
@@ -173,7 +161,7 @@ def test_loss_that_is_not_finite(data, tmp_path, capsys):
     model = next((run / "checkpoints").iterdir()) / "model" / "model.safetensors"
     spoil(model, "decoder.pixel_head.weight")
     other = [*options(data, tmp_path / "other"), "--init", str(model.parent)]
-    line = refused(capsys, other, "step 1", "not finite", "pixel", "gradient")
+    line = assert_refused(capsys, other, "step 1", "not finite", "pixel", "gradient")
     assert "text" not in line.split(";")[0]
     assert not list((tmp_path / "other").glob("checkpoints/step-*")), "nothing broken is saved"
     assert main(words) == 0, "the run's own state is as it was"
@@ -210,15 +198,15 @@ def test_full_disk_while_saving(data, tmp_path):
 def test_model_that_is_none(tmp_path, capsys):
     image = tmp_path / "a.png"
     image.write_bytes(picture())
-    refused(capsys, ["caption", tmp_path / "none", image], "MODEL", "no such file, folder, run or released name")
+    assert_refused(capsys, ["caption", tmp_path / "none", image], "MODEL", "no such file, folder, run or released name")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"format": "something"}))
-    refused(capsys, ["caption", tmp_path / "model", image], "model.safetensors", "is expected")
+    assert_refused(capsys, ["caption", tmp_path / "model", image], "model.safetensors", "is expected")
     with pytest.raises(UsageError, match="no run in"):
         resume(tmp_path / "model")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
-    refused(capsys, ["caption", tmp_path / "run", image], "MODEL", "no complete checkpoint yet")
+    assert_refused(capsys, ["caption", tmp_path / "run", image], "MODEL", "or a run that has a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +224,23 @@ def test_model_that_is_none(tmp_path, capsys):
     ],
 )
 def test_a_value_of_another_kind(words, line, capsys):
-    assert refused(capsys, words.split()) == f"error: {line}"
+    assert assert_refused(capsys, words.split()) == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("{path: a, weight: x}", "weight x: a number expected"),
+        ("{path: a, captions: {caption: x}}", "captions: x: a number expected"),
+        ("{path: a, weigth: 1}", "Option 'weigth' is not accepted"),
+        ("3", "3: a source, such as {path: shards, weight: 1.0}, expected"),
+    ],
+)
+def test_a_part_of_another_kind(source, line, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data:\n  train: [{source}]\n")
+    words = ["pretrain", "--config", recipe, "--run", tmp_path / "run"]
+    assert assert_refused(capsys, words) == f"error: data.train: {line}"
 
 
 @pytest.mark.parametrize(
@@ -257,15 +261,15 @@ def test_numbers_out_of_range(data, tmp_path, capsys, more, named):
     words = options(data, tmp_path / "run")
     for key, value in more.items():
         words += [f"--{key}", str(value)]
-    refused(capsys, words, *named)
+    assert_refused(capsys, words, *named)
     assert not (tmp_path / "run").exists()
 
 
 def test_demo_leaves_what_is_not_its_own(tmp_path, capsys):
     (tmp_path / "x" / "data").mkdir(parents=True)
     (tmp_path / "x" / "data" / "holiday.jpg").write_bytes(picture())
-    refused(capsys, ["pretrain", "--run", tmp_path / "x"], "data", "in the way")
-    refused(capsys, ["pretrain", "--run", tmp_path / "y", "--model.image_size", "30"], "model.image_size 30")
+    assert_refused(capsys, ["pretrain", "--run", tmp_path / "x"], "data", "in the way")
+    assert_refused(capsys, ["pretrain", "--run", tmp_path / "y", "--model.image_size", "30"], "model.image_size 30")
     assert tree(tmp_path) == ["x", "x/data", "x/data/holiday.jpg"]
 
 
@@ -273,13 +277,13 @@ def test_overwrite_never_takes_the_data_away(tmp_path, capsys):
     run = tmp_path / "run"
     train(scenes(tmp_path / "first"), run, train__steps=2)
     inside = scenes(run / "shards")
-    refused(capsys, [*options(inside, run), "--overwrite"], "--overwrite", "shards")
+    assert_refused(capsys, [*options(inside, run), "--overwrite"], "--overwrite", "shards")
     assert (inside / "train-000000.tar").exists() and (run / "summary.json").exists()
 
 
 def test_only_validation_shards(tmp_path, capsys):
     write_shard(tmp_path / "val-000000.tar", [("a", {"png": picture(), "txt": b"a word"})])
-    refused(capsys, options(tmp_path, tmp_path / "run"), "validation shards only")
+    assert_refused(capsys, options(tmp_path, tmp_path / "run"), "validation shards only")
 
 
 def test_resume_shows_its_configuration_without_training(data, tmp_path, capsys):

@@ -114,7 +114,7 @@ def _from_folder(given: str, folder: Path) -> Source:
         return Source(given, folder, tuple(folder / name for name in names))
     if (folder / model_folder.WEIGHTS).is_file():
         return Source(given, folder, (folder / model_folder.WEIGHTS,))
-    if model_folder.is_run(folder) or (folder / "model").is_dir():
+    if (folder / "checkpoints").is_dir() or (folder / "model").is_dir():
         inner = model_folder.find_model(folder)
         return Source(given, inner, (inner / model_folder.WEIGHTS,))
     files = sorted(folder.glob("*.safetensors"))
@@ -129,7 +129,7 @@ def _from_folder(given: str, folder: Path) -> Source:
     if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
         raise UsageError(f"MODEL {given}: only a pickle ({pickles[0]}), which is never read; .safetensors is expected")
     raise UsageError(
-        f"MODEL {given}: a folder with {model_folder.CONFIG} and {model_folder.WEIGHTS} is expected, or a run folder"
+        f"MODEL {given}: a folder with {model_folder.CONFIG} and {model_folder.WEIGHTS} is expected, or a run that has a checkpoint"
     )
 
 

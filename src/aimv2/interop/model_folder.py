@@ -62,11 +62,6 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a run, which may have no checkpoint yet."""
-    return (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file()
-
-
 def find_model(source: str | Path) -> Path:
     """The model folder behind MODEL: a model folder, a run (its newest checkpoint) or RUN@STEP.
 
@@ -86,7 +81,7 @@ def find_model(source: str | Path) -> Path:
                 return folder / "model"
         steps = ", ".join(str(number) for number, _ in checkpoints(Path(run))) or "none"
         raise UsageError(f"MODEL {text}: no checkpoint of step {step} in {run} (there: {steps})")
-    if is_run(path):
+    if (path / "checkpoints").is_dir():
         if found := checkpoints(path):
             return found[-1][1] / "model"
         raise UsageError(f"MODEL {text}: the run has no complete checkpoint yet")
@@ -95,7 +90,7 @@ def find_model(source: str | Path) -> Path:
             f"; aimv2.create_model('{text}') gives it with random weights" if text in MODELS else nearest(text, MODELS)
         )
         raise UsageError(f"MODEL {text}: no such folder; a model folder, RUN or RUN@STEP is expected{hint}")
-    raise UsageError(f"MODEL {text}: a folder with {CONFIG} and {WEIGHTS} is expected, or a run folder")
+    raise UsageError(f"MODEL {text}: a folder with {CONFIG} and {WEIGHTS} is expected, or a run that has a checkpoint")
 
 
 def _read_config(folder: Path) -> tuple[LiTConfig | None, EncoderConfig, DecoderConfig | None]:

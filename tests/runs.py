@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from aimv2 import api
+from aimv2.cli import main
 from aimv2.data.scenes import write_scenes
 
 TINY = {
@@ -125,3 +126,15 @@ def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.Comple
     return subprocess.run(
         [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
     )
+
+
+def assert_refused(capsys, words, *named):
+    """Runs the command line in this process: exit code 2 and one line that holds every word of ``named``."""
+    assert main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert not any("Traceback" in line for line in lines)
+    for word in named:
+        assert word in errors[0], errors[0]
+    return errors[0]

@@ -61,7 +61,7 @@ def equal(left: nn.Module, right: nn.Module) -> None:
         assert one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]), key
 
 
-def close(got: Tensor, wanted: Tensor, what: str) -> None:
+def assert_near(got: Tensor, wanted: Tensor, what: str) -> None:
     """To 1e-5 of the largest value."""
     error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)
     assert error < 1e-5, f"{what}: {error:.1e}"
@@ -179,11 +179,11 @@ def test_exported_encoder_opens_in_transformers(
     images = torch.randn(2, 3, height, width)
     wanted = theirs(pixel_values=images)
     got = model(images)
-    close(got, wanted.last_hidden_state, "features")
+    assert_near(got, wanted.last_hidden_state, "features")
     pull = torch.randn_like(got)
     loss, target = (got * pull).sum(), (wanted.last_hidden_state * pull).sum()
     if head:
-        close(model.pooled(images), wanted.pooler_output, "pooled")
+        assert_near(model.pooled(images), wanted.pooler_output, "pooled")
         loss, target = loss + model.pooled(images).square().sum(), target + wanted.pooler_output.square().sum()
     loss.backward()
     target.backward()
@@ -191,7 +191,7 @@ def test_exported_encoder_opens_in_transformers(
     for ours, names in layouts.encoder_rules("transformers", model.config).items():
         gradient = model.get_parameter(ours).grad
         for name, part in zip(names, gradient.chunk(len(names))):
-            close(part.reshape(theirs_gradients[name].shape), theirs_gradients[name], f"gradient of {name}")
+            assert_near(part.reshape(theirs_gradients[name].shape), theirs_gradients[name], f"gradient of {name}")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert list(processor.image_mean) == list(model.config.mean)
 
@@ -206,9 +206,9 @@ def test_exported_pair_opens_in_transformers(tmp_path: Path) -> None:
     images, tokens = torch.randn(2, 3, 28, 28), torch.tensor([[3, 5, 49, 49], [8, 49, 49, 49], [1, 2, 3, 49]])
     mask = torch.ones_like(tokens)
     wanted = theirs(input_ids=tokens, pixel_values=images, attention_mask=mask)
-    close(model.encode_image(images), wanted.image_embeds, "image")
-    close(model.encode_text(tokens), wanted.text_embeds, "text")
-    close(model(images, tokens), wanted.logits_per_image, "logits")
+    assert_near(model.encode_image(images), wanted.image_embeds, "image")
+    assert_near(model.encode_text(tokens), wanted.text_embeds, "text")
+    assert_near(model(images, tokens), wanted.logits_per_image, "logits")
     raw = model.encode_image(images, normalize=False)
     assert not torch.allclose(raw.norm(dim=-1), torch.ones(2)) and torch.allclose(
         nn.functional.normalize(raw, dim=-1), model.encode_image(images)
@@ -223,7 +223,7 @@ def test_exported_pair_opens_in_transformers(tmp_path: Path) -> None:
             if gradients[name] is None:
                 assert gradient.abs().max() == 0, ours
                 continue
-            close(part.reshape(gradients[name].shape), gradients[name], f"gradient of {name}")
+            assert_near(part.reshape(gradients[name].shape), gradients[name], f"gradient of {name}")
 
 
 def test_the_scale_is_held_below_one_hundred() -> None:

@@ -27,7 +27,7 @@ def tiny(decoder: bool = True, seed: int = 0, **more: object) -> nn.Module:
     return create_model("aimv2-tiny-patch4-32", decoder, seed, **options, decoder_vocab_size=9, **more)
 
 
-def equal(left: nn.Module, right: nn.Module) -> None:
+def assert_equal(left: nn.Module, right: nn.Module) -> None:
     one, two = left.state_dict(), right.state_dict()
     assert one.keys() == two.keys()
     for key in one:
@@ -39,11 +39,11 @@ def test_whole_model_bit_for_bit(tmp_path: Path) -> None:
     save_model(model, tmp_path / "m")
     loaded = load_model(tmp_path / "m", decoder=True)
     assert isinstance(loaded, AIMv2) and not loaded.training
-    equal(model, loaded)
+    assert_equal(model, loaded)
     assert loaded.decoder.config == model.decoder.config and loaded.encoder.config == model.encoder.config
     encoder = load_model(tmp_path / "m")
     assert isinstance(encoder, VisionEncoder)
-    equal(model.encoder, encoder)
+    assert_equal(model.encoder, encoder)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     assert torch.equal(model.encoder(images), encoder(images))
 
@@ -51,7 +51,7 @@ def test_whole_model_bit_for_bit(tmp_path: Path) -> None:
 def test_encoder_alone(tmp_path: Path) -> None:
     model = tiny(decoder=False)
     save_model(model, tmp_path / "m")
-    equal(model, load_by_name(tmp_path / "m"))
+    assert_equal(model, load_by_name(tmp_path / "m"))
     with pytest.raises(UsageError, match="without a decoder"):
         load_model(tmp_path / "m", decoder=True)
 
@@ -81,8 +81,8 @@ def test_dtype_is_of_the_weights_alone(tmp_path: Path, dtype: torch.dtype) -> No
 def test_without_a_dtype_weights_come_as_stored(tmp_path: Path) -> None:
     model = tiny().to(torch.bfloat16)
     save_model(model, tmp_path / "m")
-    equal(model, load_model(tmp_path / "m", decoder=True))
-    equal(model.encoder, load_model(tmp_path / "m"))
+    assert_equal(model, load_model(tmp_path / "m", decoder=True))
+    assert_equal(model.encoder, load_model(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,8 +106,8 @@ def test_run_and_run_at_step(tmp_path: Path) -> None:
     unfinished.mkdir(parents=True)
     shutil.copytree(run / "checkpoints" / "step-0000005", run / "checkpoints" / ".aside-step-0000300")
     assert [step for step, _ in checkpoints(run)] == [5, 20, 100]
-    equal(load_model(run, decoder=True), tiny(seed=100))
-    equal(load_model(f"{run}@20", decoder=True), tiny(seed=20))
+    assert_equal(load_model(run, decoder=True), tiny(seed=100))
+    assert_equal(load_model(f"{run}@20", decoder=True), tiny(seed=20))
     assert find_model(run / "checkpoints" / "step-0000005") == run / "checkpoints" / "step-0000005" / "model"
     with pytest.raises(UsageError, match=r"no checkpoint of step 7 .*there: 5, 20, 100"):
         load_model(f"{run}@7")

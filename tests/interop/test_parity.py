@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_layouts import close, spread_norms
+from test_layouts import assert_near, spread_norms
 from torch import Tensor
 
 import aimv2
@@ -45,13 +45,13 @@ def test_transformers_at_real_numbers_of_patches(
     images = torch.randn(1, 3, height, width)
     got, wanted = model(images), theirs(pixel_values=images).last_hidden_state
     assert got.shape == (1, patches, 64)
-    close(got, wanted, "features")
+    assert_near(got, wanted, "features")
     pull = torch.randn_like(got)
     (got * pull).sum().backward()
     (wanted * pull).sum().backward()
     ours, reference = model.patch_embed.proj.weight.grad, theirs.embeddings.patch_embed.weight.grad
     assert ours is not None and reference.abs().max() > 0
-    close(ours, reference, "gradient of the patch kernel")
+    assert_near(ours, reference, "gradient of the patch kernel")
 
 
 # ---- two layouts, forward, with nothing of ours ----
@@ -151,8 +151,8 @@ def test_released_files_mean_what_the_released_code_computes(
     features, pooled = released_forward(load_file(tmp_path / "out" / "model.safetensors"), images)
     loaded = aimv2.load_model(tmp_path / "out")
     for one in (model, loaded):
-        close(one(images), features, "features")
-        close(one.pooled(images), pooled, "pooled")
+        assert_near(one(images), features, "features")
+        assert_near(one.pooled(images), pooled, "pooled")
 
 
 def swapped(weights: dict[str, Tensor], one: str, other: str) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def test_timm_files_mean_what_timm_computes(tmp_path: Path) -> None:
     model, images = small(56, width=32), torch.randn(2, 3, 56, 56)
     convert(model, tmp_path / "out", "timm")
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    close(model(images), timm_forward(weights, images), "features")
+    assert_near(model(images), timm_forward(weights, images), "features")
     save_file(swapped(weights, "fc1_g", "fc1_x"), tmp_path / "out" / "model.safetensors")
     with pytest.raises(AssertionError, match="features"):  # gate and up exchanged are another model, and seen to be
-        close(aimv2.load_model(tmp_path / "out")(images), timm_forward(weights, images), "features")
+        assert_near(aimv2.load_model(tmp_path / "out")(images), timm_forward(weights, images), "features")

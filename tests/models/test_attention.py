@@ -14,7 +14,7 @@ WIDTH = HEADS * HEAD_DIM
 PREFIX = torch.tensor([1, 7, 23])
 
 
-def close(got: Tensor, wanted: Tensor, what: str, limit: float = 1e-5) -> None:
+def assert_near(got: Tensor, wanted: Tensor, what: str, limit: float = 1e-5) -> None:
     error = (got - wanted).abs().max() / wanted.abs().max()
     assert error < limit, f"{what}: {error:.1e}"
 
@@ -35,7 +35,7 @@ def test_inline_equals_plain(prefix: Tensor | None) -> None:
     plain = with_gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), *qkv)
     inline = with_gradients(lambda q, k, v: inline_attention(q, k, v, prefix), *qkv)
     for got, wanted, what in zip(inline, plain, ("output", "q", "k", "v")):
-        close(got, wanted, what)
+        assert_near(got, wanted, what)
 
 
 def block_and_input() -> tuple[Block, Tensor]:
@@ -51,7 +51,7 @@ def block_results(block: Block, x: Tensor, mask: object) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * pull).sum(), [x, *weights])]
 
 
-def compare_compiled(backend: str, masks: list) -> None:
+def assert_compiled_equals_eager(backend: str, masks: list) -> None:
     block, x = block_and_input()
     for mask in masks:
         plain = block_results(block, x, mask)
@@ -59,18 +59,18 @@ def compare_compiled(backend: str, masks: list) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(block, backend=backend, fullgraph=True)
         for at, (got, wanted) in enumerate(zip(block_results(compiled, x, fast), plain)):
-            close(got, wanted, f"result {at}")
+            assert_near(got, wanted, f"result {at}")
     torch._dynamo.reset()
 
 
 def test_traced_block_equals_eager() -> None:
-    compare_compiled("aot_eager", [prefix_attention_mask(PREFIX, LENGTH, compiled=False), "causal"])
+    assert_compiled_equals_eager("aot_eager", [prefix_attention_mask(PREFIX, LENGTH, compiled=False), "causal"])
 
 
 def test_compiled_block_equals_eager() -> None:
     if reason := can_compile(torch.device("cpu")):
         pytest.skip(f"torch.compile does not work here: {reason}")
-    compare_compiled("inductor", [prefix_attention_mask(PREFIX, LENGTH, compiled=False)])
+    assert_compiled_equals_eager("inductor", [prefix_attention_mask(PREFIX, LENGTH, compiled=False)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")
@@ -82,7 +82,7 @@ def test_flex_block_equals_eager() -> None:
     fast = prefix_attention_mask(prefix, 256, compiled=True)
     assert not isinstance(fast, Tensor)
     for at, (got, wanted) in enumerate(zip(block_results(torch.compile(block), x, fast), plain)):
-        close(got, wanted, f"result {at}", 1e-3)
+        assert_near(got, wanted, f"result {at}", 1e-3)
 
 
 def test_the_form_of_the_mask() -> None:
@@ -123,7 +123,7 @@ def test_cache_equals_one_go() -> None:
     wanted = attention.attend(qkv, "causal")
     cache = Cache()
     parts = [attention.attend_cached(part, cache) for part in qkv.split([4, 1, 2], 1)]
-    close(torch.cat(parts, 1), wanted, "cached")
+    assert_near(torch.cat(parts, 1), wanted, "cached")
     cache.select(torch.tensor([1, 1, 0]))
     assert cache.key is not None and cache.key.shape == (3, HEADS, 7, HEAD_DIM)
     assert torch.equal(cache.key[0], cache.key[1]) and not torch.equal(cache.key[0], cache.key[2])
@@ -134,6 +134,6 @@ def test_fused_projections_are_in_the_stated_order() -> None:
     q, k, v = (F.linear(x, part) for part in block.attn.qkv.weight.chunk(3))
     heads = [value.view(BATCH, LENGTH, HEADS, HEAD_DIM).transpose(1, 2) for value in (q, k, v)]
     wanted = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(x.shape)
-    close(block.attn.attend(block.attn.qkv(x), "causal"), wanted, "attention")
+    assert_near(block.attn.attend(block.attn.qkv(x), "causal"), wanted, "attention")
     gate, up = (F.linear(x, part) for part in block.mlp.gate_up.weight.chunk(2))
-    close(block.mlp(x), F.linear(F.silu(gate) * up, block.mlp.down.weight), "SwiGLU")
+    assert_near(block.mlp(x), F.linear(F.silu(gate) * up, block.mlp.down.weight), "SwiGLU")

@@ -73,7 +73,7 @@ def reference(encoder: VisionEncoder) -> nn.Module:
     return model
 
 
-def close(got: Tensor, wanted: Tensor, what: str) -> None:
+def assert_near(got: Tensor, wanted: Tensor, what: str) -> None:
     """To 1e-5 of the largest value."""
     error = (got - wanted).abs().max() / wanted.abs().max()
     assert error < 1e-5, f"{what}: {error:.1e}"
@@ -91,9 +91,9 @@ def test_parity_with_transformers(image_size: int | None, rows: int, columns: in
     layers = [0, 1, -1]
     out, hidden = encoder(images, layers=layers)
     wanted = theirs(pixel_values=images, output_hidden_states=True)
-    close(out, wanted.last_hidden_state, "output")
+    assert_near(out, wanted.last_hidden_state, "output")
     for layer, value in zip(layers, hidden):
-        close(value, wanted.hidden_states[1:][layer], f"block {layer}")
+        assert_near(value, wanted.hidden_states[1:][layer], f"block {layer}")
     pull = torch.randn_like(out)
     (out * pull).sum().backward()
     (wanted.last_hidden_state * pull).sum().backward()
@@ -101,7 +101,7 @@ def test_parity_with_transformers(image_size: int | None, rows: int, columns: in
     for key, parameter in encoder.named_parameters():
         names = reference_names(key)
         for name, part in zip(names, parameter.grad.chunk(len(names))):
-            close(part.reshape(gradients[name].shape), gradients[name], f"gradient of {name}")
+            assert_near(part.reshape(gradients[name].shape), gradients[name], f"gradient of {name}")
 
 
 def test_intermediates_on_request() -> None:

@@ -173,7 +173,7 @@ def sums(*batches: Batch) -> dict[str, tuple[float, int]]:
     return total
 
 
-def same(left: dict[str, tuple[float, int]], right: dict[str, tuple[float, int]]) -> None:
+def assert_same(left: dict[str, tuple[float, int]], right: dict[str, tuple[float, int]]) -> None:
     assert left.keys() == right.keys()
     for term in left:
         assert left[term][1] == right[term][1]
@@ -186,13 +186,13 @@ def test_padding_changes_nothing(batch: Batch, width: int, more_rows: int, more_
     wide = regrouped(batch, list(range(len(batch))), width)
     wide.token_rows = torch.cat([wide.token_rows, torch.full((more_rows,), wide.text.numel())])
     wide.patch_rows = torch.cat([wide.patch_rows, torch.zeros(more_patches, dtype=torch.int64)])
-    same(sums(wide), sums(batch))
+    assert_same(sums(wide), sums(batch))
 
 
 @settings(max_examples=25, deadline=None)
 @given(drawn(), st.booleans())
 def test_micro_batches_change_nothing(batch: Batch, halves: bool) -> None:
-    same(sums(*split_batch(batch, 2 if halves else len(batch), PATCHES)), sums(batch))
+    assert_same(sums(*split_batch(batch, 2 if halves else len(batch), PATCHES)), sums(batch))
 
 
 @settings(max_examples=25, deadline=None)
@@ -200,4 +200,4 @@ def test_micro_batches_change_nothing(batch: Batch, halves: bool) -> None:
 def test_the_order_of_pairs_changes_nothing(batch: Batch, random: object) -> None:
     order = list(range(len(batch)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    same(sums(regrouped(batch, order)), sums(batch))
+    assert_same(sums(regrouped(batch, order)), sums(batch))

@@ -20,7 +20,6 @@ from torch.multiprocessing.spawn import spawn
 import aimv2
 from aimv2 import api
 from aimv2.batch import make_batch, split_batch
-from aimv2.cli import main
 from aimv2.config import Config, DataConfig
 from aimv2.data.shards import read_samples, write_shard
 from aimv2.data.stream import TrainStream, View
@@ -39,7 +38,7 @@ from aimv2.teacher import open_teacher
 from aimv2.train.parallel import World, join_world
 from aimv2.train.step import TrainStep
 from aimv2.train.validate import read_held_out
-from runs import metrics, need_ranks, options, resume, scenes, torchrun, train
+from runs import assert_refused, metrics, need_ranks, options, resume, scenes, torchrun, train
 
 EXACT = ("step", "loss", "text_loss", "pixel_loss", "feature_loss", "grad_norm", "val_text_loss", "val_pixel_loss")
 EXACT += ("val_feature_loss",)
@@ -282,14 +281,6 @@ def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
 # ---- wrong use ----
 
 
-def refused(capsys, words, *named):
-    assert main([str(word) for word in words]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    for word in named:
-        assert word in errors[0], errors[0]
-
-
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -305,14 +296,14 @@ def refused(capsys, words, *named):
 )  # fmt: skip
 def test_mistakes(data, tmp_path, capsys, more, named):
     words = options(data, tmp_path / "run")
-    refused(capsys, [*words, *(word for key, value in more.items() for word in (f"--{key}", value))], *named)
+    assert_refused(capsys, [*words, *(word for key, value in more.items() for word in (f"--{key}", value))], *named)
     assert not (tmp_path / "run").exists()
 
 
 def test_grids_that_differ(data, teacher, tmp_path, capsys):
     words = [*options(data, tmp_path / "run", model__patch_size=4), "--objective.name", "distill"]
     words += ["--objective.teacher", teacher]
-    refused(
+    assert_refused(
         capsys,
         words,
         "4 x 4 patches (32 px)",
@@ -325,13 +316,13 @@ def test_grids_that_differ(data, teacher, tmp_path, capsys):
 def test_a_pinned_teacher_that_is_another(data, teacher, tmp_path, capsys):
     words = [*options(data, tmp_path / "run"), "--objective.name", "distill", "--objective.teacher", teacher]
     other = hashlib.sha256(b"another").hexdigest()
-    refused(capsys, [*words, "--objective.teacher_sha256", other], "objective.teacher_sha256 says", other[:12])
+    assert_refused(capsys, [*words, "--objective.teacher_sha256", other], "objective.teacher_sha256 says", other[:12])
 
 
 def test_the_teacher_in_a_run_folder_is_not_cleared(data, tmp_path, capsys):
     train(data, tmp_path / "run", train__steps=2)
     words = [*options(data, tmp_path / "run"), "--objective.name", "distill", "--objective.teacher", tmp_path / "run"]
-    refused(capsys, [*words, "--overwrite"], "--overwrite", "lies in it")
+    assert_refused(capsys, [*words, "--overwrite"], "--overwrite", "lies in it")
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -457,24 +448,26 @@ def test_misuse_of_stored_features(data, teacher, tmp_path, capsys):
     taught = tmp_path / "taught"
     teach(teacher, data, taught)
     more = ["--objective.name", "distill", "--objective.teacher", "stored"]
-    refused(
+    assert_refused(
         capsys,
         [*options(taught, tmp_path / "run", model__patch_size=4), *more],
         "4 x 4 patches",
         "8 x 8",
         "model.image_size=16",
     )
-    refused(capsys, [*options(taught, tmp_path / "run"), *more, "--data.flip", 0.5], "flip 0.0", "data.flip is 0.5")
-    refused(capsys, ["data", "teach", teacher, taught, taught], "OUT", "DATA itself")
-    refused(capsys, ["data", "teach", teacher, data, taught], "other views", "give another folder")
-    refused(capsys, ["data", "teach", teacher, data, data], "OUT", "DATA itself")
-    refused(capsys, ["data", "teach", "/nowhere/model", data, tmp_path / "x"], "/nowhere/model")
-    refused(capsys, ["data", "teach", teacher, "/nowhere", tmp_path / "x"], "/nowhere")
-    refused(capsys, ["data", "teach", teacher, data, tmp_path / "x", "--views", 0], "--views 0")
+    assert_refused(
+        capsys, [*options(taught, tmp_path / "run"), *more, "--data.flip", 0.5], "flip 0.0", "data.flip is 0.5"
+    )
+    assert_refused(capsys, ["data", "teach", teacher, taught, taught], "OUT", "DATA itself")
+    assert_refused(capsys, ["data", "teach", teacher, data, taught], "other views", "give another folder")
+    assert_refused(capsys, ["data", "teach", teacher, data, data], "OUT", "DATA itself")
+    assert_refused(capsys, ["data", "teach", "/nowhere/model", data, tmp_path / "x"], "/nowhere/model")
+    assert_refused(capsys, ["data", "teach", teacher, "/nowhere", tmp_path / "x"], "/nowhere")
+    assert_refused(capsys, ["data", "teach", teacher, data, tmp_path / "x", "--views", 0], "--views 0")
     assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
     tar = taught / "train-000000.tar"
     write_shard(tar, [(key, {**parts, "teacher": b"PK no such thing"}) for key, parts in list(read_samples(tar))])
-    refused(
+    assert_refused(
         capsys,
         [*options(taught, tmp_path / "run"), *more, "--data.max_bad", 3],
         "4 samples could not be read",

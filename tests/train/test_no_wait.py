@@ -70,7 +70,7 @@ def without_values(batch: Batch, mode: FakeTensorMode) -> Batch:
     return replace(batch, **tensors, layout=layout)
 
 
-def take_steps(
+def assert_no_wait(
     monkeypatch: pytest.MonkeyPatch,
     model: nn.Module,
     batch: Batch,
@@ -98,20 +98,20 @@ def take_steps(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_pretraining(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"train.precision": precision, "train.accumulate": 2, "train.ema": 0.9, "optim.freeze_encoder": 2}
-    take_steps(monkeypatch, pretrain(), square(), given)
+    assert_no_wait(monkeypatch, pretrain(), square(), given)
 
 
 def test_recomputed_blocks_and_rates_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_steps(monkeypatch, pretrain(), square(), {"train.checkpointing": True, "optim.layer_decay": 0.8})
+    assert_no_wait(monkeypatch, pretrain(), square(), {"train.checkpointing": True, "optim.layer_decay": 0.8})
 
 
 def test_decoder_that_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_steps(monkeypatch, pretrain(), square(0.5), {"objective.decoder_share": 0.5})
+    assert_no_wait(monkeypatch, pretrain(), square(0.5), {"objective.decoder_share": 0.5})
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_native_resolution(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_steps(monkeypatch, pretrain("aimv2-tiny-patch4-native"), native(packed), {})
+    assert_no_wait(monkeypatch, pretrain("aimv2-tiny-patch4-native"), native(packed), {})
 
 
 @pytest.mark.parametrize("loss", ["cosine", "l2", "relation"])
@@ -122,19 +122,23 @@ def test_distillation_from_a_live_teacher(loss: str, monkeypatch: pytest.MonkeyP
         return DistillObjective(config.objective, Teacher("t", "", 32, 4, 16, fake(frozen)))
 
     given = {"objective.name": "distill", "objective.teacher": "t", "objective.teacher_loss": loss}
-    take_steps(
+    assert_no_wait(
         monkeypatch, Distiller(pretrain(), None if loss == "relation" else 16, loss == "l2"), square(), given, objective
     )
 
 
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 def test_locked_image_tuning(contrast: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_steps(monkeypatch, lit(contrast), square(), {"objective.name": "contrastive", "objective.contrast": contrast})
+    assert_no_wait(
+        monkeypatch, lit(contrast), square(), {"objective.name": "contrastive", "objective.contrast": contrast}
+    )
 
 
 def test_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     image = EncoderConfig("tiny", 32, 2, 2, 64, 8, 32)
-    take_steps(monkeypatch, Classifier(image, 3, None), square(), {"objective.name": "probe", "objective.classes": 3})
+    assert_no_wait(
+        monkeypatch, Classifier(image, 3, None), square(), {"objective.name": "probe", "objective.classes": 3}
+    )
 
 
 def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +146,4 @@ def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     adapt = TrainStep.adapt_scale
     monkeypatch.setattr(TrainStep, "adapt_scale", lambda self, broken: adapt(self, broken) if broken.item() else None)
     with pytest.raises(DataDependentOutputException):
-        take_steps(monkeypatch, pretrain(), square(), {"train.precision": "fp16"})
+        assert_no_wait(monkeypatch, pretrain(), square(), {"train.precision": "fp16"})

@@ -97,7 +97,7 @@ class DataConfig:
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
         max_bad: undecodable samples that a rank may meet before the run stops
-        index_dir: where the index of shards that are not ours is kept; null: the user's cache folder
+        index_dir: where the index of the shards is kept, its metadata written anew at each start; null: the cache folder of the user
         features: contrastive alone: a folder for the frozen encoder's features of every training image, computed once
             from the centre view (no crops, no flips) and read from then on; null: the encoder runs at each visit
     """

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from aimv2.data.importing import import_data
-from aimv2.data.shards import build_index, count_samples, find_shards, read_samples, write_shard
+from aimv2.data.shard_index import build_index, count_samples
+from aimv2.data.shards import find_shards, read_samples, write_shard
 from aimv2.data.sources import safe_key
 from aimv2.errors import UsageError
 

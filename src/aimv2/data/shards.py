@@ -1,32 +1,23 @@
-"""WebDataset shards: find them, read them, write them, and index them for energon.
+"""WebDataset shards: find them, read them, write them; `shard_index` makes what energon needs beside them.
 
-A shard is a tar of samples, a sample is consecutive members with one base name. Energon opens a folder that
-holds the tars, a byte index beside each and a little metadata; since shards are often other people's, that
-folder is ours and holds links. The index knows samples by position: equal keys in two shards are fine.
+A shard is a tar of samples, a sample is consecutive members with one base name.
 """
 
 import contextlib
 import glob
-import hashlib
 import io
 import json
 import logging
 import os
 import re
 import secrets
-import shutil
-import sys
+import struct
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-from rich.console import Console
-from rich.progress import track
 
 from aimv2.errors import UsageError
 
@@ -38,7 +29,7 @@ IMAGE_EXTENSIONS = (
 )
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
-INDEX_FORMAT = 1
+INDEX_SUFFIX = ".idx"  # of TAR.idx: the offsets of its samples, as energon has them
 
 Split = Literal["train", "val", "test", "probe-test"]
 Parts = dict[str, bytes]  # extension without dot, lower case -> content
@@ -289,141 +280,15 @@ def _sample_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-# ---- index ----
-
-
-def build_index(shards: list[Path], index_dir: Path | None = None, progress: bool = False) -> Path:
-    """Make, or find again, the folder that energon opens as a data set of these tars (split part ``train``).
-
-    It lies in ``index_dir``; without one, beside shards that we wrote, else in the user's cache folder. It is
-    named by the tars' paths, sizes and times, so changed tars get a new one. Any number of processes may call
-    this at once: each builds aside and the first rename wins.
-
-    Returns:
-        The folder: links to the tars, ``.tar.idx`` beside the links, ``.nv-meta``.
-
-    Raises:
-        UsageError: no sample in any tar, or no place to write.
-    """
-    if not shards:
-        raise UsageError("empty data set: no shards were given")
-    links, signature = _link_names(shards), hashlib.sha256(f"index {INDEX_FORMAT}".encode())
-    for path in links.values():
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UsageError(f"shard {path} cannot be read: {error.strerror}") from error
-        signature.update(json.dumps([str(path), stat.st_size, stat.st_mtime_ns]).encode())
-    name = signature.hexdigest()[:16]
-    homes = _index_homes(shards, index_dir)
-    for home in homes:
-        if (home / name / ".nv-meta" / ".info.json").is_file():
-            return _warned(home / name)
-    for home in homes:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            aside = home / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-            aside.mkdir()
-        except OSError:
-            continue
-        try:
-            _write_index(aside, links, progress)
-            os.rename(aside, home / name)
-        except OSError:
-            if not (home / name / ".nv-meta" / ".info.json").is_file():
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        return _warned(home / name)
-    raise UsageError(
-        f"no index of the shards can be written to {' or '.join(map(str, homes))};"
-        " give a writable folder with data.index_dir"
-    )
-
-
-def count_samples(index: Path) -> int:
-    """Number of samples in an index that `build_index` made."""
-    return sum(json.loads((index / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
-
-
-def _link_names(shards: list[Path]) -> dict[str, Path]:
-    """A unique link name for each tar, free of what energon would expand or cut -> the tar itself."""
-    links = dict[str, Path]()
-    for number, path in enumerate(shards):
-        stem = re.sub(r"[^\w\-.]", "_", path.name.removesuffix(".tar"))
-        name = f"{stem}.tar"
-        if name in links:
-            name = f"{stem}-{number:06d}.tar"
-        links[name] = path.resolve()
-    return links
-
-
-def _index_homes(shards: list[Path], index_dir: Path | None) -> list[Path]:
-    if index_dir is not None:
-        return [Path(index_dir).expanduser().absolute()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "index"
-    folders = {path.absolute().parent for path in shards}
-    return [*(folder / ".aimv2-index" for folder in folders if len(folders) == 1 and _is_ours(folder)), cache]
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return json.loads((folder / MANIFEST).read_text()).get("format") == MANIFEST_FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _write_index(folder: Path, links: dict[str, Path], progress: bool) -> None:
-    """Fill an index folder. Tars without a whole sample are left out."""
-    counts, cut = dict[str, int](), dict[str, str]()
-    with ThreadPoolExecutor(4) as pool:  # waiting on a disk, most of the time
-        scans: Iterable[ShardScan] = pool.map(lambda path: scan_shard(path, keep_keys=False), links.values())
-        if progress:
-            scans = track(scans, "Indexing shards", total=len(links), console=Console(stderr=True))
-        for (name, path), scan in zip(links.items(), scans):
-            if scan.cut:
-                cut[str(path)] = scan.cut
-            if not len(scan.offsets):
-                continue
-            counts[name] = len(scan.offsets) - 1
-            os.symlink(path, folder / name)
-            if sys.byteorder == "big":
-                scan.offsets.byteswap()
-            (folder / f"{name}.idx").write_bytes(scan.offsets.tobytes())
-    if not counts:
-        tars = [str(path) for path in links.values()]
-        why = f" ({cut[tars[0]]})" if tars[0] in cut else ""
-        raise UsageError(
-            f"empty data set: no sample in {tars[0]}{why}" + f" and {len(tars) - 1} more" * (len(tars) > 1)
-        )
-    meta = folder / ".nv-meta"
-    meta.mkdir()
-    names = list(counts)
-    _write_yaml(meta / "dataset.yaml", {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"})
-    _write_yaml(meta / "split.yaml", {"split_parts": {"train": names}, "exclude": []})
-    (meta / "aimv2.json").write_text(json.dumps({"cut": cut}))
-    (meta / ".info.json").write_text(json.dumps({"shard_counts": counts}))
-
-
-def _write_yaml(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _warned(index: Path) -> Path:
-    """The index itself, after a warning for each tar of it that is broken."""
-    for path, why in json.loads((index / ".nv-meta" / "aimv2.json").read_text())["cut"].items():
-        log.warning("%s: %s; only its whole samples are used", path, why)
-    return index
-
-
 # ---- write ----
 
 
 class _TarFile:
-    """One tar, written aside and renamed when it is whole; the same samples give the same bytes."""
+    """One tar, written aside and renamed when it is whole, then its index; the same samples give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
+        self._offsets, self._last = array("Q"), ""
         self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
         self._tar = tarfile.open(self._aside, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
@@ -431,12 +296,21 @@ class _TarFile:
         for extension, content in parts.items():
             member = tarfile.TarInfo(f"{key}.{extension}")  # uid, gid and time 0, mode 0644
             member.size = len(content)
+            if (named := _sample_name(member)) and named[0] != self._last:
+                self._offsets.append(self._tar.offset)
+                self._last = named[0]
             self._tar.addfile(member, io.BytesIO(content))
         self.count += 1
 
     def finish(self) -> None:
+        end = self._tar.offset
         self._tar.close()
+        index = self.path.with_name(self.path.name + INDEX_SUFFIX)
+        index.unlink(missing_ok=True)  # of an older tar of that name
         os.replace(self._aside, self.path)
+        if self._offsets:
+            self._aside.write_bytes(struct.pack(f"<{len(self._offsets) + 1}Q", *self._offsets, end))
+            os.replace(self._aside, index)
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):

@@ -30,7 +30,8 @@ from aimv2.batch import Batch, join_batches, make_batch
 from aimv2.config import DataConfig, Source
 from aimv2.data.images import ImageError, decode_image
 from aimv2.data.native import draw_area, fit_area, make_native_batch, pack
-from aimv2.data.shards import build_index, captions_of, count_samples, find_shards, image_of, label_of
+from aimv2.data.shard_index import build_index, count_samples
+from aimv2.data.shards import captions_of, find_shards, image_of, label_of
 from aimv2.data.taught import draw_view
 from aimv2.data.text import Tokenizer
 from aimv2.data.transforms import Box, crop_resize, random_crop_box, to_pixels

@@ -139,7 +139,7 @@ class ObjectiveConfig:
         contrast: contrastive alone: softmax = each pair among all of the batch, both ways (CLIP; temperature 0.07 at
             first); sigmoid = each image with each text by itself (SigLIP, arXiv 2303.15343; scale 10, bias -10 at first);
             the scale is learnt, and at most 100
-        teacher: distill alone, as the next four: any model that gives patch features (released name, hub id, folder, RUN,
+        teacher: distill alone, as the next six: any model that gives patch features (released name, hub id, folder, RUN,
             a transformers vision model by folder or hub id, timm:NAME); stored: the features that `aimv2 data teach` laid
             beside the images
         teacher_weight: weight of the feature term beside the text loss
@@ -148,6 +148,9 @@ class ObjectiveConfig:
             difference of the two patch-to-patch cosine matrices, without a projection
         teacher_view: which features of the student: prefix = those of the same forward pass, under prefix attention, for
             nothing; whole = those of a second forward pass in which all patches see each other
+        teacher_image_mean: of a teacher of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1); null: as its
+            preprocessor_config.json says
+        teacher_image_std: as teacher_image_mean
         teacher_sha256: of the teacher's weights; null: noted at the start of the run, which goes on with no other
     """
 
@@ -165,6 +168,8 @@ class ObjectiveConfig:
     teacher_weight: float = 1.0
     teacher_loss: Literal["cosine", "l2", "relation"] = "cosine"
     teacher_view: Literal["prefix", "whole"] = "prefix"
+    teacher_image_mean: tuple[float, float, float] | None = None
+    teacher_image_std: tuple[float, float, float] | None = None
     teacher_sha256: str | None = None
 
 

@@ -22,6 +22,7 @@ from aimv2.config import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream import validation_shards
 from aimv2.errors import UsageError
 from aimv2.evals.after_training import measure
+from aimv2.evals.pixels import read_stats
 from aimv2.interop.load import load_model
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
@@ -180,7 +181,10 @@ def build_trainer(
     if stage.taught is None:
         model = stage.build(config, tokenizer, resuming)
     else:
-        opener = partial(open_teacher, config.objective.teacher or "", world.device)
+        options = config.objective
+        names = "objective.teacher_image_mean", "objective.teacher_image_std"
+        stats = read_stats(options.teacher_image_mean, options.teacher_image_std, names)
+        opener = partial(open_teacher, options.teacher or "", world.device, stats=stats)
         model, objective = stage.taught(config, tokenizer, resuming, opener)
     compiled, line = want_compile(config.train, world)
     if config.data.pack and compiled:  # rows of ever new lengths

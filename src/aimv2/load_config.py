@@ -201,6 +201,12 @@ def check_teacher(config: Config) -> None:
         raise UsageError("objective.name=distill needs a teacher: objective.teacher MODEL says which")
     if stage != "distill" and teacher is not None and not config.resume:  # of a run that goes on, its own stage counts
         raise UsageError(f"objective.teacher {teacher} is for objective.name=distill, got objective.name={stage}")
+    mean, std = config.objective.teacher_image_mean, config.objective.teacher_image_std
+    if (mean is not None or std is not None) and teacher in (None, "stored") and not config.resume:
+        raise UsageError(
+            "objective.teacher_image_mean and objective.teacher_image_std are for an objective.teacher that runs along, got "
+            f"objective.teacher={teacher}; leave them out"
+        )
 
 
 def check_contrastive(config: Config) -> None:

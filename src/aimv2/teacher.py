@@ -10,6 +10,8 @@ from torch import Tensor
 
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import of_encoder, open_frozen
+from aimv2.evals.pixels import Stats
+from aimv2.evals.weights import weights_hash
 from aimv2.models.encoder import VisionEncoder
 from aimv2.objectives.distill import Teacher
 from aimv2.train.flops import counted
@@ -21,6 +23,7 @@ def open_teacher(
     grid: int | None = None,
     option: str = "objective.teacher",
     precision: str = "fp32",
+    stats: Stats | None = None,
 ) -> Teacher:
     """Opens a model for its patch features; it keeps nothing for a backward pass.
 
@@ -30,11 +33,12 @@ def open_teacher(
         grid: patches a side that are wanted; only a native model heeds it.
         option: that named it, for messages.
         precision: of its products, where nothing around it says: fp32 or bf16.
+        stats: see there.
 
     Raises:
         UsageError: nothing that can be loaded, or no square grid of patches.
     """
-    frozen = open_frozen(source, device, precision=precision)
+    frozen = open_frozen(source, device, precision=precision, stats=stats)
     module = frozen.module
     if module is not None:
         module.requires_grad_(False)
@@ -54,4 +58,5 @@ def open_teacher(
     side = math.isqrt(patches)
     if side * side != patches:
         raise UsageError(f"{option} {source}: {patches} patch features an image of {size} px are no square grid")
-    return Teacher(source, frozen.sha256, size, side, width, run, flops)
+    former = weights_hash(module) if module is not None and frozen.pixels is not None else ""
+    return Teacher(source, frozen.sha256, size, side, width, run, flops, former)

@@ -31,6 +31,8 @@ def knn(
     precision: str = "fp32",
     cache: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by its nearest neighbours: no training, cosine similarity, a sweep over k.
 
@@ -55,6 +57,9 @@ def knn(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     ks = _whole(k, "--k")
     _one_of("--weights", weights, ("uniform", "distance"))
@@ -78,7 +83,7 @@ def knn(
         precision,
         cache,
     )
-    asked = _asked(model, *shared)
+    asked = _asked(model, *shared, image_mean, image_std)
     from aimv2.evals.knn import measure_knn
 
     return measure_knn(asked, ks, weights, temperature, backend)
@@ -100,6 +105,8 @@ def linear(
     precision: str = "fp32",
     cache: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by a linear classifier on the mean of its patch features, as CLIP's protocol has it.
 
@@ -123,10 +130,13 @@ def linear(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     _one_of("--solver", solver, ("lbfgs", "sgd"))
     shared = (data, dataset, layers, "mean", baselines, train_limit, test_limit, image_size, batch_size)
-    asked = _asked(model, *shared, seed, device, out, precision, cache)
+    asked = _asked(model, *shared, seed, device, out, precision, cache, image_mean, image_std)
     from aimv2.evals.linear import measure_linear
 
     return measure_linear(asked, solver)
@@ -148,6 +158,8 @@ def fewshot(
     precision: str = "fp32",
     cache: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by a classifier that learns from a few images a class, over several draws.
 
@@ -168,6 +180,9 @@ def fewshot(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     few = _whole(shots, "--shots")
     if seeds < 1:
@@ -188,7 +203,7 @@ def fewshot(
         precision,
         cache,
     )
-    asked = _asked(model, *shared)
+    asked = _asked(model, *shared, image_mean, image_std)
     from aimv2.evals.fewshot import measure_fewshot
 
     return measure_fewshot(asked, few, seeds)
@@ -210,9 +225,12 @@ def _asked(
     out: str | None,
     precision: str,
     cache: str | None,
+    image_mean: str | None,
+    image_std: str | None,
 ) -> Asked:
     """What the three verbs share, checked."""
     from aimv2.api.features import usual_device
+    from aimv2.evals.pixels import read_stats
     from aimv2.evals.pooled import Asked
     from aimv2.evals.probe_result import BASELINES
 
@@ -243,6 +261,7 @@ def _asked(
         out,
         precision,
         cache,
+        read_stats(image_mean, image_std),
     )
 
 

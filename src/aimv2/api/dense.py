@@ -31,6 +31,8 @@ def segment(
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Segment by a linear probe on frozen patch features: mIoU, 0 to 1.
 
@@ -57,6 +59,9 @@ def segment(
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     from aimv2.data.pairs import masks
     from aimv2.evals.dense import measure, segmentation_work
@@ -65,7 +70,7 @@ def segment(
         raise UsageError(f"--classes {classes}: at least two expected")
     frozen, asked = _open(
         "segment", model, data, val_list, val_fraction, layers, rates, weight_decay, epochs, batch_size, seeds,
-        baselines, image_size, trunk_batch, device, out,
+        baselines, image_size, trunk_batch, device, out, image_mean, image_std,
     )  # fmt: skip
     kind, side = masks(ignore, reduce_zero), frozen.side
     protocol = {
@@ -97,6 +102,8 @@ def depth(
     trunk_batch: int = 64,
     device: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
 
@@ -121,6 +128,9 @@ def depth(
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     from aimv2.data.pairs import depths
     from aimv2.evals.dense import depth_work, measure
@@ -129,7 +139,7 @@ def depth(
         raise UsageError(f"--depth-scale {depth_scale}: units per metre, above 0, expected")
     frozen, asked = _open(
         "depth", model, data, val_list, val_fraction, layers, rates, weight_decay, epochs, batch_size, seeds,
-        baselines, image_size, trunk_batch, device, out,
+        baselines, image_size, trunk_batch, device, out, image_mean, image_std,
     )  # fmt: skip
     kind, side = depths(depth_scale), frozen.side
     protocol = {
@@ -167,6 +177,8 @@ def _open(
     trunk_batch: int,
     device: str | None,
     out: str | None,
+    image_mean: str | None,
+    image_std: str | None,
 ) -> tuple[Frozen, Asked]:
     """The encoder, and what is asked of it, checked.
 
@@ -178,6 +190,7 @@ def _open(
     from aimv2.evals.dense import BASELINES, Asked, check_view
     from aimv2.evals.dense_heads import DenseSettings
     from aimv2.evals.frozen import open_frozen
+    from aimv2.evals.pixels import read_stats
 
     if data is None:
         raise UsageError(f"--data is missing: a folder of images and {'masks' if verb == 'segment' else 'depth maps'}")
@@ -196,7 +209,7 @@ def _open(
             raise UsageError(f"--baselines {name}: one of {', '.join(BASELINES)} is expected{nearest(name, BASELINES)}")
     if isinstance(image_size, str):
         raise UsageError(f"--image-size {image_size}: maps are of one size here; pixels a side expected")
-    frozen = open_frozen(model, usual_device(device), image_size)
+    frozen = open_frozen(model, usual_device(device), image_size, stats=read_stats(image_mean, image_std))
     check_view(frozen, image_size)
     settings = DenseSettings(
         layers=tuple(dict.fromkeys(frozen.layer_names(layers))),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aimv2.errors import UsageError
+
+if TYPE_CHECKING:
+    from aimv2.evals.pixels import Stats
 
 
 def explore(
@@ -19,6 +22,8 @@ def explore(
     open: bool = False,
     upload_mb: float = 10.0,
     device: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Look at a model in the browser: features, similar patches, attention, captions, next patches, search by text.
 
@@ -34,6 +39,9 @@ def explore(
         open: the page in the browser of this machine
         upload_mb: largest picture that the page may send, MB
         device: cpu, cuda, ...; null: cuda where there is one
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     import importlib.util
 
@@ -44,30 +52,45 @@ def explore(
     if not 0 < upload_mb <= 1000:
         raise UsageError(f"--upload-mb {upload_mb}: above 0 and up to 1000 expected")
     from aimv2.api.features import usual_device
+    from aimv2.evals.pixels import read_stats
     from aimv2.explorer.server import listen, serve, url_of
 
     with contextlib.closing(listen(host, port)) as listening:  # a busy port is said before a model is read
         url = url_of(host, listening)
-        serve(prepare(model, images, other, limit, upload_mb, usual_device(device)), host, listening, open)
+        stats = read_stats(image_mean, image_std)
+        answers = prepare(model, images, other, limit, upload_mb, usual_device(device), stats)
+        serve(answers, host, listening, open)
     return {"url": url, "model": model, "other": other, "images": images}
 
 
-def prepare(model: str, images: str | None, other: str | None, limit: int, upload_mb: float, device: str) -> Any:
+def prepare(
+    model: str,
+    images: str | None,
+    other: str | None,
+    limit: int,
+    upload_mb: float,
+    device: str,
+    stats: Stats | None = None,
+) -> Any:
     """Models and pictures, opened; see :func:`explore`.
 
     Returns:
         :class:`aimv2.explorer.answers.Answers`.
     """
     from aimv2.evals.embed import ABOUT
+    from aimv2.evals.frozen import refuse_stats
     from aimv2.explorer.album import Album
     from aimv2.explorer.answers import Answers
+    from aimv2.explorer.foreign import ForeignEncoder
     from aimv2.explorer.search import Search
     from aimv2.explorer.stored import Stored
     from aimv2.explorer.study import Study, open_shown
 
     folder = Path(images).expanduser() if images is not None else None
     stored = Stored(folder) if folder is not None and (folder / ABOUT).is_file() else None
-    shown = [open_shown(source, device) for source in (model, other) if source is not None]
+    shown = [open_shown(source, device, stats) for source in (model, other) if source is not None]
+    if not any(isinstance(one.encoder, ForeignEncoder) for one in shown):
+        refuse_stats(model, stats)
     size = max(32, min(224, max(one.encoder.config.image_size or 224 for one in shown)))
     album = Album(images if stored is None else stored.source, limit, size)
     if stored is not None:

@@ -21,6 +21,8 @@ def zeroshot(
     batch_size: int = 64,
     device: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5).
 
@@ -41,6 +43,9 @@ def zeroshot(
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     _check(by, normalize, batch_size)
     if data is None:
@@ -48,13 +53,14 @@ def zeroshot(
     if limit < 0:
         raise UsageError(f"--limit {limit}: 0 (all) or more expected")
     from aimv2.api.features import usual_device
+    from aimv2.evals.pixels import read_stats
     from aimv2.evals.scorer import open_matcher
     from aimv2.evals.untrained import check_baselines
     from aimv2.evals.zeroshot import Asked, measure
 
     baseline = check_baselines(baselines)
     asked = Asked(data, dataset, templates, classes, normalize, limit, seed, batch_size, out, baseline)
-    return measure(open_matcher(model, by, usual_device(device)), asked)
+    return measure(open_matcher(model, by, usual_device(device), read_stats(image_mean, image_std)), asked)
 
 
 def retrieve(
@@ -70,6 +76,8 @@ def retrieve(
     batch_size: int = 64,
     device: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Find the image of a caption and a caption of an image: recall at k, both ways, beside chance.
 
@@ -89,6 +97,9 @@ def retrieve(
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     _check(by, normalize, batch_size)
     if data is None:
@@ -99,13 +110,14 @@ def retrieve(
     if not all(word.isdigit() and int(word) for word in words):
         raise UsageError(f"--k {k}: numbers from 1 with commas expected, such as 1,5,10")
     from aimv2.api.features import usual_device
+    from aimv2.evals.pixels import read_stats
     from aimv2.evals.retrieve import Asked, measure
     from aimv2.evals.scorer import open_matcher
     from aimv2.evals.untrained import check_baselines
 
     baseline = check_baselines(baselines)
     asked = Asked(data, captions, candidates, tuple(map(int, words)), normalize, seed, batch_size, out, baseline)
-    return measure(open_matcher(model, by, usual_device(device)), asked)
+    return measure(open_matcher(model, by, usual_device(device), read_stats(image_mean, image_std)), asked)
 
 
 def _check(by: str, normalize: str, batch_size: int) -> None:

@@ -34,6 +34,8 @@ def probe(
     precision: str = "fp32",
     cache: str | None = None,
     out: str | None = None,
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder by probes on its patch features: the whole grid of rates and decays at once (AIMV2, Table A2).
 
@@ -65,8 +67,12 @@ def probe(
         precision: of the trunk's products, fp32 or bf16; the heads are fp32
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json, feature cache and checkpoints; interrupted and started again it goes on
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     from aimv2.api.features import usual_device
+    from aimv2.evals.pixels import read_stats
     from aimv2.evals.probe import ProbeSettings
     from aimv2.evals.probe_result import Asked, open_and_measure
 
@@ -87,7 +93,8 @@ def probe(
     asked = Asked(
         str(data), dataset, settings, select, chosen, words(baselines), *limits, trunk_batch, workers, out, cache
     )
-    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked)
+    stats = read_stats(image_mean, image_std)
+    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked, stats)
 
 
 def _check(data: str | None, protocol: str, features: str, select: str, baselines: str | None) -> None:

@@ -19,6 +19,8 @@ def data_teach(
     batch_size: int = 64,
     device: str | None = None,
     precision: str = "fp32",
+    image_mean: str | None = None,
+    image_std: str | None = None,
 ) -> dict[str, Any]:
     """Write the patch features that a teacher sees in random views of each image beside it, for objective.teacher=stored.
 
@@ -34,11 +36,15 @@ def data_teach(
         batch_size: views at once
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the products: fp32 or bf16
+        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
+            preprocessor_config.json says
+        image_std: as image_mean
     """
     import torch
 
     from aimv2.api.features import usual_device
     from aimv2.data.teach import Lesson, teach
+    from aimv2.evals.pixels import read_stats
     from aimv2.teacher import open_teacher
 
     low, high = crop_ratio
@@ -49,7 +55,9 @@ def data_teach(
             raise UsageError(f"--{option} {value}: {least:g} to {most:g} expected")
     if not 0 < low <= high:
         raise UsageError(f"--crop-ratio {[low, high]}: two positive numbers in order expected")
-    known = open_teacher(teacher, torch.device(usual_device(device)), option="TEACHER", precision=precision)
+    stats = read_stats(image_mean, image_std)
+    where = torch.device(usual_device(device))
+    known = open_teacher(teacher, where, option="TEACHER", precision=precision, stats=stats)
     assert known.run is not None
     lesson = Lesson(
         teacher, known.sha256, known.image_size, known.grid, known.width, views, crop_scale, (low, high), flip, seed

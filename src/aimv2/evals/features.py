@@ -233,11 +233,13 @@ def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: b
         if pool == "none":
             return [[_half(x.cpu().numpy()) for x in layer] for layer in found]
     if pool == "attention":
-        head = getattr(frozen.module, "head", None)
+        head = frozen.head
         if head is None or layers != [LAST]:
             raise UsageError(f"--pool attention: {frozen.name} has no pooling head behind these layers; --pool mean")
         with torch.inference_mode():
             found = [torch.cat([head(x[None]) for x in found[0]]) if frozen.range else head(found[0])]
+        if found[0].ndim != 2:
+            raise UsageError(f"--pool attention: the head of {frozen.name} does not pool its patches; --pool mean")
     elif pool == "mean":
         found = [torch.stack([x.mean(0) for x in layer]) if frozen.range else layer.mean(1) for layer in found]
     arrays = [x.float().cpu().numpy() for x in found]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from aimv2.data.transforms import centre_crop_box, crop_resize, native_size, to_pixels
 from aimv2.errors import UsageError
+from aimv2.evals.pixels import Pixels, Stats
 from aimv2.evals.weights import file_hash, weights_hash
-from aimv2.interop.shapes import read_json
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import pixel_patches
@@ -60,13 +60,14 @@ class Frozen:
         image_size: pixels a side of what it sees; ``native``: each image at its own size.
         width: D.
         depth: blocks; 0 where its inside can't be asked for.
-        sha256: of its weights.
+        sha256: of its weights, and of what is done to pixels before a model of another origin.
         run: see :class:`Features`.
         module: the weights, to be hashed again; None where there are none.
         device: where it runs.
         precision: of its products, fp32 or bf16 (norms, softmax and what is handed on stay fp32).
         range: of the sizes that it sees at native; None: squares.
         file: that holds the weights, to be hashed again; None where ``module`` does.
+        pixels: what is done to them before a model of another origin; None: the model does it.
     """
 
     name: str
@@ -81,6 +82,15 @@ class Frozen:
     precision: str = "fp32"
     range: Range | None = None
     file: Path | None = None
+    pixels: Pixels | None = None
+
+    @property
+    def head(self) -> nn.Module | None:
+        """Its attention pooling of patch features, [B, N, D] -> [B, D]; None where it has none."""
+        from aimv2.evals.foreign import LeftOut
+
+        found = getattr(self.module, "head", None) if self.kind != "timm" else None
+        return None if isinstance(found, LeftOut) else found
 
     @property
     def side(self) -> int:
@@ -164,7 +174,7 @@ class Frozen:
         """Whether the weights are still what they were when the encoder was opened."""
         if self.file is not None:
             return file_hash(self.file) == self.sha256
-        return self.module is None or weights_hash(self.module) == self.sha256
+        return self.module is None or weights_hash(self.module, str(self.pixels or "")) == self.sha256
 
 
 def packed_rows(images: Sequence[Tensor], patch: int, most: int = ROW) -> Iterator[list[Tensor]]:
@@ -186,7 +196,11 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def open_frozen(
-    source: str, device: str | torch.device = "cpu", image_size: int | str | None = None, precision: str = "fp32"
+    source: str,
+    device: str | torch.device = "cpu",
+    image_size: int | str | None = None,
+    precision: str = "fp32",
+    stats: Stats | None = None,
 ) -> Frozen:
     """An encoder to measure.
 
@@ -197,13 +211,15 @@ def open_frozen(
         image_size: pixels a side; the learned positions of a model of another size are interpolated. ``native``: each image
             at its own size (native models, 224 by default).
         precision: of the products: fp32 or bf16.
+        stats: mean and std of a model of ``transformers`` or timm; None: as its own image processor has it.
 
     Raises:
-        UsageError: nothing that can be loaded, an unknown precision, a size that the model does not see.
+        UsageError: nothing that can be loaded, weights that would be random, no word on how images are normalised, features
+            that differ from pass to pass, an unknown precision, a size that the model does not see.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: fp32 or bf16 expected")
-    frozen = _open(source, torch.device(device), image_size)
+    frozen = _open(source, torch.device(device), image_size, stats)
     if image_size is not None and image_size != frozen.image_size:  # a model of another origin
         raise UsageError(f"--image-size {image_size}: {source} ({frozen.kind}) sees {frozen.image_size} px alone")
     if isinstance(image_size, int) and isinstance(frozen.module, VisionEncoder):
@@ -214,22 +230,34 @@ def open_frozen(
     return replace(frozen, precision=precision)
 
 
-def _open(source: str, device: torch.device, image_size: int | str | None) -> Frozen:
+def _open(source: str, device: torch.device, image_size: int | str | None, stats: Stats | None) -> Frozen:
+    from aimv2.evals.foreign import is_foreign, timm_frozen, transformers_frozen
     from aimv2.interop import load, openvino
     from aimv2.models.lit import LiT
 
     folder = Path(source).expanduser()
     if source.startswith("timm:"):
-        return _timm(source, device)
+        return timm_frozen(source, device, stats)
     if (folder / openvino.FILE).is_file():
+        refuse_stats(source, stats)
         return _openvino(source, folder)
     at = load.locate(source)
     if is_foreign(at.folder):
-        return _transformers(source, at.folder, device)
+        return transformers_frozen(source, at.folder, device, stats)
+    refuse_stats(source, stats)
     model = load.load_model(at, device=device)
     encoder = model.image if isinstance(model, LiT) else model
     assert isinstance(encoder, VisionEncoder)
     return of_encoder(source, encoder, image_size)
+
+
+def refuse_stats(source: str, stats: Stats | None) -> None:
+    """Raises UsageError where a mean and std are given for a model that has its own."""
+    if stats is not None:
+        raise UsageError(
+            f"--image-mean and --image-std: {source} is an AIMV2, which normalises by the mean and std that lie beside its "
+            "weights; leave them out"
+        )
 
 
 def of_encoder(name: str, encoder: VisionEncoder, image_size: int | str | None = None, kind: str = "ours") -> Frozen:
@@ -326,145 +354,8 @@ def raw_pixels(frozen: Frozen) -> Frozen:
         module=None,
         precision="fp32",
         file=None,
+        pixels=None,
     )
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds a model of ``transformers`` that is none of AIMV2's."""
-    kind = read_json(folder / "config.json").get("model_type")
-    return kind is not None and not str(kind).startswith("aimv2")
-
-
-def open_transformers(source: str, folder: Path, device: str | torch.device) -> Any:
-    """What ``AutoModel`` makes of a folder, in evaluation mode; nothing is unpickled and no code of the folder runs.
-
-    Raises:
-        UsageError: it can't.
-    """
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # what goes wrong is said in one line
-    try:
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    return model.eval().to(device)
-
-
-def _transformers(source: str, folder: Path, device: torch.device) -> Frozen:
-    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers) are left out."""
-    model = open_transformers(source, folder, device)
-    model = getattr(model, "vision_model", model)
-    seen = _read_processor(folder)
-    config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
-    size = seen.get("size") or getattr(config, "image_size", 224)
-    size = max(size) if isinstance(size, list | tuple) else int(size or 224)
-    mean, std = (torch.tensor(seen[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-
-    def patches(x: Tensor) -> Tensor:
-        if x.ndim == 4:  # a convolutional map
-            return x.flatten(2).transpose(1, 2)
-        known = getattr(config, "num_register_tokens", None)
-        extra = known + 1 if known is not None else x.shape[1] - math.isqrt(x.shape[1]) ** 2
-        return x[:, extra:]
-
-    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
-        pixels = ((images.float() / 255 - mean) / std).to(kind)
-        out = model(pixel_values=pixels, output_hidden_states=True)
-        hidden = out.hidden_states
-        found = []
-        for name in layers:
-            if name == LAST:
-                found.append(patches(out.last_hidden_state))
-            elif name == AVERAGE:
-                found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
-            else:
-                block = hidden[int(name) + 1]
-                same = block.shape == out.last_hidden_state.shape  # stages of other widths have no norm in common
-                found.append(patches(norm(block) if norm is not None and same else block))
-        return found
-
-    with torch.inference_mode():
-        probe = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        norm = last_norm(model, ((probe.float() / 255 - mean) / std).to(kind))
-        width = run(probe, [LAST])[0].shape[-1]
-    depth = getattr(config, "num_hidden_layers", 0)
-    return Frozen(source, "transformers", size, width, depth, weights_hash(model), run, model, device)
-
-
-def last_norm(model: nn.Module, pixels: Tensor) -> nn.Module | None:
-    """The norm between the last block and ``last_hidden_state``, whatever its name; None where there is none.
-
-    CLIP's and BEiT's last features have not been through a norm: theirs is of the pooled vector alone.
-    """
-    seen: dict[nn.Module, tuple[Any, Any]] = {}
-
-    def note(module: nn.Module, given: Any, made: Any) -> None:
-        seen[module] = given[0], made
-
-    norms = [
-        module
-        for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and not any(part.isdigit() for part in name.split("."))  # not a block's own
-    ]
-    hooks = [module.register_forward_hook(note) for module in norms]
-    try:
-        out = model(pixel_values=pixels, output_hidden_states=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    if not getattr(out, "hidden_states", None):
-        return None
-
-    def leads(given: Any, made: Any) -> bool:
-        ends = zip((given, made), (out.hidden_states[-1], out.last_hidden_state))
-        return all(isinstance(x, Tensor) and x.shape == end.shape and torch.equal(x, end) for x, end in ends)
-
-    return next((module for module, (given, made) in seen.items() if leads(given, made)), None)
-
-
-def _read_processor(folder: Path) -> dict[str, Any]:
-    """Input size, mean and std of ``preprocessor_config.json`` (newer: a part of another file); else ImageNet's."""
-    stored = read_json(folder / "processor_config.json").get("image_processor")
-    stored = stored or read_json(folder / "preprocessor_config.json")
-    size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
-    size = size or stored.get("size")
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    return {
-        "size": size,
-        "mean": stored.get("image_mean") or IMAGENET_MEAN,
-        "std": stored.get("image_std") or IMAGENET_STD,
-    }
-
-
-def _timm(source: str, device: torch.device) -> Frozen:
-    """``timm:NAME``, with its pretrained weights."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
-    try:
-        model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
-    except Exception as error:  # an unknown name, no network, no such weights: each an exception of its own
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"MODEL {source}: timm can't open it ({why})") from None
-    about = timm.data.resolve_model_data_config(model)
-    mean, std = (torch.tensor(about[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-
-    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
-        x = model.forward_features((images.float() / 255 - mean) / std)
-        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x[:, getattr(model, "num_prefix_tokens", 0) :]
-        return [x] * len(layers)
-
-    size = about["input_size"][-1]
-    return Frozen(source, "timm", size, model.num_features, 0, weights_hash(model), run, model, device)
 
 
 def _openvino(source: str, folder: Path) -> Frozen:

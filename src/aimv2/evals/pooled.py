@@ -19,6 +19,7 @@ from aimv2.data.labelled import Labelled, limit, open_labelled, require_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.features import Cached, cached_features, features_home
 from aimv2.evals.frozen import LAST, Frozen, open_frozen, random_twin, raw_pixels
+from aimv2.evals.pixels import Stats
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import per_class, top1, wilson
 
@@ -42,6 +43,7 @@ class Asked:
     out: str | None
     precision: str = "fp32"
     cache: str | None = None
+    stats: Stats | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def measure(
     Raises:
         UsageError: a layer, a pool, a baseline that the encoder does not have, a folder of something else.
     """
-    frozen = open_frozen(asked.model, asked.device, asked.image_size, asked.precision)
+    frozen = open_frozen(asked.model, asked.device, asked.image_size, asked.precision, asked.stats)
     layers = tuple(dict.fromkeys(frozen.layer_names(asked.layers)))
     _check_pool(frozen, asked, layers)
     others = {
@@ -155,7 +157,7 @@ def _check_pool(frozen: Frozen, asked: Asked, layers: tuple[str, ...]) -> None:
     """Says before the trunk runs what would fail after it."""
     if asked.pool != "attention":
         return
-    if getattr(frozen.module, "head", None) is None or layers != (LAST,):
+    if frozen.head is None or layers != (LAST,):
         raise UsageError(f"--pool attention: {asked.model} has no pooling head behind these layers; --pool mean")
     if "pixels" in asked.baselines:
         raise UsageError("--baselines pixels: pixels have no pooling head; --pool mean, or --baselines random")

@@ -20,6 +20,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.features import features_home
 from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
 from aimv2.evals.linear import hold_out
+from aimv2.evals.pixels import Stats
 from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
@@ -235,14 +236,20 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
 
 
 def open_and_measure(
-    model: str, device: str, image_size: int | str | None, precision: str, layers: str, asked: Asked
+    model: str,
+    device: str,
+    image_size: int | str | None,
+    precision: str,
+    layers: str,
+    asked: Asked,
+    stats: Stats | None = None,
 ) -> dict[str, Any]:
     """Opens the encoder, turns ``layers`` into names, measures."""
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("probe: its batch norm sees one process; start it without torchrun")
-    frozen = open_frozen(model, device, image_size, precision)
+    frozen = open_frozen(model, device, image_size, precision, stats)
     if frozen.range is not None and asked.settings.augmented:
         raise UsageError(
             "--image-size native: augmented images are crops of one size; --features cached, or a number of pixels"

@@ -15,6 +15,7 @@ import torch
 import aimv2
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import Frozen
+from aimv2.evals.pixels import about
 from aimv2.train.files import write_aside
 
 FORMAT = "aimv2 result 1"
@@ -77,6 +78,7 @@ def about_model(frozen: Frozen) -> dict[str, Any]:
         "image_size": frozen.image_size,
         "precision": frozen.precision,
         "width": frozen.width,
+        **about(frozen.pixels),
     }
 
 

@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aimv2.data.images import to_rgb
-from aimv2.data.transforms import image_transform
+from aimv2.data.transforms import centre_crop_box, crop_resize, image_transform, to_pixels
 from aimv2.errors import UsageError
-from aimv2.evals.frozen import is_foreign, open_transformers
+from aimv2.evals.foreign import is_foreign, open_transformers, settle
+from aimv2.evals.frozen import refuse_stats
+from aimv2.evals.pixels import Pixels, Stats, about, processor_file, read_processor
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.evals.weights import weights_hash
 from aimv2.models.aimv2 import AIMv2
@@ -32,7 +34,6 @@ BY = ("auto", "contrastive", "likelihood")
 NORMALIZE = ("prior", "sum", "mean")
 PRIOR_IMAGES = 100  # that the probability of a text without its image is estimated from
 TEXTS = 256  # in the text tower at once
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # what to do with an image; the second is newer
 
 
 class Pair(Protocol):
@@ -106,7 +107,9 @@ class Scorer(Protocol):
 # ---- models ----
 
 
-def open_matcher(source: str, by: str = "auto", device: str | torch.device = "cpu") -> Matcher:
+def open_matcher(
+    source: str, by: str = "auto", device: str | torch.device = "cpu", stats: Stats | None = None
+) -> Matcher:
     """A pair, or an encoder with its decoder.
 
     Args:
@@ -114,16 +117,19 @@ def open_matcher(source: str, by: str = "auto", device: str | torch.device = "cp
             of ``transformers``.
         by: contrastive (the two towers of a pair), likelihood (the decoder), or auto: what the model has.
         device: where it runs.
+        stats: mean and std of a pair of ``transformers``; None: as its own image processor has it.
 
     Raises:
-        UsageError: nothing to load, an encoder alone, a pair or a decoder where the other is asked for, no tokeniser.
+        UsageError: nothing to load, an encoder alone, a pair or a decoder where the other is asked for, no tokeniser, weights
+            that would be random.
     """
     from aimv2.api.models import load_model
     from aimv2.interop import load
 
     at = load.locate(source)
     if is_foreign(at.folder):
-        return _of_transformers(source, at.folder, by, device)
+        return _of_transformers(source, at.folder, by, device, stats)
+    refuse_stats(source, stats)
     has_decoder = load.has_decoder(at)
     if has_decoder and by == "contrastive":
         raise UsageError(f"--by contrastive: {source} has no text tower; --by likelihood scores texts by its decoder")
@@ -149,21 +155,29 @@ def _of_ours(source: str, model: LiT | AIMv2, by: str, kind: str) -> Matcher:
     return Matcher(source, by, model, model, weights_hash(model), image_transform(model), view, shape)
 
 
-def _of_transformers(source: str, folder: Path, by: str, device: str | torch.device) -> Matcher:
-    model = open_transformers(source, folder, device)
+def _of_transformers(source: str, folder: Path, by: str, device: str | torch.device, stats: Stats | None) -> Matcher:
+    model, missing = open_transformers(source, folder, device)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise _no_text(source)
     _refuse_likelihood(source, by)
+    pixels, side = read_processor(source, folder, stats)
+    vision = getattr(model.config, "vision_config", model.config)
     try:
-        pair = TransformersPair(model, folder)
+        pair = TransformersPair(model, folder, pixels, side or int(getattr(vision, "image_size", 224)))
         size = pair.check()
+        images = torch.randint(
+            0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        settle(source, model, missing, lambda: [pair.encode_image(images), pair.encode_text(["a", "b"])])
+    except UsageError:
+        raise
     except Exception as error:  # whatever a pair of another kind, or a tokeniser, says
         why = " ".join(str(error).split())[:200]
         raise UsageError(f"MODEL {source}: {type(model).__name__} can't be used as a pair here: {why}") from None
-    vision = getattr(model.config, "vision_config", model.config)
     shape = {"kind": "transformers pair", "architecture": type(model).__name__, "image_size": size}
     shape["width"] = getattr(vision, "hidden_size", None)
-    view = "as its preprocessor_config.json says"
+    shape |= about(pixels)
+    view = f"as its {pair.file.name} says" if pair.file is not None else "centred square"
     return Matcher(source, "contrastive", pair, model, weights_hash(model), pair.see, view, shape)
 
 
@@ -186,16 +200,17 @@ class TransformersPair:
     mask: so they are given; to others as their tokeniser gives them, padded to the longest.
     """
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, folder: Path, pixels: Pixels, side: int) -> None:
+        """``side``: pixels of the squares that it sees, where no processor makes them."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        if not any((folder / name).is_file() for name in PROCESSORS):
-            raise ValueError(f"no {PROCESSORS[0]} beside the weights")
-        self.model = model
+        self.model, self.how, self.side, self.file = model, pixels, side, processor_file(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not any((folder / name).is_file() for name in self.tokenizer.vocab_files_names.values()):
             raise ValueError("no tokenizer beside the weights")  # transformers makes an empty one
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        self.processor = None
+        if self.file is not None:
+            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         self.siglip = model.config.model_type.startswith("siglip")
         reads = ["input_ids"] if self.siglip else inspect.signature(model.get_text_features).parameters
         self.reads = [name for name in self.tokenizer.model_input_names if name in reads]
@@ -203,18 +218,19 @@ class TransformersPair:
         self.length = min(places or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
 
     def see(self, image: Image.Image) -> Tensor:
-        """The processor's view before its arithmetic, uint8 [3, H, W]: a quarter of the bytes to keep."""
-        found = self.processor(to_rgb(image), do_rescale=False, do_normalize=False, return_tensors="pt")
-        return found["pixel_values"][0]
+        """The processor's view before its arithmetic, uint8 [3, H, W]: a quarter of the bytes to keep. Without one the centred
+        square."""
+        if self.processor is None:
+            square = crop_resize(to_rgb(image), centre_crop_box(*image.size), (self.side, self.side))
+            return torch.from_numpy(to_pixels(square))
+        plain = dict(do_rescale=False, do_normalize=False, return_tensors="pt")
+        if hasattr(self.processor, "do_flip_channel_order"):
+            plain["do_flip_channel_order"] = False
+        return self.processor(to_rgb(image), **plain)["pixel_values"][0]
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float, scaled and normalised as the processor does."""
-        x, how = images.to(self.model.device).float(), self.processor
-        x = x * how.rescale_factor if how.do_rescale else x
-        if how.do_normalize:
-            mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (how.image_mean, how.image_std))
-            x = (x - mean) / std
-        return x
+        return self.how(images.to(self.model.device))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See :class:`Pair`."""
@@ -237,7 +253,10 @@ class TransformersPair:
         seen, turned = self.see(image)[None], self.see(image.transpose(Image.Transpose.ROTATE_90))[None]
         if seen.shape != turned.shape:
             raise ValueError("its image processor keeps the sides of an image; one size for all is expected")
-        whole = self.processor(image, return_tensors="pt")["pixel_values"]
+        if self.processor is not None and self.how.origin != "options":
+            whole = self.processor(image, return_tensors="pt")["pixel_values"]
+        else:
+            whole = self.pixels(seen).cpu()
         if not torch.allclose(self.pixels(seen).cpu(), whole, atol=1e-4):
             raise ValueError("its image processor does more than resize, crop, scale and normalise")
         with eager():

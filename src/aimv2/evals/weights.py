@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and every byte of the parameters and buffers: 64 hex digits."""
-    digest = hashlib.sha256()
+def weights_hash(model: nn.Module, more: str = "") -> str:
+    """SHA-256 over names, types, shapes and every byte of the parameters and buffers, and ``more``: 64 hex digits."""
+    digest = hashlib.sha256(more.encode())
     for name, value in sorted(model.state_dict().items()):
         whole = value.detach().cpu().contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())

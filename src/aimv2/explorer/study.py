@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from aimv2.data.transforms import image_transform, resized_crop_box
+from aimv2.evals.pixels import Stats
 from aimv2.explorer.album import Album, Refusal
 from aimv2.explorer.foreign import CANNOT, ForeignEncoder
 from aimv2.explorer.stored import Stored
@@ -62,23 +63,25 @@ class Shown:
         return len(self.encoder.blocks)
 
 
-def open_shown(source: str, device: str) -> Shown:
+def open_shown(source: str, device: str, stats: Stats | None = None) -> Shown:
     """A model to look at.
 
     Args:
         source: anything of ours or released (:func:`aimv2.load_model`); for its features alone a folder or hub id of a
             ``transformers`` vision model, or ``timm:NAME`` where timm imports.
         device: where it runs.
+        stats: mean and std of one of another origin; None: as its own image processor has it. One of ours has its own.
 
     Raises:
         UsageError: nothing to load.
     """
     from aimv2.api.models import load_model
-    from aimv2.evals.frozen import is_foreign, open_frozen
+    from aimv2.evals.foreign import is_foreign
+    from aimv2.evals.frozen import open_frozen
     from aimv2.interop import load
 
     if source.startswith("timm:") or is_foreign(load.locate(source).folder):
-        other = ForeignEncoder(open_frozen(source, device))
+        other = ForeignEncoder(open_frozen(source, device, stats=stats))
         return Shown(source, other, other, image_transform(other), CANNOT)
     at = load.locate(source)
     model = load_model(source, decoder=load.has_decoder(at), device=device)

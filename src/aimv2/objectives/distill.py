@@ -34,6 +34,7 @@ class Teacher:
         run: uint8 images [B, 3, image_size, image_size] -> patch features [B, I, E], normalising with its own mean and
             std; None: the features come with the batch.
         flops: of one image, forward; 0: not known, or nothing runs here.
+        former: what versions before 0.2 noted as ``sha256``, of the same model; "": the same.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Teacher:
     width: int
     run: Callable[[Tensor], Tensor] | None
     flops: float = 0.0
+    former: str = ""
 
     def features(self, batch: Batch) -> Tensor:
         """What it says of a batch's images: fp32 [B, I, E], without gradient."""

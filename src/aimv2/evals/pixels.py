@@ -1,0 +1,240 @@
+"""What becomes of an image's bytes before a model of another origin sees them: as its processor has it, or as the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aimv2.errors import UsageError
+from aimv2.interop.shapes import read_json
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, its part ``image_processor``
+SIDE = 16  # pixels of the image on which a processor is tried
+
+
+class Stats(NamedTuple):
+    """Mean and standard deviation by channel (red, green, blue) of pixels scaled to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """uint8 [B, 3, H, W] -> float: ``((x * scale - offset) - mean) / std``, channels turned first where ``bgr``.
+
+    Attributes:
+        scale: 1/255 for most.
+        offset: 1 for the few that want -1..1 without a mean.
+        stats: None: not normalised.
+        bgr: blue, green, red instead of red, green, blue.
+        origin: the file, or ``options``.
+    """
+
+    scale: float = 1 / 255
+    offset: float = 0.0
+    stats: Stats | None = None
+    bgr: bool = False
+    origin: str = ""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = (images.flip(-3) if self.bgr else images).float() * self.scale - self.offset
+        if self.stats is None:
+            return x
+        mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in self.stats)
+        return (x - mean) / std
+
+    def __str__(self) -> str:
+        """What decides the values; the same for the same arithmetic, wherever it was found."""
+        stats = "none" if self.stats is None else " ".join(",".join(f"{v:.6g}" for v in part) for part in self.stats)
+        return f"{'bgr' if self.bgr else 'rgb'} * {self.scale:.8g} - {self.offset:g}; {stats}"
+
+
+def read_stats(mean: Any, std: Any, options: tuple[str, str] = ("--image-mean", "--image-std")) -> Stats | None:
+    """Mean and std as a user gives them: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
+
+    Raises:
+        UsageError: one without the other, not one or three numbers, a std of 0 or less.
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        there, absent = options if std is None else options[::-1]
+        raise UsageError(f"{there} without {absent}: give both")
+    found = []
+    for option, given in zip(options, (mean, std)):
+        words = given if isinstance(given, list | tuple) else str(given).split(",")
+        try:
+            values = tuple(float(word) for word in words)
+        except ValueError:
+            values = ()
+        if len(values) not in (1, 3) or not np.isfinite(values).all() or (option == options[1] and min(values) <= 0):
+            above = " above 0" * (option == options[1])
+            raise UsageError(
+                f"{option} {given}: one number{above} or three (red, green, blue), of pixels in 0 to 1, expected"
+            )
+        found.append(values * (3 // len(values)))
+    return Stats(*found)
+
+
+def given_pixels(stats: Stats, origin: str = "options") -> Pixels:
+    """Pixels scaled to 0..1 and normalised."""
+    return Pixels(stats=stats, origin=origin)
+
+
+def processor_file(folder: Path) -> Path | None:
+    """The file that says what to do with an image; None where there is none."""
+    for name in PROCESSORS:
+        stored = read_json(folder / name)
+        if stored.get("image_processor") if name == PROCESSORS[0] else stored:
+            return folder / name
+    return None
+
+
+def read_processor(source: str, folder: Path, stats: Stats | None) -> tuple[Pixels, int | None]:
+    """What the folder's image processor does to pixels, and the side of the images that it makes, where it says so.
+
+    Args:
+        source: for messages.
+        folder: of the model.
+        stats: mean and std that the user gave: they decide, whatever the processor says of them.
+
+    Raises:
+        UsageError: no processor and no mean and std; one that does more than resize, crop, scale, turn channels and normalise.
+    """
+    file = processor_file(folder)
+    if file is None:
+        if stats is None:
+            raise UsageError(
+                f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or give "
+                "--image-mean and --image-std (red, green, blue, of pixels in 0 to 1)"
+            )
+        return given_pixels(stats), None
+    stored = read_json(file)
+    stored = stored.get("image_processor") or stored
+    processor = _open(folder)
+    if processor is not None:
+        stored = {**stored, **{key: getattr(processor, key) for key in KEYS if hasattr(processor, key)}}
+    size = _size(stored)
+    if stats is not None:
+        return given_pixels(stats), size
+    normalised = stored.get("do_normalize", processor is None)
+    values = stored.get("image_mean"), stored.get("image_std")
+    if normalised and None in values:
+        raise UsageError(
+            f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; give --image-mean and "
+            "--image-std (red, green, blue, of pixels in 0 to 1)"
+        )
+    pixels = Pixels(
+        float(stored.get("rescale_factor") or 1 / 255) if stored.get("do_rescale", True) else 1.0,
+        1.0 if stored.get("rescale_offset", stored.get("offset")) and stored.get("do_rescale", True) else 0.0,
+        read_stats(values[0], values[1]) if normalised else None,
+        bool(stored.get("do_flip_channel_order")),
+        file.name,
+    )
+    if processor is not None and (why := _differs(processor, pixels)):
+        raise UsageError(
+            f"MODEL {source}: its {type(processor).__name__} {why}; one that resizes, crops, scales and normalises RGB images "
+            "expected, or give --image-mean and --image-std"
+        )
+    return pixels, size
+
+
+KEYS = (
+    *(
+        "do_rescale",
+        "rescale_factor",
+        "rescale_offset",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+        "do_flip_channel_order",
+    ),
+    *("size", "do_center_crop", "crop_size"),
+)
+
+
+def _open(folder: Path) -> Any:
+    """The processor, with the defaults of its class; None where it can't be had without torchvision, or is not known."""
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet():
+            return AutoImageProcessor.from_pretrained(
+                folder, backend="pil", trust_remote_code=False, local_files_only=True
+            )
+    except Exception:  # the file itself is then all that is known
+        return None
+
+
+def _size(stored: dict[str, Any]) -> int | None:
+    """Pixels a side: of the crop, else of the resized image."""
+    size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
+    size = size or stored.get("size")
+    if not isinstance(size, int | list | tuple | type(None)):
+        size = dict(size)
+        size = size.get("height") or size.get("shortest_edge") or size.get("longest_edge")
+    if isinstance(size, list | tuple):
+        size = max(size, default=None)
+    return int(size) if size else None
+
+
+def _differs(processor: Any, pixels: Pixels) -> str:
+    """What the processor makes of an image that has its size already, where that is not what :class:`Pixels` makes; else ""."""
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    try:
+        made = processor(
+            Image.fromarray(image), do_resize=False, do_center_crop=False, do_pad=False, return_tensors="pt"
+        )
+        values = made["pixel_values"]
+    except Exception as error:  # whatever it lacks
+        return f"can't be tried: {' '.join(str(error).split())[:120]}"
+    wanted = pixels(torch.from_numpy(image).permute(2, 0, 1)[None])
+    if not isinstance(values, Tensor) or values.shape != wanted.shape:
+        return (
+            f"gives pixels of {list(values.shape) if hasattr(values, 'shape') else type(values).__name__} for one image"
+        )
+    return (
+        "" if torch.allclose(values.float(), wanted, atol=1e-3) else "does more than scale, turn channels and normalise"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and reports: what goes wrong is said in one line."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def about(pixels: Pixels | None) -> dict[str, Any]:
+    """What a result says of it; {} of a model that normalises by itself."""
+    if pixels is None:
+        return {}
+    stats: Sequence[Any] = pixels.stats or (None, None)
+    return {
+        "pixels": {
+            "scale": pixels.scale,
+            "offset": pixels.offset,
+            "mean": stats[0],
+            "std": stats[1],
+            "channels": "bgr" if pixels.bgr else "rgb",
+            "from": pixels.origin,
+        }
+    }

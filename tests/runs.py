@@ -138,3 +138,18 @@ def assert_refused(capsys, words, *named):
     for word in named:
         assert word in errors[0], errors[0]
     return errors[0]
+
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def write_processor(folder: Path, mean: list[float] = IMAGENET[0], std: list[float] = IMAGENET[1], **more: Any) -> None:
+    """What says how images are normalised, beside the weights of a model of transformers."""
+    about = {
+        "image_processor_type": "ViTImageProcessor",
+        "image_mean": mean,
+        "image_std": std,
+        "do_resize": False,
+        "size": None,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps({**about, **more}))

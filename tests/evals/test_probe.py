@@ -26,6 +26,7 @@ from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig
 from aimv2.train.interrupt import Interrupted
+from runs import write_processor
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
 
@@ -180,6 +181,7 @@ def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Pa
         ("dino", Dinov2Model(Dinov2Config(**common, mlp_ratio=2))),
     ):
         theirs.save_pretrained(tmp_path / name)
+        write_processor(tmp_path / name)
         frozen = open_frozen(str(tmp_path / name))
         assert (frozen.kind, frozen.width, frozen.image_size, frozen.depth) == ("transformers", 32, 28, 2)
         pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
@@ -188,6 +190,7 @@ def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Pa
         torch.testing.assert_close(first.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)  # the other one too
     assert api.probe(str(tmp_path / "dino"), str(data), layers="all", **QUICK)["figures"]["top1"] > 0.4
     CLIPVisionModel(CLIPVisionConfig(**common, intermediate_size=48)).save_pretrained(tmp_path / "clip")
+    write_processor(tmp_path / "clip")
     raw, last = open_frozen(str(tmp_path / "clip"))(pixels, ["1", "last"])  # whose last features have no norm either
     torch.testing.assert_close(raw, last)
 

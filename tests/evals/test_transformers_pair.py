@@ -139,7 +139,7 @@ def test_zeroshot(kind: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     assert about["architecture"] == {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]
     assert about["weights_sha256"] == weights_hash(AutoModel.from_pretrained(pairs[kind])) and about["unchanged"]
     assert (about["kind"], about["image_size"], about["width"]) == ("transformers pair", 32, 32)
-    assert result["protocol"]["view"] == "as its preprocessor_config.json says"
+    assert result["protocol"]["view"] == f"as its {'' if kind == 'clip' else 'pre'}processor_config.json says"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,6 +18,7 @@ from aimv2.explorer.foreign import CANNOT
 from aimv2.explorer.study import open_shown
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
+from runs import write_processor
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
 
@@ -33,6 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Dinov2Model(Dinov2Config(**SHAPE, image_size=42, mlp_ratio=2)).save_pretrained(folder / "dino")
     swin = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1, 1], num_heads=[2, 2, 2], window_size=2)
     SwinModel(swin).save_pretrained(folder / "swin")
+    for name in ("dino", "swin"):
+        write_processor(folder / name)
     plain_pictures(folder / "pictures")
     return folder
 

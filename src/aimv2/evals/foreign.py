@@ -5,6 +5,7 @@ Legend: B images, N patches, D width.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -244,8 +245,7 @@ def transformers_frozen(source: str, folder: Path, device: torch.device, stats: 
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
     missing = {name.removeprefix(inside) for name in missing if name.startswith(inside)}
     config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
-    pixels, size = read_processor(source, folder, stats)
-    size = size or _side(getattr(config, "image_size", None)) or 224
+    pixels, size = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)))
     unmasked = _unmasked(model, size)
 
     def forward(images: Tensor) -> Any:
@@ -311,7 +311,7 @@ def _side(size: Any) -> int | None:
 def _unmasked(model: Any, size: int) -> Callable[[Tensor], dict[str, Tensor]]:
     """What a masked autoencoder is given besides, so that it sees every patch, in order (it masks by sorting this noise)."""
     config = model.config
-    if not hasattr(config, "mask_ratio") or "noise" not in model.forward.__code__.co_varnames:
+    if not hasattr(config, "mask_ratio") or "noise" not in inspect.signature(model.forward).parameters:
         return lambda images: {}
     config.mask_ratio = 0.0
     count = (size // config.patch_size) ** 2

@@ -17,7 +17,14 @@ from aimv2.errors import UsageError
 from aimv2.interop.shapes import read_json
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, its part ``image_processor``
-SIDE = 16  # pixels of the image on which a processor is tried
+SIDE = 224  # pixels, where neither the model nor its processor says it
+TRIED = 16  # pixels of the image on which a processor is tried
+
+# of a processor, that decide what it makes of an image
+KEYS = (
+    *("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std", "include_top"),
+    *("do_flip_channel_order", "size", "do_center_crop", "crop_size"),
+)
 
 
 class Stats(NamedTuple):
@@ -46,7 +53,7 @@ class Pixels:
     origin: str = ""
 
     def __call__(self, images: Tensor) -> Tensor:
-        x = (images.flip(-3) if self.bgr else images).float() * self.scale - self.offset
+        x = (images.flip(-3) if self.bgr else images).float() / (1 / self.scale) - self.offset
         if self.stats is None:
             return x
         mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in self.stats)
@@ -99,13 +106,14 @@ def processor_file(folder: Path) -> Path | None:
     return None
 
 
-def read_processor(source: str, folder: Path, stats: Stats | None) -> tuple[Pixels, int | None]:
-    """What the folder's image processor does to pixels, and the side of the images that it makes, where it says so.
+def read_processor(source: str, folder: Path, stats: Stats | None, side: int | None) -> tuple[Pixels, int]:
+    """What the folder's image processor does to pixels, and the side of the images that it makes.
 
     Args:
         source: for messages.
         folder: of the model.
         stats: mean and std that the user gave: they decide, whatever the processor says of them.
+        side: of the images, by the model's own configuration: it decides where the processor's file is silent.
 
     Raises:
         UsageError: no processor and no mean and std; one that does more than resize, crop, scale, turn channels and normalise.
@@ -117,26 +125,30 @@ def read_processor(source: str, folder: Path, stats: Stats | None) -> tuple[Pixe
                 f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or give "
                 "--image-mean and --image-std (red, green, blue, of pixels in 0 to 1)"
             )
-        return given_pixels(stats), None
+        return given_pixels(stats), side or SIDE
     stored = read_json(file)
     stored = stored.get("image_processor") or stored
-    processor = _open(folder)
+    processor, size = _open(folder), _size(stored)
     if processor is not None:
         stored = {**stored, **{key: getattr(processor, key) for key in KEYS if hasattr(processor, key)}}
-    size = _size(stored)
+    size = size or side or _size(stored) or SIDE
     if stats is not None:
         return given_pixels(stats), size
-    normalised = stored.get("do_normalize", processor is None)
-    values = stored.get("image_mean"), stored.get("image_std")
-    if normalised and None in values:
+    times = bool(stored.get("do_normalize", processor is None)), bool(stored.get("include_top"))
+    mean, std = stored.get("image_mean"), stored.get("image_std")
+    if any(times) and (mean is None or std is None):
         raise UsageError(
             f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; give --image-mean and "
             "--image-std (red, green, blue, of pixels in 0 to 1)"
         )
+    if any(times):  # the second time, of EfficientNet's, by the std alone
+        given = read_stats(mean, std)
+        assert given is not None
+        stats = Stats(given.mean if times[0] else (0.0,) * 3, tuple(value ** sum(times) for value in given.std))
     pixels = Pixels(
         float(stored.get("rescale_factor") or 1 / 255) if stored.get("do_rescale", True) else 1.0,
         1.0 if stored.get("rescale_offset", stored.get("offset")) and stored.get("do_rescale", True) else 0.0,
-        read_stats(values[0], values[1]) if normalised else None,
+        stats,
         bool(stored.get("do_flip_channel_order")),
         file.name,
     )
@@ -146,20 +158,6 @@ def read_processor(source: str, folder: Path, stats: Stats | None) -> tuple[Pixe
             "expected, or give --image-mean and --image-std"
         )
     return pixels, size
-
-
-KEYS = (
-    *(
-        "do_rescale",
-        "rescale_factor",
-        "rescale_offset",
-        "do_normalize",
-        "image_mean",
-        "image_std",
-        "do_flip_channel_order",
-    ),
-    *("size", "do_center_crop", "crop_size"),
-)
 
 
 def _open(folder: Path) -> Any:
@@ -189,7 +187,7 @@ def _size(stored: dict[str, Any]) -> int | None:
 
 def _differs(processor: Any, pixels: Pixels) -> str:
     """What the processor makes of an image that has its size already, where that is not what :class:`Pixels` makes; else ""."""
-    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (TRIED, TRIED, 3), dtype=np.uint8)
     try:
         made = processor(
             Image.fromarray(image), do_resize=False, do_center_crop=False, do_pad=False, return_tensors="pt"

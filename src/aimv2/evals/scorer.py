@@ -160,10 +160,10 @@ def _of_transformers(source: str, folder: Path, by: str, device: str | torch.dev
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise _no_text(source)
     _refuse_likelihood(source, by)
-    pixels, side = read_processor(source, folder, stats)
     vision = getattr(model.config, "vision_config", model.config)
+    pixels, side = read_processor(source, folder, stats, getattr(vision, "image_size", None))
     try:
-        pair = TransformersPair(model, folder, pixels, side or int(getattr(vision, "image_size", 224)))
+        pair = TransformersPair(model, folder, pixels, side)
         size = pair.check()
         images = torch.randint(
             0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

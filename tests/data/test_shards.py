@@ -363,17 +363,24 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, lost: str) -> None:
     assert len(list((tmp_path / "index").iterdir())) == 1
 
 
-def test_written_shards_bring_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The offsets that the writer knows are those of the headers, whatever the keys: nobody reads them again."""
-    keys = ["a", "a.b", "a.c", "sub/x" * 40, "__meta__", "b"]
-    write_shard(tmp_path / "a.tar", samples(*keys))
-    scan = scan_shard(tmp_path / "a.tar")
-    assert (tmp_path / "a.tar.idx").read_bytes() == struct.pack(f"<{len(scan.offsets)}Q", *scan.offsets)
+def write_index(tar: Path) -> bytes:
+    """``TAR.idx`` beside a tar, as energon's own preparation leaves it."""
+    offsets = scan_shard(tar).offsets
+    content = struct.pack(f"<{len(offsets)}Q", *offsets)
+    tar.with_name(f"{tar.name}.idx").write_bytes(content)
+    return content
+
+
+def test_a_right_index_beside_a_tar_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads the headers again; nor where an earlier start has."""
+    write_shard(tmp_path / "a.tar", samples("a", "sub/" + "x" * 120, "b"))
+    write_index(tmp_path / "a.tar")
+    write_shard(tmp_path / "b.tar", samples("c"))
+    build_index([tmp_path / "b.tar"], tmp_path / "index")
     monkeypatch.setattr("aimv2.data.shard_index.scan_shard", None)
     index = build_index([tmp_path / "a.tar"], tmp_path / "index")
-    assert count_samples(index) == len(scan.keys) == len(energon_samples(index, len(scan.keys)))
-    write_shard(tmp_path / "a.tar", [])
-    assert not (tmp_path / "a.tar.idx").exists()
+    assert count_samples(index) == 3 == len(energon_samples(index, 3))
+    assert count_samples(build_index([tmp_path / "b.tar"], tmp_path / "index")) == 1
 
 
 @pytest.mark.parametrize(
@@ -395,8 +402,8 @@ def test_written_shards_bring_their_index(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_wrong_index_beside_a_tar_is_left_alone(tmp_path: Path, wrong: str) -> None:
     tar, idx = tmp_path / "a.tar", tmp_path / "a.tar.idx"
     write_shard(tar, samples("a", "b", "c"))
-    offsets = list(struct.unpack("<4Q", idx.read_bytes()))
-    right = idx.read_bytes()
+    right = write_index(tar)
+    offsets = list(struct.unpack("<4Q", right))
     changed = {
         "not from 0": offsets[1:],
         "falling": [offsets[0], offsets[2], offsets[1], offsets[3]],
@@ -505,7 +512,7 @@ def test_shard_writer_fills_shards(tmp_path: Path) -> None:
         for key, parts in samples("a", "b", "c"):
             writer.add(key, parts)
         raise RuntimeError
-    assert names(sorted((tmp_path / "half").iterdir())) == ["train-000000.tar", "train-000000.tar.idx"]
+    assert names(sorted((tmp_path / "half").iterdir())) == ["train-000000.tar"]
 
 
 def test_manifest(tmp_path: Path) -> None:

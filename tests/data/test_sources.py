@@ -216,7 +216,7 @@ def test_flickr8k(shared_data: Path, tmp_path: Path) -> None:
     assert all(len(found["caption"]) == 5 for found in captions(tmp_path / "out").values())
     assert sorted(captions(tmp_path / "out", "val")) == [name.removesuffix(".jpg") for name in names[-100:]]
     index = build_index(find_shards(tmp_path / "out", "train"))
-    assert count_samples(index) == 900 and index.is_relative_to(tmp_path / "out")
+    assert count_samples(index) == 900 and "index" in index.parts
 
 
 # ---- other folders ----

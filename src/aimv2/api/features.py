@@ -46,7 +46,7 @@ def embed(
     return embed_images(model, loaded, images, out, wanted)
 
 
-def usual_device(given: str | None = None) -> str:
+def usual_device(given: str | int | None = None) -> str:
     """The device that a user named, or this process's GPU where there is one, else cpu.
 
     Raises:

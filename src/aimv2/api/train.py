@@ -53,6 +53,7 @@ def data_import(
     max_side: int | None = None,
     shard_size: int = 1000,
     workers: int | None = None,
+    class_folders: bool = False,
 ) -> dict[str, Any]:
     """Turn images and captions, in whatever form people have them, into WebDataset shards.
 
@@ -70,6 +71,8 @@ def data_import(
         max_side: shrink images whose longer side is larger, pixels
         shard_size: samples a shard
         workers: processes; null: as many as there are cores, at most 8
+        class_folders: the names of the sub-folders are the captions (see template), whatever other files lie there; by default
+            only where there are two or more and no file that may hold captions
     """
     from aimv2.data.importing import import_data
 
@@ -83,6 +86,7 @@ def data_import(
         image_column=image_column,
         caption_column=caption_column,
         template=template,
+        class_folders=class_folders,
         split=split,
         val_fraction=val_fraction,
         val_list=val_list,

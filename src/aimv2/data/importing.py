@@ -82,6 +82,7 @@ def import_data(
     image_column: str | None = None,
     caption_column: str | list[str] | None = None,
     template: str = "a photo of a {}.",
+    class_folders: bool = False,
     split: str | None = None,
     val_fraction: float = 0.0,
     val_list: str | None = None,
@@ -101,6 +102,7 @@ def import_data(
         image_column: Column of a table or captions file.
         caption_column: The same; several are several fields.
         template: Caption of class folders, ``{}`` standing for the class.
+        class_folders: The sub-folders are classes, whatever other files lie there.
         split: Which split, where a hub data set or a folder of Parquet files has several.
         val_fraction: Share of keys, chosen by their hash, that goes to ``val``.
         val_list: File with one key or image name a line that go to ``val``.
@@ -128,9 +130,10 @@ def import_data(
         **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
         "val_list": hashlib.sha256(_read(val_list)).hexdigest() if val_list else None,
         **image_options._asdict(),
+        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version goes on
     }
     _check_out(source, out)
-    opened = open_source(source, captions, columns, template, split, skip=out.resolve())
+    opened = open_source(source, captions, columns, template, split, out.resolve(), class_folders)
     _prepare(out, options)
     chooser = ValChooser(val_fraction, _val_names(val_list))
     if val_list is not None and not chooser.names:

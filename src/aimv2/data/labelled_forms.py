@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aimv2.data.caption_files import are_classes
 from aimv2.data.images import ImageError, decode_image
 from aimv2.data.pictures import walk
 from aimv2.data.shards import find_shards, image_of, label_of, read_sample, scan_shard, split_shards
@@ -163,6 +164,11 @@ def _list_class_folders(root: Path, parts: dict[str, Path], source: str, split: 
     if strange := set(_folders(parts[split])) - set(folders):
         name = sorted(strange)[0]
         raise wrong(source, f"{parts[split].name}/{name} is a class that train lacks ({len(folders)} classes there)")
+    if len(folders) > 1 and not are_classes(folders):
+        raise wrong(
+            source,
+            f"{parts[split]} holds {', '.join(folders[:3])}, which are no classes; a folder for each class's images expected",
+        )
     classes = names = names_beside(root) or tuple(folders)
     if set(names) == set(folders):
         folders = list(names)

@@ -25,13 +25,14 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from aimv2.data.shards import INDEX_SUFFIX, scan_shard
+from aimv2.data.shards import scan_shard
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 INDEX_FORMAT = 2
 META = ".nv-meta"
+INDEX_SUFFIX = ".idx"  # of TAR.idx, which energon writes beside a tar: the offsets of its samples
 TARS = "tars.json"  # the links that have samples, and why a tar could not be read to its end
 BLOCK = tarfile.BLOCKSIZE
 

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import secrets
-import struct
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,6 @@ IMAGE_EXTENSIONS = (
 )
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
-INDEX_SUFFIX = ".idx"  # of TAR.idx: the offsets of its samples, as energon has them
 
 Split = Literal["train", "val", "test", "probe-test"]
 Parts = dict[str, bytes]  # extension without dot, lower case -> content
@@ -284,11 +282,10 @@ def _sample_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 class _TarFile:
-    """One tar, written aside and renamed when it is whole, then its index; the same samples give the same bytes."""
+    """One tar, written aside and renamed when it is whole; the same samples give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
-        self._offsets, self._last = array("Q"), ""
         self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
         self._tar = tarfile.open(self._aside, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
@@ -296,21 +293,12 @@ class _TarFile:
         for extension, content in parts.items():
             member = tarfile.TarInfo(f"{key}.{extension}")  # uid, gid and time 0, mode 0644
             member.size = len(content)
-            if (named := _sample_name(member)) and named[0] != self._last:
-                self._offsets.append(self._tar.offset)
-                self._last = named[0]
             self._tar.addfile(member, io.BytesIO(content))
         self.count += 1
 
     def finish(self) -> None:
-        end = self._tar.offset
         self._tar.close()
-        index = self.path.with_name(self.path.name + INDEX_SUFFIX)
-        index.unlink(missing_ok=True)  # of an older tar of that name
         os.replace(self._aside, self.path)
-        if self._offsets:
-            self._aside.write_bytes(struct.pack(f"<{len(self._offsets) + 1}Q", *self._offsets, end))
-            os.replace(self._aside, index)
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from hashlib import sha1
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+from aimv2.data.caption_files import are_classes, may_hold_captions, why_no_captions
 from aimv2.data.shards import IMAGE_EXTENSIONS, captions_of, clean_captions, json_of
 from aimv2.errors import UsageError
 
@@ -170,16 +171,25 @@ def safe_key(name: str) -> str:
 # ---- folders ----
 
 
-def open_folder(root: Path, captions: str | None, columns: Columns, template: str, skip: Path | None = None) -> Source:
+def open_folder(
+    root: Path,
+    captions: str | None,
+    columns: Columns,
+    template: str,
+    skip: Path | None = None,
+    class_folders: bool = False,
+) -> Source:
     """Plan a folder of image files.
 
     Args:
         captions: The captions file, relative to the folder or to the working folder; None finds it.
         template: Caption of a class-folder tree, ``{}`` standing for the class.
         skip: A folder inside ``root`` that is not part of it (the output).
+        class_folders: The user says that the folders are classes, whatever else lies there.
 
     Raises:
-        UsageError: no image, no captions, or several captions files to choose from.
+        UsageError: no image, no captions, several captions files to choose from, or files that may hold captions and are
+            not understood.
     """
     files = _list_files(root, skip)
     images = [name for name in files if _is_image(name)]
@@ -188,7 +198,9 @@ def open_folder(root: Path, captions: str | None, columns: Columns, template: st
         if file is None:
             raise UsageError(f"--captions {captions}: no such file, neither in {root} nor here")
         return open_captions(file, root, images, columns)
-    candidates = _captions_candidates(root, files, images, columns)
+    if class_folders:
+        return _class_source(root, images, template)
+    candidates, refused = _captions_candidates(root, files, images, columns)
     if len(candidates) > 1:
         raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
     if candidates:
@@ -198,12 +210,12 @@ def open_folder(root: Path, captions: str | None, columns: Columns, template: st
     known = set(files)
     if any(f"{_stem(name)}.{kind}" in known for name in images for kind in ("txt", "json")):
         return _sidecar_source(root, images, known)
-    if all("/" in name for name in images):
+    folders = sorted({name.partition("/")[0] for name in images if "/" in name})
+    in_folders = all("/" in name for name in images)
+    others = may_hold_captions(root, files, images)
+    if in_folders and not others and (are_classes(folders) or _are_splits(folders)):
         return _class_source(root, images, template)
-    raise UsageError(
-        f"{root}: captions missing: no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json beside"
-        " the images and no class folders; give --captions FILE"
-    )
+    raise UsageError(f"{root}: captions missing: {why_no_captions(others, refused, folders if in_folders else [])}")
 
 
 def open_captions(file: Path, root: Path, images: list[str], columns: Columns) -> Source:
@@ -250,11 +262,20 @@ def _sidecar_source(root: Path, images: list[str], known: set[str]) -> Source:
     return Source("sidecar captions", planned, FileReader(), sum(isinstance(i, Item) for i in planned))
 
 
+def _are_splits(folders: list[str]) -> bool:
+    return all(name.lower() in ("train", "val", "valid", "validation", "test") for name in folders)
+
+
 def _class_source(root: Path, images: list[str], template: str) -> Source:
+    if loose := [name for name in images if "/" not in name]:
+        raise UsageError(
+            f"--class-folders: {root / loose[0]} lies in no class folder; move it, or leave the option out"
+        )
     classes = sorted({name.split("/", 1)[0] for name in images})
-    splits = [name for name in classes if name.lower() in ("train", "val", "valid", "validation", "test")]
-    if len(splits) == len(classes):
-        raise UsageError(f"SRC: {root} holds splits ({', '.join(splits)}), not classes; import each by itself")
+    if not images:
+        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}")
+    if _are_splits(classes):
+        raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
     planned: list[Item | Reject] = []
     for name in images:
@@ -322,10 +343,12 @@ class _ImageFinder:
 # ---- captions files ----
 
 
-def _captions_candidates(root: Path, files: list[str], images: list[str], columns: Columns) -> list[str]:
-    """Files of a folder that read like captions of images."""
+def _captions_candidates(
+    root: Path, files: list[str], images: list[str], columns: Columns
+) -> tuple[list[str], dict[str, str]]:
+    """Files of a folder that read like captions of images, and why others that were tried do not."""
     sidecars = {_stem(name) for name in images}
-    found = []
+    found, refused = [], dict[str, str]()
     for name in files:
         kind = name.rpartition(".")[2].lower()
         here = "/" not in name
@@ -334,7 +357,10 @@ def _captions_candidates(root: Path, files: list[str], images: list[str], column
         if kind in ("csv", "tsv", "txt", "jsonl", "ndjson") and here:
             try:
                 row = next(iter(_rows(root / name, columns)), None)
-            except UsageError:
+            except UsageError as error:
+                refused[name] = (
+                    str(error).removeprefix(f"{root / name}").lstrip(": ").removeprefix("captions missing: ")
+                )
                 continue
             if row is not None and not isinstance(row, Reject):
                 found.append(name)
@@ -343,7 +369,7 @@ def _captions_candidates(root: Path, files: list[str], images: list[str], column
                 head = file.read(65536)
             if re.search(rb'"(annotations|images|captions?|file_name)"\s*:', head):
                 found.append(name)
-    return found
+    return found, refused
 
 
 Row = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known

@@ -317,6 +317,7 @@ def open_source(
     template: str,
     split: str | None,
     skip: Path | None = None,
+    class_folders: bool = False,
 ) -> Source:
     """Find out what a source is and plan it.
 
@@ -324,6 +325,11 @@ def open_source(
         UsageError: it is nothing that can be imported.
     """
     path = Path(source).expanduser()
+    if class_folders and (captions is not None or not path.is_dir()):
+        other = f"--captions {captions}" if captions is not None else f"{source}, which is no folder"
+        raise UsageError(f"--class-folders: got {other} too; a folder of class folders, and no captions file, expected")
+    if class_folders:
+        return open_folder(path, None, columns, template, skip, class_folders)
     if path.is_dir():
         if captions is None and any(path.glob("*.tar")):
             return open_tar_folder(path)

@@ -16,7 +16,7 @@ from aimv2.errors import UsageError
 from aimv2.interop.onnx import need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
-from aimv2.models.sizes import EncoderConfig
+from aimv2.models.sizes import EncoderConfig, not_pixels
 
 BACKENDS = ("torch", "jax", "mlx")
 Params = dict[str, Any]
@@ -95,6 +95,8 @@ class ArrayEncoder:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged."""
         images = np.asarray(images)
         if images.dtype != np.uint8:
+            if not np.issubdtype(images.dtype, np.floating) and not str(images.dtype).startswith("bfloat"):
+                raise ValueError(not_pixels(images.dtype))
             return self.xp.array(images)
         mean, std = (np.asarray(value, np.float32).reshape(1, 3, 1, 1) for value in (self.config.mean, self.config.std))
         return self.xp.array((images.astype(np.float32) / 255 - mean) / std)
@@ -103,7 +105,7 @@ class ArrayEncoder:
         """uint8 or normalised float [B, 3, H, W] -> [B, I, D].
 
         Raises:
-            ValueError: a shape that the model can't see correctly.
+            ValueError: integers other than uint8, or a shape that the model can't see correctly.
         """
         self.config.check_pixels(tuple(images.shape))
         return self.apply(self.params, self.normalize(images))

@@ -293,14 +293,16 @@ def widest(weights: Weights, rules: Rules) -> torch.dtype:
     return reduce(torch.promote_types, kinds)
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """A device, after putting an empty tensor there; None is the CPU.
+def usable_device(device: str | int | torch.device | None) -> torch.device:
+    """A device, after putting an empty tensor there; None is the CPU, a number a GPU.
 
     Raises:
         UsageError: an unknown name, or no such device here.
     """
+    if isinstance(device, str) and device.isdecimal():
+        device = int(device)
     try:
-        found = torch.device(device or "cpu")
+        found = torch.device("cpu" if device is None else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]

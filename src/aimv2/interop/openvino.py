@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aimv2.errors import UsageError, nearest
 from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder, need
 from aimv2.interop.shapes import read_json, three
-from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig
+from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig, not_pixels
 
 FILE = "openvino_model.xml"
 ABOUT = "openvino_config.json"
@@ -119,11 +119,13 @@ class OpenVINOEncoder:
         """uint8 or normalised float [B, 3, H, W] -> float32 [B, I, D].
 
         Raises:
-            ValueError: a shape that the model can't see correctly.
+            ValueError: integers other than uint8, or a shape that the model can't see correctly.
         """
         self.config.check_pixels(tuple(images.shape))
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std
+        elif not images.is_floating_point():
+            raise ValueError(not_pixels(images.dtype))
         return torch.from_numpy(self.run(images.float().numpy())[0].copy())
 
 

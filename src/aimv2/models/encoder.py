@@ -18,7 +18,7 @@ from aimv2.batch import Batch
 from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask, prefix_spans
 from aimv2.models.pool import AttentionPool
 from aimv2.models.positions import patchify, resize_positions, sincos_at, sincos_positions
-from aimv2.models.sizes import EncoderConfig
+from aimv2.models.sizes import EncoderConfig, not_pixels
 
 
 class PatchEmbed(nn.Module):
@@ -96,10 +96,16 @@ class VisionEncoder(nn.Module):
         return asdict(self.config)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged."""
-        if images.dtype != torch.uint8:
-            return images
-        return (images.float() / 255 - self.mean) / self.std
+        """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged.
+
+        Raises:
+            ValueError: integers of another type, which would pass as normalised.
+        """
+        if images.dtype == torch.uint8:
+            return (images.float() / 255 - self.mean) / self.std
+        if not images.is_floating_point():
+            raise ValueError(not_pixels(images.dtype))
+        return images
 
     def forward(
         self, images: Tensor | Sequence[Tensor], prefix_len: Tensor | None = None, layers: Sequence[int] | None = None

@@ -100,7 +100,10 @@ class LiT(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What cosines are multiplied by: exp of the learned logarithm, which is held in 0..ln(max_scale); []."""
-        return self.log_scale.clamp(0, self.max_log_scale).exp()
+        learnt = self.log_scale
+        held = (learnt >= 0) & (learnt <= self.max_log_scale)
+        # not the gradient of clamp, which newer torch has as 0 at a bound: a scale that came there would stay for ever
+        return torch.where(held, learnt, learnt.detach().clamp(0, self.max_log_scale)).exp()
 
     @property
     def max_log_scale(self) -> float:

@@ -12,6 +12,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NATIVE_PATCHES = (112, 4096)  # supported range of the released native model
 
 
+def not_pixels(dtype: Any) -> str:
+    """What is wrong with images of this type of integers."""
+    return f"images of {dtype}: uint8 (0..255), or float that is normalised already, expected; images.to(uint8) first"
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Shape of a vision encoder. ``image_size`` None: any size, 2-D sine-cosine positions (native)."""

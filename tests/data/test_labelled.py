@@ -376,6 +376,8 @@ def test_wrong_use_in_one_line(tmp_path: Path) -> None:
     assert "1 of 3 images of train have no label, t first" in refused(tmp_path / "some")
     folders(tmp_path / "one", "train", {"ant": 2})
     assert "one class ('ant')" in refused(tmp_path / "one")
+    folders(tmp_path / "parts", "train", {"images": 2, "masks": 2})
+    assert "train holds images, masks, which are no classes" in refused(tmp_path / "parts")
     folders(tmp_path / "empty", "train", {"ant": 2, "bee": 0, "cow": 1})
     assert "no image in train of class 1 (bee)" in refused(tmp_path / "empty")
     folders(tmp_path / "none", "train", {"ant": 0, "bee": 0})

@@ -34,6 +34,18 @@ def test_equal_to_torch(
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_integers_that_are_not_uint8_are_refused(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend)
+    convert(encoder(28), tmp_path / "m", "transformers")
+    twin = aimv2.load_model(tmp_path / "m", backend=backend)
+    for dtype in (np.int64, np.int32, np.bool_):
+        with pytest.raises(ValueError, match="uint8"):
+            twin(np.zeros((1, 3, 28, 28), dtype))
+    for dtype in (np.float32, np.float16):
+        assert twin(np.zeros((1, 3, 28, 28), dtype)).shape == (1, 4, 32)
+
+
 def test_jax_is_a_pure_function_to_jit_and_differentiate(tmp_path: Path) -> None:
     jax = pytest.importorskip("jax")
     model = encoder(28)

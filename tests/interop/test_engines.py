@@ -31,6 +31,8 @@ def test_images_of_a_wrong_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sees 2 to 4096 patches"):
         native(torch.zeros(1, 3, 14, 14))
     assert native(torch.zeros(1, 3, 42, 28)).shape == (1, 6, 32)
+    with pytest.raises(ValueError, match="uint8"):
+        fixed(torch.zeros(1, 3, 28, 28, dtype=torch.int64))
     with pytest.raises(UsageError, match=r"an OpenVINO export; .*OpenVINOEncoder opens it"):
         aimv2.load_model(tmp_path / "fixed")
     for text in ("{", "[]", "{}", '{"precision": "fp32", "patch_size": 14, "mean": [1], "std": [1, 1, 1]}'):

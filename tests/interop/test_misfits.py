@@ -158,6 +158,18 @@ def test_devices_and_types(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"device {device}: can't be used here") as error:
             aimv2.load_model(tmp_path / "m", device=device)
         one_line(error)
+    for number in (0, "0", 1):  # of a GPU; 0 was taken for none given, which is the CPU
+        if torch.cuda.is_available() and not int(number):
+            assert next(aimv2.load_model(tmp_path / "m", device=number).parameters()).device == torch.device("cuda:0")
+        elif int(number) >= torch.cuda.device_count():
+            with pytest.raises(UsageError, match=f"device {number}: can't be used here"):
+                aimv2.load_model(tmp_path / "m", device=number)
+    for empty in ("", None):
+        if empty is None:
+            assert next(aimv2.load_model(tmp_path / "m", device=None).parameters()).device.type == "cpu"
+        else:
+            with pytest.raises(UsageError, match="can't be used here"):
+                aimv2.load_model(tmp_path / "m", device=empty)
     equal(aimv2.load_model(tmp_path / "m", dtype="bfloat16"), model.bfloat16())
     for dtype in ("bf17", "int8", torch.int32, "nn"):
         with pytest.raises(UsageError, match=r"dtype .*: float32, bfloat16 or float16") as error:

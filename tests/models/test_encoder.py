@@ -146,6 +146,17 @@ def test_without_a_prefix_all_see_all() -> None:
     assert all(moved(tiny(16), 15, None))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.bool])
+def test_integers_that_are_not_uint8_are_refused(dtype: torch.dtype) -> None:
+    """They would pass as normalised: features of an image 60 times too bright."""
+    images = torch.zeros(2, 3, 16, 16, dtype=dtype)
+    encoder = tiny(16)
+    for call in (encoder, encoder.encode, lambda x: encoder(list(x))):
+        with pytest.raises(ValueError, match=r"images of torch\.\w+: uint8"):
+            call(images)
+    assert encoder(images.to(torch.uint8)).isfinite().all() and encoder(images.float()).isfinite().all()
+
+
 def test_pixels_are_normalised_inside() -> None:
     encoder = tiny(16)
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,31 @@ def test_a_scale_at_its_limit_comes_back() -> None:
         step(pairs(), number)
         scales.append(model.log_scale.item())
     assert scales[0] == model.max_log_scale and scales[2] < scales[1] < scales[0]
+
+
+@pytest.mark.parametrize("bound", ["lower", "upper"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_the_scale_has_a_gradient_at_its_bounds(
+    bound: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever torch's clamp has there: 1 up to 2.13, 0 from 2.14 on, with which a scale at its limit would stay for ever."""
+    clamp = torch.Tensor.clamp
+
+    def newer(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        inside = (x > low) & (x < high)
+        return torch.where(inside, x, clamp(x.detach(), low, high))
+
+    monkeypatch.setattr(torch.Tensor, "clamp", newer)
+    image = EncoderConfig("tiny", 32, 2, 2, 64, 8, 32, pool_heads=2)
+    model = LiT(LiTConfig(image, TextConfig(24, 2, 2, 32, 20, 12, end=1), 16))
+    at = model.max_log_scale if bound == "upper" else 0.0
+    model.log_scale = torch.nn.Parameter(torch.full(shape, at))
+    model.scale.sum().backward()
+    assert model.log_scale.grad is not None
+    assert model.log_scale.grad.item() == pytest.approx(math.exp(at)) == model.scale.item()
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)  # beyond it the value is held
+    assert model.scale.item() == pytest.approx(100)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -31,6 +31,7 @@ EXPECTED = (
     "a folder (images with a captions file, .txt/.json sidecars or class folders; Parquet, Arrow or tars), "
     "one such file, or a hub data set id"
 )
+NOT_UTF8 = "is not UTF-8"
 
 Captions = dict[str, list[str]]
 
@@ -203,6 +204,11 @@ def open_folder(
     candidates, refused = _captions_candidates(root, files, images, columns)
     if len(candidates) > 1:
         raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
+    if candidates and (unread := next((name for name, why in refused.items() if why.startswith(NOT_UTF8)), None)):
+        raise UsageError(
+            f"{root} has several captions files: {candidates[0]}, and {unread}, which {refused[unread]}; choose one with "
+            "--captions FILE"
+        )
     if candidates:
         return open_captions(root / candidates[0], root, images, columns)
     if not images:
@@ -390,7 +396,7 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         else:
             yield from _delimited(file, columns)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+        raise UsageError(f"{file} {NOT_UTF8} ({error.reason} at byte {error.start}); convert it first") from error
 
 
 def _delimited(file: Path, columns: Columns) -> Iterator[Row | Reject]:

@@ -389,3 +389,37 @@ def test_pooling_heads_of_another_number_are_kept_by_ours_alone(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
     convert(model, tmp_path / "out", "safetensors")
     equal(aimv2.load_model(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "processor, mean, std",
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2]}, (0.1, 0.2, 0.3), (1, 1, 2)),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            (0.48145466, 0.4578275, 0.40821073),
+            (0.26862954, 0.26130258, 0.27577711),
+        ),
+        ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, (0, 0, 0), (1, 1, 1)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 2 / 255}, (0.25,) * 3, (0.25,) * 3),
+        ({"image_mean": [51.0] * 3, "image_std": [255.0] * 3, "do_rescale": False}, (0.2,) * 3, (1.0,) * 3),
+    ],
+    ids=["values", "of its class", "not normalised", "another scale", "not scaled"],
+)
+def test_the_processor_beside_an_aimv2_decides_its_pixels(
+    processor: dict, mean: tuple, std: tuple, nested: bool, tmp_path: Path
+) -> None:
+    """In either file of transformers; what it can not follow is refused."""
+    convert(encoder(), tmp_path / "m", "transformers")
+    (tmp_path / "m" / "preprocessor_config.json").unlink()
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / "m" / name).write_text(json.dumps({"image_processor": processor} if nested else processor))
+    config = aimv2.load_model(tmp_path / "m").config
+    assert config.mean == pytest.approx(mean) and config.std == pytest.approx(std)
+    for wrong in ({"do_flip_channel_order": True}, {"rescale_factor": 0}, {"rescale_factor": "x"}):
+        stored = {**processor, "do_rescale": True, **wrong}
+        (tmp_path / "m" / name).write_text(json.dumps({"image_processor": stored} if nested else stored))
+        with pytest.raises(UsageError, match="image processor beside it") as error:
+            aimv2.load_model(tmp_path / "m")
+        one_line(error)

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.interop.shapes import read_json
+from aimv2.interop.shapes import PROCESSORS, processor_file, read_image_processor
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, its part ``image_processor``
 SIDE = 224  # pixels, where neither the model nor its processor says it
 TRIED = 16  # pixels of the image on which a processor is tried
 
@@ -97,15 +96,6 @@ def given_pixels(stats: Stats, origin: str = "options") -> Pixels:
     return Pixels(stats=stats, origin=origin)
 
 
-def processor_file(folder: Path) -> Path | None:
-    """The file that says what to do with an image; None where there is none."""
-    for name in PROCESSORS:
-        stored = read_json(folder / name)
-        if stored.get("image_processor") if name == PROCESSORS[0] else stored:
-            return folder / name
-    return None
-
-
 def read_processor(source: str, folder: Path, stats: Stats | None, side: int | None) -> tuple[Pixels, int]:
     """What the folder's image processor does to pixels, and the side of the images that it makes.
 
@@ -126,8 +116,7 @@ def read_processor(source: str, folder: Path, stats: Stats | None, side: int | N
                 "--image-mean and --image-std (red, green, blue, of pixels in 0 to 1)"
             )
         return given_pixels(stats), side or SIDE
-    stored = read_json(file)
-    stored = stored.get("image_processor") or stored
+    stored = read_image_processor(folder)
     processor, size = _open(folder), _size(stored)
     if processor is not None:
         stored = {**stored, **{key: getattr(processor, key) for key in KEYS if hasattr(processor, key)}}

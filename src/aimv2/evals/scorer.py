@@ -23,9 +23,10 @@ from aimv2.data.transforms import centre_crop_box, crop_resize, image_transform,
 from aimv2.errors import UsageError
 from aimv2.evals.foreign import is_foreign, open_transformers, settle
 from aimv2.evals.frozen import refuse_stats
-from aimv2.evals.pixels import Pixels, Stats, about, processor_file, read_processor
+from aimv2.evals.pixels import Pixels, Stats, about, read_processor
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.evals.weights import weights_hash
+from aimv2.interop.shapes import processor_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
 from aimv2.models.lit import LiT

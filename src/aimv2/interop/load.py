@@ -22,7 +22,7 @@ from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
 from aimv2.interop.hub import INDEX
 from aimv2.interop.layouts import Found, Rules
-from aimv2.interop.shapes import decoder_config, encoder_config, pair_config, read_json, section
+from aimv2.interop.shapes import decoder_config, encoder_config, pair_config, read_image_processor, read_json, section
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -325,7 +325,7 @@ def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def plan(at: Source, weights: Weights, found: Found, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
     """The model without memory, its table of names, and the prefixes of what may stay unread."""
     stored = read_json(at.folder / model_folder.CONFIG)
-    seen = read_json(at.folder / "preprocessor_config.json")
+    seen = read_image_processor(at.folder)
     with torch.device("meta"):
         if found.layout == "ours":
             return _plan_ours(at, weights, found, decoder, stored, seen)

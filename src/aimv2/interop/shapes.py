@@ -12,10 +12,13 @@ from aimv2.errors import UsageError
 from aimv2.interop import layouts, model_folder
 from aimv2.interop.layouts import LAYOUTS, Found
 from aimv2.models.lit import LiTConfig, TextConfig
-from aimv2.models.sizes import MODELS, SIZES, DecoderConfig, EncoderConfig
+from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, DecoderConfig, EncoderConfig
 
 if TYPE_CHECKING:
     from aimv2.interop.load import Weights
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, its part ``image_processor``
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,6 +95,57 @@ def check_heads(heads: int, width: int, where: str) -> int:
     return heads
 
 
+def processor_file(folder: Path) -> Path | None:
+    """The file that says what to do with an image before a model sees it; None where there is none."""
+    for name in PROCESSORS:
+        stored = read_json(folder / name)
+        if isinstance(stored.get("image_processor"), dict) if name == PROCESSORS[0] else stored:
+            return folder / name
+    return None
+
+
+def read_image_processor(folder: Path) -> dict[str, Any]:
+    """What that file says; {} where there is none."""
+    file = processor_file(folder)
+    stored = read_json(file) if file is not None else {}
+    return stored["image_processor"] if file is not None and file.name == PROCESSORS[0] else stored
+
+
+def normalization(about: dict[str, Any], where: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and std of pixels in 0..1 that do what an image processor, or timm's ``pretrained_cfg``, says; ImageNet's of {}.
+
+    Raises:
+        UsageError: a processor that does something else, or does not say by which mean and std it normalises.
+    """
+    if not about:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if about.get("do_flip_channel_order") or about.get("rescale_offset"):
+        raise UsageError(f"{where}: the image processor beside it turns channels or shifts pixels; AIMV2's does not")
+    mean, std = about.get("image_mean") or about.get("mean"), about.get("image_std") or about.get("std")
+    if not mean or not std:
+        clip = str(about.get("image_processor_type", "")).startswith(
+            "CLIPImageProcessor"
+        )  # which need not repeat its own
+        mean, std = (mean or CLIP_MEAN, std or CLIP_STD) if clip else (mean, std)
+    if about.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif not mean or not std:
+        if "image_processor_type" in about or "do_normalize" in about:
+            raise UsageError(
+                f"{where}: the image processor beside it normalises and does not say its image_mean and image_std"
+            )
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    scale = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+        raise UsageError(
+            f"{where}: rescale_factor {scale!r} of the image processor beside it; a number above 0 expected"
+        )
+    by = 255 * scale if abs(255 * scale - 1) > 1e-6 else 1.0
+    found = (three(values, key, where) for values, key in ((mean, "mean"), (std, "std")))
+    mean, std = (tuple(value / by for value in values) for values in found)
+    return mean, std  # type: ignore[return-value]
+
+
 def depth_of(weights: Weights, template: str, told: int | None) -> int:
     """The number of blocks: counted from the keys, and as the configuration tells.
 
@@ -111,7 +165,7 @@ def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen:
         found: the layout.
         weights: open files.
         stored: ``config.json`` of the encoder, or {}.
-        seen: ``preprocessor_config.json``, or {}.
+        seen: what the image processor beside it says, or {}.
 
     Raises:
         UsageError: a tensor or a value of the configuration that no AIMV2 has.
@@ -139,11 +193,8 @@ def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen:
     config = EncoderConfig("", width, depth, check_heads(heads, width, weights.where), hidden, patch, image_size)
     if found.head:
         config = replace(config, pool_heads=heads)
-    about = seen or section(stored, "pretrained_cfg")
-    mean, std = about.get("image_mean") or about.get("mean"), about.get("image_std") or about.get("std")
-    if mean and std:
-        config = replace(config, mean=three(mean, "mean", weights.where), std=three(std, "std", weights.where))
-    return replace(config, name=usual_name(config))
+    mean, std = normalization(seen or section(stored, "pretrained_cfg"), weights.where)
+    return replace(config, mean=mean, std=std, name=usual_name(config))
 
 
 def grid_of(weights: Weights, key: str) -> int:

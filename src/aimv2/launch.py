@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,6 +22,7 @@ from aimv2.data.stream import validation_shards
 from aimv2.errors import UsageError
 from aimv2.evals.after_training import measure
 from aimv2.evals.pixels import read_stats
+from aimv2.evals.weights import file_hash
 from aimv2.interop.load import load_model
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
 from aimv2.load_config import check_keys, parse, provenance, read_recipe
@@ -274,7 +274,7 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
         "val_data": data["val"] or "val-* or test-* beside the training shards",
         "seed": config.seed,
         **({"teacher": stage.teacher, "teacher_sha256": stage.teacher_sha256} if stage.teacher else {}),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": file_hash(weights),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
         + ("" if not torch.cuda.is_available() else ", CUDA"),

@@ -1,7 +1,11 @@
 """The encoder unfrozen trains in every precision: from a loaded file, by layers, with large activations, without NaN."""
 
+import hashlib
 import json
 import math
+import re
+import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from aimv2 import api
 from aimv2.config import Config, OptimConfig
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
+from aimv2.launch import about_run
 from aimv2.load_config import read_recipe
 from aimv2.models.classifier import Classifier
 from aimv2.models.create import build
@@ -19,9 +24,11 @@ from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.train.optim import layer_of, make_optimizer
 from aimv2.train.parallel import World
+from aimv2.train.stages.probe import count_classes
 from aimv2.train.step import FIRST_SCALE, TrainStep
 from runs import metrics, resume, scenes
 
+LARGE = 1 << 26  # bytes of an image that nobody needs to read
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune-classes.yaml"
 SHAPE = EncoderConfig("tiny", 32, 3, 2, 48, 8, 32)
 
@@ -165,3 +172,48 @@ def test_wrong_use(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     stored = json.loads((init / "config.json").read_text())
     assert stored["model_type"] == "aimv2"
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, through whatever call (Linux)."""
+    about = Path("/proc/self/io")
+    if not about.exists():
+        pytest.skip("needs /proc/self/io")
+    return int(re.search(r"rchar: (\d+)", about.read_text())[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("prefix", ["", "d" * 120 + "/"], ids=["plain names", "long names"])
+def test_classes_are_counted_from_headers(prefix: str, tmp_path: Path) -> None:
+    """Images are passed over: of ImageNet they are 150 GB, its labels 10 MB."""
+    with open(tmp_path / "train-000000.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(3):
+            for name, size in (("png", LARGE), ("cls", 1)):
+                member = tarfile.TarInfo(f"{prefix}{number}.{name}")
+                member.size = size
+                file.write(member.tobuf(tarfile.GNU_FORMAT))
+                if name == "cls":
+                    file.write(str(2 * number).encode().ljust(512, b"\0"))
+                else:
+                    file.seek(size, 1)  # a hole
+        tar.offset = file.tell()
+    config = Config()
+    config.data.train = str(tmp_path)
+    before = bytes_read()
+    assert count_classes(config) == 5
+    assert bytes_read() - before < LARGE // 8
+
+
+def test_a_weights_file_is_hashed_in_parts(tmp_path: Path) -> None:
+    """Not read into memory: of a 3B model it has 11 GB."""
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(LARGE)
+    config = Config()
+    config.data.train = "shards"
+    tracemalloc.start()
+    try:
+        found = about_run(config, weights)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found["weights_sha256"] == hashlib.sha256(bytes(LARGE)).hexdigest() and peak < LARGE // 8

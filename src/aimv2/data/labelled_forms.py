@@ -14,10 +14,10 @@ import mmap
 import os
 import re
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +258,24 @@ def list_shard(tar: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     if quick := _read_plain_headers(tar):
         keys, offsets, labels = quick
     else:
-        scan = scan_shard(tar)
+        marks: list[tuple[int, int]] = []  # places of the labels
+        scan = scan_shard(tar, met=partial(_mark_label, marks))
         if scan.cut:
             log.warning("%s: %s; its whole samples are used", tar, scan.cut)
-        keys, offsets = scan.keys, list(scan.offsets)
-        labels = [label_of(read_sample(tar, start, end)) for start, end in pairwise(offsets)]
+        keys, offsets, labels = scan.keys, list(scan.offsets), [-1] * len(scan.keys)
+        with tar.open("rb") as file:
+            for at, size in marks:
+                row = bisect_right(offsets, at) - 1
+                if row < len(labels):  # else of a sample that the file's end cuts
+                    file.seek(at)
+                    labels[row] = label_of({"cls": file.read(size)})
     return keys, np.array(offsets or [0], np.int64), np.array(labels, np.int64)
+
+
+def _mark_label(marks: list[tuple[int, int]], member: tarfile.TarInfo) -> None:
+    """Notes where the content of a label lies, and its bytes."""
+    if member.name.rpartition("/")[2].partition(".")[2].lower() == "cls":
+        marks.append((member.offset_data, member.size))
 
 
 def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | None:

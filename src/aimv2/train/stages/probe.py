@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from aimv2.config import Config
-from aimv2.data.shards import label_of, read_samples
 from aimv2.data.stream import training_shards, training_sources
 from aimv2.data.text import Tokenizer
 from aimv2.errors import UsageError
@@ -69,15 +68,16 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
 
 
 def count_classes(config: Config) -> int:
-    """The largest label of the training shards + 1.
+    """The largest label of the training shards + 1; of the shards only headers and labels are read.
 
     Raises:
         UsageError: no sample has a label.
     """
-    largest = -1
-    for shards in training_shards(config.data):
-        for shard in shards:
-            largest = max([largest, *(label_of(sample) for _, sample in read_samples(shard))])
+    from aimv2.data.labelled_forms import list_shard
+
+    largest = max(
+        int(list_shard(shard)[2].max(initial=-1)) for shards in training_shards(config.data) for shard in shards
+    )
     if largest < 1:
         names = ", ".join(source.path for source in training_sources(config.data))
         raise UsageError(

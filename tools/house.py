@@ -1,0 +1,134 @@
+"""Prints what keeps the package a house that a stranger finds their way in: sizes, imports, names.
+
+    python tools/house.py [--check]
+
+Lines of each folder against its budget, what the training loop and ``aimv2 pretrain`` import at module level, circles of files, and
+public class names that occur twice. ``--check`` exits with 1 where a limit is exceeded. Imports under ``TYPE_CHECKING`` and inside
+functions do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+PACKAGE = "aimv2"
+CLOSURES = {"train/loop.py": ("aimv2.train.loop", 9_500), "aimv2 pretrain": ("aimv2.launch", 17_600)}
+FILE_LINES = 500
+CIRCLES = 0
+TWICE = {"Asked", "Seen", "Features", "Keys", "Source", "Taught"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted((SOURCE / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from top_level(node.orelse)
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            for part in ("body", "orelse", "finalbody"):
+                yield from top_level(getattr(node, part, []))
+
+
+def imported(tree: ast.Module, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that a file imports at module level."""
+    found = set()
+    for node in top_level(tree.body):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        else:
+            continue
+        found |= {name for name in names if name in known}
+    return found
+
+
+def closure(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """A module, and all that importing it imports: the packages above each too."""
+    waiting, seen = [start], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in graph:
+            continue
+        seen.add(name)
+        above = name.split(".")
+        waiting += [*graph[name], *(".".join(above[:at]) for at in range(1, len(above)))]
+    return seen
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of files that import each other in a circle at module level."""
+    reach = {name: {other for part in graph[name] for other in _reach(part, graph)} for name in graph}
+    groups: list[set[str]] = []
+    for name in graph:
+        group = {other for other in reach[name] if name in reach[other]}
+        if name in reach[name] and group not in groups:
+            groups.append(group)
+    return groups
+
+
+def _reach(start: str, graph: dict[str, set[str]]) -> set[str]:
+    waiting, seen = [start], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += graph[name]
+    return seen
+
+
+def main() -> int:
+    known = modules()
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in known.items()}
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
+    graph = {name: imported(tree, known) - {name} for name, tree in trees.items()}
+    folders = defaultdict[str, int](int)
+    for name, path in known.items():
+        folders[
+            path.relative_to(SOURCE / PACKAGE).parts[0] if name.count(".") > 1 or path.name == "__init__.py" else "."
+        ] += lines[name]
+    for folder, count in sorted(folders.items()):
+        print(f"{folder:20} {count:7,}")
+    print(f"{'src':20} {sum(lines.values()):7,}")
+    wrong = []
+    for title, (start, limit) in CLOSURES.items():
+        files = closure(start, graph)
+        count = sum(lines[name] for name in files)
+        print(f"{title} imports {len(files)} files, {count:,} lines (at most {limit:,})")
+        wrong += [f"{title}: {count:,} lines, {limit:,} allowed"] * (count > limit)
+    found = circles(graph)
+    print(f"{len(found)} circles of files", *(", ".join(sorted(group)) for group in found), sep="\n  ")
+    classes = Counter(
+        node.name
+        for tree in trees.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_"
+    )
+    twice = {name: count for name, count in classes.items() if count > 1}
+    print(
+        f"{len(twice)} public class names used more than once:",
+        ", ".join(f"{n} ({c})" for n, c in sorted(twice.items())),
+    )
+    long = {name: count for name, count in lines.items() if count > FILE_LINES}
+    wrong += [f"{name}: {count} lines, {FILE_LINES} allowed" for name, count in long.items()]
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return bool(wrong and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,7 @@ from PIL import Image
 from aimv2.data.transforms import image_transform
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
+from runs import write_processor
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 PATCHES = 4  # a side
@@ -337,6 +338,7 @@ def test_a_model_of_another_origin_beside_ours(open_screen: Any, place: Path, ph
 
     shape: dict = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
     Dinov2Model(Dinov2Config(**shape, image_size=56, patch_size=14)).save_pretrained(place / "dino")
+    write_processor(place / "dino")
     with serving(place / "model", place / "pictures", other=place / "dino") as url:
         screen = open_screen().open(url)
         page = screen.page

@@ -93,7 +93,8 @@ def by_hand(kind: str, folder: Path, images: list[Image.Image], texts: list[str]
         how = {"padding": "max_length" if full else "longest", "truncation": True, "max_length": 12}
         read = {"input_ids": words([text.lower() for text in texts], return_tensors="pt", **how)["input_ids"]}
     with torch.no_grad():
-        seen = model.get_image_features(**AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt"))
+        see = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision resizes otherwise
+        seen = model.get_image_features(**see(images, return_tensors="pt"))
         said = model.get_text_features(**{name: read[name] for name in read if name != "token_type_ids"})
     return tuple(x.pooler_output / x.pooler_output.norm(dim=-1, keepdim=True) for x in (seen, said))
 

@@ -117,6 +117,89 @@ def test_rows_point_at_real_tokens_and_predictable_patches(batch: Batch) -> None
     assert {divmod(row + 1, PATCHES) for row in scored} == wanted and len(scored) == len(wanted)
 
 
+@st.composite
+def every_kind(draw: st.DrawFn) -> list[Batch]:
+    """Parts of a batch as workers give them: captions of other lengths, kept positions, a stored teacher, or neither."""
+    count, seed = draw(st.sampled_from([1, 2, 4])), draw(st.integers(0, 99))
+    parts, kept, teacher = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.booleans())
+    rng, found = torch.Generator().manual_seed(seed), []
+    for _ in range(parts):
+        captions = draw(st.lists(st.lists(st.integers(0, 9), max_size=70), min_size=count, max_size=count))
+        prefix = draw(st.lists(st.integers(1, PATCHES - 1), min_size=count, max_size=count))
+        rows = torch.stack([torch.randperm(PATCHES, generator=rng)[:4].sort().values for _ in range(count)])
+        features = (
+            torch.randint(-9, 9, (count, PATCHES, 2), generator=rng).to(torch.int8),
+            torch.rand(count, PATCHES, generator=rng),
+        )
+        found.append(
+            make_batch(
+                torch.randint(0, 256, (count, 3, 6, 6), generator=rng, dtype=torch.uint8), captions, prefix, PATCHES,
+                [f"key-{seed}-{i}" for i in range(count)], [f"bad-{len(found)}"], labels=list(range(count)),
+                kept=rows if kept else None, teacher=features if teacher else None, sources=[len(found)] * count,
+            )
+        )  # fmt: skip
+    return found
+
+
+def collated_anew(batches: list[Batch], own: slice, bad: list[str]) -> Batch:
+    """What :func:`make_batch` makes of some of the pairs of several batches: caption by caption, the slow way."""
+
+    def of(name: str) -> torch.Tensor | None:
+        values = [getattr(batch, name) for batch in batches]
+        return None if values[0] is None else torch.cat(values)[own]
+
+    captions = [caption for batch in batches for caption in captions_of(batch)][own]
+    teacher = (of("teacher"), of("teacher_scale")) if batches[0].teacher is not None else None
+    return make_batch(
+        of("images"), captions, of("prefix_len"), PATCHES, [key for batch in batches for key in batch.keys][own], bad,
+        labels=of("labels"), kept=of("kept"), teacher=teacher,
+        sources=[source for batch in batches for source in batch.sources][own],
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(every_kind(), st.booleans())
+def test_joined_and_split_batches_are_those_collated_anew(parts: list[Batch], single: bool) -> None:
+    """One copy and shifted rows give bit for bit what rebuilding every caption gave."""
+    joined = join_batches(parts, PATCHES)
+    bad = [name for part in parts for name in part.bad]
+    same(joined, collated_anew(parts, slice(None), bad))
+    size = 1 if single or len(joined) % 2 else len(joined) // 2
+    for number, part in enumerate(split_batch(joined, len(joined) // size, PATCHES)):
+        same(part, collated_anew(parts, slice(number * size, (number + 1) * size), [] if number else bad))
+        assert part.text.is_contiguous()
+
+
+def test_nothing_is_collated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining and splitting look at no caption."""
+    parts = [pairs([[1, 2], [3]], [1, 2]), pairs([[4] * 40, []], [3, 8])]
+    for name in ("make_batch", "captions_of"):
+        monkeypatch.setattr(f"aimv2.batch.{name}", None)
+    assert len(split_batch(join_batches(parts, PATCHES), 2, PATCHES)) == 2
+
+
+def test_what_is_pinned_is_not_pinned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training thread copies nothing but what no stream has pinned."""
+    batch, done = pairs([[1, 2], [3]], [1, 2]), list[torch.Tensor]()
+
+    def pin(value: torch.Tensor) -> torch.Tensor:
+        done.append(value)
+        return value
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", lambda value, *_, **__: value)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda value: any(value is one for one in done))
+    batch.to("cuda:0")
+    assert len(done) == 9
+    batch.to("cuda:0")
+    assert len(done) == 9
+    pinned = batch.pin_memory()
+    assert len(done) == 18 and pinned.keys == batch.keys
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    assert isinstance(pin_memory(batch, "cuda"), Batch) and len(done) == 27
+
+
 def test_one_part_is_the_batch_itself() -> None:
     batch = pairs([[1], [2]], [1, 1])
     assert split_batch(batch, 1, PATCHES)[0] is batch and join_batches([batch], PATCHES) is batch

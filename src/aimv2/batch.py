@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +94,25 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
-        parts = {name: value for name, value in vars(self).items() if name not in ("keys", "bad", "layout", "sources")}
-        tensors = {name: value for name, value in parts.items() if value is not None}
-        if str(device).startswith("cuda"):
-            tensors = {name: value.pin_memory() for name, value in tensors.items()}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        tensors = self._tensors()
+        if str(device).startswith("cuda"):  # of what a stream gives all is pinned already, beside the training thread
+            tensors = {name: value if value.is_pinned() else value.pin_memory() for name, value in tensors.items()}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory; PyTorch's DataLoader calls this in a thread of its own."""
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **pinned)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, but for those of the layout."""
+        others = ("keys", "bad", "layout", "sources")
+        return {name: value for name, value in vars(self).items() if name not in others and value is not None}
+
+    def real_tokens(self) -> Tensor:
+        """``token_rows`` without padding."""
+        return self.token_rows[: int(self.token_count)]
 
     def __len__(self) -> int:
         return len(self.text)
@@ -222,60 +236,127 @@ def make_batch(
     )
 
 
-def taught(batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """Features of a teacher and their unit, where the batch brings them."""
-    if batch.teacher is None or batch.teacher_scale is None:
-        return None
-    return batch.teacher, batch.teacher_scale
-
-
 def captions_of(batch: Batch) -> list[list[int]]:
     """The token ids of each caption, padding left out."""
     return [row[:length].tolist() for row, length in zip(batch.text, batch.text_len.tolist())]
 
 
 def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
-    """One batch of all pairs, in order (each data worker of a rank gives a part of the rank's batch)."""
+    """One batch of all pairs, in order (each data worker of a rank gives a part of the rank's batch).
+
+    The parts are in their final layout: each tensor is copied once, and rows are shifted by the pairs before their part. Equal
+    to what :func:`make_batch` makes of all pairs. On a machine with a GPU the copies lie in pinned memory.
+
+    Args:
+        batches: of images of one size (no native training).
+        patches: I.
+    """
     import torch
 
     if len(batches) == 1:
         return batches[0]
-    stored = [pair for batch in batches if (pair := taught(batch)) is not None]
-    return make_batch(
-        torch.cat([batch.images for batch in batches]),
-        [caption for batch in batches for caption in captions_of(batch)],
-        torch.cat([batch.prefix_len for batch in batches]),
-        patches,
-        [key for batch in batches for key in batch.keys],
-        [bad for batch in batches for bad in batch.bad],
-        labels=torch.cat([batch.labels for batch in batches]),
-        kept=None
-        if batches[0].kept is None
-        else torch.cat([batch.kept for batch in batches if batch.kept is not None]),
-        teacher=(torch.cat([one for one, _ in stored]), torch.cat([unit for _, unit in stored])) if stored else None,
+    first, starts = batches[0], list(accumulate(map(len, batches), initial=0))
+    text_len = _joined([batch.text_len for batch in batches])
+    width = round_up(int(text_len.max()), TEXT_BUCKET)
+    text = _room((starts[-1], width), torch.int64).zero_()
+    for start, batch in zip(starts, batches):
+        text[start : start + len(batch), : batch.text.shape[1]] = batch.text
+    tokens = [
+        _restride(batch.real_tokens(), batch.text.shape[1], width, start) for start, batch in zip(starts, batches)
+    ]
+    places = patches if first.kept is None else first.kept.shape[1]
+    rows = [batch.patch_rows[: int(batch.patch_count)] + start * places for start, batch in zip(starts, batches)]
+    targets = None
+    if first.target_rows is not None:
+        shifted = [part.target_rows[: len(row)] + start * patches for start, row, part in zip(starts, rows, batches)]  # type: ignore[index]
+        targets = pad_rows(torch.cat(shifted), PATCH_BUCKET, 0)
+
+    def optional(name: str) -> Tensor | None:
+        return None if getattr(first, name) is None else _joined([getattr(batch, name) for batch in batches])
+
+    return Batch(
+        images=_joined([batch.images for batch in batches]),
+        text=text,
+        text_len=text_len,
+        prefix_len=_joined([batch.prefix_len for batch in batches]),
+        token_rows=pad_rows(torch.cat(tokens), ROW_BUCKET, text.numel()),
+        patch_rows=pad_rows(torch.cat(rows), PATCH_BUCKET, 0),
+        token_count=torch.tensor(sum(map(len, tokens))),
+        patch_count=torch.tensor(sum(map(len, rows))),
+        labels=_joined([batch.labels for batch in batches]),
+        keys=[key for batch in batches for key in batch.keys],
+        bad=[bad for batch in batches for bad in batch.bad],
+        kept=optional("kept"),
+        target_rows=targets,
+        teacher=optional("teacher"),
+        teacher_scale=optional("teacher_scale"),
         sources=[source for batch in batches for source in batch.sources],
     )
 
 
 def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
-    """``parts`` micro-batches of equal size, in order. ``len(batch)`` must be divisible by ``parts``."""
+    """``parts`` micro-batches of equal size, in order. ``len(batch)`` must be divisible by ``parts``.
+
+    What has a row a pair is a view of the batch; token and patch rows are shifted. Equal to what :func:`make_batch` makes of the
+    part's pairs.
+    """
+    import torch
+
     if parts == 1:
         return [batch]
     size, rest = divmod(len(batch), parts)
     assert rest == 0, f"{len(batch)} pairs in {parts} parts"
-    captions, stored = captions_of(batch), taught(batch)
-    return [
-        make_batch(
-            batch.images[at : at + size],
-            captions[at : at + size],
-            batch.prefix_len[at : at + size],
-            patches,
-            batch.keys[at : at + size],
-            batch.bad if at == 0 else (),
-            labels=batch.labels[at : at + size],
-            kept=None if batch.kept is None else batch.kept[at : at + size],
-            teacher=None if stored is None else (stored[0][at : at + size], stored[1][at : at + size]),
-            sources=batch.sources[at : at + size],
+    wide, places = batch.text.shape[1], patches if batch.kept is None else batch.kept.shape[1]
+    pairs = torch.arange(0, len(batch) + 1, size)
+    every, scored_at = batch.real_tokens(), batch.patch_rows[: int(batch.patch_count)]
+    token_ends = torch.searchsorted(every, pairs * wide).tolist()
+    patch_ends = torch.searchsorted(scored_at, pairs * places).tolist()
+    found = []
+    for part, at in enumerate(range(0, len(batch), size)):
+        own = slice(at, at + size)
+        width = round_up(int(batch.text_len[own].max()), TEXT_BUCKET)
+        tokens = _restride(every[token_ends[part] : token_ends[part + 1]], wide, width, -at)
+        inside = slice(patch_ends[part], patch_ends[part + 1])
+        targets = None
+        if batch.target_rows is not None:
+            targets = pad_rows(batch.target_rows[inside] - at * patches, PATCH_BUCKET, 0)
+        found.append(
+            Batch(
+                images=batch.images[own],
+                text=batch.text[own, :width].contiguous(),
+                text_len=batch.text_len[own],
+                prefix_len=batch.prefix_len[own],
+                token_rows=pad_rows(tokens, ROW_BUCKET, size * width),
+                patch_rows=pad_rows(scored_at[inside] - at * places, PATCH_BUCKET, 0),
+                token_count=torch.tensor(len(tokens)),
+                patch_count=torch.tensor(inside.stop - inside.start),
+                labels=batch.labels[own],
+                keys=batch.keys[own],
+                bad=batch.bad if at == 0 else [],
+                kept=None if batch.kept is None else batch.kept[own],
+                target_rows=targets,
+                teacher=None if batch.teacher is None else batch.teacher[own],
+                teacher_scale=None if batch.teacher_scale is None else batch.teacher_scale[own],
+                sources=batch.sources[own],
+            )
         )
-        for at in range(0, len(batch), size)
-    ]
+    return found
+
+
+def _restride(rows: Tensor, old: int, new: int, pairs: int) -> Tensor:
+    """Places in a flat [B * ``old``] as places in a flat [B' * ``new``], ``pairs`` pairs further on."""
+    return (rows // old + pairs) * new + rows % old
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Their rows in one tensor, by one copy."""
+    import torch
+
+    room = _room((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    return torch.cat(list(parts), out=room)

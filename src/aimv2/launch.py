@@ -184,7 +184,7 @@ def build_trainer(
         options = config.objective
         names = "objective.teacher_image_mean", "objective.teacher_image_std"
         stats = read_stats(options.teacher_image_mean, options.teacher_image_std, names)
-        opener = partial(open_teacher, options.teacher or "", world.device, stats=stats)
+        opener = partial(open_teacher, options.teacher or "", world.device, stats=stats, options=names)
         model, objective = stage.taught(config, tokenizer, resuming, opener)
     compiled, line = want_compile(config.train, world)
     if config.data.pack and compiled:  # rows of ever new lengths

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.evals.frozen import of_encoder, open_frozen
-from aimv2.evals.pixels import Stats
+from aimv2.evals.foreign import MASKED
+from aimv2.evals.frozen import Frozen, of_encoder, open_frozen
+from aimv2.evals.pixels import OPTIONS, Stats, former_pixels
 from aimv2.evals.weights import weights_hash
+from aimv2.interop.load import locate
 from aimv2.models.encoder import VisionEncoder
 from aimv2.objectives.distill import Teacher
 from aimv2.train.flops import counted
@@ -24,6 +26,7 @@ def open_teacher(
     option: str = "objective.teacher",
     precision: str = "fp32",
     stats: Stats | None = None,
+    options: tuple[str, str] = OPTIONS,
 ) -> Teacher:
     """Opens a model for its patch features; it keeps nothing for a backward pass.
 
@@ -33,12 +36,12 @@ def open_teacher(
         grid: patches a side that are wanted; only a native model heeds it.
         option: that named it, for messages.
         precision: of its products, where nothing around it says: fp32 or bf16.
-        stats: see there.
+        stats, options: see there.
 
     Raises:
         UsageError: nothing that can be loaded, or no square grid of patches.
     """
-    frozen = open_frozen(source, device, precision=precision, stats=stats)
+    frozen = open_frozen(source, device, precision=precision, stats=stats, options=options)
     module = frozen.module
     if module is not None:
         module.requires_grad_(False)
@@ -58,5 +61,24 @@ def open_teacher(
     side = math.isqrt(patches)
     if side * side != patches:
         raise UsageError(f"{option} {source}: {patches} patch features an image of {size} px are no square grid")
-    former = weights_hash(module) if module is not None and frozen.pixels is not None else ""
-    return Teacher(source, frozen.sha256, size, side, width, run, flops, former)
+    former, changed = "", ""
+    if module is not None and frozen.pixels is not None:
+        former, changed = weights_hash(module), since_then(frozen, options)
+    return Teacher(source, frozen.sha256, size, side, width, run, flops, former, changed)
+
+
+def since_then(frozen: Frozen, options: tuple[str, str]) -> str:
+    """Why a run that an earlier version began would go on with other features of the same weights; "" where it would not."""
+    if frozen.kind != "transformers":
+        return ""
+    if getattr(getattr(frozen.module, "config", None), "model_type", "") == MASKED:
+        return "an earlier version read it through a random mask; start another run"
+    old = former_pixels(locate(frozen.name).folder)
+    if str(old) == str(frozen.pixels):
+        return ""
+    assert old.stats is not None and frozen.pixels is not None
+    said = f"an earlier version showed it pixels as {old}, its image processor says {frozen.pixels}; "
+    if frozen.pixels.bgr:
+        return said + "start another run"
+    values = (f"--{option} [{','.join(f'{v:g}' for v in part)}]" for option, part in zip(options, old.stats))
+    return said + f"to go on as it began give {' '.join(values)}, else start another run"

@@ -8,29 +8,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from brought import picture, put, run
 from PIL import Image
 
-from aimv2.data.importing import import_data
 from aimv2.data.shard_index import build_index, count_samples
 from aimv2.data.shards import find_shards, read_samples, write_shard
 from aimv2.data.sources import safe_key
 from aimv2.errors import UsageError
-
-
-def picture(number: int = 0, size: tuple[int, int] = (24, 16), format: str = "JPEG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, (number * 7 % 256, number * 31 % 256, 90)).save(out, format)
-    return out.getvalue()
-
-
-def put(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def run(source: object, out: Path, **options: object) -> dict:
-    return import_data(str(source), out, **{"workers": 1, "progress": False, **options})
 
 
 def samples(out: Path, split: str = "train") -> dict[str, dict]:
@@ -257,83 +241,6 @@ def test_class_folders(tmp_path: Path) -> None:
     (src / "cat").rename(src / "train")
     with pytest.raises(UsageError, match=r"splits \(train, val\)"):
         run(src, tmp_path / "two")
-
-
-CP1252 = "image,caption\na.jpg,un café\n".encode("cp1252")
-LLAVA = json.dumps([{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "a cat"}]}])
-NOT_TAKEN = {
-    "captions.csv": (CP1252, "is not UTF-8"),
-    "utf16.csv": ("image,caption\na.jpg,a cat\n".encode("utf-16"), "is not UTF-8"),
-    "prompts.csv": (
-        "file_name,prompt\na.jpg,a cat\n",
-        "no caption column among file_name, prompt; give --caption-column",
-    ),
-    "llava.json": (LLAVA, "CSV, TSV, JSONL or COCO JSON"),
-    "list.jsonl": ('{"image": "a.jpg"}\n{"image": "b.jpg", "caption": "a cat"}\n', "no caption column"),
-    "images/a.caption": ("a cat", "no .txt or .json beside an image of the same name"),
-    "images/a.jpg.txt": ("a cat", "no .txt or .json"),
-    "texts/a.txt": ("a cat", "no .txt or .json"),
-    "annotations/a.xml": ("<description>a cat</description>", "no .txt or .json"),
-    "captions.xlsx": (b"PK\3\4", "no CSV"),
-    "captions.yaml": ("a.jpg: a cat\n", "no CSV"),
-    "notes.md": ("| a | a cat |\n| b | a dog |\n| c | a fox |\n", "no CSV"),
-}
-
-
-@pytest.mark.parametrize("folders", [("images",), ("cat", "dog")], ids=["one folder", "two folders"])
-@pytest.mark.parametrize("name", NOT_TAKEN)
-def test_captions_are_not_made_up_where_a_file_may_hold_them(
-    tmp_path: Path, name: str, folders: tuple[str, ...]
-) -> None:
-    """A class-folder tree is taken only where nothing else could be the captions; ``--class-folders`` settles it."""
-    src, (content, why) = tmp_path / "src", NOT_TAKEN[name]
-    for number, image in enumerate("abc"):
-        put(src / folders[number % len(folders)] / f"{image}.jpg", picture(number))
-    name = name.replace("images/", f"{folders[0]}/")
-    put(src / name, content)
-    with pytest.raises(UsageError) as refused:
-        run(src, tmp_path / "out")
-    said = str(refused.value)
-    assert name in said and why in said and "--captions FILE" in said and "--class-folders" in said and "\n" not in said
-    assert not (tmp_path / "out").exists()
-    result = run(src, tmp_path / "out", class_folders=True)
-    assert result["train"] == 3 and (tmp_path / "out" / "classes.txt").read_text().split() == list(folders)
-
-
-def test_one_folder_is_no_class(tmp_path: Path) -> None:
-    src = tmp_path / "src"
-    for number in range(3):
-        put(src / "images" / f"{number}.jpg", picture(number))
-    with pytest.raises(UsageError, match=r"\(images\): one folder is no class.*--captions FILE; --class-folders"):
-        run(src, tmp_path / "out")
-    put(src / "masks" / "0.png", picture(1, format="PNG"))
-    with pytest.raises(UsageError, match=r"\(images, masks\): their names are no classes"):
-        run(src, tmp_path / "out")
-    put(src / "loose.jpg", picture(4))
-    with pytest.raises(UsageError, match=r"loose\.jpg lies in no class folder"):
-        run(src, tmp_path / "out", class_folders=True)
-    with pytest.raises(UsageError, match="--class-folders: got --captions"):
-        run(src, tmp_path / "out", class_folders=True, captions="x.csv")
-
-
-def test_files_that_hold_no_captions_leave_class_folders_as_they_are(tmp_path: Path) -> None:
-    src = tmp_path / "src"
-    for number, name in enumerate(("n01/n01_1.jpg", "n01/n01_2.jpg", "n02/n02_1.jpg", "n02/7.jpg")):
-        put(src / name, picture(number))
-    put(src / "README.md", "Two classes, 7 pictures. See https://example.org\n")
-    put(src / "words.txt", "n01\ttench\nn02\tgoldfish, 7\n")
-    put(src / "LICENSE", "as it is")
-    put(src / "n01" / "Thumbs.db", b"\0\1\2 n01_1.jpg")
-    put(src / ".hidden.csv", "image,caption\nn01_1.jpg,x\n")
-    assert run(src, tmp_path / "out")["train"] == 4
-
-
-def test_a_captions_file_beside_one_that_can_not_be_read_is_not_chosen_in_silence(photos: Path, tmp_path: Path) -> None:
-    put(photos / "train.csv", "image,caption\n0.jpg,un café\n1.jpg,x\n".encode("cp1252"))
-    put(photos / "val.csv", "image,caption\n2.jpg,y\n")
-    with pytest.raises(UsageError, match=r"val\.csv, and train\.csv, which is not UTF-8"):
-        run(photos, tmp_path / "out")
-    assert run(photos, tmp_path / "out", captions="val.csv")["train"] == 1
 
 
 def test_odd_images_are_stored_usable_and_broken_ones_rejected(tmp_path: Path) -> None:

@@ -2,85 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from foreign_models import IMAGES, SHAPE, VERBS, configure, normalised, rewrite, save, two_colours, vit
 from torch import Tensor, nn
 
 from aimv2 import api
-from aimv2.cli import main
 from aimv2.errors import UsageError
-from aimv2.evals.foreign import LeftOut, flat, of_timm, open_transformers, settle
+from aimv2.evals.foreign import LeftOut, flat, of_timm, settle
 from aimv2.evals.frozen import LAST, open_frozen
-from aimv2.evals.pixels import Stats, read_stats
+from aimv2.evals.pixels import Stats
 from aimv2.evals.scorer import open_matcher
 from aimv2.explorer.study import open_shown
 from aimv2.teacher import open_teacher
 from runs import IMAGENET, assert_refused, write_processor
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-VERBS = ("knn --k 1", "linear", "fewshot --shots 1", "probe", "segment", "depth")
-IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-
-
-def save(folder: Path, model: Any) -> Path:
-    model.save_pretrained(folder)
-    write_processor(folder)
-    return folder
-
-
-def vit(folder: Path, head: bool = False) -> Path:
-    from transformers import ViTConfig, ViTForImageClassification, ViTModel
-
-    torch.manual_seed(0)
-    config = ViTConfig(**SHAPE, intermediate_size=48)
-    return save(folder, ViTForImageClassification(config) if head else ViTModel(config))
-
-
-def rewrite(folder: Path, change: Any) -> None:
-    """Changes the weights file: ``change`` gets every (key, tensor) and gives another pair, or None to drop it."""
-    file = folder / "model.safetensors"
-    kept = [change(key, value) for key, value in load_file(file).items()]
-    save_file(dict(pair for pair in kept if pair is not None), file, {"format": "pt"})
-
-
-def configure(folder: Path, **values: Any) -> None:
-    stored = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**stored, **values}))
-
-
-def normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-    return (images / 255 - mean) / std
+# ---- weights ----
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` and ``test`` of two colours."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for split in ("train", "test"):
-        for number, name in enumerate(("red", "blue")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(6):
-                pixels = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
-                pixels[..., 2 * number] += 150
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-# ---- weights ----
+    return two_colours(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "backbone."])
@@ -207,9 +151,13 @@ def test_an_adapter_and_code_to_fetch_are_refused(tmp_path: Path) -> None:
         open_frozen(str(folder))
     (folder / "adapter_config.json").unlink()
     for key in ("attn_implementation", "_attn_implementation"):
-        configure(folder, **{key: "somebody/kernel"})
-        with pytest.raises(UsageError, match="attention 'somebody/kernel', code that is not installed"):
-            open_frozen(str(folder))
+        for name in (
+            "somebody/kernel",
+            "flash_attention_2",
+        ):  # of the second transformers fetches a kernel where it is absent
+            configure(folder, **{key: name})
+            with pytest.raises(UsageError, match=f"attention '{name}', code that is not installed"):
+                open_frozen(str(folder))
         configure(folder, **{key: "eager"})
     assert open_frozen(str(folder)).width == 32
 
@@ -356,97 +304,34 @@ def test_maps_and_detection_tokens_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(frozen(IMAGES)[0], wanted, atol=1e-5, rtol=1e-5)
 
 
-# ---- pixels ----
+def test_blocks_are_counted_from_the_first_whatever_stands_before_them(tmp_path: Path) -> None:
+    """Some families have the embedding among their hidden states (ViT), some do not (SegFormer); Hiera masks nothing here."""
+    from transformers import HieraConfig, HieraModel, SegformerConfig, SegformerModel
 
-
-@pytest.mark.parametrize(
-    "stored, wanted",
-    [
-        ({"image_processor_type": "ViTImageProcessor"}, lambda x: (x / 255 - 0.5) / 0.5),  # the defaults of its class
-        ({"image_processor_type": "ViTImageProcessor", "do_normalize": False}, lambda x: x / 255),
-        ({"image_processor_type": "ViTImageProcessor", "do_rescale": False, "do_normalize": False}, lambda x: x),
-        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 128, "do_normalize": False}, lambda x: x / 128),
-        (
-            {"image_processor_type": "EfficientNetImageProcessor", "rescale_factor": 1 / 127.5, "rescale_offset": True},
-            lambda x: ((x / 127.5 - 1) - 0.5) / 0.5**2,  # its ``include_top``: once more by the std
-        ),
-        ({"image_processor_type": "MobileViTImageProcessor"}, lambda x: x.flip(1) / 255),
-        ({"image_processor_type": "NotYetKnown", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2]},
-         lambda x: (x / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1, 1, 2]).view(3, 1, 1)),
-    ],
-    ids=["defaults of the class", "not normalised", "not scaled", "another scale", "offset", "blue first", "unknown class"],
-)  # fmt: skip
-@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_the_processor_decides_the_pixels(tmp_path: Path, stored: dict[str, Any], wanted: Any, file: str) -> None:
-    from transformers import AutoModel
-
-    folder = vit(tmp_path / "vit")
-    (folder / "preprocessor_config.json").unlink()
-    (folder / file).write_text(json.dumps(stored if file.startswith("pre") else {"image_processor": stored}))
-    with torch.no_grad():
-        theirs = AutoModel.from_pretrained(folder).eval()(wanted(IMAGES.float())).last_hidden_state[:, 1:]
-    frozen = open_frozen(str(folder))
-    torch.testing.assert_close(frozen(IMAGES)[0], theirs, atol=1e-4, rtol=1e-4)
-    assert frozen.pixels is not None and frozen.pixels.origin == file
-
-
-def test_a_folder_without_a_processor_is_refused_unless_the_user_says_it(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = vit(tmp_path / "vit")
-    right = open_frozen(str(folder))
-    (folder / "preprocessor_config.json").unlink()
-    words = [str(folder), "--data", str(data)]
-    for verb in VERBS:
-        assert_refused(capsys, [*verb.split(), *words], "preprocessor_config.json", "--image-mean")
-    assert_refused(capsys, ["knn", *words, "--image-mean", "0.5"], "--image-mean without --image-std")
-    assert_refused(capsys, ["knn", *words, "--image-mean", "0.5,1", "--image-std", "1"], "--image-mean 0.5,1")
-    assert_refused(
-        capsys, ["knn", *words, "--image-mean", "0.5", "--image-std", "0,1,1"], "--image-std 0,1,1", "above 0"
+    torch.manual_seed(0)
+    seg = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 2, 2], decoder_hidden_size=16
     )
-    stats = ["--image-mean", ",".join(map(str, IMAGENET[0])), "--image-std", ",".join(map(str, IMAGENET[1]))]
-    assert main(["knn", *words, *stats, "--k", "1", "--json"]) in (None, 0)
-    about = json.loads(capsys.readouterr().out)["model"]
-    assert about["pixels"]["mean"] == IMAGENET[0] and about["pixels"]["from"] == "options"
-    assert about["weights_sha256"] == right.sha256  # the same weights, the same arithmetic
-    given = open_frozen(str(folder), stats=read_stats(*IMAGENET))
-    assert torch.equal(given(IMAGES)[0], right(IMAGES)[0])
-    assert open_frozen(str(folder), stats=read_stats(0, 1)).sha256 != right.sha256
-
-
-def test_a_cache_of_other_pixels_is_another_one(tmp_path: Path, data: Path) -> None:
-    folder, cache = vit(tmp_path / "vit"), str(tmp_path / "cache")
-    first = api.knn(str(folder), str(data), k="1", cache=cache)["model"]
-    write_processor(folder, mean=[0.0, 0.0, 0.0])
-    second = api.knn(str(folder), str(data), k="1", cache=cache)["model"]
-    assert first["weights_sha256"] != second["weights_sha256"] and len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_models_of_ours_keep_their_own_mean_and_std(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from aimv2.interop.model_folder import save_model
-    from aimv2.models.create import create_model
-
-    save_model(create_model("aimv2-tiny-patch8-32", seed=0, width=32, heads=2, hidden=48, depth=2), tmp_path / "ours")
-    words = [str(tmp_path / "ours"), "--data", str(data), "--image-mean", "0.5", "--image-std", "0.5"]
-    for verb in ("knn", "probe", "zeroshot"):
-        assert_refused(capsys, [verb, *words], "is an AIMV2")
-
-
-def test_a_processor_that_does_more_is_refused(tmp_path: Path) -> None:
-    folder = vit(tmp_path / "vit")
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "VideoMAEImageProcessor"}')
-    with pytest.raises(UsageError, match=r"VideoMAEImageProcessor.* gives pixels of"):
-        open_frozen(str(folder))
-    assert open_frozen(str(folder), stats=read_stats(0.5, 0.5)).width == 32
-
-
-def test_what_takes_no_images_is_one_line(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")}
-    folder = save(tmp_path / "bert", BertModel(BertConfig(**text, vocab_size=10, intermediate_size=48)))
-    assert open_transformers(str(folder), folder, "cpu")[1] == set()
-    with pytest.raises(UsageError, match="BertModel can't be measured on RGB images of 224 x 224 px"):
-        open_frozen(str(folder))
+    model = SegformerModel(seg).eval()
+    frozen = open_frozen(str(save(tmp_path / "seg", model)))
+    images = IMAGES.repeat(1, 1, 7, 7)
+    with torch.no_grad():
+        hidden = model(normalised(images), output_hidden_states=True).hidden_states
+    if frozen.depth:
+        for number, block in enumerate(hidden):
+            wanted = block.flatten(2).transpose(1, 2)
+            torch.testing.assert_close(frozen(images, frozen.layer_names(str(number)))[0], wanted, atol=1e-4, rtol=1e-4)
+        assert frozen(images, frozen.layer_names("-1"))[0].shape[-1] == 32
+    else:
+        with pytest.raises(UsageError, match="--layers 0"):
+            frozen.layer_names("0")
+    hiera = HieraConfig(
+        embed_dim=8, image_size=[64, 64], depths=[1, 1], num_heads=[1, 2], query_stride=[2, 2], masked_unit_size=[4, 4],
+        num_query_pool=1,
+    )  # fmt: skip
+    model = HieraModel(hiera).eval()
+    frozen = open_frozen(str(save(tmp_path / "hiera", model)))
+    images = IMAGES.repeat(1, 1, 2, 2)
+    with torch.no_grad():
+        wanted = model(normalised(images)).last_hidden_state
+    torch.testing.assert_close(frozen(images)[0], wanted, atol=1e-5, rtol=1e-5)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import math
 import os
 import shutil
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from distillation import dino_model, distil, exact
 from safetensors import safe_open
 from torch.multiprocessing.spawn import spawn
 
@@ -40,15 +40,7 @@ from aimv2.train.step import TrainStep
 from aimv2.train.validate import read_held_out
 from runs import assert_refused, metrics, need_ranks, options, resume, scenes, torchrun, train
 
-EXACT = ("step", "loss", "text_loss", "pixel_loss", "feature_loss", "grad_norm", "val_text_loss", "val_pixel_loss")
-EXACT += ("val_feature_loss",)
-
-
 NATIVE = "aimv2-large-patch14-native"
-
-
-def exact(run):
-    return [{key: line[key] for key in EXACT if key in line} for line in metrics(run)]
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +58,7 @@ def teacher(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    """A DINOv2-like model of ``transformers`` with a class token and registers: 4 x 4 patches at 56 px."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    config = transformers.Dinov2WithRegistersConfig(**shape, num_register_tokens=3, mlp_ratio=2)
-    transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
-    seen = {"crop_size": {"height": 56, "width": 56}, "image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(seen))
-    return folder
-
-
-def distil(data, run, teacher, **more):
-    return train(data, run, objective__name="distill", objective__teacher=str(teacher), **more)
+    return dino_model(tmp_path_factory.mktemp("dino"))
 
 
 def model_folder(run, step):

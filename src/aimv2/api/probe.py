@@ -77,9 +77,7 @@ def probe(
     from aimv2.evals.probe_result import Asked, open_and_measure
 
     _check(data, protocol, features, select, baselines)
-    for option, number in (("--epochs", epochs), ("--batch-size", batch_size), ("--trunk-batch", trunk_batch)):
-        if number < 1:
-            raise UsageError(f"{option} {number}: at least 1 expected")
+    _at_least_one(epochs, batch_size, trunk_batch)
     grid = numbers(rates, "--rates"), numbers(decays, "--decays")
     if not all(grid[0]):
         raise UsageError(f"--rates {rates}: numbers above 0 expected")
@@ -88,13 +86,19 @@ def probe(
     settings = ProbeSettings(
         protocol, ("last",), *grid, epochs, warmup, batch_size, heads, augmented=features == "augmented", flip=flip
     )
-    limits = train_limit, test_limit
-    chosen = whole_seeds(seeds)
+    chosen, limits = whole_seeds(seeds), (train_limit, test_limit)
     asked = Asked(
         str(data), dataset, settings, select, chosen, words(baselines), *limits, trunk_batch, workers, out, cache
     )
-    stats = read_stats(image_mean, image_std)
-    return open_and_measure(model, usual_device(device), image_size, precision, layers, asked, stats)
+    where, stats = usual_device(device), read_stats(image_mean, image_std)
+    return open_and_measure(model, where, image_size, precision, layers, asked, stats)
+
+
+def _at_least_one(epochs: int, batch_size: int, trunk_batch: int) -> None:
+    """Raises UsageError for one that is below 1."""
+    for option, number in (("--epochs", epochs), ("--batch-size", batch_size), ("--trunk-batch", trunk_batch)):
+        if number < 1:
+            raise UsageError(f"{option} {number}: at least 1 expected")
 
 
 def _check(data: str | None, protocol: str, features: str, select: str, baselines: str | None) -> None:

@@ -1,60 +1,161 @@
 """Files beside images that may hold their captions, whether or not they can be read as such."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
-TABLES = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".sqlite", ".sqlite3")  # binary: not looked into
+from aimv2.data.shards import IMAGE_EXTENSIONS
+
+# not text, so not looked into: tables, archives of one file, databases, documents, arrays
+CLOSED = (
+    *(".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".sqlite", ".sqlite3", ".db", ".lmdb", ".mdb"),
+    *(
+        ".gz",
+        ".bz2",
+        ".xz",
+        ".zst",
+        ".docx",
+        ".doc",
+        ".odt",
+        ".rtf",
+        ".pkl",
+        ".pickle",
+        ".npy",
+        ".npz",
+        ".h5",
+        ".hdf5",
+        ".mat",
+    ),
+)
+SYSTEM = ("thumbs.db", "desktop.ini")
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")  # where a bare number may well be an image's name
 STRUCTURE = ("image", "images", "img", "imgs", "jpegimages")  # folders that hold a data set's images: names of no class
-READ = 1 << 20  # bytes of a file that are looked at
+SPLITS = ("train", "val", "valid", "validation", "test")
+READ = 1 << 20  # characters of a file that are looked at
 SHOWN = 3
+_SAYS_SO = re.compile(r"caption|prompt|descri|annotation|metadata|sentence|(?:^|[^a-z])(?:alt|text)s?(?:[^a-z]|$)")
+_IMAGE = re.compile(rf"\.(?:{'|'.join(IMAGE_EXTENSIONS)})(?![a-z0-9])")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
+
+
+class _Images:
+    """The images' names as others may write them: without folder, in any case, with or without their endings."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        self.names = {PurePosixPath(image).name.casefold() for image in images}
+        self.stems = {_plain(PurePosixPath(name).stem) for name in self.names}
+        self.folders = {part.casefold() for image in images for part in PurePosixPath(image).parent.parts}
 
 
 def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> list[str]:
     """The first few files that may be captions of the images.
 
-    A file whose name is an image's with another ending (a sidecar), a table, and one that names images: an image's file
-    name, or three images (all, where there are fewer) without their endings.
+    A file that is called so (captions, prompts, metadata, ...); one whose name begins with an image's (a sidecar); one that is no
+    text; and a list of images that says something of them: an image's file name in a list, or several names without their
+    endings, beside words that are no checksum and no folder's name.
 
     Args:
         root: the folder.
         files: all files below it, images too; relative.
         images: the images among them.
     """
-    names = {PurePosixPath(image).name for image in images}
-    stems = {PurePosixPath(name).stem for name in names}
-    known, found = set(images), list[str]()
+    own, known, found = _Images(images), set(images), list[str]()
     for file in files:
-        if file in known:
+        path = PurePosixPath(file.casefold())
+        if file in known or path.name in SYSTEM:
             continue
-        path = PurePosixPath(file)
-        sidecar = path.stem in names or path.stem in stems
-        if sidecar or path.suffix.lower() in TABLES or _names_images(root / file, names, stems):
+        called = _SAYS_SO.search(path.name) or path.suffix in CLOSED or _is_sidecar(path.name, own)
+        if called or speaks_of_images(root / file, own):
             found.append(file)
             if len(found) == SHOWN:
                 break
     return found
 
 
-def _names_images(file: Path, names: set[str], stems: set[str]) -> bool:
+def names_images(file: Path, images: Sequence[str]) -> bool:
+    """Whether a text file says something of the images."""
+    return speaks_of_images(file, _Images(images))
+
+
+def _is_sidecar(name: str, own: _Images) -> bool:
+    """``photo.caption``, ``photo.jpg.txt``, ``photo_caption.txt``: an image's name, and more."""
+    ends = [found.start() for found in re.finditer(r"[._\-]", name)]
+    return any(name[:at] in own.names or _plain(name[:at]) in own.stems for at in ends if at)
+
+
+def speaks_of_images(file: Path, own: _Images) -> bool:
+    """See :func:`may_hold_captions`."""
+    lists, named = file.suffix.lower() in LISTS, set[str]()
+    few = min(3, (len(own.stems) + 1) // 2)
+    for line in _lines(file):
+        here = {*_files_in(line, own), *_stems_in(line, own, lists)}
+        if here and _says_more(line, here, own):
+            named |= here
+            if len(named) >= (1 if lists and here & own.names else few):
+                return True
+    return False
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """A text file's beginning, folded in case, as it is and with its escapes undone; nothing where it is no text."""
     try:
         with open(file, "rb") as stream:
             head = stream.read(READ)
     except OSError:
-        return False
-    wide = head.startswith((b"\xff\xfe", b"\xfe\xff"))  # UTF-16, as Excel writes it
-    if b"\0" in head and not wide:
-        return False
-    text = head.decode(
-        "utf-16" if wide else "latin-1", "replace"
-    )  # file names are ASCII for the most part, in any of them
-    words = set(re.split(r"""[\s,;|"'#\\/:<>\[\](){}=]+""", text))
-    if words & names:
-        return True
-    if file.suffix.lower() not in LISTS:
-        words = {word for word in words if not word.isdigit()}
-    return len(words & stems) >= min(3, len(stems))
+        return
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        texts = [head.decode("utf-16", "replace")]  # as Excel writes it
+    elif 4 * head.count(0) > len(head) > 1:
+        texts = [head.decode("utf-16-le" if head[1] == 0 else "utf-16-be", "replace")]
+    elif b"\0" in head:
+        return
+    else:
+        texts = [head.decode("utf-8", "replace")]
+        if "\ufffd" in texts[0]:
+            texts.append(head.decode("cp1252", "replace"))
+    for text in texts:
+        for line in text.casefold().splitlines():
+            yield line
+            plain = re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), line).replace("\\/", "/")
+            if (plain := unquote(plain).casefold()) != line:
+                yield plain
+
+
+def _files_in(line: str, own: _Images) -> set[str]:
+    """Image files that a line names, whatever stands before and behind the name."""
+    found = set()
+    for end in _IMAGE.finditer(line):
+        start = max(0, end.start() - 160)
+        before = line[start : end.end()]
+        cuts = [0, *(cut.end() for cut in re.finditer(r"[^\w.\-]", before))]
+        found |= {before[cut:] for cut in cuts if before[cut:] in own.names}
+    return found
+
+
+def _stems_in(line: str, own: _Images, numbers: bool) -> set[str]:
+    """Images that a line names without their endings: as a whole field, or its path's end."""
+    found = set()
+    for field in re.findall(r'"((?:[^"\\]|\\.)*)"', line) + re.split(r"[,;|\t]", line) + line.split()[:1]:
+        stem = _plain(re.split(r"[/\\]", field.strip().strip("\"':[]{}").strip())[-1])
+        if stem in own.stems and (numbers or not stem.isdigit()):
+            found.add(stem)
+    return found
+
+
+def _says_more(line: str, named: set[str], own: _Images) -> bool:
+    """Whether a line has words beside the names of images and folders and checksums."""
+    for name in sorted(named, key=len, reverse=True):
+        line = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", line)
+    words = set(_WORD.findall(_DIGEST.sub(" ", _IMAGE.sub(" ", line))))
+    folders = {word for folder in own.folders for word in _WORD.findall(folder)}
+    return bool(words - folders - {*SPLITS, *STRUCTURE})  # those are words of a path
+
+
+def _plain(stem: str) -> str:
+    """A name without its ending; a number without its leading zeros."""
+    return stem.lstrip("0") or "0" if stem.isdigit() else stem
 
 
 def are_classes(folders: Sequence[str]) -> bool:
@@ -62,16 +163,21 @@ def are_classes(folders: Sequence[str]) -> bool:
     return len(folders) > 1 and not any(name.lower() in STRUCTURE for name in folders)
 
 
+def are_splits(folders: Sequence[str]) -> bool:
+    """Whether folders are parts of a data set by their names."""
+    return all(name.lower() in SPLITS for name in folders)
+
+
 def why_no_captions(others: list[str], refused: dict[str, str], folders: list[str]) -> str:
     """What was found instead of captions, why it was not taken, and the option that settles it."""
     shown = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
     settles = f"; --class-folders takes the names of the folders ({shown}) as captions" if folders else ""
     if others:
-        why = (
-            refused.get(others[0])
-            or "it is no .txt or .json beside an image of the same name and no CSV, TSV, JSONL or COCO JSON"
+        plain = (
+            "it is no .txt or .json beside an image of the same name and no CSV, TSV, JSONL or COCO JSON of captions"
         )
         more = f" (and {', '.join(others[1:])})" if others[1:] else ""
+        why = refused.get(others[0]) or plain
         return f"{others[0]}{more} may hold them and was not taken: {why}; name it with --captions FILE, or convert it{settles}"
     if folders:
         kind = "one folder is no class" if len(folders) == 1 else "their names are no classes"

@@ -128,7 +128,10 @@ def _link_names(shards: list[Path]) -> dict[str, Path]:
 def _index_home(index_dir: Path | None) -> Path:
     if index_dir is not None:
         return Path(index_dir).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "index"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "index"
+    except RuntimeError as error:  # a user without a home, as in containers
+        raise UsageError(f"no place for the index of the shards: {error}; give a folder with data.index_dir") from None
 
 
 def _count(index: Path) -> int:
@@ -192,16 +195,24 @@ def _read_shard(tar: Path) -> _Shard:
 
 
 def _fits(offsets: np.ndarray, tar: Path) -> bool:
-    """Whether there is a header at each offset, and nothing behind the last."""
+    """Whether at each offset there is the header of another sample than before, and behind the last nothing.
+
+    An offset that is left out is not seen here; energon then ends the run (see :data:`aimv2.data.stream.BAD_INDEX`).
+    """
+    last, end = "", int(offsets[-1])
     with open(tar, "rb") as file:
         for at in offsets[:-1].tolist():
             file.seek(at)
             try:
-                tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+                member = tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
             except tarfile.HeaderError:
                 return False
-        file.seek(int(offsets[-1]))
-        return not file.read(BLOCK).strip(b"\0")
+            name = member.name.rpartition("/")[0] + "/" + member.name.rpartition("/")[2].partition(".")[0]
+            if member.isreg() and name == last:  # an extended header does not tell the name
+                return False
+            last = name if member.isreg() else ""
+        file.seek(end - BLOCK)
+        return bool(file.read(BLOCK).strip(b"\0")) and not file.read(BLOCK).strip(b"\0")
 
 
 def _move_into_place(aside: Path, folder: Path, links: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from hashlib import sha1
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from aimv2.data.caption_files import are_classes, may_hold_captions, why_no_captions
+from aimv2.data.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
 from aimv2.data.shards import IMAGE_EXTENSIONS, captions_of, clean_captions, json_of
 from aimv2.errors import UsageError
 
@@ -204,7 +204,10 @@ def open_folder(
     candidates, refused = _captions_candidates(root, files, images, columns)
     if len(candidates) > 1:
         raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
-    if candidates and (unread := next((name for name, why in refused.items() if why.startswith(NOT_UTF8)), None)):
+    unread = next(
+        (f for f, why in refused.items() if why.startswith(NOT_UTF8) and names_images(root / f, images)), None
+    )
+    if candidates and unread is not None:
         raise UsageError(
             f"{root} has several captions files: {candidates[0]}, and {unread}, which {refused[unread]}; choose one with "
             "--captions FILE"
@@ -219,7 +222,7 @@ def open_folder(
     folders = sorted({name.partition("/")[0] for name in images if "/" in name})
     in_folders = all("/" in name for name in images)
     others = may_hold_captions(root, files, images)
-    if in_folders and not others and (are_classes(folders) or _are_splits(folders)):
+    if in_folders and not others and (are_classes(folders) or are_splits(folders)):
         return _class_source(root, images, template)
     raise UsageError(f"{root}: captions missing: {why_no_captions(others, refused, folders if in_folders else [])}")
 
@@ -268,10 +271,6 @@ def _sidecar_source(root: Path, images: list[str], known: set[str]) -> Source:
     return Source("sidecar captions", planned, FileReader(), sum(isinstance(i, Item) for i in planned))
 
 
-def _are_splits(folders: list[str]) -> bool:
-    return all(name.lower() in ("train", "val", "valid", "validation", "test") for name in folders)
-
-
 def _class_source(root: Path, images: list[str], template: str) -> Source:
     if loose := [name for name in images if "/" not in name]:
         raise UsageError(
@@ -280,7 +279,7 @@ def _class_source(root: Path, images: list[str], template: str) -> Source:
     classes = sorted({name.split("/", 1)[0] for name in images})
     if not images:
         raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}")
-    if _are_splits(classes):
+    if are_splits(classes):
         raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
     planned: list[Item | Reject] = []
@@ -406,7 +405,10 @@ def _delimited(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         mark = _delimiter(first, file)
         lines.seek(0)
         rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|")
-        header = [cell.strip() for cell in next(rows, [])]
+        try:
+            header = [cell.strip() for cell in next(rows, [])]
+        except csv.Error as error:
+            raise UsageError(f"{file} line 1: {error}; expected a CSV row") from error
         if len(header) > 1 and _is_image(header[0].partition("#")[0]) and columns == Columns():
             lines.seek(0)  # no header: image, caption
             header = ["image", "caption"]
@@ -483,7 +485,9 @@ def _json_file(file: Path, columns: Columns) -> Iterator[Row | Reject]:
         yield from _json_rows(enumerate(record, 1), columns, f"{file.name} entry")
         return
     if not isinstance(record, dict) or not {"images", "annotations"} <= record.keys():
-        raise UsageError(f"{file}: expected COCO captions (images, annotations) or a list of rows")
+        raise UsageError(
+            f"{file}: expected COCO captions (images, annotations) or a list of rows; choose another with --captions FILE"
+        )
     texts = defaultdict[Any, list[str]](list)
     for annotation in record["annotations"]:
         if "caption" in annotation:

@@ -38,6 +38,10 @@ from aimv2.data.transforms import Box, crop_resize, random_crop_box, to_pixels
 from aimv2.errors import RankError, UsageError
 
 FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
+BAD_INDEX = (
+    "Inconsistent sample base name",
+    "Unexpected end of tar file",
+)  # energon's words where offsets and tar differ
 
 
 @dataclass
@@ -349,6 +353,7 @@ class TrainStream:
                 "change train.batch_size or data.workers"
             )
         indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
+        self.indices = indices
         self.samples = sum(count_samples(index) for index in indices)
         if view.native is None and self.samples < batch_size:
             raise UsageError(
@@ -389,6 +394,13 @@ class TrainStream:
         except FatalSampleError as error:
             line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback comes along
             raise RankError(line.strip() or str(error)) from None
+        except Exception as error:
+            if not any(words in str(error) for words in BAD_INDEX):
+                raise
+            raise RankError(
+                "data.train: a shard is not as its index says: it changed, or a .tar.idx beside it is wrong; remove that file and "
+                f"{' and '.join(map(str, self.indices))}, which are made anew, and start again"
+            ) from None
         self.bad += [bad for part in parts for bad in part.bad]
         if len(self.bad) > self.max_bad:
             raise RankError(too_many_bad(self.bad, self.max_bad))

@@ -5,7 +5,7 @@ Legend: B images, N patches, D width.
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import AVERAGE, LAST, Frozen
-from aimv2.evals.pixels import Pixels, Stats, given_pixels, quiet, read_processor
+from aimv2.evals.pixels import OPTIONS, Pixels, Stats, given_pixels, quiet, read_processor
 from aimv2.evals.weights import weights_hash
 from aimv2.interop.shapes import read_json
 
 PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every key
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # code that is installed here
+ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
+FLASH = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}  # else transformers fetches a kernel
+MASKED = "vit_mae"  # whose encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
 
 
@@ -84,11 +89,12 @@ def _refuse_what_is_not_read(source: str, folder: Path) -> None:
                 else:
                     yield from nested(one)
 
+    installed = [name for name, package in FLASH.items() if importlib.util.find_spec(package) is not None]
     for name in nested(read_json(folder / "config.json")):
-        if name is not None and name not in ATTENTION:
+        if name is not None and name not in (*ATTENTION, *installed):
             raise UsageError(
                 f"MODEL {source}: its config.json asks for the attention '{name}', code that is not installed here; "
-                f"one of {', '.join(ATTENTION)} expected"
+                f"one of {', '.join((*ATTENTION, *installed))} expected"
             )
 
 
@@ -238,15 +244,17 @@ def _some(names: Sequence[str] | set[str]) -> str:
 # ---- transformers ----
 
 
-def transformers_frozen(source: str, folder: Path, device: torch.device, stats: Stats | None) -> Frozen:
+def transformers_frozen(
+    source: str, folder: Path, device: torch.device, stats: Stats | None, options: tuple[str, str] = OPTIONS
+) -> Frozen:
     """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers, detections) are left out."""
     whole, missing = open_transformers(source, folder, device)
     model = getattr(whole, "vision_model", whole)
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
     missing = {name.removeprefix(inside) for name in missing if name.startswith(inside)}
     config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
-    pixels, size = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)))
-    unmasked = _unmasked(model, size)
+    pixels, size = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
+    unmasked, first = _unmasked(model, size), 1
 
     def forward(images: Tensor) -> Any:
         return model(pixel_values=pixels(images).to(kind), output_hidden_states=True, **unmasked(images))
@@ -274,7 +282,7 @@ def transformers_frozen(source: str, folder: Path, device: torch.device, stats: 
             elif name == AVERAGE:
                 found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
             else:
-                block = hidden[int(name) + 1]
+                block = hidden[int(name) + first]  # the embedding comes first, where it is there
                 same = block.shape == out.last_hidden_state.shape  # stages of other widths have no norm in common
                 found.append(patches(norm(block) if norm is not None and same else block))
         return found
@@ -284,6 +292,9 @@ def transformers_frozen(source: str, folder: Path, device: torch.device, stats: 
         with torch.inference_mode():
             norm = last_norm(model, lambda: forward(probe))
             width = run(probe, [LAST])[0].shape[-1]
+            depth = getattr(config, "num_hidden_layers", 0)
+            first = len(forward(probe).hidden_states or ()) - depth
+            depth = depth if first in (0, 1) else 0  # else nobody knows which block is which
     except UsageError:
         raise
     except Exception as error:  # whatever a model says that takes no such images
@@ -291,7 +302,6 @@ def transformers_frozen(source: str, folder: Path, device: torch.device, stats: 
         raise UsageError(
             f"MODEL {source}: {type(model).__name__} can't be measured on RGB images of {size} x {size} px: {why}"
         ) from None
-    depth = getattr(config, "num_hidden_layers", 0)
     return _frozen(source, "transformers", size, width, depth, run, model, device, pixels)
 
 
@@ -309,12 +319,12 @@ def _side(size: Any) -> int | None:
 
 
 def _unmasked(model: Any, size: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What a masked autoencoder is given besides, so that it sees every patch, in order (it masks by sorting this noise)."""
+    """What a masked autoencoder (ViTMAE) is given besides, so that it sees every patch, in order: it masks by sorting noise."""
     config = model.config
-    if not hasattr(config, "mask_ratio") or "noise" not in inspect.signature(model.forward).parameters:
+    if config.model_type != MASKED:
         return lambda images: {}
     config.mask_ratio = 0.0
-    count = (size // config.patch_size) ** 2
+    count = (size // (_side(config.patch_size) or size)) ** 2
     return lambda images: {"noise": torch.arange(count, device=images.device).float().expand(len(images), -1)}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aimv2.data.transforms import centre_crop_box, crop_resize, native_size, to_pixels
 from aimv2.errors import UsageError
-from aimv2.evals.pixels import Pixels, Stats
+from aimv2.evals.pixels import OPTIONS, Pixels, Stats
 from aimv2.evals.weights import file_hash, weights_hash
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -201,6 +201,7 @@ def open_frozen(
     image_size: int | str | None = None,
     precision: str = "fp32",
     stats: Stats | None = None,
+    options: tuple[str, str] = OPTIONS,
 ) -> Frozen:
     """An encoder to measure.
 
@@ -212,6 +213,7 @@ def open_frozen(
             at its own size (native models, 224 by default).
         precision: of the products: fp32 or bf16.
         stats: mean and std of a model of ``transformers`` or timm; None: as its own image processor has it.
+        options: that give them, for messages.
 
     Raises:
         UsageError: nothing that can be loaded, weights that would be random, no word on how images are normalised, features
@@ -219,7 +221,7 @@ def open_frozen(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: fp32 or bf16 expected")
-    frozen = _open(source, torch.device(device), image_size, stats)
+    frozen = _open(source, torch.device(device), image_size, stats, options)
     if image_size is not None and image_size != frozen.image_size:  # a model of another origin
         raise UsageError(f"--image-size {image_size}: {source} ({frozen.kind}) sees {frozen.image_size} px alone")
     if isinstance(image_size, int) and isinstance(frozen.module, VisionEncoder):
@@ -230,7 +232,9 @@ def open_frozen(
     return replace(frozen, precision=precision)
 
 
-def _open(source: str, device: torch.device, image_size: int | str | None, stats: Stats | None) -> Frozen:
+def _open(
+    source: str, device: torch.device, image_size: int | str | None, stats: Stats | None, options: tuple[str, str]
+) -> Frozen:
     from aimv2.evals.foreign import is_foreign, timm_frozen, transformers_frozen
     from aimv2.interop import load, openvino
     from aimv2.models.lit import LiT
@@ -239,23 +243,23 @@ def _open(source: str, device: torch.device, image_size: int | str | None, stats
     if source.startswith("timm:"):
         return timm_frozen(source, device, stats)
     if (folder / openvino.FILE).is_file():
-        refuse_stats(source, stats)
+        refuse_stats(source, stats, options)
         return _openvino(source, folder)
     at = load.locate(source)
     if is_foreign(at.folder):
-        return transformers_frozen(source, at.folder, device, stats)
-    refuse_stats(source, stats)
+        return transformers_frozen(source, at.folder, device, stats, options)
+    refuse_stats(source, stats, options)
     model = load.load_model(at, device=device)
     encoder = model.image if isinstance(model, LiT) else model
     assert isinstance(encoder, VisionEncoder)
     return of_encoder(source, encoder, image_size)
 
 
-def refuse_stats(source: str, stats: Stats | None) -> None:
+def refuse_stats(source: str, stats: Stats | None, options: tuple[str, str] = OPTIONS) -> None:
     """Raises UsageError where a mean and std are given for a model that has its own."""
     if stats is not None:
         raise UsageError(
-            f"--image-mean and --image-std: {source} is an AIMV2, which normalises by the mean and std that lie beside its "
+            f"{' and '.join(options)}: {source} is an AIMV2, which normalises by the mean and std that lie beside its "
             "weights; leave them out"
         )
 

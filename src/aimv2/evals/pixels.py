@@ -15,7 +15,10 @@ from torch import Tensor
 
 from aimv2.errors import UsageError
 from aimv2.interop.shapes import PROCESSORS, processor_file, read_image_processor
+from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD
 
+OPTIONS = "--image-mean", "--image-std"
+EDGES = ("height", "shortest_edge", "longest_edge")
 SIDE = 224  # pixels, where neither the model nor its processor says it
 TRIED = 16  # pixels of the image on which a processor is tried
 
@@ -64,7 +67,7 @@ class Pixels:
         return f"{'bgr' if self.bgr else 'rgb'} * {self.scale:.8g} - {self.offset:g}; {stats}"
 
 
-def read_stats(mean: Any, std: Any, options: tuple[str, str] = ("--image-mean", "--image-std")) -> Stats | None:
+def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS) -> Stats | None:
     """Mean and std as a user gives them: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
 
     Raises:
@@ -96,57 +99,68 @@ def given_pixels(stats: Stats, origin: str = "options") -> Pixels:
     return Pixels(stats=stats, origin=origin)
 
 
-def read_processor(source: str, folder: Path, stats: Stats | None, side: int | None) -> tuple[Pixels, int]:
+def read_processor(
+    source: str, folder: Path, stats: Stats | None, side: int | None, options: tuple[str, str] = OPTIONS
+) -> tuple[Pixels, int]:
     """What the folder's image processor does to pixels, and the side of the images that it makes.
 
     Args:
         source: for messages.
         folder: of the model.
-        stats: mean and std that the user gave: they decide, whatever the processor says of them.
+        stats: mean and std that the user gave, of pixels in 0..1: they decide, whatever the processor says of scale, mean and
+            std; the order of the channels stays its own.
         side: of the images, by the model's own configuration: it decides where the processor's file is silent.
+        options: of mean and std, for messages.
 
     Raises:
         UsageError: no processor and no mean and std; one that does more than resize, crop, scale, turn channels and normalise.
     """
-    file = processor_file(folder)
+    file, either = processor_file(folder), f"give {' and '.join(options)} (red, green, blue, of pixels in 0 to 1)"
     if file is None:
         if stats is None:
             raise UsageError(
-                f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or give "
-                "--image-mean and --image-std (red, green, blue, of pixels in 0 to 1)"
+                f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or {either}"
             )
         return given_pixels(stats), side or SIDE
-    stored = read_image_processor(folder)
-    processor, size = _open(folder), _size(stored)
+    stored, processor = read_image_processor(folder), _open(folder)
+    size = _size(stored, file)
     if processor is not None:
         stored = {**stored, **{key: getattr(processor, key) for key in KEYS if hasattr(processor, key)}}
-    size = size or side or _size(stored) or SIDE
+    elif "auto_map" in stored and stats is None:
+        raise UsageError(f"MODEL {source}: its image processor is code of its own, which is not run; {either}")
+    size = size or side or _size(stored, file) or SIDE
+    bgr = bool(stored.get("do_flip_channel_order"))
     if stats is not None:
-        return given_pixels(stats), size
+        return Pixels(stats=stats, bgr=bgr, origin="options"), size
     times = bool(stored.get("do_normalize", processor is None)), bool(stored.get("include_top"))
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if any(times) and (mean is None or std is None):
         raise UsageError(
-            f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; give --image-mean and "
-            "--image-std (red, green, blue, of pixels in 0 to 1)"
+            f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; {either}"
         )
     if any(times):  # the second time, of EfficientNet's, by the std alone
-        given = read_stats(mean, std)
+        given = read_stats(mean, std, (f"{file}: image_mean", f"{file}: image_std"))
         assert given is not None
         stats = Stats(given.mean if times[0] else (0.0,) * 3, tuple(value ** sum(times) for value in given.std))
-    pixels = Pixels(
-        float(stored.get("rescale_factor") or 1 / 255) if stored.get("do_rescale", True) else 1.0,
-        1.0 if stored.get("rescale_offset", stored.get("offset")) and stored.get("do_rescale", True) else 0.0,
-        stats,
-        bool(stored.get("do_flip_channel_order")),
-        file.name,
-    )
+    scaled = stored.get("do_rescale", True)
+    scale = stored.get("rescale_factor", 1 / 255) if scaled else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise UsageError(f"{file}: rescale_factor {scale!r}: a number above 0 expected")
+    offset = 1.0 if scaled and stored.get("rescale_offset", stored.get("offset")) else 0.0
+    pixels = Pixels(float(scale), offset, stats, bgr, file.name)
     if processor is not None and (why := _differs(processor, pixels)):
         raise UsageError(
             f"MODEL {source}: its {type(processor).__name__} {why}; one that resizes, crops, scales and normalises RGB images "
-            "expected, or give --image-mean and --image-std"
+            f"expected, or {either}"
         )
     return pixels, size
+
+
+def former_pixels(folder: Path) -> Pixels:
+    """What versions before 0.2 did to pixels: the file's mean and std, else ImageNet's, over 255, whatever else it says."""
+    stored = read_image_processor(folder)
+    mean, std = stored.get("image_mean") or IMAGENET_MEAN, stored.get("image_std") or IMAGENET_STD
+    return Pixels(stats=read_stats(mean, std), origin="an earlier version")
 
 
 def _open(folder: Path) -> Any:
@@ -162,16 +176,22 @@ def _open(folder: Path) -> Any:
         return None
 
 
-def _size(stored: dict[str, Any]) -> int | None:
-    """Pixels a side: of the crop, else of the resized image."""
+def _size(stored: dict[str, Any], file: Path) -> int | None:
+    """Pixels a side: of the crop, else of the resized image.
+
+    Raises:
+        UsageError: something else in its place.
+    """
     size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
     size = size or stored.get("size")
-    if not isinstance(size, int | list | tuple | type(None)):
-        size = dict(size)
-        size = size.get("height") or size.get("shortest_edge") or size.get("longest_edge")
-    if isinstance(size, list | tuple):
-        size = max(size, default=None)
-    return int(size) if size else None
+    found = size
+    if size is not None and not isinstance(size, int | list | tuple | str):
+        found = next((value for key in EDGES if (value := dict(size).get(key))), None)
+    if isinstance(found, list | tuple):
+        found = max(found, default=None)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
+        raise UsageError(f"{file}: size {size!r}: pixels a side expected")
+    return found
 
 
 def _differs(processor: Any, pixels: Pixels) -> str:

@@ -35,6 +35,7 @@ class Teacher:
             std; None: the features come with the batch.
         flops: of one image, forward; 0: not known, or nothing runs here.
         former: what versions before 0.2 noted as ``sha256``, of the same model; "": the same.
+        changed: why its features are no longer those of such a version; "": they are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Teacher:
     run: Callable[[Tensor], Tensor] | None
     flops: float = 0.0
     former: str = ""
+    changed: str = ""
 
     def features(self, batch: Batch) -> Tensor:
         """What it says of a batch's images: fp32 [B, I, E], without gradient."""

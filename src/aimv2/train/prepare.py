@@ -47,7 +47,8 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on
 # what may differ from the run's own configuration when it goes on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
-    "objective.teacher",  # by another path: its weights must be the same
+    "objective.teacher",  # by another path: its weights must be the same, and what is done to pixels before it
+    "objective.teacher_image_mean", "objective.teacher_image_std",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip

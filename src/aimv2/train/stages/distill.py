@@ -79,6 +79,8 @@ def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Conf
 def check_teacher(config: Config, teacher: Teacher) -> None:
     """Notes the hash of the teacher's weights (once: config.yaml keeps it); raises UsageError where it is another one's."""
     known = config.objective.teacher_sha256
+    if known is not None and known == teacher.former and teacher.changed:
+        raise UsageError(f"objective.teacher {teacher.name}: {teacher.changed}")
     if known is not None and known not in (teacher.sha256, teacher.former):
         raise UsageError(
             f"objective.teacher {teacher.name} has weights {teacher.sha256[:12]}, objective.teacher_sha256 says "

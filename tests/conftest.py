@@ -30,11 +30,13 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indices of foreign shards stay out of the user's cache; no data set is picked up from the environment."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("AIMV2_DATA", raising=False)
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indices of shards stay out of the user's cache, those of fixtures too; no data set is picked up from the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.delenv("AIMV2_DATA", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from brought import picture, put, run
 
+from aimv2.cli import main
+from aimv2.data.shards import captions_of, read_samples
 from aimv2.errors import UsageError
+from runs import assert_refused
 
 
 @pytest.fixture
@@ -19,7 +22,8 @@ def photos(tmp_path: Path) -> Path:
 
 CP1252 = "image,caption\na.jpg,un café\n".encode("cp1252")
 LLAVA = json.dumps([{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "a cat"}]}])
-CSV, SIDECAR = "CSV, TSV, JSONL or COCO JSON", "no .txt or .json beside an image of the same name"
+CSV = SIDECAR = "NAME.txt or NAME.json beside an image of that name"
+JSON = "neither COCO captions nor a list of rows"
 ROWS = '{"image": "a.jpg"}\n{"image": "b.jpg", "caption": "a cat"}\n'
 NOT_TAKEN = {  # name: (content, what is said); ``a.jpg`` stands for an image's name
     "captions.csv": (CP1252, "is not UTF-8"),
@@ -29,10 +33,10 @@ NOT_TAKEN = {  # name: (content, what is said); ``a.jpg`` stands for an image's 
     "links.tsv": ("url\tprompt\nhttps://example.org/x/a.jpg?w=1\ta cat\n", "no image column"),
     "upper.csv": ("file,words\nA.JPG,a cat\n", "no caption column"),
     "stems.csv": ("id,words\na,one cat\nb,two dogs\nc,a fox\n", "no image column"),
-    "llava.json": (LLAVA, CSV),
+    "llava.json": (LLAVA, JSON),
     "escaped.json": (
         json.dumps([{"image": "x/a.jpg", "conversations": [{"value": "a cat"}]}]).replace("/", "\\/"),
-        CSV,
+        JSON,
     ),
     "list.jsonl": (ROWS, "no caption column"),
     "images/a.caption": ("a cat", SIDECAR),
@@ -40,7 +44,7 @@ NOT_TAKEN = {  # name: (content, what is said); ``a.jpg`` stands for an image's 
     "images/a_caption.txt": ("a cat", SIDECAR),
     "images/caption.txt": ("a cat", SIDECAR),
     "metadata.json": ('{"images": "a cat"}', "--captions FILE"),
-    "prompts.json": ('{"cat": "a cat"}', CSV),
+    "prompts.json": ('{"cat": "a cat"}', JSON),
     "texts/a.txt": ("a cat", SIDECAR),
     "annotations/a.xml": ("<description>a cat</description>", SIDECAR),
     "captions.xlsx": (b"PK\3\4", CSV),
@@ -69,7 +73,7 @@ def test_captions_are_not_made_up_where_a_file_may_hold_them(
     assert why in said and "--captions FILE" in said and "\n" not in said
     assert not (tmp_path / "out").exists()
     if "may hold them" in said:
-        assert name in said and "--class-folders" in said
+        assert name in said and ("--class-folders" in said) == (len(folders) > 1)
     result = run(src, tmp_path / "out", class_folders=True)
     assert result["train"] == 3 and (tmp_path / "out" / "classes.txt").read_text().split() == list(folders)
 
@@ -101,7 +105,7 @@ def test_one_folder_is_no_class(tmp_path: Path) -> None:
     src = tmp_path / "src"
     for number in range(3):
         put(src / "images" / f"{number}.jpg", picture(number))
-    with pytest.raises(UsageError, match=r"\(images\): one folder is no class.*--captions FILE; --class-folders"):
+    with pytest.raises(UsageError, match=r"\(images\): one folder is no class.*--captions FILE, or --class-folders"):
         run(src, tmp_path / "out")
     put(src / "masks" / "0.png", picture(1, format="PNG"))
     with pytest.raises(UsageError, match=r"\(images, masks\): their names are no classes"):
@@ -143,3 +147,43 @@ def test_a_captions_file_beside_one_that_can_not_be_read_is_not_chosen_in_silenc
     put(photos / "README.txt", "Photographié à Orléans, déjà 7 fois".encode("cp1252"))  # it names no image
     put(photos / "one.txt", "x" * 200_000)  # more than csv takes for a field
     assert run(photos, tmp_path / "more")["train"] == 1
+
+
+def test_sidecars_that_are_no_text_are_rejected_by_name(tmp_path: Path) -> None:
+    """Accents of another encoding would be written as question marks into every caption."""
+    src = tmp_path / "src"
+    for number in range(4):
+        put(src / f"{number}.jpg", picture(number))
+    put(src / "0.txt", "a café")
+    put(src / "1.txt", "a café".encode("cp1252"))
+    put(src / "2.json", '["a café"]'.encode("cp1252"))
+    put(src / "3.json", "a café")
+    assert run(src, tmp_path / "out")["train"] == 1
+    said = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert said == ["1.txt is not UTF-8", "2.json is not UTF-8", "3.json is no JSON"]
+
+
+def test_a_caption_column_is_one_word_or_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The option that the refusal names settles it, as one would type it."""
+    src = tmp_path / "src"
+    for number in range(2):
+        put(src / "images" / f"{number}.jpg", picture(number))
+    put(src / "rows.csv", "file_name,prompt,more\n0.jpg,a cat,x\n1.jpg,a dog,y\n")
+    words = ["data", "import", str(src)]
+    assert_refused(capsys, [*words, str(tmp_path / "no")], "give --caption-column")
+    assert_refused(capsys, [*words, str(tmp_path / "no"), "--caption-column", "lost"], "no column 'lost'")
+    assert main([*words, str(tmp_path / "one"), "--caption-column", "prompt"]) in (None, 0)
+    assert main([*words, str(tmp_path / "two"), "--caption-column", "[prompt, more]"]) in (None, 0)
+    tars = [next((tmp_path / name).glob("train-*.tar")) for name in ("one", "two")]
+    found = [captions_of(parts) for _, parts in read_samples(tars[0])]
+    assert found == [{"caption": ["a cat"]}, {"caption": ["a dog"]}]
+    assert {tuple(captions_of(parts)) for _, parts in read_samples(tars[1])} == {("more", "prompt")}
+
+
+def test_sidecars_named_after_the_whole_file_are_no_table(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    for number in range(3):
+        put(src / f"{number}.jpg", picture(number))
+        put(src / f"{number}.jpg.txt", "a child, climbing, into a house")
+    with pytest.raises(UsageError, match=r"0\.jpg\.txt .*NAME\.txt or NAME\.json beside an image of that name.*rename"):
+        run(src, tmp_path / "out")

@@ -69,6 +69,8 @@ def test_a_folder_without_a_processor_is_refused_unless_the_user_says_it(
     assert_refused(
         capsys, ["knn", *words, "--image-mean", "0.5", "--image-std", "0,1,1"], "--image-std 0,1,1", "above 0"
     )
+    assert_refused(capsys, ["knn", *words, "--image-mean", "127", "--image-std", "0.5"], "--image-mean 127", "0 to 1")
+    assert_refused(capsys, ["knn", *words, "--image-mean", "0.5", "--image-std", "127"], "--image-std 127", "0 to 1")
     stats = ["--image-mean", ",".join(map(str, IMAGENET[0])), "--image-std", ",".join(map(str, IMAGENET[1]))]
     assert main(["knn", *words, *stats, "--k", "1", "--json"]) in (None, 0)
     about = json.loads(capsys.readouterr().out)["model"]
@@ -141,6 +143,6 @@ def test_what_takes_no_images_is_one_line(tmp_path: Path) -> None:
 
     text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")}
     folder = save(tmp_path / "bert", BertModel(BertConfig(**text, vocab_size=10, intermediate_size=48)))
-    assert open_transformers(str(folder), folder, "cpu")[1] == set()
+    assert open_transformers(str(folder), folder, "cpu")[1] == {}
     with pytest.raises(UsageError, match="BertModel can't be measured on RGB images of 224 x 224 px"):
         open_frozen(str(folder))

@@ -45,7 +45,7 @@ def data_import(
     out: str,
     captions: str | None = None,
     image_column: str | None = None,
-    caption_column: list[str] | None = None,
+    caption_column: list[str] | str | None = None,
     template: str = "a photo of a {}.",
     split: str | None = None,
     val_fraction: float = 0.0,
@@ -63,7 +63,7 @@ def data_import(
         out: folder of the shards; interrupted and started again it ends with the same shards
         captions: the captions file, where a folder has several
         image_column: of a table
-        caption_column: of a table, one or several; each is a caption field
+        caption_column: of a table; one, or several as [a, b]; each is a caption field
         template: caption of a class folder; {} is the class
         split: of a hub id
         val_fraction: share of the keys that becomes validation data

@@ -171,21 +171,32 @@ def are_splits(folders: Sequence[str]) -> bool:
 def why_no_captions(others: list[str], refused: dict[str, str], folders: list[str]) -> str:
     """What was found instead of captions, why it was not taken, and the option that settles it."""
     shown = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
-    settles = f"; --class-folders takes the names of the folders ({shown}) as captions" if folders else ""
+    settles = f"; --class-folders takes the names of the folders ({shown}) as captions" if are_classes(folders) else ""
     if others:
-        plain = (
-            "it is no .txt or .json beside an image of the same name and no CSV, TSV, JSONL or COCO JSON of captions"
-        )
         more = f" (and {', '.join(others[1:])})" if others[1:] else ""
-        why = refused.get(others[0]) or plain
-        return f"{others[0]}{more} may hold them and was not taken: {why}; name it with --captions FILE, or convert it{settles}"
+        return f"{others[0]}{more} may hold them and was not taken: {_why(others[0], refused)}{settles}"
     if folders:
         kind = "one folder is no class" if len(folders) == 1 else "their names are no classes"
         return (
             f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt or .json beside the "
-            f"images; give --captions FILE{settles}"
+            f"images; give --captions FILE, or --class-folders to take the folders' names all the same"
         )
     return (
         "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json beside the images and no class folders; give "
         "--captions FILE"
+    )
+
+
+def _why(file: str, refused: dict[str, str]) -> str:
+    """Why a file was not taken for captions, and what to do about it."""
+    path = PurePosixPath(file)
+    if file in refused and path.suffix.lower() != ".txt":
+        return f"{refused[file]}; or name another with --captions FILE"
+    if path.suffix.lower() in LISTS and len(path.parts) > 1:
+        return "it lies in a folder below; name it with --captions FILE"
+    if path.suffix.lower() == ".json":
+        return "it is neither COCO captions nor a list of rows with an image and a caption; --captions FILE names one that is"
+    return (
+        "captions are read from NAME.txt or NAME.json beside an image of that name, or from a CSV, TSV, JSONL or COCO JSON that "
+        "--captions FILE names; rename or convert it"
     )

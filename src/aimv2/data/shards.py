@@ -15,7 +15,8 @@ import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from hashlib import sha1
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from aimv2.errors import UsageError
@@ -279,6 +280,22 @@ def _sample_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 # ---- write ----
+
+
+def safe_key(name: str) -> str:
+    """A WebDataset key from an image's name: no extension, dot, slash or leading underscores; short."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    known = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+    stem = str(path.with_suffix("")) if known else str(path)
+    key = re.sub(r"[^\w\-]+", "_", stem).lstrip("_") or "image"
+    if len(key.encode()) > 80:
+        # Longer names need extended tar headers; the digest keeps cut keys apart.
+        key = (
+            key.encode()[:64].decode("utf-8", "ignore")
+            + "-"
+            + sha1(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        )
+    return key
 
 
 class _TarFile:

@@ -11,12 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha1
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from aimv2.data.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
-from aimv2.data.shards import IMAGE_EXTENSIONS, captions_of, clean_captions, json_of
+from aimv2.data.shards import IMAGE_EXTENSIONS, captions_of, clean_captions, json_of, safe_key
 from aimv2.errors import UsageError
 
 IMAGE_COLUMNS = (
@@ -134,39 +133,31 @@ class FileReader:
             try:
                 data = Path(path).read_bytes()
                 captions, about = self._sidecars(*sidecars) if sidecars else (item.captions, item.about)
+            except ValueError as error:
+                yield Reject(item.key, item.image, str(error))
+                continue
             except OSError as error:
                 yield Reject(item.key, item.image, f"cannot be read: {error.strerror or error}")
                 continue
             yield Loaded(data, captions, item.label, about)
 
     def _sidecars(self, text: str, record: str) -> tuple[Captions, dict[str, Any]]:
+        """Raises ValueError for a file that is no text in UTF-8, or no JSON."""
         raw = Path(record).read_bytes() if record else b"{}"
         parts = {"json": raw}
         captions = captions_of(parts)
         if not captions and record:
             try:
                 captions = clean_captions(json.loads(raw))  # a bare list of captions
-            except ValueError:
-                captions = {}
+            except ValueError as error:
+                what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
+                raise ValueError(f"{Path(record).name} {what}") from None
         if not captions and text:
-            captions = clean_captions(Path(text).read_text("utf-8", "replace").splitlines())
+            try:
+                captions = clean_captions(Path(text).read_text("utf-8-sig").splitlines())
+            except UnicodeDecodeError:
+                raise ValueError(f"{Path(text).name} {NOT_UTF8}") from None
         return captions, json_of(parts)
-
-
-def safe_key(name: str) -> str:
-    """A WebDataset key from an image's name: no extension, dot, slash or leading underscores; short."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    known = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-    stem = str(path.with_suffix("")) if known else str(path)
-    key = re.sub(r"[^\w\-]+", "_", stem).lstrip("_") or "image"
-    if len(key.encode()) > 80:
-        # Longer names need extended tar headers; the digest keeps cut keys apart.
-        key = (
-            key.encode()[:64].decode("utf-8", "ignore")
-            + "-"
-            + sha1(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        )
-    return key
 
 
 # ---- folders ----
@@ -352,7 +343,7 @@ def _captions_candidates(
     root: Path, files: list[str], images: list[str], columns: Columns
 ) -> tuple[list[str], dict[str, str]]:
     """Files of a folder that read like captions of images, and why others that were tried do not."""
-    sidecars = {_stem(name) for name in images}
+    sidecars = {*map(_stem, images), *images}  # a.txt and a.jpg.txt
     found, refused = [], dict[str, str]()
     for name in files:
         kind = name.rpartition(".")[2].lower()

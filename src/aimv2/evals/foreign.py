@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ def is_foreign(folder: Path) -> bool:
 # ---- loading ----
 
 
-def open_transformers(source: str, folder: Path, device: str | torch.device) -> tuple[Any, set[str]]:
+def open_transformers(source: str, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, str]]:
     """What ``AutoModel`` makes of a folder, in evaluation mode; nothing is unpickled and no code of the folder runs.
 
     Returns:
-        the model, and the names of its weights that the folder does not hold: they are random (see :func:`settle`).
+        the model, and the names of its weights that the folder does not hold, each with what it holds instead: they are random
+        (see :func:`settle`).
 
     Raises:
         UsageError: it can't; the folder holds an adapter, code to fetch, or more blocks than the model has.
@@ -66,8 +67,11 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
         raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
     if found["error_msgs"]:
         raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(map(str, found['error_msgs']))[:200]}")
-    missing = set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]}
-    _refuse_left_over(source, model, sorted(found["unexpected_keys"]), missing)
+    left = sorted(found["unexpected_keys"])
+    missing = dict.fromkeys(found["missing_keys"], f"; of no use is {_some(left)}" if left else "")
+    for name, stored, wanted in found["mismatched_keys"]:
+        missing[name] = f": {name} is {list(stored)} there, {list(wanted)} by config.json"
+    _refuse_left_over(source, model, left, missing)
     return model.eval().to(device), missing
 
 
@@ -98,7 +102,7 @@ def _refuse_what_is_not_read(source: str, folder: Path) -> None:
             )
 
 
-def _refuse_left_over(source: str, model: Any, left: list[str], missing: set[str]) -> None:
+def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping[str, str]) -> None:
     """
     Raises:
         UsageError: keys with a prefix of training, or of blocks that the model does not have; a head that it lacks is fine.
@@ -119,13 +123,13 @@ def _refuse_left_over(source: str, model: Any, left: list[str], missing: set[str
         )
 
 
-def settle(source: str, model: nn.Module, missing: set[str], outputs: Outputs) -> None:
+def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: Outputs) -> None:
     """Makes sure that what is measured depends on stored weights alone; what it does not depend on is left out of the model.
 
     Args:
         source: for messages.
         model: in evaluation mode, as a whole.
-        missing: weights of it that are random.
+        missing: weights of it that are random, each with what there is instead.
         outputs: runs it on one image (and text) and gives everything that may be measured.
 
     Raises:
@@ -153,9 +157,10 @@ def settle(source: str, model: nn.Module, missing: set[str], outputs: Outputs) -
             idle.add(id(value))
             value.data.fill_(math.nan)
     if random:
+        instead = next((why for name in random if (why := missing[name]).startswith(":")), missing[random[0]])
         raise UsageError(
-            f"MODEL {source}: {_some(random)} of {len(random)} that its features depend on are not in its weights and would be "
-            "random; give the whole model"
+            f"MODEL {source}: its weights lack {len(random)} that its features depend on ({_some(random)}), which would be "
+            f"random{instead}; correct config.json, or give the whole model"
         )
     _leave_out(model, used, idle, outputs, before)
     if not _same(before, _run(outputs)):
@@ -235,7 +240,7 @@ def _used(model: nn.Module, outputs: Outputs) -> set[int]:
     return found
 
 
-def _some(names: Sequence[str] | set[str]) -> str:
+def _some(names: Iterable[str]) -> str:
     """The first few, in order."""
     listed = sorted(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
@@ -251,7 +256,7 @@ def transformers_frozen(
     whole, missing = open_transformers(source, folder, device)
     model = getattr(whole, "vision_model", whole)
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
-    missing = {name.removeprefix(inside) for name in missing if name.startswith(inside)}
+    missing = {name.removeprefix(inside): why for name, why in missing.items() if name.startswith(inside)}
     config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
     pixels, size = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
     unmasked, first = _unmasked(model, size), 1
@@ -418,7 +423,7 @@ def of_timm(source: str, model: Any, size: int, stats: Stats, device: torch.devi
     probe = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(
         device
     )
-    settle(source, model, set(), lambda: run(probe, [LAST]))
+    settle(source, model, {}, lambda: run(probe, [LAST]))
     with torch.inference_mode():
         width = run(probe, [LAST])[0].shape[-1]
     return _frozen(source, "timm", size, width, 0, run, model, device, pixels)

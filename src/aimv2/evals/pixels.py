@@ -67,8 +67,10 @@ class Pixels:
         return f"{'bgr' if self.bgr else 'rgb'} * {self.scale:.8g} - {self.offset:g}; {stats}"
 
 
-def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS) -> Stats | None:
+def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bool = True) -> Stats | None:
     """Mean and std as a user gives them: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
+
+    ``unit``: of pixels in 0..1, so that none is above 1; else of pixels that a processor may have left in 0..255.
 
     Raises:
         UsageError: one without the other, not one or three numbers, a std of 0 or less.
@@ -78,18 +80,18 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS) -> Stats
     if mean is None or std is None:
         there, absent = options if std is None else options[::-1]
         raise UsageError(f"{there} without {absent}: give both")
-    found = []
+    found, most = [], 1.0 if unit else float("inf")
     for option, given in zip(options, (mean, std)):
         words = given if isinstance(given, list | tuple) else str(given).split(",")
         try:
             values = tuple(float(word) for word in words)
         except ValueError:
             values = ()
-        if len(values) not in (1, 3) or not np.isfinite(values).all() or (option == options[1] and min(values) <= 0):
-            above = " above 0" * (option == options[1])
-            raise UsageError(
-                f"{option} {given}: one number{above} or three (red, green, blue), of pixels in 0 to 1, expected"
-            )
+        is_std = option == options[1]
+        right = len(values) in (1, 3) and bool(np.isfinite(values).all()) and max(values) <= most
+        if not right or (is_std and min(values) <= 0):
+            above, scaled = " above 0" * is_std, ", of pixels in 0 to 1," * unit
+            raise UsageError(f"{option} {given}: one number{above} or three (red, green, blue){scaled} expected")
         found.append(values * (3 // len(values)))
     return Stats(*found)
 
@@ -139,7 +141,7 @@ def read_processor(
             f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; {either}"
         )
     if any(times):  # the second time, of EfficientNet's, by the std alone
-        given = read_stats(mean, std, (f"{file}: image_mean", f"{file}: image_std"))
+        given = read_stats(mean, std, (f"{file}: image_mean", f"{file}: image_std"), unit=False)
         assert given is not None
         stats = Stats(given.mean if times[0] else (0.0,) * 3, tuple(value ** sum(times) for value in given.std))
     scaled = stored.get("do_rescale", True)
@@ -160,7 +162,7 @@ def former_pixels(folder: Path) -> Pixels:
     """What versions before 0.2 did to pixels: the file's mean and std, else ImageNet's, over 255, whatever else it says."""
     stored = read_image_processor(folder)
     mean, std = stored.get("image_mean") or IMAGENET_MEAN, stored.get("image_std") or IMAGENET_STD
-    return Pixels(stats=read_stats(mean, std), origin="an earlier version")
+    return Pixels(stats=read_stats(mean, std, unit=False), origin="an earlier version")
 
 
 def _open(folder: Path) -> Any:

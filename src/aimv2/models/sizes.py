@@ -14,7 +14,7 @@ NATIVE_PATCHES = (112, 4096)  # supported range of the released native model
 
 def not_pixels(dtype: Any) -> str:
     """What is wrong with images of this type of integers."""
-    return f"images of {dtype}: uint8 (0..255), or float that is normalised already, expected; images.to(uint8) first"
+    return f"images of {dtype}: uint8 (0..255), or float that is normalised already, expected; images.to(torch.uint8) where they are 0..255"
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,15 @@ SYSTEM = ("thumbs.db", "desktop.ini")
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")  # where a bare number may well be an image's name
 STRUCTURE = ("image", "images", "img", "imgs", "jpegimages")  # folders that hold a data set's images: names of no class
 SPLITS = ("train", "val", "valid", "validation", "test")
-READ = 1 << 20  # characters of a file that are looked at
+READ = 1 << 18  # bytes of a file that are looked at
 SHOWN = 3
 _SAYS_SO = re.compile(r"caption|prompt|descri|annotation|metadata|sentence|(?:^|[^a-z])(?:alt|text)s?(?:[^a-z]|$)")
 _IMAGE = re.compile(rf"\.(?:{'|'.join(IMAGE_EXTENSIONS)})(?![a-z0-9])")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_PIECE = re.compile(r".{1,4000}(?:[,;\s}\]]|$)|.{1,4000}")  # of a line at once, cut between words: JSON may be one line
+_CUT = re.compile(r"[^\w.\-]")
+_FIELD = re.compile(r"[^,;|\t\"]+")  # between separators and quotes
+_FIRST = re.compile(r"^\s*\S+")
 _DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
 
 
@@ -46,7 +50,8 @@ class _Images:
     def __init__(self, images: Sequence[str]) -> None:
         self.names = {PurePosixPath(image).name.casefold() for image in images}
         self.stems = {_plain(PurePosixPath(name).stem) for name in self.names}
-        self.folders = {part.casefold() for image in images for part in PurePosixPath(image).parent.parts}
+        parents = {str(PurePosixPath(image).parent).casefold() for image in images}
+        self.words = {*SPLITS, *STRUCTURE, *_WORD.findall(" ".join(parents))}  # of a path
 
 
 def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -> list[str]:
@@ -90,8 +95,8 @@ def speaks_of_images(file: Path, own: _Images) -> bool:
     lists, named = file.suffix.lower() in LISTS, set[str]()
     few = min(3, (len(own.stems) + 1) // 2)
     for line in _lines(file):
-        here = {*_files_in(line, own), *_stems_in(line, own, lists)}
-        if here and _says_more(line, here, own):
+        here, rest = _named(line, own, lists)
+        if here and not own.words.issuperset(_WORD.findall(_DIGEST.sub(" ", _IMAGE.sub(" ", rest)))):
             named |= here
             if len(named) >= (1 if lists and here & own.names else few):
                 return True
@@ -116,41 +121,32 @@ def _lines(file: Path) -> Iterator[str]:
         if "\ufffd" in texts[0]:
             texts.append(head.decode("cp1252", "replace"))
     for text in texts:
-        for line in text.casefold().splitlines():
+        for line in (part for whole in text.casefold().splitlines() for part in _PIECE.findall(whole)):
             yield line
+            if "%" not in line and "\\" not in line:
+                continue
             plain = re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), line).replace("\\/", "/")
             if (plain := unquote(plain).casefold()) != line:
                 yield plain
 
 
-def _files_in(line: str, own: _Images) -> set[str]:
-    """Image files that a line names, whatever stands before and behind the name."""
-    found = set()
+def _named(line: str, own: _Images, numbers: bool) -> tuple[set[str], str]:
+    """The images that a line names, by their files whatever stands before and behind, or by a whole field; and the rest of it."""
+    found, rest = set[str](), list(line)
     for end in _IMAGE.finditer(line):
         start = max(0, end.start() - 160)
         before = line[start : end.end()]
-        cuts = [0, *(cut.end() for cut in re.finditer(r"[^\w.\-]", before))]
-        found |= {before[cut:] for cut in cuts if before[cut:] in own.names}
-    return found
-
-
-def _stems_in(line: str, own: _Images, numbers: bool) -> set[str]:
-    """Images that a line names without their endings: as a whole field, or its path's end."""
-    found = set()
-    for field in re.findall(r'"((?:[^"\\]|\\.)*)"', line) + re.split(r"[,;|\t]", line) + line.split()[:1]:
-        stem = _plain(re.split(r"[/\\]", field.strip().strip("\"':[]{}").strip())[-1])
+        for cut in (0, *(cut.end() for cut in _CUT.finditer(before))):
+            if before[cut:] in own.names:
+                found.add(before[cut:])
+                rest[start + cut : end.end()] = " " * (len(before) - cut)
+                break
+    for field in (*_FIELD.finditer(line), *_FIRST.finditer(line)):
+        stem = _plain(re.split(r"[/\\]", field[0].strip(" '\":[]{}"))[-1])
         if stem in own.stems and (numbers or not stem.isdigit()):
             found.add(stem)
-    return found
-
-
-def _says_more(line: str, named: set[str], own: _Images) -> bool:
-    """Whether a line has words beside the names of images and folders and checksums."""
-    for name in sorted(named, key=len, reverse=True):
-        line = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", line)
-    words = set(_WORD.findall(_DIGEST.sub(" ", _IMAGE.sub(" ", line))))
-    folders = {word for folder in own.folders for word in _WORD.findall(folder)}
-    return bool(words - folders - {*SPLITS, *STRUCTURE})  # those are words of a path
+            rest[field.start() : field.end()] = " " * len(field[0])
+    return found, "".join(rest)
 
 
 def _plain(stem: str) -> str:

@@ -1,6 +1,5 @@
 """Imports split, resume and end as they should: the same plan gives the same bytes, whoever writes them."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -10,28 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from brought import picture, put, run
 
 from aimv2.data import importing
 from aimv2.data.importing import import_data
 from aimv2.data.shards import read_samples, write_shard
 from aimv2.errors import UsageError
-
-
-def picture(number: int = 0, size: tuple[int, int] = (24, 16), format: str = "JPEG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, (number * 7 % 256, number * 31 % 256, 90)).save(out, format)
-    return out.getvalue()
-
-
-def put(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def run(source: object, out: Path, **options: object) -> dict:
-    return import_data(str(source), out, **{"workers": 1, "progress": False, **options})
 
 
 def samples(out: Path, split: str = "train") -> dict[str, dict]:

@@ -78,20 +78,26 @@ def probe(
 
     _check(data, protocol, features, select, baselines)
     _at_least_one(epochs, batch_size, trunk_batch)
-    grid = numbers(rates, "--rates"), numbers(decays, "--decays")
-    if not all(grid[0]):
-        raise UsageError(f"--rates {rates}: numbers above 0 expected")
+    grid = _grid(rates, decays)
     if not 0 <= warmup < epochs:
         raise UsageError(f"--warmup {warmup:g}: part of the {epochs} --epochs; 0 or more and less than that expected")
     settings = ProbeSettings(
         protocol, ("last",), *grid, epochs, warmup, batch_size, heads, augmented=features == "augmented", flip=flip
     )
-    chosen, limits = whole_seeds(seeds), (train_limit, test_limit)
     asked = Asked(
-        str(data), dataset, settings, select, chosen, words(baselines), *limits, trunk_batch, workers, out, cache
-    )
+        str(data), dataset, settings, select, whole_seeds(seeds), words(baselines), train_limit, test_limit, trunk_batch,
+        workers, out, cache,
+    )  # fmt: skip
     where, stats = usual_device(device), read_stats(image_mean, image_std)
     return open_and_measure(model, where, image_size, precision, layers, asked, stats)
+
+
+def _grid(rates: str, decays: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Learning rates and weight decays; raises UsageError for a rate of 0."""
+    grid = numbers(rates, "--rates"), numbers(decays, "--decays")
+    if not all(grid[0]):
+        raise UsageError(f"--rates {rates}: numbers above 0 expected")
+    return grid
 
 
 def _at_least_one(epochs: int, batch_size: int, trunk_batch: int) -> None:

@@ -9,25 +9,9 @@ from aimv2.data.shards import IMAGE_EXTENSIONS
 
 # not text, so not looked into: tables, archives of one file, databases, documents, arrays
 CLOSED = (
-    *(".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".sqlite", ".sqlite3", ".db", ".lmdb", ".mdb"),
-    *(
-        ".gz",
-        ".bz2",
-        ".xz",
-        ".zst",
-        ".docx",
-        ".doc",
-        ".odt",
-        ".rtf",
-        ".pkl",
-        ".pickle",
-        ".npy",
-        ".npz",
-        ".h5",
-        ".hdf5",
-        ".mat",
-    ),
-)
+    ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".sqlite", ".sqlite3", ".db", ".lmdb", ".mdb", ".gz", ".bz2",
+    ".xz", ".zst", ".docx", ".doc", ".odt", ".rtf", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".mat",
+)  # fmt: skip
 SYSTEM = ("thumbs.db", "desktop.ini")
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")  # where a bare number may well be an image's name
 STRUCTURE = ("image", "images", "img", "imgs", "jpegimages")  # folders that hold a data set's images: names of no class

@@ -195,15 +195,13 @@ def open_folder(
     candidates, refused = _captions_candidates(root, files, images, columns)
     if len(candidates) > 1:
         raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
-    unread = next(
-        (f for f, why in refused.items() if why.startswith(NOT_UTF8) and names_images(root / f, images)), None
-    )
-    if candidates and unread is not None:
-        raise UsageError(
-            f"{root} has several captions files: {candidates[0]}, and {unread}, which {refused[unread]}; choose one with "
-            "--captions FILE"
-        )
     if candidates:
+        for name, why in refused.items():
+            if why.startswith(NOT_UTF8) and names_images(root / name, images):
+                raise UsageError(
+                    f"{root} has several captions files: {candidates[0]}, and {name}, which {why}; choose one with "
+                    "--captions FILE"
+                )
         return open_captions(root / candidates[0], root, images, columns)
     if not images:
         raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}")

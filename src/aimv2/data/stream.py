@@ -38,10 +38,8 @@ from aimv2.data.transforms import Box, crop_resize, random_crop_box, to_pixels
 from aimv2.errors import RankError, UsageError
 
 FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
-BAD_INDEX = (
-    "Inconsistent sample base name",
-    "Unexpected end of tar file",
-)  # energon's words where offsets and tar differ
+# energon's words where offsets and tar differ
+BAD_INDEX = ("Inconsistent sample base name", "Unexpected end of tar file")
 
 
 @dataclass
@@ -352,9 +350,8 @@ class TrainStream:
                 f"train.batch_size {batch_size} does not divide by {world_size} ranks x {self.parts} data workers; "
                 "change train.batch_size or data.workers"
             )
-        indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
-        self.indices = indices
-        self.samples = sum(count_samples(index) for index in indices)
+        self.indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
+        self.samples = sum(count_samples(index) for index in self.indices)
         if view.native is None and self.samples < batch_size:
             raise UsageError(
                 f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
@@ -364,7 +361,7 @@ class TrainStream:
         kind = PairEncoder if view.native is None else NativePairEncoder
         encoder = kind(config, view, tokenizer, seed, worker)
         dataset = encoder.build_train_datasets(
-            datasets=_load(indices, encoder.sources, worker),
+            datasets=_load(self.indices, encoder.sources, worker),
             worker_config=worker,
             batch_size=batch_size // (world_size * self.parts) if view.native is None else None,
             batch_drop_last=False,

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError
 from aimv2.evals.frozen import AVERAGE, LAST, Frozen
-from aimv2.evals.pixels import OPTIONS, Pixels, Stats, given_pixels, quiet, read_processor
+from aimv2.evals.pixels import OPTIONS, Pixels, Stats, quiet, read_processor
 from aimv2.evals.weights import weights_hash
 from aimv2.interop.shapes import read_json
 
 PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every key
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
-FLASH = {
-    "flash_attention_2": "flash_attn",
-    "flash_attention_3": "flash_attn_interface",
-}  # else transformers fetches a kernel
+# the packages without which transformers fetches a kernel
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 MASKED = "vit_mae"  # whose encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
 
@@ -123,6 +121,12 @@ def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping
         )
 
 
+def probe_image(size: int, device: str | torch.device = "cpu") -> Tensor:
+    """One image of noise on which a model is tried, the same at each call: uint8 [1, 3, size, size]."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=rng).to(device)
+
+
 def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: Outputs) -> None:
     """Makes sure that what is measured depends on stored weights alone; what it does not depend on is left out of the model.
 
@@ -137,9 +141,7 @@ def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: O
     """
     before = _run(outputs)
     used = _used(model, outputs)
-    owners = {
-        id(module) for name, module in model.named_modules() for p in module.parameters(recurse=False) if id(p) in used
-    }
+    owners = {id(module) for module in model.modules() for p in module.parameters(recurse=False) if id(p) in used}
     random, idle = [], set[int]()
     for name in sorted(missing):
         path, _, last = name.rpartition(".")
@@ -162,7 +164,8 @@ def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: O
             f"MODEL {source}: its weights lack {len(random)} that its features depend on ({_some(random)}), which would be "
             f"random{instead}; correct config.json, or give the whole model"
         )
-    _leave_out(model, used, idle, outputs, before)
+    if idle:
+        _leave_out(model, used, idle, outputs, before)
     if not _same(before, _run(outputs)):
         raise UsageError(
             f"MODEL {source}: two passes over the same image differ, so that no figure of it can be had again; a model whose "
@@ -258,15 +261,13 @@ def transformers_frozen(
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
     missing = {name.removeprefix(inside): why for name, why in missing.items() if name.startswith(inside)}
     config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
-    pixels, size = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
+    pixels, size, _ = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
     unmasked, first = _unmasked(model, size), 1
 
     def forward(images: Tensor) -> Any:
         return model(pixel_values=pixels(images).to(kind), output_hidden_states=True, **unmasked(images))
 
-    probe = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    probe = probe_image(size, device)
 
     def outputs() -> list[Tensor]:
         out = forward(probe)
@@ -296,9 +297,9 @@ def transformers_frozen(
         settle(source, model, missing, outputs)
         with torch.inference_mode():
             norm = last_norm(model, lambda: forward(probe))
-            width = run(probe, [LAST])[0].shape[-1]
-            depth = getattr(config, "num_hidden_layers", 0)
-            first = len(forward(probe).hidden_states or ()) - depth
+            out, depth = forward(probe), getattr(config, "num_hidden_layers", 0)
+            width = patches(out.last_hidden_state).shape[-1]
+            first = len(out.hidden_states or ()) - depth
             depth = depth if first in (0, 1) else 0  # else nobody knows which block is which
     except UsageError:
         raise
@@ -403,7 +404,7 @@ def of_timm(source: str, model: Any, size: int, stats: Stats, device: torch.devi
     Raises:
         UsageError: features that are no patches on a square grid, or differ from pass to pass.
     """
-    pixels = given_pixels(stats, "timm")
+    pixels = Pixels(stats=stats, origin="timm")
     layout = str(getattr(model, "output_fmt", "") or "")
     layout = layout.rpartition(".")[2].upper()  # what the model says of its maps; NCHW is not said
 
@@ -420,9 +421,7 @@ def of_timm(source: str, model: Any, size: int, stats: Stats, device: torch.devi
             raise UsageError(f"MODEL {source}: {count} features of an image of {size} px are no square grid of patches")
         return [x[:, before:]] * len(layers)
 
-    probe = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    probe = probe_image(size, device)
     settle(source, model, {}, lambda: run(probe, [LAST]))
     with torch.inference_mode():
         width = run(probe, [LAST])[0].shape[-1]

@@ -67,6 +67,20 @@ class Pixels:
         return f"{'bgr' if self.bgr else 'rgb'} * {self.scale:.8g} - {self.offset:g}; {stats}"
 
 
+class Processing(NamedTuple):
+    """What is done to an image before a model.
+
+    Attributes:
+        pixels: the arithmetic.
+        side: pixels a side of the images that it makes.
+        processor: the folder's own, of transformers; None where there is none, or it can't be had here.
+    """
+
+    pixels: Pixels
+    side: int
+    processor: Any
+
+
 def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bool = True) -> Stats | None:
     """Mean and std as a user gives them: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
 
@@ -96,15 +110,10 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
     return Stats(*found)
 
 
-def given_pixels(stats: Stats, origin: str = "options") -> Pixels:
-    """Pixels scaled to 0..1 and normalised."""
-    return Pixels(stats=stats, origin=origin)
-
-
 def read_processor(
     source: str, folder: Path, stats: Stats | None, side: int | None, options: tuple[str, str] = OPTIONS
-) -> tuple[Pixels, int]:
-    """What the folder's image processor does to pixels, and the side of the images that it makes.
+) -> Processing:
+    """What the folder's image processor does to an image.
 
     Args:
         source: for messages.
@@ -123,7 +132,7 @@ def read_processor(
             raise UsageError(
                 f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or {either}"
             )
-        return given_pixels(stats), side or SIDE
+        return Processing(Pixels(stats=stats, origin="options"), side or SIDE, None)
     stored, processor = read_image_processor(folder), _open(folder)
     size = _size(stored, file)
     if processor is not None:
@@ -133,7 +142,7 @@ def read_processor(
     size = size or side or _size(stored, file) or SIDE
     bgr = bool(stored.get("do_flip_channel_order"))
     if stats is not None:
-        return Pixels(stats=stats, bgr=bgr, origin="options"), size
+        return Processing(Pixels(stats=stats, bgr=bgr, origin="options"), size, processor)
     times = bool(stored.get("do_normalize", processor is None)), bool(stored.get("include_top"))
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if any(times) and (mean is None or std is None):
@@ -155,7 +164,7 @@ def read_processor(
             f"MODEL {source}: its {type(processor).__name__} {why}; one that resizes, crops, scales and normalises RGB images "
             f"expected, or {either}"
         )
-    return pixels, size
+    return Processing(pixels, size, processor)
 
 
 def former_pixels(folder: Path) -> Pixels:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from aimv2.data.images import to_rgb
 from aimv2.data.transforms import centre_crop_box, crop_resize, image_transform, to_pixels
 from aimv2.errors import UsageError
-from aimv2.evals.foreign import is_foreign, open_transformers, settle
+from aimv2.evals.foreign import is_foreign, open_transformers, probe_image, settle
 from aimv2.evals.frozen import refuse_stats
-from aimv2.evals.pixels import Pixels, Stats, about, read_processor
+from aimv2.evals.pixels import Processing, Stats, about, read_processor
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.evals.weights import weights_hash
 from aimv2.interop.shapes import processor_file
@@ -162,14 +162,11 @@ def _of_transformers(source: str, folder: Path, by: str, device: str | torch.dev
         raise _no_text(source)
     _refuse_likelihood(source, by)
     vision = getattr(model.config, "vision_config", model.config)
-    pixels, side = read_processor(source, folder, stats, getattr(vision, "image_size", None))
+    how = read_processor(source, folder, stats, getattr(vision, "image_size", None))
     try:
-        pair = TransformersPair(model, folder, pixels, side)
+        pair = TransformersPair(model, folder, how)
         size = pair.check()
-        images = torch.randint(
-            0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
-        settle(source, model, missing, lambda: [pair.encode_image(images), pair.encode_text(["a", "b"])])
+        settle(source, model, missing, lambda: [pair.encode_image(probe_image(size)), pair.encode_text(["a"])])
     except UsageError:
         raise
     except Exception as error:  # whatever a pair of another kind, or a tokeniser, says
@@ -177,7 +174,7 @@ def _of_transformers(source: str, folder: Path, by: str, device: str | torch.dev
         raise UsageError(f"MODEL {source}: {type(model).__name__} can't be used as a pair here: {why}") from None
     shape = {"kind": "transformers pair", "architecture": type(model).__name__, "image_size": size}
     shape["width"] = getattr(vision, "hidden_size", None)
-    shape |= about(pixels)
+    shape |= about(how.pixels)
     view = f"as its {pair.file.name} says" if pair.file is not None else "centred square"
     return Matcher(source, "contrastive", pair, model, weights_hash(model), pair.see, view, shape)
 
@@ -201,17 +198,17 @@ class TransformersPair:
     mask: so they are given; to others as their tokeniser gives them, padded to the longest.
     """
 
-    def __init__(self, model: Any, folder: Path, pixels: Pixels, side: int) -> None:
-        """``side``: pixels of the squares that it sees, where no processor makes them."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+    def __init__(self, model: Any, folder: Path, how: Processing) -> None:
+        """Raises ValueError for a folder without a tokeniser, or whose image processor can't be had here."""
+        from transformers import AutoTokenizer
 
-        self.model, self.how, self.side, self.file = model, pixels, side, processor_file(folder)
+        self.model, self.file = model, processor_file(folder)
+        self.how, self.side, self.processor = how
+        if self.file is not None and self.processor is None:
+            raise ValueError(f"the image processor of its {self.file.name} can't be opened here")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not any((folder / name).is_file() for name in self.tokenizer.vocab_files_names.values()):
             raise ValueError("no tokenizer beside the weights")  # transformers makes an empty one
-        self.processor = None
-        if self.file is not None:
-            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         self.siglip = model.config.model_type.startswith("siglip")
         reads = ["input_ids"] if self.siglip else inspect.signature(model.get_text_features).parameters
         self.reads = [name for name in self.tokenizer.model_input_names if name in reads]

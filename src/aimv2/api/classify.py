@@ -57,9 +57,8 @@ def knn(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     ks = _whole(k, "--k")
     _one_of("--weights", weights, ("uniform", "distance"))
@@ -130,9 +129,8 @@ def linear(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     _one_of("--solver", solver, ("lbfgs", "sgd"))
     shared = (data, dataset, layers, "mean", baselines, train_limit, test_limit, image_size, batch_size)
@@ -180,9 +178,8 @@ def fewshot(
         precision: of the trunk's products, fp32 or bf16
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json and feature cache; interrupted and started again it goes on
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     few = _whole(shots, "--shots")
     if seeds < 1:

@@ -59,9 +59,8 @@ def segment(
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     from aimv2.data.pairs import masks
     from aimv2.evals.dense import measure, segmentation_work
@@ -128,9 +127,8 @@ def depth(
         trunk_batch: images at once in the trunk
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json and feature cache
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     from aimv2.data.pairs import depths
     from aimv2.evals.dense import depth_work, measure

@@ -39,9 +39,8 @@ def explore(
         open: the page in the browser of this machine
         upload_mb: largest picture that the page may send, MB
         device: cpu, cuda, ...; null: cuda where there is one
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     import importlib.util
 

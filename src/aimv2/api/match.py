@@ -43,9 +43,8 @@ def zeroshot(
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     _check(by, normalize, batch_size)
     if data is None:
@@ -97,9 +96,8 @@ def retrieve(
         batch_size: images at once
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder of result.json
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     _check(by, normalize, batch_size)
     if data is None:

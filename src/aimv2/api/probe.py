@@ -67,9 +67,8 @@ def probe(
         precision: of the trunk's products, fp32 or bf16; the heads are fp32
         cache: folder of features that several verbs share; null: in the result's folder
         out: folder of result.json, feature cache and checkpoints; interrupted and started again it goes on
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     from aimv2.api.features import usual_device
     from aimv2.evals.pixels import read_stats
@@ -78,11 +77,18 @@ def probe(
 
     _check(data, protocol, features, select, baselines)
     _at_least_one(epochs, batch_size, trunk_batch)
-    grid = _grid(rates, decays)
     if not 0 <= warmup < epochs:
         raise UsageError(f"--warmup {warmup:g}: part of the {epochs} --epochs; 0 or more and less than that expected")
     settings = ProbeSettings(
-        protocol, ("last",), *grid, epochs, warmup, batch_size, heads, augmented=features == "augmented", flip=flip
+        protocol,
+        ("last",),
+        *_grid(rates, decays),
+        epochs,
+        warmup,
+        batch_size,
+        heads,
+        augmented=features == "augmented",
+        flip=flip,
     )
     asked = Asked(
         str(data), dataset, settings, select, whole_seeds(seeds), words(baselines), train_limit, test_limit, trunk_batch,

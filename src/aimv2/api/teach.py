@@ -36,9 +36,8 @@ def data_teach(
         batch_size: views at once
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the products: fp32 or bf16
-        image_mean: of a model of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1, with commas); null: as its
-            preprocessor_config.json says
-        image_std: as image_mean
+        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
+        image_std: standard deviation, given with image_mean
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Files beside images that may hold their captions, whether or not they can be read as such."""
+"""Files next to images that may hold their captions, whether or not they can be read as captions."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ _DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
 
 
 class _Images:
-    """The images' names as others may write them: without folder, in any case, with or without their endings."""
+    """Image names as others may write them: without folder, case-folded, with and without extension."""
 
     def __init__(self, images: Sequence[str]) -> None:
         self.names = {PurePosixPath(image).name.casefold() for image in images}
@@ -43,7 +43,7 @@ def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -
 
     A file that is called so (captions, prompts, metadata, ...); one whose name begins with an image's (a sidecar); one that is no
     text; and a list of images that says something of them: an image's file name in a list, or several names without their
-    endings, beside words that are no checksum and no folder's name.
+    extensions, with words that are no checksum and no folder's name.
 
     Args:
         root: the folder.
@@ -115,7 +115,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _named(line: str, own: _Images, numbers: bool) -> tuple[set[str], str]:
-    """The images that a line names, by their files whatever stands before and behind, or by a whole field; and the rest of it."""
+    """The images that a line names, by file name anywhere, or without extension as a whole field; and the rest of the line."""
     found, rest = set[str](), list(line)
     for end in _IMAGE.finditer(line):
         start = max(0, end.start() - 160)
@@ -134,7 +134,7 @@ def _named(line: str, own: _Images, numbers: bool) -> tuple[set[str], str]:
 
 
 def _plain(stem: str) -> str:
-    """A name without its ending; a number without its leading zeros."""
+    """A name without its extension; a number without its leading zeros."""
     return stem.lstrip("0") or "0" if stem.isdigit() else stem
 
 

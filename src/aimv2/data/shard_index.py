@@ -1,8 +1,8 @@
 """The index of shards that energon opens: a folder of links to the tars, the offsets of their samples, a little metadata.
 
 energon imports any class that its YAML and JSON files name. So they are written anew at every start, into a folder of the
-user's own: nothing of the kind is ever read from where the data lie, or from what an earlier start left. Beside a tar only
-``TAR.idx`` is looked at, as numbers that are checked. The index knows samples by position: equal keys in two shards are fine.
+user's own: nothing of the kind is ever read from where the data lie, or from what an earlier start left. Next to a tar only
+``TAR.idx`` is read, as validated numbers. The index knows samples by position: equal keys in two shards are fine.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def build_index(shards: list[Path], index_dir: Path | None = None, progress: boo
     number of processes may call this at once: all write the same.
 
     Returns:
-        The folder: links to the tars, ``.tar.idx`` beside the links, ``.nv-meta``.
+        The folder: links to the tars, ``.tar.idx`` next to the links, ``.nv-meta``.
 
     Raises:
         UsageError: no sample in any tar, or no place to write.
@@ -181,7 +181,7 @@ def _write_offsets(folder: Path, links: dict[str, Path], progress: bool) -> None
 
 
 def _read_shard(tar: Path) -> _Shard:
-    """The offsets beside the tar, where they are true of it; else those of its headers, which are many more reads."""
+    """The offsets in ``TAR.idx`` where they match the tar; else those of its headers, which takes many more reads."""
     index = tar.with_name(tar.name + INDEX_SUFFIX)
     try:
         if index.is_file() and index.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
@@ -195,7 +195,7 @@ def _read_shard(tar: Path) -> _Shard:
 
 
 def _fits(offsets: np.ndarray, tar: Path) -> bool:
-    """Whether at each offset there is the header of another sample than before, and behind the last nothing.
+    """Whether at each offset there is the header of another sample than before, and nothing after the last.
 
     An offset that is left out is not seen here; energon then ends the run (see :data:`aimv2.data.stream.BAD_INDEX`).
     """
@@ -230,7 +230,7 @@ def _move_into_place(aside: Path, folder: Path, links: dict[str, Path]) -> None:
 
 
 def _write_meta(folder: Path, links: dict[str, Path], aside: Path) -> None:
-    """What energon reads beside the offsets, each file replaced in one step; files that energon might read too go."""
+    """What energon reads besides the offsets, each file replaced atomically; other files there are removed."""
     counts = {name: _count(folder / (name + INDEX_SUFFIX)) for name in links if (folder / name).is_symlink()}
     files = {
         "dataset.yaml": yaml.safe_dump({"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}),

@@ -1,4 +1,4 @@
-"""Vision models of transformers and timm as frozen encoders: loaded whole or refused, shown the pixels they were made for.
+"""Vision models of transformers and timm as frozen encoders: loaded completely or refused, with their own preprocessing.
 
 Legend: B images, N patches, D width.
 """
@@ -231,14 +231,14 @@ def _used(model: nn.Module, outputs: Outputs) -> set[int]:
         waiting = [x.grad_fn for x in outputs() if x.grad_fn is not None]
     if not waiting:
         return {id(p) for p in model.parameters()}
-    seen, found = set(waiting), set[int]()
+    visited, found = set(waiting), set[int]()
     while waiting:
         node = waiting.pop()
         if (variable := getattr(node, "variable", None)) is not None:
             found.add(id(variable))
         for after, _ in node.next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
+            if after is not None and after not in visited:
+                visited.add(after)
                 waiting.append(after)
     return found
 
@@ -437,14 +437,14 @@ def flat(source: str, x: Tensor, layout: str | None = None) -> Tensor:
     Args:
         source: for messages.
         x: [B, D, h, h] or [B, h, h, D].
-        layout: NCHW or NHWC, where the model says it; None: what its sides tell.
+        layout: NCHW or NHWC, where the model says it; None: inferred from equal sides.
 
     Raises:
-        UsageError: sides that tell nothing, or another thing than the model says.
+        UsageError: an ambiguous shape, or one that contradicts the model's layout.
     """
     first, last = x.shape[2] == x.shape[3], x.shape[1] == x.shape[2]
-    told = {"NCHW": first, "NHWC": last}.get(layout, False) if layout is not None else first != last
-    if not told:
+    known = {"NCHW": first, "NHWC": last}.get(layout, False) if layout is not None else first != last
+    if not known:
         raise UsageError(
             f"MODEL {source}: a map of {list(x.shape)} of a square image; {layout or 'NCHW or NHWC'} with two equal sides expected"
         )

@@ -1,4 +1,4 @@
-"""What becomes of an image's bytes before a model of another origin sees them: as its processor has it, or as the user says."""
+"""Pixel preprocessing of transformers and timm models: as their image processor does it, or as the user says."""
 
 from __future__ import annotations
 

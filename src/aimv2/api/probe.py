@@ -80,15 +80,7 @@ def probe(
     if not 0 <= warmup < epochs:
         raise UsageError(f"--warmup {warmup:g}: part of the {epochs} --epochs; 0 or more and less than that expected")
     settings = ProbeSettings(
-        protocol,
-        ("last",),
-        *_grid(rates, decays),
-        epochs,
-        warmup,
-        batch_size,
-        heads,
-        augmented=features == "augmented",
-        flip=flip,
+        protocol, ("last",), *_grid(rates, decays), epochs, warmup, batch_size, heads, features == "augmented", flip
     )
     asked = Asked(
         str(data), dataset, settings, select, whole_seeds(seeds), words(baselines), train_limit, test_limit, trunk_batch,

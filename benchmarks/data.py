@@ -50,7 +50,7 @@ def make_photograph(rng: np.random.Generator) -> bytes:
 
 def write_photographs(folder: Path, count: int) -> None:
     """``count`` generated pairs as shards."""
-    from aimv2.data.shards import ShardWriter
+    from aimv2.data.shards.format import ShardWriter
 
     rng = np.random.default_rng(0)
     with ShardWriter(folder, shard_size=100) as writer:
@@ -61,7 +61,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 def read_images(data: str, count: int) -> list[bytes]:
     """The first ``count`` encoded training images."""
-    from aimv2.data.shards import find_shards, image_of, read_samples
+    from aimv2.data.shards.format import find_shards, image_of, read_samples
 
     samples = (sample for tar in find_shards(data, "train", option="--data") for _, sample in read_samples(tar))
     return [found[1] for found in islice(filter(None, map(image_of, samples)), count)]
@@ -74,9 +74,9 @@ class Stream:
     """The training stream over a folder of shards."""
 
     def __init__(self, data: str, workers: int) -> None:
-        from aimv2.config import DataConfig
-        from aimv2.data.stream import TrainStream, View
-        from aimv2.data.text import read_captions, train_tokenizer
+        from aimv2.config.schema import DataConfig
+        from aimv2.data.stream.samples import TrainStream, View
+        from aimv2.data.text.tokenizer import read_captions, train_tokenizer
 
         config = DataConfig(train=data, workers=workers, crop_scale=SCALE[0], crop_ratio=RATIO, shuffle_buffer=100)
         tokenizer = train_tokenizer(islice(read_captions(data), 5000), 1000)

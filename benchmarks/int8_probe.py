@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import aimv2
-from aimv2.data.shards import find_shards
-from aimv2.data.stream import View
+from aimv2.data.shards.format import find_shards
+from aimv2.data.stream.samples import View
 from aimv2.evals.after_training import labelled
 from aimv2.evals.probe import features, train_probe
 from aimv2.interop.convert import convert

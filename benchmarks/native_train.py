@@ -32,7 +32,7 @@ DECODER = {"width": 384, "depth": 3, "heads": 6, "hidden": 1024, "vocab_size": V
 
 def make_inputs(torch: Any, patch: int, areas: list[int], budget: int, path: str) -> list[Any]:
     """For each input the micro-batches of a step; every path gets the same pairs."""
-    from aimv2.data.native import fit_area, make_native_batch, pack
+    from aimv2.data.stream.native import fit_area, make_native_batch, pack
 
     draw = torch.Generator().manual_seed(0)
 
@@ -62,9 +62,10 @@ def one_path(path: str, precision: str, areas: list[int], budget: int) -> tuple[
     """The trainer's step and its inputs."""
     import torch
 
-    from aimv2.config import Config
+    from aimv2.config.schema import Config
+    from aimv2.distributed import World
     from aimv2.models.create import create_model
-    from aimv2.train.parallel import World, want_compile
+    from aimv2.train.parallel import want_compile
     from aimv2.train.step import TrainStep
 
     shape: dict[str, Any] = {**MODEL, **{f"decoder_{key}": value for key, value in DECODER.items()}}

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from aimv2.batch import make_batch
-from aimv2.config import Config
-from aimv2.evals.frozen import of_encoder
+from aimv2.config.schema import Config
+from aimv2.distributed import World
 from aimv2.evals.probe import ProbeSettings, fresh_sweep
+from aimv2.features.frozen import of_encoder
 from aimv2.models.create import create_model
 from aimv2.models.probe_head import AttentiveProbe
 from aimv2.objectives.probe import SweepObjective
-from aimv2.train.parallel import World
 from aimv2.train.step import TrainStep
 
 CLASSES = 1000

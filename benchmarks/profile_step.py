@@ -40,7 +40,7 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from aimv2.models.create import create_model
-    from aimv2.train.flops import peak_flops, step_flops
+    from aimv2.models.flops import peak_flops, step_flops
     from train_step import PAIRS, our_path
 
     run, batches = our_path(options.precision)

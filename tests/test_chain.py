@@ -19,12 +19,12 @@ from scipy import stats
 
 from aimv2 import api
 from aimv2.api.stages import EXAMPLE
-from aimv2.chain import report
-from aimv2.chain.read import read_chain
-from aimv2.chain.state import look
 from aimv2.cli import main
 from aimv2.errors import UsageError
 from aimv2.evals.compare import METRICS
+from aimv2.pipeline import report
+from aimv2.pipeline.read import read_chain
+from aimv2.pipeline.state import look
 from runs import TINY, call, command, exact, scenes
 
 CHAINS = sorted((Path(__file__).parents[1] / "recipes" / "chains").glob("*.yaml"))

@@ -17,9 +17,9 @@ from PIL import Image
 import aimv2
 from aimv2 import api
 from aimv2.cli import CONFIGURED, VERBS, main, read_options
-from aimv2.config import Config, get_value, leaf_keys
+from aimv2.config.load import read_recipe
+from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
-from aimv2.load_config import read_recipe
 from runs import TINY, call, options, scenes, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-small.yaml"

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from aimv2 import api
 from aimv2.cli import main
+from aimv2.cli.show import show
 from aimv2.doctor import kernels, machine, selftest
 from aimv2.doctor.check import Check
+from aimv2.doctor.packages import install_line, requirements
 from aimv2.interop import load
-from aimv2.packages import install_line, requirements
-from aimv2.show import show
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 GROUPS = ["versions", "devices", "kernels", "hub", "disk", "distributed", "self-test"]

@@ -19,20 +19,20 @@ from PIL import Image
 
 from aimv2 import api, load_model
 from aimv2.cli import read_options
-from aimv2.config import Config, get_value
-from aimv2.data.clip_text import START
-from aimv2.data.shards import write_shard
-from aimv2.data.stream import TrainStream, View
-from aimv2.data.text import load_tokenizer, train_tokenizer
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.schema import Config, get_value
+from aimv2.data.shards.format import write_shard
+from aimv2.data.stream.samples import TrainStream, View
+from aimv2.data.text.clip import START
+from aimv2.data.text.tokenizer import load_tokenizer, train_tokenizer
+from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.load_config import parse, read_recipe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
+from aimv2.models.flops import step_flops
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import encoder_flops, model_config
-from aimv2.train.flops import step_flops
-from aimv2.train.parallel import World
 from aimv2.train.view import make_view
 from runs import metrics
 

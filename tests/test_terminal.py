@@ -20,12 +20,12 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import VERBS, main
+from aimv2.cli.show import show
+from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig
-from aimv2.packages import requirements
-from aimv2.show import show
 from runs import TINY, command, scenes, train
 
 EXTRAS = {"wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs"}

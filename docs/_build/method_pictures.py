@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2.batch import Batch, make_batch
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 from aimv2.data.scenes import draw_scene
 from aimv2.models.create import create_model
 from aimv2.models.masks import causal_mask, prefix_mask

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from aimv2.config import Config, get_value
-from aimv2.load_config import read_recipe
+from aimv2.config.schema import Config, get_value
+from aimv2.config.load import read_recipe
 
 
 def paths(root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from aimv2 import api
 from aimv2.cli import VERBS, verb_parser
-from aimv2.load_config import config_parser
+from aimv2.config.load import config_parser
 
 # what the command line takes out of pretrain's words before its configuration is parsed
 PRETRAIN_SWITCHES = (

@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from aimv2.api import load_model as load_model
     from aimv2.api import save_pretrained as save_pretrained
-    from aimv2.data.transforms import image_transform as image_transform
+    from aimv2.data.stream.transforms import image_transform as image_transform
     from aimv2.models.aimv2 import AIMv2 as AIMv2
     from aimv2.models.create import create_model as create_model
     from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
     from aimv2.models.encoder import VisionEncoder as VisionEncoder
     from aimv2.models.lit import LiT as LiT
-    from aimv2.models.products import fast_products as fast_products
+    from aimv2.models.matmul import fast_products as fast_products
     from aimv2.models.sizes import list_models as list_models
 
 _HOME = {
@@ -28,8 +28,8 @@ _HOME = {
     "MultimodalDecoder": "aimv2.models.decoder",
     "VisionEncoder": "aimv2.models.encoder",
     "create_model": "aimv2.models.create",
-    "fast_products": "aimv2.models.products",
-    "image_transform": "aimv2.data.transforms",
+    "fast_products": "aimv2.models.matmul",
+    "image_transform": "aimv2.data.stream.transforms",
     "list_models": "aimv2.models.sizes",
     "load_model": "aimv2.api",
     "save_pretrained": "aimv2.api",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from aimv2.data.importing import import_data
+from aimv2.data.shards.importing import import_data
 
 
 def picture(number: int = 0, size: tuple[int, int] = (24, 16), format: str = "JPEG") -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2.data.augment import OPERATION_TABLE, augment, jitter, rand_augment
+from aimv2.data.stream.augment import OPERATION_TABLE, augment, jitter, rand_augment
 
 TABLE = dict(OPERATION_TABLE)
 
@@ -57,7 +57,7 @@ def test_half_of_the_operations_are_done_and_all_are_drawn(monkeypatch: pytest.M
     def noted(at: int):  # type: ignore[no-untyped-def]
         return lambda image, level, rng: done.append(at) or image
 
-    monkeypatch.setattr("aimv2.data.augment.OPERATION_TABLE", [(name, noted(i)) for i, name in enumerate(TABLE)])
+    monkeypatch.setattr("aimv2.data.stream.augment.OPERATION_TABLE", [(name, noted(i)) for i, name in enumerate(TABLE)])
     rng = np.random.default_rng(0)
     for _ in range(2000):
         rand_augment(picture(4), rng)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.batch import Batch, captions_of
-from aimv2.browse.drawn import draw, words
-from aimv2.browse.page import behind, edge, histogram
 from aimv2.cli import main
-from aimv2.data.shards import write_shard
-from aimv2.data.text import Tokenizer, train_tokenizer
+from aimv2.data.shards.format import write_shard
+from aimv2.data.text.tokenizer import Tokenizer, train_tokenizer
+from aimv2.report.browse.drawn import draw, words
+from aimv2.report.browse.page import behind, edge, histogram
 from aimv2.train.loop import Trainer
 from runs import TINY, scenes, train
 

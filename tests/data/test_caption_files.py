@@ -7,7 +7,7 @@ import pytest
 from brought import picture, put, run
 
 from aimv2.cli import main
-from aimv2.data.shards import captions_of, read_samples
+from aimv2.data.shards.format import captions_of, read_samples
 from aimv2.errors import UsageError
 from runs import assert_refused
 

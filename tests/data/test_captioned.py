@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aimv2.data.captioned import open_captioned, read_captioned
-from aimv2.data.images import ImageError
-from aimv2.data.shards import write_shard
+from aimv2.data.images.captioned import open_captioned, read_captioned
+from aimv2.data.images.decode import ImageError
+from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
 
 

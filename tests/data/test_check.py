@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from aimv2.data.check import check_data, render_check
-from aimv2.data.shards import write_shard
+from aimv2.data.shards.check import check_data, render_check
+from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import aimv2
-from aimv2.data.clip_text import START, find_clip_tokenizer, started
-from aimv2.data.text import load_tokenizer, train_tokenizer
+from aimv2.data.text.clip import START, find_clip_tokenizer, started
+from aimv2.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
 from aimv2.models.init import init_weights

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aimv2.data.images import ImageError, decode_image, image_size, store_image
+from aimv2.data.images.decode import ImageError, decode_image, image_size, store_image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_labelled import encoded, number_in, opened, put, refused, seen
 
-from aimv2.data.datasets import DATASETS
-from aimv2.data.images import ImageError
-from aimv2.data.labelled import Labelled, open_labelled, require_labelled
+from aimv2.data.datasets.registry import DATASETS
+from aimv2.data.images.decode import ImageError
+from aimv2.data.images.labelled import Labelled, open_labelled, require_labelled
 from aimv2.errors import UsageError
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from aimv2.batch import Batch, make_batch
-from aimv2.config import ObjectiveConfig
-from aimv2.data.native import area_shares, draw_area, fit_area, make_native_batch, pack, to_strip
+from aimv2.config.schema import ObjectiveConfig
+from aimv2.data.stream.native import area_shares, draw_area, fit_area, make_native_batch, pack, to_strip
 from aimv2.models.create import create_model
 from aimv2.models.positions import patchify, pixel_patches
 from aimv2.objectives.pretrain import PretrainObjective

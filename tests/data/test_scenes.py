@@ -21,8 +21,8 @@ from aimv2.data.scenes import (
     scene_of,
     write_scenes,
 )
-from aimv2.data.shards import find_shards, read_samples
-from aimv2.data.text import train_tokenizer
+from aimv2.data.shards.format import find_shards, read_samples
+from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
 
 SCENES = [scene_of("train", index) for index in range(600)]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from shard_tars import energon_samples, listing, names, samples, tar_of
 
-from aimv2.data.shard_index import build_index, count_samples
-from aimv2.data.shards import find_shards, read_samples, scan_shard, write_manifest, write_shard
+from aimv2.data.shards.format import find_shards, read_samples, scan_shard, write_manifest, write_shard
+from aimv2.data.shards.index import build_index, count_samples
 from aimv2.errors import UsageError
 from runs import assert_refused, options, scenes
 
@@ -192,7 +192,7 @@ def test_a_right_index_beside_a_tar_is_taken(tmp_path: Path, monkeypatch: pytest
     write_index(tmp_path / "a.tar")
     write_shard(tmp_path / "b.tar", samples("c"))
     build_index([tmp_path / "b.tar"], tmp_path / "index")
-    monkeypatch.setattr("aimv2.data.shard_index.scan_shard", None)
+    monkeypatch.setattr("aimv2.data.shards.index.scan_shard", None)
     index = build_index([tmp_path / "a.tar"], tmp_path / "index")
     assert count_samples(index) == 3 == len(energon_samples(index, 3))
     assert count_samples(build_index([tmp_path / "b.tar"], tmp_path / "index")) == 1

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from shard_tars import energon_samples, jpeg, names, samples, tar_of
 
-from aimv2.data.shard_index import build_index
-from aimv2.data.shards import (
+from aimv2.data.shards.format import (
     ShardWriter,
     captions_of,
     find_shards,
@@ -19,6 +18,7 @@ from aimv2.data.shards import (
     write_manifest,
     write_shard,
 )
+from aimv2.data.shards.index import build_index
 from aimv2.errors import UsageError
 
 # ---- find ----

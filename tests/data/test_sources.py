@@ -11,9 +11,9 @@ import pytest
 from brought import picture, put, run
 from PIL import Image
 
-from aimv2.data.shard_index import build_index, count_samples
-from aimv2.data.shards import find_shards, read_samples, write_shard
-from aimv2.data.sources import safe_key
+from aimv2.data.images.sources import safe_key
+from aimv2.data.shards.format import find_shards, read_samples, write_shard
+from aimv2.data.shards.index import build_index, count_samples
 from aimv2.errors import UsageError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from aimv2.api import data_shapes
-from aimv2.config import DataConfig
-from aimv2.data.stream import TrainStream, View
+from aimv2.config.schema import DataConfig
+from aimv2.data.stream.samples import TrainStream, View
 
 
 def headers() -> int:

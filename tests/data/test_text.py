@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from aimv2.data import text as text_module
-from aimv2.data.text import (
+from aimv2.data.text.tokenizer import (
     Tokenizer,
     clean_text,
     load_tokenizer,
     read_captions,
     train_tokenizer,
 )
+from aimv2.data.text.tokenizer import tokenizer as text_module
 from aimv2.errors import UsageError
 
 CAPTIONS = [
@@ -232,7 +232,7 @@ def test_read_captions(tmp_path, name, content):
 
 
 def test_read_captions_of_shards(tmp_path):
-    from aimv2.data.shards import write_shard
+    from aimv2.data.shards.format import write_shard
 
     samples = [
         ("a", {"png": b"", "txt": b"one", "json": b'{"captions": {"alt": ["one"], "syn": ["two", " "]}}'}),

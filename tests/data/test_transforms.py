@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aimv2 import create_model, image_transform
-from aimv2.data.transforms import centre_crop_box, crop_resize, native_size, random_crop_box, to_pixels
+from aimv2.data.stream.transforms import centre_crop_box, crop_resize, native_size, random_crop_box, to_pixels
 from aimv2.errors import UsageError
 
 SIDES = st.integers(1, 900)

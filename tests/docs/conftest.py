@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from doc_runs import make_home
 
-from aimv2 import launch
+from aimv2.train import launch
 from runs import light_collections
 
 

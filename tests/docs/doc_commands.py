@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.cli import GROUPS, VERBS, read_options, read_words
+from aimv2.config.load import parse, read_recipe
 from aimv2.errors import UsageError
-from aimv2.load_config import parse, read_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

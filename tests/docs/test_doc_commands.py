@@ -9,7 +9,7 @@ import pytest
 from doc_commands import FENCE, PAGES, ROOT, Command, check, commands, words_of
 
 from aimv2.cli import VERBS, verb_parser
-from aimv2.config import known_keys
+from aimv2.config.schema import known_keys
 from aimv2.errors import UsageError
 
 EVERY = [command for page in PAGES for command in commands(page)]

@@ -19,7 +19,7 @@ from PIL import Image
 
 import aimv2
 from aimv2.cli import VERBS
-from aimv2.config import leaf_keys
+from aimv2.config.schema import leaf_keys
 from aimv2.models.sizes import MODELS, encoder_parameters
 
 LOADS = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src")}

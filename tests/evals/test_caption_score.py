@@ -12,13 +12,13 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.captioned import open_captioned, read_captioned
-from aimv2.data.shards import write_shard
+from aimv2.data.images.captioned import open_captioned, read_captioned
+from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
 from aimv2.evals import ptb
 from aimv2.evals.caption_score import score
 from aimv2.evals.result import read_result
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
 from aimv2.models.aimv2 import AIMv2
 from runs import scenes, train
 

@@ -16,11 +16,11 @@ from test_embed import model_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aimv2 import api, cli
-from aimv2.data.labelled import open_labelled
+from aimv2.data.images.labelled import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals import knn, linear, scores
 from aimv2.evals.fewshot import C, Draw, normalised
-from aimv2.evals.frozen import open_frozen
+from aimv2.features.frozen import open_frozen
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "sea": (60, 160, 120)}

@@ -9,7 +9,7 @@ import pytest
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.datasets import DATASETS
+from aimv2.data.datasets.registry import DATASETS
 from aimv2.errors import UsageError
 from aimv2.evals.compare import METRICS, paper, paper_cells
 from aimv2.evals.result import make_result, write_result

@@ -12,7 +12,7 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.pairs import depths, masks, nearest_map, open_pairs, scan_maps
+from aimv2.data.images.maps import depths, masks, nearest_map, open_pairs, scan_maps
 from aimv2.errors import UsageError
 from aimv2.evals import dense_heads
 from aimv2.evals.dense import depth_task
@@ -27,7 +27,7 @@ from aimv2.evals.dense_heads import (
     train_heads,
     upsample,
 )
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig

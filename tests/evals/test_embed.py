@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.images import decode_image
-from aimv2.data.pictures import pictures
+from aimv2.data.images.decode import decode_image
+from aimv2.data.images.pictures import pictures
 from aimv2.data.scenes import write_scenes
-from aimv2.data.transforms import image_transform
+from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import RankError, UsageError
-from aimv2.evals import embed as module
-from aimv2.evals.weights import weights_hash
+from aimv2.features import embed as module
+from aimv2.features.fingerprint import weights_hash
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -324,7 +324,7 @@ def test_a_folder_that_may_not_be_read_is_a_line(tmp_path: Path, monkeypatch: py
                 raise PermissionError(13, "Permission denied", str(path))
             return real(path)
 
-        monkeypatch.setattr("aimv2.data.pictures.os.scandir", refuses)
+        monkeypatch.setattr("aimv2.data.images.pictures.os.scandir", refuses)
     result = api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
     assert (result["rows"], result["rejected"]) == (2, 1)
     line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())

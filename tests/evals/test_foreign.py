@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from aimv2 import api
 from aimv2.errors import UsageError
-from aimv2.evals.foreign import LeftOut, flat, of_timm, settle
-from aimv2.evals.frozen import LAST, open_frozen
-from aimv2.evals.pixels import Stats
 from aimv2.evals.scorer import open_matcher
 from aimv2.explorer.study import open_shown
-from aimv2.teacher import open_teacher
+from aimv2.features.foreign import LeftOut, flat, of_timm, settle
+from aimv2.features.frozen import LAST, open_frozen
+from aimv2.features.pixels import Stats
+from aimv2.features.teacher import open_teacher
 from runs import IMAGENET, assert_refused, write_processor
 
 # ---- weights ----

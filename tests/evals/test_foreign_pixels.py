@@ -13,9 +13,9 @@ from foreign_models import IMAGES, SHAPE, VERBS, save, two_colours, vit
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.errors import UsageError
-from aimv2.evals.foreign import open_transformers
-from aimv2.evals.frozen import open_frozen
-from aimv2.evals.pixels import read_stats
+from aimv2.features.foreign import open_transformers
+from aimv2.features.frozen import open_frozen
+from aimv2.features.pixels import read_stats
 from runs import IMAGENET, assert_refused, write_processor
 
 

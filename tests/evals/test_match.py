@@ -14,11 +14,11 @@ from PIL import Image
 import aimv2
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.images import decode_image
+from aimv2.data.images.decode import decode_image
 from aimv2.data.scenes import write_scenes
-from aimv2.data.shards import captions_of, image_of, read_samples
-from aimv2.data.text import train_tokenizer
-from aimv2.data.transforms import image_transform
+from aimv2.data.shards.format import captions_of, image_of, read_samples
+from aimv2.data.stream.transforms import image_transform
+from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.evals.retrieve import best_ranks, chance, recall, relevant
 from aimv2.evals.scorer import by_cosine, by_likelihood, stacked
 from aimv2.evals.scores import wilson

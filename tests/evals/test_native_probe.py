@@ -10,14 +10,14 @@ from PIL import Image
 
 from aimv2 import api, image_transform
 from aimv2.cli import main
-from aimv2.data.labelled import open_labelled
+from aimv2.data.images.labelled import open_labelled
 from aimv2.errors import UsageError
-from aimv2.evals import frozen as frozen_module
-from aimv2.evals.features import Cached, cached_features
-from aimv2.evals.frozen import Frozen, open_frozen, packed_rows, raw_pixels, usual_side
 from aimv2.evals.probe import from_cache, predict
 from aimv2.evals.probe_stream import FeatureStream
-from aimv2.evals.ragged import Ragged, RaggedWriter, open_ragged
+from aimv2.features import frozen as frozen_module
+from aimv2.features.extraction import Cached, cached_features
+from aimv2.features.frozen import Frozen, open_frozen, packed_rows, raw_pixels, usual_side
+from aimv2.features.ragged import Ragged, RaggedWriter, open_ragged
 from aimv2.interop.convert import convert
 from aimv2.interop.load import load_model
 from aimv2.models.create import build
@@ -134,7 +134,7 @@ def test_features_of_a_folder_equal_each_image_s_own(data: Path, tmp_path: Path,
 
 
 def test_an_interrupted_pass_goes_on(model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aimv2.evals.features.FLUSH", 1)
+    monkeypatch.setattr("aimv2.features.extraction.FLUSH", 1)
     frozen, split = open_frozen(model, image_size="native"), open_labelled(str(data), "train")
     assert split is not None
     whole = cached_features(frozen, split, ["2", "last"], "none", tmp_path / "whole", 5)

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.labelled import open_labelled, subset
+from aimv2.data.images.labelled import open_labelled, subset
 from aimv2.errors import UsageError
-from aimv2.evals.contents import contents_of
-from aimv2.evals.features import cached_features
-from aimv2.evals.frozen import Frozen, open_frozen
 from aimv2.evals.probe import ProbeSettings, ProbeTrainer
 from aimv2.evals.probe_result import Asked, find_splits
 from aimv2.evals.probe_stream import ImageStream
+from aimv2.features.contents import contents_of
+from aimv2.features.extraction import cached_features
+from aimv2.features.frozen import Frozen, open_frozen
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig

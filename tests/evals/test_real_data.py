@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.text import train_tokenizer
+from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.interop.model_folder import save_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model

@@ -15,10 +15,10 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.shards import write_shard
-from aimv2.evals.frozen import LAST, open_frozen
+from aimv2.data.shards.format import write_shard
 from aimv2.evals.scorer import TransformersPair, open_matcher
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
+from aimv2.features.frozen import LAST, open_frozen
 
 WORDS = ["a", "red", "green", "blue", "one", "of", "the", "photo", "square", "big", "small", ".", "A", "Red"]
 WORDS += ["[PAD]", "[UNK]", "<s>", "</s>"]

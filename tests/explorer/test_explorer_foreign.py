@@ -88,7 +88,7 @@ def test_blocks_of_other_grids_are_left_out(place: Path) -> None:
 
 
 def test_features_on_no_grid_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aimv2.evals.frozen import Frozen
+    from aimv2.features.frozen import Frozen
 
     call = Frozen.__call__
     monkeypatch.setattr(Frozen, "__call__", lambda self, *given: [x[:, :-1] for x in call(self, *given)])

@@ -13,7 +13,7 @@ import pytest
 from explored import COLOURS, plain_pictures, sentence, serving, taught
 from PIL import Image
 
-from aimv2.data.transforms import image_transform
+from aimv2.data.stream.transforms import image_transform
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
 from runs import write_processor

@@ -22,7 +22,7 @@ from PIL import Image
 import aimv2
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.transforms import image_transform
+from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import album
 from aimv2.explorer.guard import hostname, known_host, refusal
 from aimv2.models.likelihood import score

@@ -10,8 +10,8 @@ from test_layouts import DECODER, encoder, equal, pair, shape
 
 import aimv2
 from aimv2 import api
-from aimv2.data.clip_text import ClipTokenizer
-from aimv2.data.text import Tokenizer
+from aimv2.data.text.clip import ClipTokenizer
+from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.card import timm_name
 from aimv2.interop.convert import convert

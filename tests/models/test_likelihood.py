@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aimv2.batch import make_batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models import likelihood
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model

@@ -79,7 +79,7 @@ def test_training_a_sweep_is_training_each_head_alone(tmp_path) -> None:  # type
     plain = [single.query, single.linear.bias]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    from aimv2.config import OptimConfig
+    from aimv2.config.schema import OptimConfig
 
     schedule = OptimConfig(lr=3e-2, min_lr=1e-5, warmup=5)
     for step in range(15):

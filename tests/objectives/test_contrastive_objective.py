@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aimv2.batch import Batch, make_batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig

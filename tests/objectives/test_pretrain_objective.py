@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aimv2.batch import Batch, make_batch, split_batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD

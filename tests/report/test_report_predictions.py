@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aimv2.batch import make_batch
-from aimv2.config import ObjectiveConfig
-from aimv2.data.text import train_tokenizer
+from aimv2.config.schema import ObjectiveConfig
+from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model

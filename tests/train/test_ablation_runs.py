@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from aimv2.data.shards import write_shard
+from aimv2.data.shards.format import write_shard
 from runs import exact, metrics, resume, scenes, train
 
 BOTH, TEXT, PIXEL = {"text", "pixel"}, {"text"}, {"pixel"}

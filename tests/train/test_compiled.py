@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aimv2.batch import make_batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.create import create_model
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.parallel import can_compile, compile_blocks

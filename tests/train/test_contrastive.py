@@ -19,24 +19,25 @@ from torch.multiprocessing.spawn import spawn
 import aimv2
 from aimv2 import api
 from aimv2.batch import Batch, make_batch, split_batch
-from aimv2.config import Config
-from aimv2.data.shards import read_samples, scan_shard, write_shard
-from aimv2.data.stream import View, training_shards
-from aimv2.data.text import train_tokenizer
+from aimv2.config.load import parse
+from aimv2.config.schema import Config
+from aimv2.data.shards.format import read_samples, scan_shard, write_shard
+from aimv2.data.stream.samples import View, training_shards
+from aimv2.data.text.tokenizer import train_tokenizer
+from aimv2.distributed import World, join_world
 from aimv2.errors import UsageError
-from aimv2.load_config import parse
 from aimv2.models.create import create_model
+from aimv2.models.flops import step_flops
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig, encoder_flops
+from aimv2.tasks.contrastive import build_model, cached_stream, objective, usual_tower
+from aimv2.tasks.held_out import read_held_out
 from aimv2.train.ema import local
-from aimv2.train.flops import step_flops
 from aimv2.train.optim import hold_scale
-from aimv2.train.parallel import World, can_compile, join_world
+from aimv2.train.parallel import can_compile
 from aimv2.train.prepare import get_tokenizer
-from aimv2.train.stages.contrastive import build_model, cached_stream, objective, usual_tower
 from aimv2.train.step import TrainStep
-from aimv2.train.validate import read_held_out
 from runs import TINY, call, metrics, need_ranks, options, resume, scenes, torchrun, train
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}

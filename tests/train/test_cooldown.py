@@ -12,14 +12,14 @@ import yaml
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.config import OptimConfig
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.schema import OptimConfig
+from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.launch import build_trainer
-from aimv2.load_config import parse, read_recipe
 from aimv2.train.checkpoint import load_checkpoint
 from aimv2.train.cooldown import carry_on, cooldown_of
+from aimv2.train.launch import build_trainer
 from aimv2.train.moments import take_moments
-from aimv2.train.parallel import World
 from aimv2.train.schedule import learning_rate
 from runs import exact, metrics, options, resume, scenes, torchrun, train
 

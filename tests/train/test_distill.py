@@ -20,24 +20,24 @@ from torch.multiprocessing.spawn import spawn
 import aimv2
 from aimv2 import api
 from aimv2.batch import make_batch, split_batch
-from aimv2.config import Config, DataConfig
-from aimv2.data.shards import read_samples, write_shard
-from aimv2.data.stream import TrainStream, View
-from aimv2.data.taught import quantise
-from aimv2.data.teach import Lesson
-from aimv2.data.teach import teach as run_teach
+from aimv2.config.schema import Config, DataConfig
+from aimv2.data.shards.format import read_samples, write_shard
+from aimv2.data.stream.samples import TrainStream, View
+from aimv2.data.stream.teacher_views import quantise
+from aimv2.distributed import World, join_world
 from aimv2.errors import UsageError
-from aimv2.evals.frozen import open_frozen
+from aimv2.features.frozen import open_frozen
+from aimv2.features.teach import Lesson
+from aimv2.features.teach import teach as run_teach
+from aimv2.features.teacher import open_teacher
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import encoder_flops
 from aimv2.objectives.distill import DistillObjective, Teacher, relation_loss, stored_features
-from aimv2.teacher import open_teacher
-from aimv2.train.parallel import World, join_world
+from aimv2.tasks.held_out import read_held_out
 from aimv2.train.step import TrainStep
-from aimv2.train.validate import read_held_out
 from runs import assert_refused, metrics, need_ranks, options, resume, scenes, torchrun, train
 
 NATIVE = "aimv2-large-patch14-native"

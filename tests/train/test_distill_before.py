@@ -9,8 +9,8 @@ import yaml
 from distillation import dino_model, distil, exact
 
 from aimv2.cli import main
-from aimv2.evals.frozen import open_frozen
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
+from aimv2.features.frozen import open_frozen
 from runs import assert_refused, options, resume, scenes
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.train.ema import Ema
-from aimv2.train.parallel import World
 from runs import exact, options, resume, scenes, torchrun, train
 
 DECAY = 0.8

@@ -13,18 +13,18 @@ import torch
 
 import aimv2
 from aimv2 import api
-from aimv2.config import Config, OptimConfig
+from aimv2.config.load import read_recipe
+from aimv2.config.schema import Config, OptimConfig
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
-from aimv2.launch import about_run
-from aimv2.load_config import read_recipe
 from aimv2.models.classifier import Classifier
 from aimv2.models.create import build
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
+from aimv2.tasks.classify import count_classes
+from aimv2.train.launch import about_run
 from aimv2.train.optim import layer_of, make_optimizer
-from aimv2.train.parallel import World
-from aimv2.train.stages.probe import count_classes
 from aimv2.train.step import FIRST_SCALE, TrainStep
 from runs import metrics, resume, scenes
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 from aimv2.models.create import create_model
 from aimv2.train.optim import make_optimizer, release_encoder
 from aimv2.train.parallel import can_compile

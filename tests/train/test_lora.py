@@ -13,7 +13,7 @@ from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
-from aimv2.train.lora import add_updates, merged
+from aimv2.models.lora import add_updates, merged
 from aimv2.train.parallel import can_compile
 from runs import exact, options, resume, scenes, torchrun, train
 

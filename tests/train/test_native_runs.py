@@ -10,12 +10,12 @@ import torch
 import aimv2
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.data.native import make_native_batch
-from aimv2.data.native import pack as pack_batches
-from aimv2.data.stream import TrainStream
+from aimv2.data.stream.native import make_native_batch
+from aimv2.data.stream.native import pack as pack_batches
+from aimv2.data.stream.samples import TrainStream
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
-from aimv2.train.parallel import World
 from aimv2.train.view import make_view
 from runs import TINY, exact, options, resume, scenes, torchrun, train
 
@@ -71,7 +71,7 @@ def test_two_ranks_have_the_losses_of_one(data: Path, tmp_path: Path) -> None:
 
 def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", train__stop_at=1, **NATIVE)
-    from aimv2.load_config import parse
+    from aimv2.config.load import parse
     from aimv2.train.prepare import resumed_values
 
     config = resumed_values(tmp_path / "run", {}, parse)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 from aimv2.models.create import create_model
 from aimv2.train.optim import make_optimizer, parameter_groups, step_unless
 from aimv2.train.schedule import learning_rate

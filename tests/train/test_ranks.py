@@ -8,9 +8,9 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from aimv2.batch import make_batch, split_batch
-from aimv2.config import Config
+from aimv2.config.schema import Config
+from aimv2.distributed import World, join_world
 from aimv2.models.create import create_model
-from aimv2.train.parallel import World, join_world
 from aimv2.train.step import TrainStep
 from runs import exact, metrics, need_ranks, options, scenes, torchrun, train
 

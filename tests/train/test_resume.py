@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from aimv2.config import DataConfig
-from aimv2.data.shards import write_shard
-from aimv2.data.stream import TrainStream, View
-from aimv2.data.text import read_captions, train_tokenizer
+from aimv2.config.schema import DataConfig
+from aimv2.data.shards.format import write_shard
+from aimv2.data.stream.samples import TrainStream, View
+from aimv2.data.text.tokenizer import read_captions, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
 from runs import call, command, exact, metrics, options, resume, scenes, train
@@ -188,7 +188,7 @@ def test_what_may_not_change_on_the_way(data, tmp_path):
 
 
 def test_tokenizer_that_changed_on_disk_is_refused(data, tmp_path):
-    from aimv2.data.text import train_tokenizer
+    from aimv2.data.text.tokenizer import train_tokenizer
 
     train_tokenizer(["a red circle"] * 3, 280).save(tmp_path / "bpe")
     train(data, tmp_path / "run", data__tokenizer=str(tmp_path / "bpe"), train__stop_at=2)

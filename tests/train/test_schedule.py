@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 from aimv2.train.schedule import learning_rate
 
 Kind = Literal["cosine", "half-cosine", "cooldown", "constant"]

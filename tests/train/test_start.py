@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import aimv2
-from aimv2.config import Config
-from aimv2.data.text import load_tokenizer, train_tokenizer
+from aimv2.config.schema import Config
+from aimv2.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
 from aimv2.interop.model_folder import save_model
@@ -22,7 +22,7 @@ from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig
 from aimv2.models.positions import resize_positions
 from aimv2.models.sizes import EncoderConfig
-from aimv2.train.start import fill_from
+from aimv2.tasks.init_weights import fill_from
 from runs import TINY, exact, resume, scenes, train
 
 SHAPE = EncoderConfig("aimv2-tiny-patch8-32", 32, 2, 2, 64, 8, 32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from aimv2.distributed import join_world
 from aimv2.errors import UsageError
-from aimv2.train.parallel import join_world
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

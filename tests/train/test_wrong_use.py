@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from aimv2.cli import main
-from aimv2.data.shards import write_shard
+from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
 from runs import assert_refused, command, exact, metrics, options, resume, scenes, train
 

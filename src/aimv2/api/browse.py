@@ -42,8 +42,8 @@ def data_browse(
     import tempfile
     import webbrowser
 
-    from aimv2.browse.drawn import draw
-    from aimv2.browse.page import write_page
+    from aimv2.report.browse.drawn import draw
+    from aimv2.report.browse.page import write_page
 
     with tempfile.TemporaryDirectory() as scratch:
         result = write_page(draw(config, dict(options or {}), count, Path(scratch)), page)

@@ -227,9 +227,9 @@ def _asked(
 ) -> Asked:
     """What the three verbs share, checked."""
     from aimv2.api.features import usual_device
-    from aimv2.evals.pixels import read_stats
     from aimv2.evals.pooled import Asked
     from aimv2.evals.probe_result import BASELINES
+    from aimv2.features.pixels import read_stats
 
     if data is None:
         raise UsageError("--data is missing: labelled images (class folders, shards, CIFAR's pickles, a CSV list)")

@@ -9,7 +9,7 @@ from aimv2.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from aimv2.evals.dense import Asked
-    from aimv2.evals.frozen import Frozen
+    from aimv2.features.frozen import Frozen
 
 
 def segment(
@@ -62,7 +62,7 @@ def segment(
         image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
         image_std: standard deviation, given with image_mean
     """
-    from aimv2.data.pairs import masks
+    from aimv2.data.images.maps import masks
     from aimv2.evals.dense import measure, segmentation_work
 
     if classes is not None and classes < 2:
@@ -130,7 +130,7 @@ def depth(
         image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
         image_std: standard deviation, given with image_mean
     """
-    from aimv2.data.pairs import depths
+    from aimv2.data.images.maps import depths
     from aimv2.evals.dense import depth_work, measure
 
     if not depth_scale > 0:
@@ -187,8 +187,8 @@ def _open(
     from aimv2.api.probe import numbers, whole_seeds, words
     from aimv2.evals.dense import BASELINES, Asked, check_view
     from aimv2.evals.dense_heads import DenseSettings
-    from aimv2.evals.frozen import open_frozen
-    from aimv2.evals.pixels import read_stats
+    from aimv2.features.frozen import open_frozen
+    from aimv2.features.pixels import read_stats
 
     if data is None:
         raise UsageError(f"--data is missing: a folder of images and {'masks' if verb == 'segment' else 'depth maps'}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
-    from aimv2.evals.pixels import Stats
+    from aimv2.features.pixels import Stats
 
 
 def explore(
@@ -51,8 +51,8 @@ def explore(
     if not 0 < upload_mb <= 1000:
         raise UsageError(f"--upload-mb {upload_mb}: above 0 and up to 1000 expected")
     from aimv2.api.features import usual_device
-    from aimv2.evals.pixels import read_stats
     from aimv2.explorer.server import listen, serve, url_of
+    from aimv2.features.pixels import read_stats
 
     with contextlib.closing(listen(host, port)) as listening:  # a busy port is said before a model is read
         url = url_of(host, listening)
@@ -76,14 +76,14 @@ def prepare(
     Returns:
         :class:`aimv2.explorer.answers.Answers`.
     """
-    from aimv2.evals.embed import ABOUT
-    from aimv2.evals.frozen import refuse_stats
     from aimv2.explorer.album import Album
     from aimv2.explorer.answers import Answers
     from aimv2.explorer.foreign import ForeignEncoder
     from aimv2.explorer.search import Search
     from aimv2.explorer.stored import Stored
     from aimv2.explorer.study import Study, open_shown
+    from aimv2.features.embed import ABOUT
+    from aimv2.features.frozen import refuse_stats
 
     folder = Path(images).expanduser() if images is not None else None
     stored = Stored(folder) if folder is not None and (folder / ABOUT).is_file() else None

@@ -35,7 +35,7 @@ def embed(
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the products: fp32 (stored as float32) or bf16 (stored as float16)
     """
-    from aimv2.evals.embed import Wanted, embed_images
+    from aimv2.features.embed import Wanted, embed_images
 
     try:
         chosen = () if layers == "last" else tuple(int(layer) for layer in str(layers).split(","))

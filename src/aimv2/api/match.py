@@ -52,10 +52,10 @@ def zeroshot(
     if limit < 0:
         raise UsageError(f"--limit {limit}: 0 (all) or more expected")
     from aimv2.api.features import usual_device
-    from aimv2.evals.pixels import read_stats
     from aimv2.evals.scorer import open_matcher
     from aimv2.evals.untrained import check_baselines
     from aimv2.evals.zeroshot import Asked, measure
+    from aimv2.features.pixels import read_stats
 
     baseline = check_baselines(baselines)
     asked = Asked(data, dataset, templates, classes, normalize, limit, seed, batch_size, out, baseline)
@@ -108,10 +108,10 @@ def retrieve(
     if not all(word.isdigit() and int(word) for word in words):
         raise UsageError(f"--k {k}: numbers from 1 with commas expected, such as 1,5,10")
     from aimv2.api.features import usual_device
-    from aimv2.evals.pixels import read_stats
     from aimv2.evals.retrieve import Asked, measure
     from aimv2.evals.scorer import open_matcher
     from aimv2.evals.untrained import check_baselines
+    from aimv2.features.pixels import read_stats
 
     baseline = check_baselines(baselines)
     asked = Asked(data, captions, candidates, tuple(map(int, words)), normalize, seed, batch_size, out, baseline)

@@ -35,8 +35,8 @@ def load_model(
     Raises:
         UsageError: nothing to load, or weights that do not fit.
     """
-    from aimv2.data.clip_text import find_clip_tokenizer
-    from aimv2.data.text import load_tokenizer
+    from aimv2.data.text.clip import find_clip_tokenizer
+    from aimv2.data.text.tokenizer import load_tokenizer
     from aimv2.interop import load
     from aimv2.interop.arrays import BACKENDS, to_arrays
     from aimv2.models.lit import LiT
@@ -138,8 +138,8 @@ def _copy_tokenizer(source: Path, out: Path, to: str) -> None:
 
 def _read_pixels(encoder: Any, images: str, samples: int) -> list[Any]:
     """Up to ``samples`` images of a folder as the encoder sees them, in batches of one size."""
-    from aimv2.data.images import ImageError, decode_image
-    from aimv2.data.transforms import image_transform
+    from aimv2.data.images.decode import ImageError, decode_image
+    from aimv2.data.stream.transforms import image_transform
     from aimv2.evals.caption import image_files
 
     transform, found = image_transform(encoder), list[Any]()

@@ -71,9 +71,9 @@ def probe(
         image_std: standard deviation, given with image_mean
     """
     from aimv2.api.features import usual_device
-    from aimv2.evals.pixels import read_stats
     from aimv2.evals.probe import ProbeSettings
     from aimv2.evals.probe_result import Asked, open_and_measure
+    from aimv2.features.pixels import read_stats
 
     _check(data, protocol, features, select, baselines)
     _at_least_one(epochs, batch_size, trunk_batch)

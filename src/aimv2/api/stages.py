@@ -53,6 +53,6 @@ def run(
         UsageError: a mistake in the file, a missing input, a stale stage without ``redo``, a stage that failed.
         Interrupted: a signal came; the stage that ran has saved what it can.
     """
-    from aimv2.chain.work import run_chain
+    from aimv2.pipeline.work import run_chain
 
     return run_chain(chain, out, data, only, redo, status)

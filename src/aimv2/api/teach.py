@@ -42,9 +42,9 @@ def data_teach(
     import torch
 
     from aimv2.api.features import usual_device
-    from aimv2.data.teach import Lesson, teach
-    from aimv2.evals.pixels import read_stats
-    from aimv2.teacher import open_teacher
+    from aimv2.features.pixels import read_stats
+    from aimv2.features.teach import Lesson, teach
+    from aimv2.features.teacher import open_teacher
 
     low, high = crop_ratio
     for option, value, least, most in (

@@ -32,7 +32,7 @@ def pretrain(
         UsageError: a mistake of input, in one line.
         Interrupted: a signal came; the run has been saved.
     """
-    from aimv2.launch import launch
+    from aimv2.train.launch import launch
 
     given = dict(options or {})
     if run is not None:
@@ -74,7 +74,7 @@ def data_import(
         class_folders: the names of the sub-folders are the captions (see template), whatever other files lie there; by default
             only where there are two or more and no file that may hold captions
     """
-    from aimv2.data.importing import import_data
+    from aimv2.data.shards.importing import import_data
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: at least 1 expected")
@@ -104,8 +104,8 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
         tokenizer: counts caption lengths in its tokens; null: in those of a BPE trained on the captions, as a run trains it
         min_side: images with a shorter side count as tiny, pixels
     """
-    from aimv2.data.check import check_data
-    from aimv2.data.text import load_tokenizer, read_captions, train_tokenizer
+    from aimv2.data.shards.check import check_data
+    from aimv2.data.text.tokenizer import load_tokenizer, read_captions, train_tokenizer
 
     if tokenizer is not None:
         counter = load_tokenizer(tokenizer, option="--tokenizer")
@@ -144,7 +144,7 @@ def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str
         out: folder of the tokeniser
         vocab_size: tokens, end of text included
     """
-    from aimv2.data.text import read_captions, train_tokenizer
+    from aimv2.data.text.tokenizer import read_captions, train_tokenizer
 
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -235,7 +235,7 @@ def write_scenes(
     Returns:
         What was written: ``out``, ``train``, ``val``, ``shards``, ``size``, ``largest`` (where given), ``seed``.
     """
-    from aimv2.data.shards import write_manifest, write_shard
+    from aimv2.data.shards.format import write_manifest, write_shard
 
     if val_count is None:
         val_count = min(max(count // 10, 1), 1000)

@@ -17,7 +17,7 @@ import torch
 
 import aimv2
 from aimv2.doctor.check import Check, reason
-from aimv2.packages import Asked, requirements, satisfies
+from aimv2.doctor.packages import Asked, requirements, satisfies
 
 PYTHON = (3, 11)  # the oldest that is supported
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

@@ -106,12 +106,12 @@ def tiny_run(folder: Path) -> tuple[float, float, float, float]:
     Returns:
         first and last loss (means of ten steps), pairs a second, and the largest difference of a feature after loading.
     """
+    from aimv2.config.load import parse
     from aimv2.data.scenes import write_scenes
+    from aimv2.distributed import World
     from aimv2.interop.load import load_model
-    from aimv2.launch import build_trainer
-    from aimv2.load_config import parse
     from aimv2.train import prepare
-    from aimv2.train.parallel import World
+    from aimv2.train.launch import build_trainer
 
     device = usual_device()
     write_scenes(str(folder / "scenes"), SCENES, val_count=32, size=32)

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimv2.config import Config
-from aimv2.data.native import area_shares, middle_area
-from aimv2.data.shards import captions_of, find_shards, read_samples
-from aimv2.data.stream import View, training_shards, validation_shards
-from aimv2.data.text import Tokenizer
+from aimv2.config.schema import Config
+from aimv2.data.shards.format import captions_of, find_shards, read_samples
+from aimv2.data.stream.native import area_shares, middle_area
+from aimv2.data.stream.samples import View, training_shards, validation_shards
+from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.evals.ngram import bigram_loss, unigram_loss
 from aimv2.evals.probe import attentive_probe
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
-from aimv2.train.validate import HeldOut, read_held_out
+from aimv2.tasks.held_out import HeldOut, read_held_out
 
 YARDSTICK_CAPTIONS = 50_000  # training captions that the n-gram models are fitted on, at most
 EXACT_IMAGES = 512  # held-out images whose caption is compared word for word
@@ -77,7 +77,7 @@ def yardsticks(config: Config, tokenizer: Tokenizer, held_out: HeldOut) -> dict[
 
 def write_captions(model: AIMv2, tokenizer: Tokenizer, held_out: HeldOut, shown: int) -> dict[str, Any]:
     """Greedy captions of held-out images: the share that equals the reference, and a few to read."""
-    from aimv2.data.text import clean_text
+    from aimv2.data.text.tokenizer import clean_text
 
     images, wanted = held_out.images[:EXACT_IMAGES], held_out.captions[:EXACT_IMAGES]
     assert isinstance(images, Tensor)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2.data.images import ImageError, decode_image
-from aimv2.data.shards import IMAGE_EXTENSIONS
-from aimv2.data.transforms import image_transform
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.shards.format import IMAGE_EXTENSIONS
+from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 

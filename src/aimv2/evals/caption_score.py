@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.captioned import Sample, open_captioned, read_captioned
-from aimv2.data.images import ImageError, decode_image
-from aimv2.data.sources import Item
-from aimv2.data.transforms import image_transform
+from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.sources import Item
+from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.evals.ptb import tokenise
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scores import wilson
 from aimv2.evals.untrained import BASELINE, with_untrained_encoder
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
 from aimv2.models.aimv2 import AIMv2
 
 SHOWN = 10  # examples that a result keeps

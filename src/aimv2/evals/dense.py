@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.pairs import Kind, Pair, open_pairs, scan_maps, whole_images
+from aimv2.data.images.maps import Kind, Pair, open_pairs, scan_maps, whole_images
 from aimv2.errors import UsageError
-from aimv2.evals.contents import contents_of_files
 from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
-from aimv2.evals.features import Cached, cached_features
-from aimv2.evals.frozen import LAST, Frozen, random_twin, raw_pixels
 from aimv2.evals.result import about_model, check_out, make_result, write_result
+from aimv2.features.contents import contents_of_files
+from aimv2.features.extraction import Cached, cached_features
+from aimv2.features.frozen import LAST, Frozen, random_twin, raw_pixels
 from aimv2.models.sizes import EncoderConfig
 
 HELD_OUT = 0.1  # of the training images: where the rate is chosen
@@ -85,7 +85,7 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
 def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, scratch: Path) -> Work:
     """
     Raises:
-        UsageError: see :func:`aimv2.data.pairs.open_pairs` and :func:`aimv2.data.pairs.scan_maps`; fewer than two classes, a
+        UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; fewer than two classes, a
             mask value beyond the last class, a split where everything is ignored.
     """
     train, test, split = open_pairs(asked.data, kind, asked.val_list, asked.val_fraction)
@@ -110,7 +110,7 @@ def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, 
 def depth_work(asked: Asked, kind: Kind, size: int, scratch: Path) -> Work:
     """
     Raises:
-        UsageError: see :func:`aimv2.data.pairs.open_pairs` and :func:`aimv2.data.pairs.scan_maps`; a split without any depth.
+        UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; a split without any depth.
     """
     train, test, split = open_pairs(asked.data, kind, asked.val_list, asked.val_fraction)
     scans = scan_maps(train, kind, size, scratch / "train-maps.npy"), scan_maps(test, kind)

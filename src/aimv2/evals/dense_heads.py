@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.data.ahead import ahead
-from aimv2.data.pairs import shown
-from aimv2.evals.frozen import LAST
+from aimv2.data.images.maps import shown
+from aimv2.data.prefetch import ahead
+from aimv2.features.frozen import LAST
 from aimv2.models.probe_head import NORM_EPS
 
 BUDGET = 2**22  # values of upsampled outputs that are in memory at once

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images import ImageError
-from aimv2.data.labelled import Labelled, subset
+from aimv2.data.images.decode import ImageError
+from aimv2.data.images.labelled import Labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.linear import logistic
 from aimv2.evals.pooled import Asked, Pooled, measure, open_splits

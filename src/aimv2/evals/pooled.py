@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.labelled import Labelled, limit, open_labelled, require_labelled
+from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled
 from aimv2.errors import UsageError
-from aimv2.evals.features import Cached, cached_features, features_home
-from aimv2.evals.frozen import LAST, Frozen, open_frozen, random_twin, raw_pixels
-from aimv2.evals.pixels import Stats
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import per_class, top1, wilson
+from aimv2.features.extraction import Cached, cached_features, features_home
+from aimv2.features.frozen import LAST, Frozen, open_frozen, random_twin, raw_pixels
+from aimv2.features.pixels import Stats
 
 
 @dataclass(frozen=True)

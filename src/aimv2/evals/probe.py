@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2.config import Config
+from aimv2.config.schema import Config
+from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.evals.features import Cached, cached_features, seen
-from aimv2.evals.frozen import LAST, Frozen
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
-from aimv2.evals.ragged import Ragged
+from aimv2.features.extraction import Cached, cached_features, seen
+from aimv2.features.frozen import LAST, Frozen
+from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
+from aimv2.io import write_aside
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.probe_head import ProbeSweep, Trial
 from aimv2.objectives.probe import SweepObjective
 from aimv2.train import prepare
-from aimv2.train.files import write_aside
 from aimv2.train.log import Log
 from aimv2.train.loop import Stream, Trainer
-from aimv2.train.parallel import World
 
 if TYPE_CHECKING:
-    from aimv2.data.labelled import Labelled
+    from aimv2.data.images.labelled import Labelled
 
 RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)  # AIMV2, Table A2
 DECAYS = (0.05, 0.1)

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.labelled import joined, limit, open_labelled, subset
+from aimv2.data.images.labelled import joined, limit, open_labelled, subset
 from aimv2.errors import UsageError
-from aimv2.evals.features import features_home
-from aimv2.evals.frozen import Frozen, open_frozen, random_twin, raw_pixels
 from aimv2.evals.linear import hold_out
-from aimv2.evals.pixels import Stats
 from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
 from aimv2.evals.result import about_model, check_out, make_result, write_result
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
+from aimv2.features.extraction import features_home
+from aimv2.features.frozen import Frozen, open_frozen, random_twin, raw_pixels
+from aimv2.features.pixels import Stats
 
 HELD_OUT = 0.1  # of each class's training images, where a data set has no validation split
 BASELINES = ("random", "pixels")

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from aimv2.batch import Batch, make_batch
-from aimv2.data.augment import augment
-from aimv2.data.images import ImageError
-from aimv2.data.transforms import to_pixels
-from aimv2.evals.ragged import Ragged
+from aimv2.data.images.decode import ImageError
+from aimv2.data.stream.augment import augment
+from aimv2.data.stream.transforms import to_pixels
+from aimv2.features.ragged import Ragged
 
 if TYPE_CHECKING:
-    from aimv2.data.labelled import Labelled
+    from aimv2.data.images.labelled import Labelled
 
 
 class Order:

@@ -14,9 +14,9 @@ import torch
 
 import aimv2
 from aimv2.errors import UsageError
-from aimv2.evals.frozen import Frozen
-from aimv2.evals.pixels import about
-from aimv2.train.files import write_aside
+from aimv2.features.frozen import Frozen
+from aimv2.features.pixels import about
+from aimv2.io import write_aside
 
 FORMAT = "aimv2 result 1"
 FILE = "result.json"

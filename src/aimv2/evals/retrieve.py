@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from aimv2.data.ahead import ahead
-from aimv2.data.captioned import Sample, open_captioned, read_captioned
-from aimv2.data.images import ImageError, decode_image
-from aimv2.data.sources import Item
-from aimv2.data.text import clean_text
+from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.sources import Item
+from aimv2.data.prefetch import ahead
+from aimv2.data.text.tokenizer import clean_text
 from aimv2.errors import UsageError
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, stacked

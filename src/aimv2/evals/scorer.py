@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from aimv2.data.images import to_rgb
-from aimv2.data.transforms import centre_crop_box, crop_resize, image_transform, to_pixels
+from aimv2.data.images.decode import to_rgb
+from aimv2.data.stream.transforms import centre_crop_box, crop_resize, image_transform, to_pixels
 from aimv2.errors import UsageError
-from aimv2.evals.foreign import is_foreign, open_transformers, probe_image, settle
-from aimv2.evals.frozen import refuse_stats
-from aimv2.evals.pixels import Processing, Stats, about, read_processor
 from aimv2.evals.untrained import with_untrained_encoder
-from aimv2.evals.weights import weights_hash
+from aimv2.features.fingerprint import weights_hash
+from aimv2.features.foreign import is_foreign, open_transformers, probe_image, settle
+from aimv2.features.frozen import refuse_stats
+from aimv2.features.pixels import Processing, Stats, about, read_processor
 from aimv2.interop.shapes import processor_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize

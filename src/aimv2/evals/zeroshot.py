@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from aimv2.data.ahead import ahead
-from aimv2.data.images import ImageError
-from aimv2.data.labelled import EXPECTED, Labelled, Split, open_labelled, subset
+from aimv2.data.images.decode import ImageError
+from aimv2.data.images.labelled import EXPECTED, Labelled, Split, open_labelled, subset
+from aimv2.data.prefetch import ahead
 from aimv2.errors import UsageError
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, stacked
@@ -106,7 +106,7 @@ def choose(asked: Asked, prior: bool) -> Chosen:
     """The split to measure, cut to ``limit`` images, and other images where a prior is wanted.
 
     Raises:
-        UsageError: see :func:`aimv2.data.labelled.open_labelled`.
+        UsageError: see :func:`aimv2.data.images.labelled.open_labelled`.
     """
     order: tuple[Split, ...] = ("test", "val", "train")
     data = next((found for split in order if (found := open_labelled(asked.data, split, asked.dataset))), None)

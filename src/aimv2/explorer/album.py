@@ -12,8 +12,8 @@ from pathlib import PurePath
 
 from PIL import Image
 
-from aimv2.data.images import ImageError, decode_image
-from aimv2.data.pictures import Picture, pictures
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.pictures import Picture, pictures
 from aimv2.data.scenes import scene_of
 
 TYPES = ("JPEG", "PNG", "WEBP")
@@ -58,7 +58,7 @@ class Album:
     def __init__(self, source: str | None, limit: int, example_size: int) -> None:
         """
         Args:
-            source: what :func:`aimv2.data.pictures.pictures` reads; None: examples are drawn.
+            source: what :func:`aimv2.data.images.pictures.pictures` reads; None: examples are drawn.
             limit: pictures of the source, the first; 0: all.
             example_size: pixels a side of examples.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError
-from aimv2.evals.frozen import LAST, Frozen
+from aimv2.features.frozen import LAST, Frozen
 from aimv2.models.sizes import EncoderConfig
 
 _FEATURES = "This is a model of another origin: of such a one only the features are shown,"

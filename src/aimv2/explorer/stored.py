@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.evals.embed import ABOUT, one_line_key
 from aimv2.evals.scorer import eager
-from aimv2.evals.weights import weights_hash
 from aimv2.explorer.album import Album
 from aimv2.explorer.foreign import ForeignEncoder
+from aimv2.features.embed import ABOUT, one_line_key
+from aimv2.features.fingerprint import weights_hash
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 

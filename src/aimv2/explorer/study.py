@@ -18,11 +18,11 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from aimv2.data.transforms import image_transform, resized_crop_box
-from aimv2.evals.pixels import Stats
+from aimv2.data.stream.transforms import image_transform, resized_crop_box
 from aimv2.explorer.album import Album, Refusal
 from aimv2.explorer.foreign import CANNOT, ForeignEncoder
 from aimv2.explorer.stored import Stored
+from aimv2.features.pixels import Stats
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -76,8 +76,8 @@ def open_shown(source: str, device: str, stats: Stats | None = None) -> Shown:
         UsageError: nothing to load.
     """
     from aimv2.api.models import load_model
-    from aimv2.evals.foreign import is_foreign
-    from aimv2.evals.frozen import open_frozen
+    from aimv2.features.foreign import is_foreign
+    from aimv2.features.frozen import open_frozen
     from aimv2.interop import load
 
     if source.startswith("timm:") or is_foreign(load.locate(source).folder):

@@ -71,7 +71,7 @@ class TextEncoder(nn.Module):
     def pool(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] -> [B, D]: the features at each text's first end of text (causal: what follows is unseen).
 
-        Without an end of text a row gives its first position; :class:`aimv2.data.clip_text.ClipTokenizer` always
+        Without an end of text a row gives its first position; :class:`aimv2.data.text.clip.ClipTokenizer` always
         writes one.
         """
         features = self(tokens)

@@ -113,7 +113,7 @@ class ProbeSweep(nn.Module):
             trials: G of them; every layer has equally many.
             protocol: attentive or efficient.
             heads: of the attention, or queries; None: see the probes.
-            trunk: :class:`aimv2.evals.frozen.Frozen` that turns a batch's images into features; None: they are features.
+            trunk: :class:`aimv2.features.frozen.Frozen` that turns a batch's images into features; None: they are features.
         """
         super().__init__()
         self.trials, self.protocol, self.classes, self.width = list(trials), protocol, classes, width

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.lit import PairFeatures
 
 Terms = dict[str, tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.decoder import Prediction
 from aimv2.objectives.pretrain import PretrainObjective
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.decoder import IGNORED, Prediction
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import pixel_patches

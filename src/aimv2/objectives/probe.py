@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
-from aimv2.config import ObjectiveConfig
+from aimv2.config.schema import ObjectiveConfig
 
 Terms = dict[str, tuple[Tensor, Tensor]]
 UNLABELLED = -1

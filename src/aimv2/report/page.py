@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from aimv2.errors import UsageError
+from aimv2.io import write_aside
 from aimv2.report.blocks import Section
 from aimv2.report.charts import Panel, draw_png
 from aimv2.report.images import to_png, to_uri
 from aimv2.report.sheet import draw_sheet
-from aimv2.train.files import write_aside
 
 LARGEST = 5_000_000  # bytes of a page
 QUALITIES = ((256, 88), (224, 75), (160, 65), (112, 50), (64, 40))  # pixels a side and JPEG quality, tried in turn

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimv2.config import Config, get_value, leaf_keys
+from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
 
@@ -74,7 +74,7 @@ def read_run(folder: str | Path, waiting: bool = False) -> Run:
     Raises:
         UsageError: not a run, or no metrics yet.
     """
-    from aimv2.load_config import parse, read_recipe
+    from aimv2.config.load import parse, read_recipe
 
     path = Path(folder).expanduser()
     if not (path / CONFIG).is_file():

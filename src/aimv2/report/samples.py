@@ -13,21 +13,21 @@ import torch
 from megatron.energon import WorkerConfig
 from torch import Tensor, nn
 
-from aimv2.config import Config
-from aimv2.data.images import ImageError
-from aimv2.data.shards import read_samples
-from aimv2.data.stream import PairEncoder, View, sample_rng, training_shards, validation_shards
-from aimv2.data.text import Tokenizer, load_tokenizer
+from aimv2.config.schema import Config
+from aimv2.data.images.decode import ImageError
+from aimv2.data.shards.format import read_samples
+from aimv2.data.stream.samples import PairEncoder, View, sample_rng, training_shards, validation_shards
+from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.load import has_decoder, load_model, locate
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
 from aimv2.report.runs import Run
-from aimv2.train.parallel import World
+from aimv2.tasks import stage_of
+from aimv2.tasks.held_out import read_held_out
 from aimv2.train.prepare import known_tokenizer
-from aimv2.train.stages import stage_of
-from aimv2.train.validate import read_held_out
 from aimv2.train.view import make_view
 
 

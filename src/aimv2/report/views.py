@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2.data.text import Tokenizer
+from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import aimv2
-from aimv2.config import Config
+from aimv2.config.schema import Config
 from aimv2.models.sizes import EncoderConfig
 
 

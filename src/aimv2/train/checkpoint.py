@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
 from aimv2.train.ema import Ema
-from aimv2.train.parallel import World
 
 ASIDE = ".aside-"
 

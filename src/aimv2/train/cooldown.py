@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2.config import Config
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.schema import Config
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import STEP, find_model
-from aimv2.load_config import parse, read_recipe
 from aimv2.train.log import say
 from aimv2.train.moments import take_moments
-from aimv2.train.parallel import World
 from aimv2.train.prepare import CONFIG
 from aimv2.train.schedule import learning_rate
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from aimv2.train.parallel import World
+from aimv2.distributed import World
 
 WRAPPED = "_checkpoint_wrapped_module."  # recomputation wraps blocks; names are those of the model without it
 

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aimv2.config import LogConfig
-from aimv2.train.files import write_aside
+from aimv2.config.schema import LogConfig
+from aimv2.io import write_aside
 
 
 def say(line: str) -> None:

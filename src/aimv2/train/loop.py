@@ -12,26 +12,27 @@ from torch import Tensor, nn
 
 import aimv2
 from aimv2.batch import Batch
-from aimv2.config import Config, to_dict
-from aimv2.data.stream import TrainStream, View, validation_shards
-from aimv2.data.text import Tokenizer
+from aimv2.config.schema import Config, to_dict
+from aimv2.data.stream.samples import TrainStream, View, validation_shards
+from aimv2.data.text.tokenizer import Tokenizer
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
 from aimv2.models.distilled import Distiller
+from aimv2.models.flops import peak_flops, step_flops
 from aimv2.models.lit import TunedLiT
+from aimv2.models.lora import merged
 from aimv2.objectives import Objective
 from aimv2.objectives.distill import DistillObjective
+from aimv2.tasks import stage_of
+from aimv2.tasks.held_out import HeldOut, read_held_out
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
-from aimv2.train.flops import peak_flops, step_flops
 from aimv2.train.interrupt import Interrupted, StopFlag
 from aimv2.train.log import Log
-from aimv2.train.lora import merged
-from aimv2.train.parallel import Trainable, World
+from aimv2.train.parallel import Trainable
 from aimv2.train.schedule import learning_rate
-from aimv2.train.stages import stage_of
 from aimv2.train.step import StepFigures, TrainStep
-from aimv2.train.validate import HeldOut, read_held_out
 from aimv2.train.view import make_view
 
 

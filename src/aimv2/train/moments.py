@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from aimv2.distributed import World
 from aimv2.train.checkpoint import any_failed
-from aimv2.train.parallel import World
 
 PREFIX = "optim.state."
 ALLOWED = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 from aimv2.models.lit import TunedLiT
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.train.ema import local

@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 
-from aimv2.config import Config, DataConfig, Source, get_value, leaf_keys, to_dict
-from aimv2.data.clip_text import START, started
-from aimv2.data.shards import captions_of, read_samples
-from aimv2.data.stream import image_bytes, training_shards
-from aimv2.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from aimv2.config.schema import Config, DataConfig, Source, get_value, leaf_keys, to_dict
+from aimv2.data.shards.format import captions_of, read_samples
+from aimv2.data.stream.samples import image_bytes, training_shards
+from aimv2.data.text.clip import START, started
+from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
+from aimv2.io import write_aside
+from aimv2.tasks import stage_of
+from aimv2.tasks.init_weights import tokenizer_of_init
 from aimv2.train.checkpoint import read_about, remove_unfinished
-from aimv2.train.files import write_aside
 from aimv2.train.log import say
-from aimv2.train.parallel import World
-from aimv2.train.stages import stage_of
-from aimv2.train.start import tokenizer_of_init
 
 CONFIG = "config.yaml"
 PARTS = (
@@ -344,7 +344,7 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
 
 def stored_values(run: Path) -> dict[str, Any]:
     """The flat values of the run's config.yaml."""
-    from aimv2.load_config import read_recipe
+    from aimv2.config.load import read_recipe
 
     return read_recipe(run / CONFIG)
 

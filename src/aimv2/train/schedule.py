@@ -2,7 +2,7 @@
 
 import math
 
-from aimv2.config import OptimConfig
+from aimv2.config.schema import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig, peak: float | None = None) -> float:

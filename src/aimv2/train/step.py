@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
-from aimv2.config import Config
-from aimv2.data.native import make_native_batch
-from aimv2.data.stream import View, kept_patches
+from aimv2.config.schema import Config
+from aimv2.data.stream.native import make_native_batch
+from aimv2.data.stream.samples import View, kept_patches
+from aimv2.distributed import World
 from aimv2.models.lit import TunedLiT
+from aimv2.models.matmul import fast_products
 from aimv2.models.probe_head import ProbeSweep
-from aimv2.models.products import fast_products
 from aimv2.objectives import Objective
+from aimv2.tasks import stage_of
 from aimv2.train.ema import Ema
 from aimv2.train.optim import hold_encoder, hold_scale, make_optimizer, release_encoder, step_unless
-from aimv2.train.parallel import Trainable, World, parallelize
+from aimv2.train.parallel import Trainable, parallelize
 from aimv2.train.schedule import learning_rate
-from aimv2.train.stages import stage_of
 
 FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from aimv2.config import Config, DataConfig
-from aimv2.data.native import area_shares
-from aimv2.data.stream import Native, View
+from aimv2.config.schema import Config, DataConfig
+from aimv2.data.stream.native import area_shares
+from aimv2.data.stream.samples import Native, View
+from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig
-from aimv2.train.parallel import World
 
 
 def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: World) -> View:

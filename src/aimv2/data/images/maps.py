@@ -1,0 +1,328 @@
+"""Images with a map of the same size: class ids or depth a pixel, as folders of images and PNG files.
+
+Legend: H x W a map's own size, S side of what an encoder sees, N pairs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from aimv2.data.images.decode import FORMATS, decode_image
+from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.pictures import walk
+from aimv2.data.prefetch import ahead
+from aimv2.data.stream.transforms import crop_resize
+from aimv2.errors import UsageError
+
+IMAGES = ("images", "rgb")
+MASKS = ("masks", "annotations", "labels")
+DEPTHS = ("depth", "depths")
+TRAIN = ("train", "training")
+VAL = ("val", "validation", "test")
+VAL_LIST = "val.txt"  # beside the images folder
+FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
+_ORIENTATION_TAG = 0x0112
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its map; ``key`` is the image's path in its folder."""
+
+    key: str
+    image: Path
+    map: Path
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the maps hold.
+
+    Attributes:
+        word: in messages.
+        folders: names that the maps' folder may have.
+        read: a file to values [H, W].
+        floor: values above it count, all others mean "nothing known here".
+    """
+
+    word: str
+    folders: tuple[str, ...]
+    read: Callable[[Path], np.ndarray]
+    floor: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over the maps found.
+
+    Attributes:
+        largest: value, and the file that holds it.
+        empty: maps without any value that counts.
+        maps: [N, S, S], memory-mapped; None where none was asked for.
+    """
+
+    largest: tuple[float, Path]
+    empty: int
+    maps: np.ndarray | None
+
+
+def masks(ignore: int = 255, reduce_zero: bool = False) -> Kind:
+    """Class ids, int16 [H, W], -1 where ignored: value ``ignore``, and 0 with ``reduce_zero``, which shifts ids by one."""
+    return Kind("mask", MASKS, partial(read_ids, ignore=ignore, reduce_zero=reduce_zero), -1)
+
+
+def depths(scale: float = 1000.0) -> Kind:
+    """Metres, float32 [H, W], 0 where there is no value; ``scale`` is units of the file per metre."""
+    return Kind("depth", DEPTHS, partial(read_depth, scale=scale), 0)
+
+
+def open_pairs(
+    source: str, kind: Kind, val_list: str | None = None, val_fraction: float = 0.0
+) -> tuple[list[Pair], list[Pair], str]:
+    """Training pairs, test pairs, and the name of the test split.
+
+    Args:
+        source: ROOT/{train,val}/{images,masks}/NAME, ROOT/{images,masks}/{train,val}/NAME (ADE20K's form), or
+            ROOT/{images,masks}/NAME. NAME may hold folders; the map has the image's name and ends in .png.
+        kind: of the maps.
+        val_list: text file with an image's name a line (with or without its extension): the test split of data that have
+            none; by default ROOT/val.txt, where there is one.
+        val_fraction: of the images, drawn (the same ones each time), where there is neither.
+
+    Raises:
+        UsageError: another form, an image without its map, no test split, a split given twice.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"--data {source}: no such folder")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: 0 to 1 expected")
+    train, val = _split(root, TRAIN, kind), _split(root, VAL, kind)
+    if train is None and val is not None:
+        raise UsageError(f"--data {source}: a test split but no training split ({' or '.join(TRAIN)}); {_forms(kind)}")
+    if val is not None and (val_list or val_fraction):
+        option = "--val-list" if val_list else "--val-fraction"
+        raise UsageError(f"{option}: {source} has a test split of its own, {val[2]}; leave the option out")
+    if train is None:
+        images = _find(root, IMAGES)
+        if images is None:
+            raise UsageError(f"--data {source}: no images folder there; {_forms(kind)} expected")
+        train = images, _needed(root, kind), "all"
+    pairs = _match(train[0], train[1], kind)
+    if val is not None:
+        return pairs, _match(val[0], val[1], kind), val[2]
+    return _cut(pairs, root, val_list, val_fraction)
+
+
+def _forms(kind: Kind) -> str:
+    return FORMS.format(kind.folders[0])
+
+
+def _find(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _needed(folder: Path, kind: Kind) -> Path:
+    found = _find(folder, kind.folders)
+    if found is None:
+        raise UsageError(f"--data: no {kind.word} folder ({', '.join(kind.folders)}) in {folder}, beside its images")
+    return found
+
+
+def _split(root: Path, names: Sequence[str], kind: Kind) -> tuple[Path, Path, str] | None:
+    """Folders of images and maps of a split and its name; None: the data don't have it.
+
+    Raises:
+        UsageError: images whose maps have no folder.
+    """
+    part = _find(root, names)
+    images = _find(part, IMAGES) if part else None
+    if part and images:
+        return images, _needed(part, kind), part.name
+    outer = _find(root, IMAGES)
+    inner = _find(outer, names) if outer else None
+    if inner is None:
+        return None
+    maps = _needed(root, kind)
+    found = _find(maps, names)
+    if found is None:
+        raise UsageError(f"--data: no {kind.word} folder {' or '.join(names)} in {maps}, though {inner} is there")
+    return inner, found, inner.name
+
+
+def _match(images: Path, maps: Path, kind: Kind) -> list[Pair]:
+    """Every image with the map of its name.
+
+    Raises:
+        UsageError: no image; an image without its map; a map that is no PNG.
+    """
+    there = {str(path.relative_to(maps).with_suffix("")): path for path in maps.rglob("*") if path.is_file()}
+    there |= {str(path.relative_to(maps).with_suffix("")): path for path in maps.rglob("*.png")}
+    pairs, lost = [], []
+    for name in walk(images):
+        found = there.get(str(Path(name).with_suffix("")))
+        if found is None:
+            lost.append(name)
+        elif found.suffix.lower() != ".png":
+            raise UsageError(f"--data: {found} is not a PNG; a {kind.word} is a PNG file")
+        else:
+            pairs.append(Pair(name, images / name, found))
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise UsageError(
+            f"--data: {images / lost[0]} has no {kind.word}{more}; {maps / Path(lost[0]).with_suffix('.png')} expected"
+        )
+    if not pairs:
+        raise UsageError(f"--data: no image in {images}")
+    return pairs
+
+
+def _cut(
+    pairs: list[Pair], root: Path, val_list: str | None, val_fraction: float
+) -> tuple[list[Pair], list[Pair], str]:
+    """Pairs without a test split, cut in two by a list or at random."""
+    listed = Path(val_list).expanduser() if val_list else root / VAL_LIST
+    if val_list and val_fraction:
+        raise UsageError("--val-list and --val-fraction both cut the test split; give one of them")
+    if val_list or (not val_fraction and listed.is_file()):
+        test, name = _listed(pairs, listed), f"listed in {listed.name}"
+    elif val_fraction:
+        order = np.random.default_rng(0).permutation(len(pairs))
+        test = {pairs[row].key for row in order[: max(1, round(val_fraction * len(pairs)))]}
+        name = f"{val_fraction:g} of the images, drawn"
+    else:
+        raise UsageError(f"--data {root}: no test split there; --val-fraction 0.2 cuts one, --val-list names one")
+    kept = [pair for pair in pairs if pair.key not in test]
+    if not kept:
+        raise UsageError(f"--data {root}: all {len(pairs)} images are in the test split, none is left for training")
+    return kept, [pair for pair in pairs if pair.key in test], name
+
+
+def _listed(pairs: list[Pair], file: Path) -> set[str]:
+    """Keys that a list names."""
+    try:
+        words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--val-list {file}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    known = {name: pair.key for pair in pairs for name in (str(Path(pair.key).with_suffix("")), pair.key)}
+    for word in words:
+        if word not in known:
+            raise UsageError(f"--val-list {file}: '{word}' is the name of no image there")
+    if not words:
+        raise UsageError(f"--val-list {file}: names no image")
+    return {known[word] for word in words}
+
+
+def read_ids(path: Path, ignore: int = 255, reduce_zero: bool = False) -> np.ndarray:
+    """A mask of class ids: int16 [H, W], -1 where ignored; see :func:`masks`.
+
+    Raises:
+        UsageError: not a PNG of class ids (grey or palette), or an id above 32767.
+    """
+    values = _read_png(path, ("L", "P", "1", "I", "I;16"), "class ids (mode L or P) expected").astype(np.int32)
+    nothing = values == ignore
+    if reduce_zero:
+        nothing |= values == 0
+        values = values - 1
+    values[nothing] = -1
+    if values.max(initial=-1) > np.iinfo(np.int16).max:
+        raise UsageError(f"--data: {path} holds the value {values.max()}; class ids are 0 to 32767")
+    return values.astype(np.int16)
+
+
+def read_depth(path: Path, scale: float = 1000.0) -> np.ndarray:
+    """A depth map: float32 [H, W] in metres, 0 where the file has no value.
+
+    Raises:
+        UsageError: not a grey PNG.
+    """
+    values = _read_png(path, ("I;16", "I", "L"), "depth as 16-bit grey expected")
+    return np.maximum(values, 0).astype(np.float32) / np.float32(scale)
+
+
+def _read_png(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.mode not in modes:
+                raise UsageError(f"--data: {path} is a PNG of mode {image.mode}; {wanted}")
+            return np.array(image)
+    except UsageError:
+        raise
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        words = " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
+        raise UsageError(f"--data: {path} is not a PNG that can be read ({words})") from None
+
+
+def scan_maps(pairs: Sequence[Pair], kind: Kind, size: int | None = None, file: Path | None = None) -> Scan:
+    """Reads every map once: all are proven good before an encoder runs.
+
+    Args:
+        pairs: N of them.
+        kind: of their maps.
+        size, file: keep the maps at S x S, nearest value, in this file.
+
+    Raises:
+        UsageError: a map that can't be read, or of another size than its image.
+    """
+    kept: np.ndarray | None = None
+    largest, where, empty = float(kind.floor), pairs[0].map, 0
+    rows = ahead(partial(_read_checked, kind), pairs)
+    for row, values in enumerate(shown(rows, f"reading {kind.word}s", len(pairs))):
+        top = float(values.max())
+        empty += top <= kind.floor
+        if top > largest:
+            largest, where = top, pairs[row].map
+        if size is not None and file is not None:
+            if kept is None:
+                kept = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=(len(pairs), size, size))
+            kept[row] = nearest_map(values, size)
+    return Scan((largest, where), empty, kept)
+
+
+def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
+    """The same items, with a bar on standard error where that is a terminal (elsewhere it would leave empty lines)."""
+    console = Console(file=sys.stderr)
+    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _read_checked(kind: Kind, pair: Pair) -> np.ndarray:
+    values = kind.read(pair.map)
+    try:
+        with Image.open(pair.image, formats=FORMATS) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8):
+                width, height = height, width
+    except Exception:  # an image that can't be opened is noted with the others when the encoder sees them
+        return values
+    if values.shape != (height, width):
+        raise UsageError(
+            f"--data: {pair.map} is {values.shape[1]} x {values.shape[0]} px, its image {pair.key} is {width} x {height}"
+        )
+    return values
+
+
+def nearest_map(values: np.ndarray, size: int) -> np.ndarray:
+    """[H, W] -> [S, S]: the value at the centre of each new pixel."""
+    rows, columns = (((np.arange(size) + 0.5) * side / size).astype(np.int64) for side in values.shape)
+    return values[rows[:, None], columns]
+
+
+def whole_images(source: str, split: str, pairs: Sequence[Pair], size: int) -> Labelled:
+    """The images, each all of it squeezed to S x S, in the form that features are computed from; labels say nothing."""
+
+    def image(row: int) -> Image.Image:
+        picture = decode_image(pairs[row].image)
+        return crop_resize(picture, (0, 0, *picture.size), (size, size))
+
+    keys = [pair.key for pair in pairs]
+    return Labelled(Path(source).name, source, split, (), keys, np.zeros(len(pairs), np.int64), image)

@@ -1,0 +1,257 @@
+"""`aimv2 data check`: what is in a data set, and what is wrong with it, on one screen."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from aimv2.data.images.decode import ImageError, image_size
+from aimv2.data.shards.format import captions_of, find_shards, image_of, read_samples, scan_shard, split_shards
+from aimv2.errors import UsageError
+
+MAX_TOKENS = 77  # of the released models' captions
+EXAMPLES = 5
+QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+
+
+@dataclass
+class ShardReport:
+    """What one tar holds; a sample is named ``KEY`` and where it matters ``TAR/KEY``."""
+
+    samples: int = 0
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    image_bytes: int = 0
+    captions: list[list[str]] = field(default_factory=list)
+    per_image: list[int] = field(default_factory=list)
+    digests: list[tuple[bytes, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+    uncaptioned: list[str] = field(default_factory=list)
+    labels: int = 0
+    cut: str = ""
+
+
+def check_data(
+    source: str | Path,
+    *,
+    tokenizer: Callable[[str], int] | None = None,
+    split: Literal["train", "val", "test", "all"] = "all",
+    min_side: int = 16,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Read all samples of a source and decode all its images.
+
+    Args:
+        source: Folder, glob, brace pattern or one tar of WebDataset samples.
+        tokenizer: Caption -> number of tokens; without one, words are counted.
+        split: Which tars of a folder.
+        min_side: An image with a shorter side below this many pixels counts as tiny.
+        workers: Threads that decode; None means one a core, at most 8.
+
+    Returns:
+        source, samples, shards, bytes, splits, images {width, height, aspect, bytes}, captions {per_image, length,
+        unit, over_77, missing}, labels, duplicates, unreadable, tiny, cut (each with number and examples).
+
+    Raises:
+        UsageError: no shards, or no sample in them.
+    """
+    groups = _groups(source, split)
+    tars = [(name, tar) for name, group in groups.items() for tar in group]
+    count = min(os.cpu_count() or 1, 8) if workers is None else max(1, workers)
+    reports: list[tuple[str, Path, ShardReport]] = []
+    lengths: list[int] = []
+    with ThreadPoolExecutor(count) as pool:  # decoding and hashing leave Python's lock
+        done: Any = pool.map(lambda named: check_shard(named[1], min_side), tars)
+        if progress:
+            done = track(done, "Checking shards", total=len(tars), console=Console(stderr=True))
+        for (name, tar), report in zip(tars, done):
+            # Tokenizers are not all safe in threads, so captions are counted here.
+            count_tokens = tokenizer or (lambda text: len(text.split()))
+            lengths += [count_tokens(text) for texts in report.captions for text in texts]
+            report.per_image = [len(texts) for texts in report.captions]
+            report.captions = []  # a large data set's captions would not fit
+            reports.append((name, tar, report))
+    if not any(report.samples for _, _, report in reports):
+        raise UsageError(f"empty data set: no sample in {source}")
+    splits = {
+        name: {
+            "samples": sum(report.samples for found, _, report in reports if found == name),
+            "shards": len(group),
+        }
+        for name, group in groups.items()
+        if group
+    }
+    return {
+        "source": str(source),
+        "samples": sum(each["samples"] for each in splits.values()),
+        "shards": len(tars),
+        "bytes": sum(tar.stat().st_size for _, tar in tars),
+        "splits": splits,
+        **_summary([report for _, _, report in reports], lengths, "tokens" if tokenizer else "words"),
+        "min_side": min_side,
+        "cut": _listed([f"{tar.name}: {report.cut}" for _, tar, report in reports if report.cut]),
+    }
+
+
+def check_shard(tar: Path, min_side: int) -> ShardReport:
+    """Read one tar; every image is decoded, at 1/8 scale where its format can."""
+    report = ShardReport(cut=scan_shard(tar, keep_keys=False).cut)
+    for key, parts in read_samples(tar):
+        name = f"{tar.name}/{key}"
+        report.samples += 1
+        report.labels += "cls" in parts
+        texts = [text for each in captions_of(parts).values() for text in each]
+        report.captions.append(texts)
+        if not texts:
+            report.uncaptioned.append(name)
+        image = image_of(parts)
+        if image is None:
+            report.unreadable.append((name, "no image"))
+            continue
+        report.digests.append((hashlib.sha1(image[1]).digest(), name))
+        report.image_bytes += len(image[1])
+        try:
+            width, height = image_size(image[1])
+        except ImageError as error:
+            report.unreadable.append((name, str(error)))
+            continue
+        report.widths.append(width)
+        report.heights.append(height)
+        if min(width, height) < min_side:
+            report.tiny.append(f"{name} ({width} x {height})")
+    return report
+
+
+def _groups(source: str | Path, split: str) -> dict[str, list[Path]]:
+    """Tars by split; a pattern or one tar is simply ``all``."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return {"all": find_shards(source, "train", option="DIR")}
+    groups = split_shards(folder, option="DIR")
+    if split == "all":
+        return groups
+    if not groups.get(split):
+        found = ", ".join(name for name, tars in groups.items() if tars)
+        raise UsageError(f"--split {split}: {folder} has only {found}")
+    return {split: groups[split]}
+
+
+def _summary(reports: list[ShardReport], lengths: list[int], unit: str) -> dict[str, Any]:
+    widths = np.array([width for report in reports for width in report.widths])
+    heights = np.array([height for report in reports for height in report.heights])
+    per_image = [number for report in reports for number in report.per_image]
+    same = defaultdict[bytes, list[str]](list)
+    for report in reports:
+        for digest, name in report.digests:
+            same[digest].append(name)
+    duplicates = [names for names in same.values() if len(names) > 1]
+    over = sum(length > MAX_TOKENS for length in lengths)
+    return {
+        "images": {
+            "width": _quantiles(widths),
+            "height": _quantiles(heights),
+            "aspect": _quantiles(widths / heights if len(widths) else widths),
+            "bytes": sum(report.image_bytes for report in reports),
+        },
+        "captions": {
+            "total": len(lengths),
+            "per_image": _quantiles(np.array(per_image)),
+            "length": _quantiles(np.array(lengths)),
+            "unit": unit,
+            f"over_{MAX_TOKENS}": over / len(lengths) if lengths else 0.0,
+            "missing": _listed(_chain(report.uncaptioned for report in reports)),
+        },
+        "labels": sum(report.labels for report in reports),
+        "duplicates": {
+            "number": sum(len(names) - 1 for names in duplicates),
+            "examples": [names[:EXAMPLES] for names in duplicates[:EXAMPLES]],
+        },
+        "unreadable": _listed([f"{n}: {why}" for report in reports for n, why in report.unreadable]),
+        "tiny": _listed(_chain(report.tiny for report in reports)),
+    }
+
+
+def _chain(lists: Iterator[list[str]]) -> list[str]:
+    return [name for each in lists for name in each]
+
+
+def _listed(names: list[str]) -> dict[str, Any]:
+    return {"number": len(names), "examples": names[:EXAMPLES]}
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    """min, p5, median, p95, max; {} of nothing."""
+    if not len(values):
+        return {}
+    return {name: round(float(np.quantile(values, at)), 3) for name, at in QUANTILES.items()}
+
+
+# ---- one screen ----
+
+
+def render_check(result: dict[str, Any]) -> RenderableType:
+    """The result of `check_data` for a terminal of 80 columns."""
+    splits = ", ".join(f"{name} {each['samples']:,}" for name, each in result["splits"].items())
+    head = Text(f"{result['source']}: {result['samples']:,} samples", style="bold", overflow="ellipsis", no_wrap=True)
+    facts = f"{splits}; {result['shards']:,} shards, {_size(result['bytes'])}; {result['labels']:,} with a label"
+
+    images, captions = result["images"], result["captions"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in QUANTILES:
+        table.add_column(name, justify="right")
+    rows = {
+        "width, pixels": images["width"],
+        "height, pixels": images["height"],
+        "width / height": images["aspect"],
+        "captions an image": captions["per_image"],
+        f"caption, {captions['unit']}": captions["length"],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
+
+    lines: list[RenderableType] = [head, Text(facts), Text(), table]
+    share = captions[f"over_{MAX_TOKENS}"]
+    lines.append(Text(f"captions over {MAX_TOKENS} {captions['unit']}: {share:.1%}"))
+    lines.append(Text())
+    lines += _findings(result)
+    return Group(*lines)
+
+
+def _findings(result: dict[str, Any]) -> list[RenderableType]:
+    """One line for each kind of trouble, with its first examples."""
+    kinds = {
+        "unreadable images": result["unreadable"],
+        f"tiny images (below {result['min_side']} pixels)": result["tiny"],
+        "exact duplicates": result["duplicates"],
+        "without a caption": result["captions"]["missing"],
+        "broken tars": result["cut"],
+    }
+    lines: list[RenderableType] = []
+    for name, found in kinds.items():
+        number = found["number"]
+        lines.append(Text(f"{number:>9,}  {name}", style="yellow" if number else "green"))
+        for example in found["examples"][:2]:
+            words = " = ".join(example) if isinstance(example, list) else example
+            lines.append(Text(f"{'':11}{words}", style="dim", overflow="ellipsis", no_wrap=True))
+    return lines
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

@@ -1,0 +1,478 @@
+"""`aimv2 data import`: whatever people have, to shards, in several processes, resumable to the same bytes.
+
+The plan is fixed by the source alone: item i of a split goes to shard i // shard_size, whether or not it
+turns out readable. So each shard is a job of its own: any process may write it, in any order, and a shard
+that is there is done. OUT/.import holds the options and a note for each shard (its count, its rejects) until
+all are done.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
+from aimv2.data.images.sources import (
+    EXPECTED,
+    Columns,
+    Item,
+    Loaded,
+    Reader,
+    Reject,
+    Source,
+)
+from aimv2.data.images.tables import open_source
+from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
+from aimv2.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+WORK = ".import"
+PLAN_FORMAT = 1
+
+
+class ImageOptions(NamedTuple):
+    """How images are stored; see `images.store_image`."""
+
+    max_side: int | None
+    max_pixels: int
+    quality: int
+
+
+class Job(NamedTuple):
+    """One shard to write."""
+
+    name: str
+    items: list[Item]
+
+    def digest(self) -> str:
+        """Changes when the source would put something else into this shard."""
+        text = json.dumps([list(item) for item in self.items], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Note(NamedTuple):
+    """What became of a shard."""
+
+    digest: str
+    written: int
+    rejects: list[Reject]
+
+
+def import_data(
+    source: str,
+    out: str | Path,
+    *,
+    captions: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | list[str] | None = None,
+    template: str = "a photo of a {}.",
+    class_folders: bool = False,
+    split: str | None = None,
+    val_fraction: float = 0.0,
+    val_list: str | None = None,
+    max_side: int | None = None,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    quality: int = 95,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it goes on.
+
+    Args:
+        source: A folder, a captions file, Parquet, Arrow, tars (a folder, glob or brace pattern of them) or a
+            hub data set id.
+        captions: Which captions file, where a folder has several.
+        image_column: Column of a table or captions file.
+        caption_column: The same; several are several fields.
+        template: Caption of class folders, ``{}`` standing for the class.
+        class_folders: The sub-folders are classes, whatever other files lie there.
+        split: Which split, where a hub data set or a folder of Parquet files has several.
+        val_fraction: Share of keys, chosen by their hash, that goes to ``val``.
+        val_list: File with one key or image name a line that go to ``val``.
+        max_side: Shrink images whose longest side has more pixels than this.
+        shard_size: Planned samples a shard.
+        workers: Processes; 0 and 1 work in this one, None means one a core, at most 8.
+        max_pixels: Refuse larger images.
+        quality: Of the JPEGs that are encoded anew.
+
+    Returns:
+        out, train, val, rejected, shards (numbers of each), seconds.
+
+    Raises:
+        UsageError: nothing to import, or no place for it.
+    """
+    started = time.monotonic()
+    _check_options(source, template, val_fraction, val_list, max_side, shard_size, quality)
+    out = Path(out).expanduser()
+    named = [caption_column] if isinstance(caption_column, str) else caption_column
+    columns = Columns(image_column, tuple(named) if named else None)
+    image_options = ImageOptions(max_side, max_pixels, quality)
+    options = {
+        "source": _stable_name(source),
+        **{"captions": captions, "image_column": image_column, "caption_column": named, "template": template},
+        **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
+        "val_list": hashlib.sha256(_read(val_list)).hexdigest() if val_list else None,
+        **image_options._asdict(),
+        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version goes on
+    }
+    _check_out(source, out)
+    opened = open_source(source, captions, columns, template, split, out.resolve(), class_folders)
+    _prepare(out, options)
+    chooser = ValChooser(val_fraction, _val_names(val_list))
+    if val_list is not None and not chooser.names:
+        raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
+    plan = Plan(opened, chooser, shard_size)
+    wanted = (os.cpu_count() or 1) if workers is None else workers
+    notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
+    if chooser.names and (unmatched := len(chooser.names - chooser.matched)):
+        if not chooser.matched:
+            raise UsageError(
+                f"--val-list {val_list}: none of its {unmatched} names is a key or image name of {source}; the shards of "
+                f"{out} are left unfinished: remove them, or give another list and another OUT"
+            )
+        log.warning("--val-list: %d of %d names match no image", unmatched, len(chooser.names))
+    result = _finish(out, notes, plan.rejects, opened, options)
+    return {"out": str(out), **result, "seconds": round(time.monotonic() - started, 2)}
+
+
+# ---- plan ----
+
+
+@dataclass
+class ValChooser:
+    """Which keys are validation: by the key's hash, or by a list of keys and image names."""
+
+    fraction: float
+    names: set[str]
+    matched: set[str] = field(default_factory=set)
+
+    def __call__(self, item: Item) -> bool:
+        if self.names:
+            file = item.image.rpartition("/")[2]
+            found = self.names & {item.key, item.image, file, file.rpartition(".")[0]}
+            self.matched |= found
+            return bool(found)
+        digest = hashlib.sha256(item.key.encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
+
+
+@dataclass
+class Plan:
+    """Iterates the jobs of a source, in an order that depends on the source and the options alone.
+
+    Attributes:
+        rejects: What needed no reading to be refused; complete after the iteration.
+    """
+
+    source: Source
+    is_val: ValChooser
+    shard_size: int
+    rejects: list[Reject] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Job]:
+        waiting: dict[str, list[Item]] = {"train": [], "val": []}
+        numbers = {"train": 0, "val": 0}
+        seen = set[str]()
+        for item in self.source.items:
+            if isinstance(item, Reject):
+                self.rejects.append(item)
+                continue
+            if not self.source.unique_keys:
+                item = item._replace(key=_unused(item.key, seen))
+            split = "val" if self.is_val(item) else "train"
+            waiting[split].append(item)
+            if len(waiting[split]) == self.shard_size:
+                yield Job(f"{split}-{numbers[split]:06d}", waiting[split])
+                waiting[split] = []
+                numbers[split] += 1
+        for split, items in waiting.items():
+            if items:
+                yield Job(f"{split}-{numbers[split]:06d}", items)
+
+
+def _unused(key: str, seen: set[str]) -> str:
+    number, found = 2, key
+    while found in seen:
+        found, number = f"{key}-{number}", number + 1
+    seen.add(found)
+    return found
+
+
+# ---- one shard ----
+
+
+_stop: Any = None  # an event shared with the parent, in a worker process
+
+
+def _start_worker(stop: Any) -> None:
+    """Ctrl-C reaches every process of the terminal; only the parent answers it, and tells by ``stop``."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits for jobs for ever, also when its parent was killed and a restart is at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Note:
+    """Write one shard and its note; both whole or not at all."""
+    rejects: list[Reject] = []
+
+    def samples() -> Iterator[tuple[str, Parts]]:
+        for item, loaded in zip(job.items, reader.load(job.items)):
+            if _stop is not None and _stop.is_set():
+                raise KeyboardInterrupt
+            sample = loaded if isinstance(loaded, Reject) else _sample(item, loaded, options)
+            if isinstance(sample, Reject):
+                rejects.append(sample)
+            else:
+                yield item.key, sample
+
+    path = out / f"{job.name}.tar"
+    written = write_shard(path, samples())
+    if not written:
+        path.unlink()
+    note = Note(job.digest(), written, rejects)
+    _write_json(out / WORK / f"{job.name}.json", note._asdict())
+    return note
+
+
+def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
+    if not loaded.captions and loaded.label is None:
+        return Reject(item.key, item.image, "no caption")
+    try:
+        image = store_image(loaded.data, options.max_side, options.max_pixels, options.quality)
+    except ImageError as error:
+        return Reject(item.key, item.image, str(error))
+    about = {"source": item.image, **loaded.about}
+    about |= {"captions": loaded.captions, "width": image.width, "height": image.height}
+    parts: Parts = {image.extension: image.data}
+    if loaded.captions:
+        parts["txt"] = next(iter(loaded.captions.values()))[0].encode("utf-8", "replace")
+    record = json.dumps(about, ensure_ascii=False, sort_keys=True, default=str)
+    parts["json"] = record.encode("utf-8", "replace")  # captions from the web hold halves of surrogate pairs
+    if loaded.label is not None:
+        parts["cls"] = loaded.label.encode()
+    return parts
+
+
+# ---- run ----
+
+
+def _run(plan: Plan, source: Source, out: Path, options: ImageOptions, workers: int, progress: bool) -> dict[str, Note]:
+    """Do all jobs that are not done yet; a note for each shard, by name."""
+    notes: dict[str, Note] = {}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+    if workers > 1 and source.total is not None and source.total <= plan.shard_size:
+        workers = 1  # one shard: starting processes would take longer
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        task = bar.add_task(f"Importing {source.kind}", total=source.total)
+
+        def done(job: Job, note: Note) -> None:
+            notes[job.name] = note
+            bar.advance(task, len(job.items))
+
+        todo = _not_done(plan, out, done)
+        if workers <= 1:
+            for job in todo:
+                done(job, write_job(job, source.reader, out, options))
+        else:
+            _run_in_processes(todo, source.reader, out, options, workers, done)
+    return notes
+
+
+def _not_done(plan: Plan, out: Path, done: Any) -> Iterator[Job]:
+    for job in plan:
+        note = _read_note(out, job)
+        if note is None:
+            yield job
+        else:
+            done(job, note)
+
+
+def _run_in_processes(
+    todo: Iterator[Job], reader: Reader, out: Path, options: ImageOptions, workers: int, done: Any
+) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+    stop = context.Event()
+    running: dict[Future[Note], Job] = {}
+    with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
+        try:
+            while True:
+                while len(running) < 2 * workers and (job := next(todo, None)) is not None:
+                    running[pool.submit(write_job, job, reader, out, options)] = job
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.result())
+        except BrokenProcessPool as error:
+            raise UsageError(
+                "a worker process was killed (out of memory, or an image that crashes its decoder); the same"
+                " command goes on where it stopped: try fewer --workers"
+            ) from error
+        finally:
+            stop.set()
+            for future in running:
+                future.cancel()
+
+
+# ---- OUT ----
+
+
+def _check_out(source: str, out: Path) -> None:
+    """Refuse an output that is the source, finished, someone else's or not writable."""
+    path = Path(source).expanduser()
+    if path.exists() and out.exists() and path.resolve() == out.resolve():
+        raise UsageError(f"OUT: {out} is SRC itself; choose another folder")
+    if (out / MANIFEST).exists():
+        raise UsageError(f"OUT: {out} already holds a finished import; choose another OUT or remove it")
+    if not (out / WORK / "plan.json").exists() and out.is_dir() and any(out.glob("*.tar")):
+        raise UsageError(f"OUT: {out} already holds other shards; choose another OUT")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"OUT: {out} is not writable ({existing}); choose another OUT")
+
+
+def _prepare(out: Path, options: dict[str, Any]) -> None:
+    """Make the work folder, or accept the one that an interrupted import with these options left."""
+    try:
+        (out / WORK).mkdir(parents=True, exist_ok=True)
+        plan = {"format": PLAN_FORMAT, "options": options}
+        file = out / WORK / "plan.json"
+        if not file.exists():
+            _write_json(file, plan)
+        before = json.loads(file.read_text())
+        for aside in out.glob(".*.tmp-*"):
+            aside.unlink()
+    except OSError as error:
+        raise UsageError(f"OUT: {out} is not writable: {error.strerror or error}; choose another OUT") from error
+    if before != json.loads(json.dumps(plan)):
+        old = before.get("options", {})
+        changed = ", ".join(f"{k} {old.get(k)!r} -> {v!r}" for k, v in options.items() if old.get(k) != v)
+        raise UsageError(
+            f"OUT: {out} holds an interrupted import with other options ({changed or 'another version'});"
+            " give the same ones to go on, or choose another OUT"
+        )
+
+
+def _read_note(out: Path, job: Job) -> Note | None:
+    """The note of a shard that is done, None if it is not.
+
+    Raises:
+        UsageError: it is done, but the source would fill it differently now.
+    """
+    try:
+        record = json.loads((out / WORK / f"{job.name}.json").read_text())
+    except FileNotFoundError:
+        return None
+    note = Note(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
+    if note.digest != job.digest():
+        raise UsageError(
+            f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
+            " remove OUT or choose another, and start again"
+        )
+    return note if not note.written or (out / f"{job.name}.tar").exists() else None
+
+
+def _finish(
+    out: Path, notes: dict[str, Note], rejects: list[Reject], source: Source, options: dict[str, Any]
+) -> dict[str, int]:
+    """Merge the notes, mark the folder as finished and remove the work folder."""
+    counts = {"train": 0, "val": 0}
+    for name, note in sorted(notes.items()):
+        counts[name.split("-")[0]] += note.written
+        rejects = rejects + note.rejects
+    if rejects:
+        lines = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects]
+        (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))
+    if not any(counts.values()):
+        shutil.rmtree(out / WORK)
+        why = f"; the first: {rejects[0].image}: {rejects[0].reason}" if rejects else ""
+        raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
+    if source.classes:
+        (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
+    kept = {split: number for split, number in counts.items() if number}
+    about = {"rejected": len(rejects), "options": {k: v for k, v in options.items() if k != "source"}}
+    write_manifest(out, kept, source=options["source"], kind=source.kind, **about)
+    shutil.rmtree(out / WORK)
+    return {**counts, "rejected": len(rejects), "shards": sum(note.written > 0 for note in notes.values())}
+
+
+# ---- options ----
+
+
+def _check_options(
+    source: str,
+    template: str,
+    val_fraction: float,
+    val_list: str | None,
+    max_side: int | None,
+    shard_size: int,
+    quality: int,
+) -> None:
+    if not source:
+        raise UsageError(f"SRC is empty; expected {EXPECTED}")
+    if "{}" not in template:
+        raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: expected 0 or more and below 1")
+    if val_fraction and val_list:
+        raise UsageError("--val-fraction and --val-list exclude each other; give one")
+    if val_list is not None and not Path(val_list).expanduser().is_file():
+        raise UsageError(f"--val-list {val_list}: no such file; expected one key or image name a line")
+    if max_side is not None and max_side < 16:
+        raise UsageError(f"--max-side {max_side}: expected 16 pixels or more")
+    if shard_size < 1:
+        raise UsageError(f"--shard-size {shard_size}: expected 1 sample or more")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality {quality}: expected 1 to 100")
+
+
+def _val_names(val_list: str | None) -> set[str]:
+    lines = _read(val_list).decode("utf-8", "replace").splitlines() if val_list else []
+    return {line.strip() for line in lines if line.strip()}
+
+
+def _read(file: str) -> bytes:
+    return Path(file).expanduser().read_bytes()
+
+
+def _stable_name(source: str) -> str:
+    """The source so that the same one has the same name from another working folder."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(aside, path)

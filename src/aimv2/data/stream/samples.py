@@ -1,0 +1,466 @@
+"""The stream of training batches: shards -> samples -> crops and tokens -> batches, through megatron-energon.
+
+Everything random about a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart
+repeats nothing and no two workers share a stream.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import math
+import signal
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, get_savable_loader, stateless
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.itar import ITarFile
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from PIL import Image
+
+from aimv2.batch import Batch, join_batches, make_batch
+from aimv2.config.schema import DataConfig, Source
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.shards.format import captions_of, find_shards, image_of, label_of
+from aimv2.data.shards.index import build_index, count_samples
+from aimv2.data.stream.native import draw_area, fit_area, make_native_batch, pack
+from aimv2.data.stream.teacher_views import draw_view
+from aimv2.data.stream.transforms import Box, crop_resize, random_crop_box, to_pixels
+from aimv2.data.text.tokenizer import Tokenizer
+from aimv2.errors import RankError, UsageError
+
+FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
+# energon's words where offsets and tar differ
+BAD_INDEX = ("Inconsistent sample base name", "Unexpected end of tar file")
+
+
+@dataclass
+class View:
+    """How the model wants to see a sample.
+
+    Attributes:
+        image_size: pixels a side.
+        patches: I, patches an image.
+        captions: whether a sample without a caption is bad.
+        keep: share of the image positions that the decoder sees.
+        native: images of their own size instead of ``image_size``.
+        teacher: E, width of the teacher's features that lie beside each image, whose crops are then seen; 0: none.
+    """
+
+    image_size: int
+    patches: int
+    captions: bool = True
+    keep: float = 1.0
+    native: Native | None = None
+    teacher: int = 0
+
+
+@dataclass
+class Native:
+    """How images of their own size are batched.
+
+    Attributes:
+        patch: p.
+        shares: {area: share of the mini-batches}.
+        budget: patches a mini-batch of one worker; every area divides it.
+        rounds: mini-batches that each worker gives a step.
+        pack: mini-batches in a packed row; 0: strips of one area.
+    """
+
+    patch: int
+    shares: dict[int, float]
+    budget: int
+    rounds: int = 1
+    pack: int = 0
+
+
+def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Generator:
+    """The generator of one visit of one sample."""
+    digest = hashlib.blake2b(f"{seed}|{key}|{worker}|{index}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def draw_prefix(rng: np.random.Generator, patches: int) -> int:
+    """M ~ Uniform{1..I-1} (AIMV2, Figure 1)."""
+    return int(rng.integers(1, patches)) if patches > 1 else 1
+
+
+def draw_kept(rng: np.random.Generator, patches: int, share: float) -> np.ndarray:
+    """The image positions that the decoder sees: int64 [K], ascending."""
+    return np.sort(rng.choice(patches, kept_patches(patches, share), replace=False))
+
+
+def kept_patches(patches: int, share: float) -> int:
+    """K: the share of the patches, at least 2."""
+    return max(round(share * patches), min(2, patches))
+
+
+def native_crop_box(rng: np.random.Generator, width: int, height: int, scale: float) -> Box:
+    """A random crop of the image's own aspect ratio, its share of the area uniform in [scale, 1]."""
+    side = math.sqrt(rng.uniform(scale, 1.0))
+    w, h = side * width, side * height
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def draw_caption(
+    rng: np.random.Generator, captions: dict[str, list[str]], weights: dict[str, float] | None
+) -> str | None:
+    """One caption of a sample: a field by weight and one of its captions, or any caption where no weights are given."""
+    if weights is None:
+        every = [caption for field in captions.values() for caption in field]
+        return every[int(rng.integers(len(every)))] if every else None
+    fields = [field for field in captions if captions[field] and weights.get(field, 0) > 0]
+    if not fields:
+        return None
+    shares = np.array([weights[field] for field in fields])
+    chosen = captions[fields[int(rng.choice(len(fields), p=shares / shares.sum()))]]
+    return chosen[int(rng.integers(len(chosen)))]
+
+
+def image_bytes(parts: dict[str, bytes]) -> bytes:
+    """The picture of a WebDataset sample. Raises ImageError where there is none."""
+    found = image_of(parts)
+    if found is None:
+        raise ImageError("no image in the sample")
+    return found[1]
+
+
+def _as_is(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
+
+
+class PairEncoder(TaskEncoder):
+    """What energon runs in each worker: one sample to pixels and token ids, samples to a Batch."""
+
+    decoder = None
+    cookers = (Cooker(stateless(_as_is)),)
+
+    def __init__(
+        self, config: DataConfig, view: View, tokenizer: Tokenizer | None, seed: int, worker: WorkerConfig
+    ) -> None:
+        self.config, self.view, self.tokenizer, self.seed, self.worker = config, view, tokenizer, seed, worker
+        self.sources = training_sources(config)
+        self.bad: list[str] = []
+        self.fresh: list[str] = []
+
+    def place(self) -> tuple[int, int]:
+        """(global worker, the worker's own index of the sample in hand)."""
+        workers = max(self.worker.num_workers, 1)
+        local = self.worker.rank_worker_id()
+        return self.worker.rank * workers + local, self.current_sample_index // workers
+
+    @stateless
+    def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        key = sample["__key__"]
+        try:
+            return self.see(sample, sample_rng(self.seed, key, *self.place()))
+        except ImageError as error:
+            self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
+            raise SkipSample() from None
+        except Exception as error:  # not the sample's fault: energon would try a hundred others
+            raise FatalSampleError(
+                f"{FATAL}{sample.get('__shard__', '')}/{key}: {type(error).__name__}: {error}"
+            ) from error
+
+    def reject(self, name: str) -> None:
+        """Notes a bad sample; past ``data.max_bad`` the worker gives up, naming them."""
+        self.bad.append(name)
+        self.fresh.append(name)
+        if len(self.bad) > self.config.max_bad:
+            raise FatalSampleError(FATAL + too_many_bad(self.bad, self.config.max_bad))
+
+    def see(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Crop, flip, caption and prefix of one visit."""
+        config, size, native = self.config, self.view.image_size, self.view.native
+        patches, area = self.view.patches, 0
+        if native is not None:
+            area = draw_area(rng, native.shares)
+            size = math.ceil(math.sqrt(area) * native.patch)
+        draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
+        parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
+        image = decode_image(image_bytes(parts), config.max_pixels, draft)
+        stored = draw_view(rng, parts, patches, self.view.teacher) if self.view.teacher else None
+        if stored is not None:
+            image = crop_resize(image, stored.place(*image.size), (size, size))
+        elif native is None:
+            box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
+            image = crop_resize(image, box, (size, size))
+        else:
+            columns, rows = fit_area(*image.size, area)
+            box = native_crop_box(rng, *image.size, config.crop_scale)
+            image = crop_resize(image, box, (columns * native.patch, rows * native.patch))
+        if stored.flip if stored is not None else rng.random() < config.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tokens: list[int] = []
+        if self.tokenizer is not None:
+            source = self.sources[sample["__subflavors__"]["source"]]
+            caption = draw_caption(rng, captions_of(parts), source.captions)
+            if caption is None:
+                raise ImageError("no caption")
+            tokens = self.tokenizer.encode(caption, config.max_tokens)
+        if native is not None:
+            patches = columns * rows
+        seen = {
+            "__key__": sample["__key__"],
+            "__restore_key__": sample["__restore_key__"],
+            "image": to_pixels(image),
+            "tokens": tokens,
+            "prefix": draw_prefix(rng, patches),
+            "label": label_of(parts),
+            "area": area,
+            "source": sample["__subflavors__"]["source"],
+        }
+        if self.view.keep < 1:
+            seen["kept"] = draw_kept(rng, patches, self.view.keep)
+        if stored is not None:
+            seen["teacher"] = (stored.features, stored.scales)
+        return seen
+
+    @stateless
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        fresh, self.fresh = self.fresh, []
+        kept = None
+        if self.view.keep < 1:
+            kept = torch.from_numpy(np.stack([sample["kept"] for sample in samples]))
+        teacher = None
+        if self.view.teacher:
+            levels, units = (np.stack([sample["teacher"][part] for sample in samples]) for part in (0, 1))
+            teacher = torch.from_numpy(levels), torch.from_numpy(units)
+        return make_batch(
+            torch.from_numpy(np.stack([sample["image"] for sample in samples])),
+            [sample["tokens"] for sample in samples],
+            [sample["prefix"] for sample in samples],
+            self.view.patches,
+            [sample["__key__"] for sample in samples],
+            fresh,
+            labels=[sample["label"] for sample in samples],
+            kept=kept,
+            teacher=teacher,
+            sources=[sample["source"] for sample in samples],
+        )
+
+
+class NativePairEncoder(PairEncoder):
+    """Mini-batches of one area each, as many images as the budget holds."""
+
+    @stateless
+    def batch_group_criterion(self, sample: dict[str, Any]) -> tuple[int, int]:
+        assert self.view.native is not None
+        return sample["area"], self.view.native.budget // sample["area"]
+
+    @stateless
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        assert self.view.native is not None
+        fresh, self.fresh = self.fresh, []
+        return make_native_batch(
+            [torch.from_numpy(sample["image"]) for sample in samples],
+            [sample["tokens"] for sample in samples],
+            [sample["prefix"] for sample in samples],
+            self.view.native.patch,
+            samples[0]["area"],
+            [sample["__key__"] for sample in samples],
+            fresh,
+            [sample["label"] for sample in samples],
+            [sample["source"] for sample in samples],
+        )
+
+
+def too_many_bad(names: Sequence[str], limit: int) -> str:
+    """The line that ends a run with too many undecodable samples."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)} samples could not be read, data.max_bad allows {limit}: {shown}"
+
+
+def training_sources(config: DataConfig) -> list[Source]:
+    """The mixture as a list of sources, each with a path.
+
+    Raises:
+        UsageError: no data given, or a source without a path.
+    """
+    if config.train is None:
+        raise UsageError("data.train is not given: a folder of shards is expected, by --data.train or $AIMV2_DATA")
+    if isinstance(config.train, str):
+        return [Source(config.train)]
+    if not config.train:
+        raise UsageError("data.train is an empty list; expected a path or a list of {name, path, weight}")
+    for source in config.train:
+        if not source.path:
+            raise UsageError(
+                f"data.train: source '{source.name}' has no path; give a list of {{name, path}} by --data.train, or one "
+                "path, or set $AIMV2_DATA to a folder with a sub-folder of that name"
+            )
+    return config.train
+
+
+def training_shards(config: DataConfig) -> list[list[Path]]:
+    """The tars of each source."""
+    found = [find_shards(source.path, "train", option="data.train") for source in training_sources(config)]
+    for source, shards in zip(training_sources(config), found):
+        if not shards:
+            raise UsageError(
+                f"data.train: {source.path} holds validation shards only (val-*, test-*); train-* are expected"
+            )
+    return found
+
+
+def validation_shards(config: DataConfig) -> list[Path]:
+    """``data.val``, or the val-* (or test-*) tars beside the training ones; [] without either."""
+    if config.val is not None:
+        found = find_shards(config.val, "val", option="data.val")
+        return found or find_shards(config.val, "train", option="data.val")
+    sources = [s for s in training_sources(config) if Path(s.path).is_dir()]
+    return [tar for source in sources for tar in find_shards(source.path, "val", option="data.val")]
+
+
+class TrainStream:
+    """Endless batches of this rank, restorable to the sample.
+
+    A global step takes the same number of samples from each global worker, so any split of the same number of workers
+    over ranks gives the same global batches.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        view: View,
+        tokenizer: Tokenizer | None,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """``batch_size`` is global; a native view has its budget instead.
+
+        Raises:
+            UsageError: it does not divide, or the data are too few.
+        """
+        self.view, self.max_bad, self.bad = view, config.max_bad, list[str]()
+        self.parts = max(config.workers, 1)
+        if view.native is None and batch_size % (world_size * self.parts):
+            raise UsageError(
+                f"train.batch_size {batch_size} does not divide by {world_size} ranks x {self.parts} data workers; "
+                "change train.batch_size or data.workers"
+            )
+        self.indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
+        self.samples = sum(count_samples(index) for index in self.indices)
+        if view.native is None and self.samples < batch_size:
+            raise UsageError(
+                f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
+                "give more data or a smaller batch"
+            )
+        worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
+        kind = PairEncoder if view.native is None else NativePairEncoder
+        encoder = kind(config, view, tokenizer, seed, worker)
+        dataset = encoder.build_train_datasets(
+            datasets=_load(self.indices, encoder.sources, worker),
+            worker_config=worker,
+            batch_size=batch_size // (world_size * self.parts) if view.native is None else None,
+            batch_drop_last=False,
+            packing_buffer_size=None,
+            virtual_epoch_length=0,
+            shuffle_buffer_size=config.shuffle_buffer or None,
+            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+            repeat=True,
+        )
+        warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always asks for it
+        # a restart decodes again what was read since a worker's last own checkpoint: ten seconds' worth at most
+        self.loader = get_savable_loader(dataset, checkpoint_every_sec=10)
+        if config.workers:
+            self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
+        self.batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch | list[Batch]]:
+        return self
+
+    def __next__(self) -> Batch | list[Batch]:
+        if self.batches is None:
+            self.batches = iter(self.loader)
+            atexit.register(self.close)
+        try:
+            rounds = 1 if self.view.native is None else self.view.native.rounds
+            parts = [next(self.batches) for _ in range(self.parts * rounds)]
+        except FatalSampleError as error:
+            line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback comes along
+            raise RankError(line.strip() or str(error)) from None
+        except Exception as error:
+            if not any(words in str(error) for words in BAD_INDEX):
+                raise
+            raise RankError(
+                "data.train: a shard is not as its index says: it changed, or a .tar.idx beside it is wrong; remove that file and "
+                f"{' and '.join(map(str, self.indices))}, which are made anew, and start again"
+            ) from None
+        self.bad += [bad for part in parts for bad in part.bad]
+        if len(self.bad) > self.max_bad:
+            raise RankError(too_many_bad(self.bad, self.max_bad))
+        if self.view.native is None:
+            return join_batches(parts, self.view.patches)
+        row = self.view.native.pack
+        return [pack(parts[at : at + row]) for at in range(0, len(parts), row)] if row else parts
+
+    def close(self) -> None:
+        """Ends the data workers (they ignore the signal by which Python would end them at exit)."""
+        atexit.unregister(self.close)
+        self.batches = None
+        shut_down = getattr(getattr(self.loader, "_iterator", None), "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+
+    def state(self) -> Any:
+        """The position after the batches taken so far (picklable)."""
+        return self.loader.save_state_rank()
+
+    def restore(self, state: Any) -> None:
+        """Goes to a position that :meth:`state` gave; before the first batch only."""
+        self.loader.restore_state_rank(state)
+
+
+class _ReadMembers(list[tarfile.TarInfo]):
+    """Headers that a tar has read: none is kept.
+
+    energon leaves tars open and reads samples by their offsets; ``tarfile`` would remember a header for every read, for
+    as long as the tar is open: some kilobytes a sample, without end where a data set has few shards.
+    """
+
+    def append(self, member: tarfile.TarInfo) -> None:
+        pass
+
+
+# tarfile sets and fills the attribute; every tar that energon opens gets this one
+ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
+
+
+def _start_worker(init: Callable[[int], None], number: int) -> None:
+    """A terminal's Ctrl-C reaches data workers too; they must live until the position is saved."""
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_IGN)
+    init(number)
+
+
+def _index_dir(config: DataConfig) -> Path | None:
+    return None if config.index_dir is None else Path(config.index_dir)
+
+
+def _load(indices: Sequence[Path], sources: Sequence[Source], worker: WorkerConfig) -> list[LoadedDataset]:
+    from megatron.energon import load_dataset
+
+    loaded = []
+    for number, (index, source) in enumerate(zip(indices, sources)):
+        found = load_dataset(str(index)).get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=worker,
+            subflavors={"source": number},
+            decoder=None,
+            max_samples_per_sequence=100,
+        )
+        loaded.append(LoadedDataset(dataset=found.datasets[0].dataset, weight=source.weight))
+    return loaded

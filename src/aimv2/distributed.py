@@ -1,0 +1,82 @@
+"""This process among all: rank, device, sums over ranks. torchrun starts the ranks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aimv2.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def join_world() -> World:
+    """Joins torchrun's process group (nccl with CUDA, else gloo); a world of one without torchrun.
+
+    Raises:
+        UsageError: more processes on this machine than GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UsageError(
+                f"LOCAL_RANK {local} (torchrun sets it), but this machine shows {gpus} GPU(s); at most --nproc-per-node {gpus}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
+    if size > 1 and not dist.is_initialized():
+        # ranks wait for the first one while it measures the finished model
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return World(rank, size, device)
+
+
+def leave_world() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,452 @@
+"""Vision models of transformers and timm as frozen encoders: loaded completely or refused, with their own preprocessing.
+
+Legend: B images, N patches, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimv2.errors import UsageError
+from aimv2.features.fingerprint import weights_hash
+from aimv2.features.frozen import AVERAGE, LAST, Frozen
+from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor
+from aimv2.interop.shapes import read_json
+
+PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every key
+ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
+# the packages without which transformers fetches a kernel
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+MASKED = "vit_mae"  # whose encoder masks its own input
+Outputs = Callable[[], Sequence[Tensor]]
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model of ``transformers`` that is none of AIMV2's."""
+    kind = read_json(folder / "config.json").get("model_type")
+    return kind is not None and not str(kind).startswith("aimv2")
+
+
+# ---- loading ----
+
+
+def open_transformers(source: str, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, str]]:
+    """What ``AutoModel`` makes of a folder, in evaluation mode; nothing is unpickled and no code of the folder runs.
+
+    Returns:
+        the model, and the names of its weights that the folder does not hold, each with what it holds instead: they are random
+        (see :func:`settle`).
+
+    Raises:
+        UsageError: it can't; the folder holds an adapter, code to fetch, or more blocks than the model has.
+    """
+    _refuse_what_is_not_read(source, folder)
+    from transformers import AutoModel
+
+    try:
+        with quiet():
+            model, found = AutoModel.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
+    except Exception as error:  # of the file system, of a configuration, of a package that is missing
+        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
+    if found["error_msgs"]:
+        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(map(str, found['error_msgs']))[:200]}")
+    left = sorted(found["unexpected_keys"])
+    missing = dict.fromkeys(found["missing_keys"], f"; of no use is {_some(left)}" if left else "")
+    for name, stored, wanted in found["mismatched_keys"]:
+        missing[name] = f": {name} is {list(stored)} there, {list(wanted)} by config.json"
+    _refuse_left_over(source, model, left, missing)
+    return model.eval().to(device), missing
+
+
+def _refuse_what_is_not_read(source: str, folder: Path) -> None:
+    """
+    Raises:
+        UsageError: an adapter, which would be left out or fetch another model; attention code that would be downloaded.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"MODEL {source}: an adapter (adapter_config.json) on another model; merge the two and save the whole model"
+        )
+
+    def nested(value: Any) -> Iterator[Any]:
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if key in ("attn_implementation", "_attn_implementation"):
+                    yield from one.values() if isinstance(one, dict) else (one,)
+                else:
+                    yield from nested(one)
+
+    installed = [name for name, package in FLASH.items() if importlib.util.find_spec(package) is not None]
+    for name in nested(read_json(folder / "config.json")):
+        if name is not None and name not in (*ATTENTION, *installed):
+            raise UsageError(
+                f"MODEL {source}: its config.json asks for the attention '{name}', code that is not installed here; "
+                f"one of {', '.join((*ATTENTION, *installed))} expected"
+            )
+
+
+def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping[str, str]) -> None:
+    """
+    Raises:
+        UsageError: keys with a prefix of training, or of blocks that the model does not have; a head that it lacks is fine.
+    """
+    for prefix in PREFIXES:
+        marked = [key for key in left if key.startswith(prefix)]
+        if marked and missing:
+            raise UsageError(
+                f"MODEL {source}: its {len(marked)} keys begin with '{prefix}' ({marked[0]}), so that {_some(missing)} would be "
+                "random; save the weights without that prefix"
+            )
+    base = getattr(model, "base_model_prefix", "") + "."
+    known = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    more = [key for key in left if re.sub(r"\d+", "#", key.removeprefix(base)) in known]
+    if more:
+        raise UsageError(
+            f"MODEL {source}: its weights have more blocks than its config.json says: {_some(more)}; correct config.json"
+        )
+
+
+def probe_image(size: int, device: str | torch.device = "cpu") -> Tensor:
+    """One image of noise on which a model is tried, the same at each call: uint8 [1, 3, size, size]."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=rng).to(device)
+
+
+def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: Outputs) -> None:
+    """Makes sure that what is measured depends on stored weights alone; what it does not depend on is left out of the model.
+
+    Args:
+        source: for messages.
+        model: in evaluation mode, as a whole.
+        missing: weights of it that are random, each with what there is instead.
+        outputs: runs it on one image (and text) and gives everything that may be measured.
+
+    Raises:
+        UsageError: a random weight that the outputs depend on; outputs that differ from pass to pass.
+    """
+    before = _run(outputs)
+    used = _used(model, outputs)
+    owners = {id(module) for module in model.modules() for p in module.parameters(recurse=False) if id(p) in used}
+    random, idle = [], set[int]()
+    for name in sorted(missing):
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        value = getattr(owner, last)
+        if isinstance(value, nn.Parameter):
+            depends = id(value) in used
+        else:  # statistics, of which no gradient tells
+            depends = last != "num_batches_tracked" and (
+                id(owner) in owners or not list(owner.parameters(recurse=False))
+            )
+        if depends:
+            random.append(name)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            idle.add(id(value))
+            value.data.fill_(math.nan)
+    if random:
+        instead = next((why for name in random if (why := missing[name]).startswith(":")), missing[random[0]])
+        raise UsageError(
+            f"MODEL {source}: its weights lack {len(random)} that its features depend on ({_some(random)}), which would be "
+            f"random{instead}; correct config.json, or give the whole model"
+        )
+    if idle:
+        _leave_out(model, used, idle, outputs, before)
+    if not _same(before, _run(outputs)):
+        raise UsageError(
+            f"MODEL {source}: two passes over the same image differ, so that no figure of it can be had again; a model whose "
+            "features are a function of the image is expected"
+        )
+
+
+class LeftOut(nn.Module):
+    """In the place of a head that the features do not depend on."""
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x
+
+
+def _leave_out(model: nn.Module, used: set[int], idle: set[int], outputs: Outputs, wanted: list[Tensor]) -> None:
+    """Takes out what holds the weights ``idle`` and nothing that the outputs depend on, where the model runs without it."""
+
+    def tops(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        for name, child in module.named_children():
+            inside = {id(value) for value in (*child.parameters(), *child.buffers())}
+            if inside & idle and not inside & used:
+                yield module, name
+            else:
+                yield from tops(child)
+
+    for parent, name in list(tops(model)):
+        child = parent._modules[name]
+        parent._modules[name] = LeftOut()
+        if not _still(outputs, wanted):
+            parent._modules[name] = child
+    for module in list(model.modules()):
+        for name, value in list(module.named_parameters(recurse=False)):
+            if id(value) in idle:
+                module._parameters[name] = None
+                if not _still(outputs, wanted):
+                    module._parameters[name] = value
+
+
+def _still(outputs: Outputs, wanted: list[Tensor]) -> bool:
+    """Whether the model still runs and gives the same."""
+    try:
+        return _same(wanted, _run(outputs))
+    except Exception:  # whatever a model does that misses a part
+        return False
+
+
+def _run(outputs: Outputs) -> list[Tensor]:
+    with torch.no_grad():
+        return [x.float().clone() for x in outputs()]
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        x.shape == y.shape
+        and torch.allclose(x, y, rtol=1e-3, atol=1e-3 * float(x.abs().amax().nan_to_num() or 1), equal_nan=True)
+        for x, y in zip(first, second)
+    )
+
+
+def _used(model: nn.Module, outputs: Outputs) -> set[int]:
+    """Identities of the parameters that the outputs depend on: those in their graph; all where there is none."""
+    with torch.enable_grad():
+        waiting = [x.grad_fn for x in outputs() if x.grad_fn is not None]
+    if not waiting:
+        return {id(p) for p in model.parameters()}
+    visited, found = set(waiting), set[int]()
+    while waiting:
+        node = waiting.pop()
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.add(id(variable))
+        for after, _ in node.next_functions:
+            if after is not None and after not in visited:
+                visited.add(after)
+                waiting.append(after)
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few, in order."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+
+
+# ---- transformers ----
+
+
+def transformers_frozen(
+    source: str, folder: Path, device: torch.device, stats: Stats | None, options: tuple[str, str] = OPTIONS
+) -> Frozen:
+    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers, detections) are left out."""
+    whole, missing = open_transformers(source, folder, device)
+    model = getattr(whole, "vision_model", whole)
+    inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
+    missing = {name.removeprefix(inside): why for name, why in missing.items() if name.startswith(inside)}
+    config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
+    pixels, size, _ = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
+    unmasked, first = _unmasked(model, size), 1
+
+    def forward(images: Tensor) -> Any:
+        return model(pixel_values=pixels(images).to(kind), output_hidden_states=True, **unmasked(images))
+
+    probe = probe_image(size, device)
+
+    def outputs() -> list[Tensor]:
+        out = forward(probe)
+        return [out.last_hidden_state, *(out.hidden_states or ())]
+
+    def patches(x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return flat(source, x)
+        return x[:, _leading(config, x.shape[1], size) : x.shape[1] - getattr(config, "num_detection_tokens", 0)]
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        out = forward(images)
+        hidden = out.hidden_states
+        found = []
+        for name in layers:
+            if name == LAST:
+                found.append(patches(out.last_hidden_state))
+            elif name == AVERAGE:
+                found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
+            else:
+                block = hidden[int(name) + first]  # the embedding comes first, where it is there
+                same = block.shape == out.last_hidden_state.shape  # stages of other widths have no norm in common
+                found.append(patches(norm(block) if norm is not None and same else block))
+        return found
+
+    try:
+        settle(source, model, missing, outputs)
+        with torch.inference_mode():
+            norm = last_norm(model, lambda: forward(probe))
+            out, depth = forward(probe), getattr(config, "num_hidden_layers", 0)
+            width = patches(out.last_hidden_state).shape[-1]
+            first = len(out.hidden_states or ()) - depth
+            depth = depth if first in (0, 1) else 0  # else nobody knows which block is which
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a model says that takes no such images
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"MODEL {source}: {type(model).__name__} can't be measured on RGB images of {size} x {size} px: {why}"
+        ) from None
+    return _frozen(source, "transformers", size, width, depth, run, model, device, pixels)
+
+
+def _frozen(
+    source: str, kind: str, size: int, width: int, depth: int, run: Any, model: nn.Module, device: torch.device, pixels: Pixels
+) -> Frozen:  # fmt: skip
+    digest = weights_hash(model, str(pixels))
+    return Frozen(source, kind, size, width, depth, digest, run, model, device, pixels=pixels)
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, list | tuple):
+        return max(size) if size else None
+    return int(size) if isinstance(size, int) and size > 0 else None
+
+
+def _unmasked(model: Any, size: int) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What a masked autoencoder (ViTMAE) is given besides, so that it sees every patch, in order: it masks by sorting noise."""
+    config = model.config
+    if config.model_type != MASKED:
+        return lambda images: {}
+    config.mask_ratio = 0.0
+    count = (size // (_side(config.patch_size) or size)) ** 2
+    return lambda images: {"noise": torch.arange(count, device=images.device).float().expand(len(images), -1)}
+
+
+def _leading(config: Any, tokens: int, size: int) -> int:
+    """How many tokens stand before the patches: what the configuration counts, else what is left of a square."""
+    registers, after = getattr(config, "num_register_tokens", None), getattr(config, "num_detection_tokens", 0)
+    if registers is not None:
+        return registers + 1
+    patch = _side(getattr(config, "patch_size", None))
+    grid = (size // patch) ** 2 if patch else 0
+    if 0 < grid <= tokens - after <= grid + 16:
+        return tokens - after - grid
+    return tokens - after - math.isqrt(tokens - after) ** 2
+
+
+def last_norm(model: nn.Module, forward: Callable[[], Any]) -> nn.Module | None:
+    """The norm between the last block and ``last_hidden_state``, whatever its name; None where there is none.
+
+    CLIP's and BEiT's last features have not been through a norm: theirs is of the pooled vector alone.
+    """
+    seen: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, given: Any, made: Any) -> None:
+        seen[module] = given[0], made
+
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and not any(part.isdigit() for part in name.split("."))  # not a block's own
+    ]
+    hooks = [module.register_forward_hook(note) for module in norms]
+    try:
+        out = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    if not getattr(out, "hidden_states", None):
+        return None
+
+    def leads(given: Any, made: Any) -> bool:
+        ends = zip((given, made), (out.hidden_states[-1], out.last_hidden_state))
+        return all(isinstance(x, Tensor) and x.shape == end.shape and torch.equal(x, end) for x, end in ends)
+
+    return next((module for module, (given, made) in seen.items() if leads(given, made)), None)
+
+
+# ---- timm ----
+
+
+def timm_frozen(source: str, device: torch.device, stats: Stats | None) -> Frozen:
+    """``timm:NAME``, with its pretrained weights."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
+    try:
+        model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
+    except Exception as error:  # an unknown name, no network, no such weights: each an exception of its own
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"MODEL {source}: timm can't open it ({why})") from None
+    about = timm.data.resolve_model_data_config(model)
+    return of_timm(
+        source, model, about["input_size"][-1], stats or Stats(tuple(about["mean"]), tuple(about["std"])), device
+    )
+
+
+def of_timm(source: str, model: Any, size: int, stats: Stats, device: torch.device) -> Frozen:
+    """A model of timm that is in memory, in evaluation mode.
+
+    Raises:
+        UsageError: features that are no patches on a square grid, or differ from pass to pass.
+    """
+    pixels = Pixels(stats=stats, origin="timm")
+    layout = str(getattr(model, "output_fmt", "") or "")
+    layout = layout.rpartition(".")[2].upper()  # what the model says of its maps; NCHW is not said
+
+    def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        x = model.forward_features(pixels(images))
+        if not isinstance(x, Tensor) or x.ndim not in (3, 4):
+            raise UsageError(f"MODEL {source}: {type(model).__name__} gives no features of patches")
+        if x.ndim == 4:
+            return [flat(source, x, layout or "NCHW")] * len(layers)
+        before = getattr(model, "num_prefix_tokens", None)
+        before = int(hasattr(model, "cls_token")) if before is None else before  # volo, convit: not counted
+        count = x.shape[1] - before
+        if count < 1 or math.isqrt(count) ** 2 != count:
+            raise UsageError(f"MODEL {source}: {count} features of an image of {size} px are no square grid of patches")
+        return [x[:, before:]] * len(layers)
+
+    probe = probe_image(size, device)
+    settle(source, model, {}, lambda: run(probe, [LAST]))
+    with torch.inference_mode():
+        width = run(probe, [LAST])[0].shape[-1]
+    return _frozen(source, "timm", size, width, 0, run, model, device, pixels)
+
+
+# ---- maps ----
+
+
+def flat(source: str, x: Tensor, layout: str | None = None) -> Tensor:
+    """A map of a square image -> [B, N, D], by rows.
+
+    Args:
+        source: for messages.
+        x: [B, D, h, h] or [B, h, h, D].
+        layout: NCHW or NHWC, where the model says it; None: inferred from equal sides.
+
+    Raises:
+        UsageError: an ambiguous shape, or one that contradicts the model's layout.
+    """
+    first, last = x.shape[2] == x.shape[3], x.shape[1] == x.shape[2]
+    known = {"NCHW": first, "NHWC": last}.get(layout, False) if layout is not None else first != last
+    if not known:
+        raise UsageError(
+            f"MODEL {source}: a map of {list(x.shape)} of a square image; {layout or 'NCHW or NHWC'} with two equal sides expected"
+        )
+    layout = layout or ("NCHW" if first else "NHWC")
+    return x.flatten(2).transpose(1, 2) if layout == "NCHW" else x.flatten(1, 2)

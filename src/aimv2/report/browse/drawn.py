@@ -1,0 +1,220 @@
+"""The first samples of a run, through the configuration, tokeniser and stream that training uses.
+
+Legend: p patch side, h x w patch grid, I = h * w patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aimv2.batch import Batch, captions_of
+from aimv2.config.load import check_keys, parse, read_recipe
+from aimv2.config.schema import Config, Source
+from aimv2.data.stream.samples import TrainStream, View, training_sources
+from aimv2.data.text.tokenizer import Tokenizer
+from aimv2.distributed import World
+from aimv2.errors import UsageError
+from aimv2.models.sizes import EncoderConfig
+from aimv2.tasks import stage_of
+from aimv2.tasks.contrastive import check_shape
+from aimv2.tasks.distill import STORED, stored_teacher
+from aimv2.tasks.init_weights import origin_of, take_shape
+from aimv2.tasks.pretrain import shapes
+from aimv2.train import launch, prepare
+from aimv2.train.view import make_view
+
+DEMO = "captioned scenes"  # the name of the demo's source
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample at its first visit.
+
+    Attributes:
+        key: its name.
+        source: place of its source in the mixture.
+        image: uint8 [h * p, w * p, 3], cropped, resized, perhaps flipped.
+        grid: (h, w).
+        prefix: patches that see each other, in raster order.
+        tokens: ids of the drawn caption; [] without text.
+        kept: int64 [K], positions that the decoder sees; None: all.
+    """
+
+    key: str
+    source: int
+    image: NDArray[np.uint8]
+    grid: tuple[int, int]
+    prefix: int
+    tokens: list[int]
+    kept: NDArray[np.int64] | None = None
+
+
+@dataclass
+class Drawn:
+    """What a run begins with.
+
+    Attributes:
+        config: its configuration, every value settled.
+        encoder: the shape of its model.
+        view: how that sees samples.
+        tokenizer: None for images alone.
+        sources: of the mixture.
+        total: samples of the training data.
+        samples: the first ones drawn, in the stream's order.
+        bad: samples met that can't be read, with the reason.
+    """
+
+    config: Config
+    encoder: EncoderConfig
+    view: View
+    tokenizer: Tokenizer | None
+    sources: list[Source]
+    total: int
+    samples: list[Sample]
+    bad: list[str] = field(default_factory=list)
+
+
+def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -> Drawn:
+    """The first ``count`` samples that ``pretrain`` would train on.
+
+    Args:
+        recipe, given: as of :func:`aimv2.api.pretrain`.
+        count: samples.
+        scratch: a folder for the demo's scenes and for the index of shards.
+
+    Raises:
+        UsageError: what ``pretrain`` would refuse.
+    """
+    config, demo = settled(recipe, given, scratch)
+    world = World(0, 1, torch.device("cpu"))
+    tokenizer = prepare.get_tokenizer(config, None, world)
+    encoder = encoder_of(config, tokenizer)
+    view = make_view(config, encoder, stage_of(config).text(config), world)
+    if config.objective.name == "distill" and config.objective.teacher == STORED:
+        view.teacher = stored_teacher(config).width
+    stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
+    total = stream.samples
+    if view.native is None and count < config.train.batch_size:  # a part of the first batch is enough
+        part = -(-count // stream.parts) * stream.parts
+        stream = TrainStream(config.data, view, tokenizer, part, config.seed)
+    try:
+        drawn = (one for batch in batches(stream) for one in samples_of(batch, view, encoder.patch_size))
+        samples = list(islice(drawn, count))
+    finally:
+        stream.close()
+    sources = [Source("drawn on the spot", DEMO)] if demo else training_sources(config.data)
+    return Drawn(config, encoder, view, tokenizer, sources, total, samples, stream.bad)
+
+
+def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:
+    """The configuration that a run of these values would have, its data located and looked at; and whether it is the demo."""
+    check_keys(given, "on the command line")
+    base = read_recipe(recipe) if recipe else {}
+    options = parse({**base, **given})
+    if options.resume:
+        raise UsageError(
+            "--resume: `data browse` shows how a run begins; leave it out (a run's own values: --config RUN/config.yaml)"
+        )
+    recipe, base = launch.recipe_of(options, recipe, base, given)
+    demo = launch.wants_demo(options, recipe)
+    if demo:
+        config = parse({**read_recipe(launch.DEMO), **given})
+        prepare.check_init(config)
+        config.data.train = launch.draw_scenes(config, scratch / "data")
+        prepare.locate_data(config)
+    else:
+        config = parse({**base, **given})
+        prepare.locate_data(config)
+        config, _ = launch.settle(config, recipe, base, given)
+        for line in prepare.remarks(config):
+            launch.say(line)
+    if config.data.features is not None:
+        raise UsageError(
+            "data.features: its batches hold stored features, not pictures; leave it out to browse the data"
+        )
+    config.data.index_dir = config.data.index_dir or str(scratch / "index")
+    return config, demo
+
+
+def encoder_of(config: Config, tokenizer: Tokenizer | None) -> EncoderConfig:
+    """The shape of the encoder that a run would build, without its weights.
+
+    Raises:
+        UsageError: no such shape, or an ``init`` that does not fit.
+    """
+    stage, init = config.objective.name, config.init
+    if init is not None and stage in ("contrastive", "probe"):
+        origin = origin_of(init)
+        if stage == "contrastive":
+            check_shape(origin, config)
+        return origin.encoder
+    if init is not None and config.model.name == "auto":
+        take_shape(config)
+    return shapes(config, tokenizer.vocab_size if tokenizer else 1)[0]
+
+
+def batches(stream: TrainStream) -> Iterator[Batch]:
+    """Every batch of a stream, native ones one by one."""
+    for batch in stream:
+        yield from batch if isinstance(batch, list) else [batch]
+
+
+def samples_of(batch: Batch, view: View, patch: int) -> Iterator[Sample]:
+    """The samples of a batch, each with its picture.
+
+    Args:
+        batch: of a stream.
+        view: of the same stream.
+        patch: p.
+    """
+    captions = captions_of(batch)
+    for row, (key, source, image) in enumerate(zip(batch.keys, batch.sources, pictures(batch, view, patch))):
+        kept = None if batch.kept is None else batch.kept[row].numpy()
+        grid = image.shape[0] // patch, image.shape[1] // patch
+        yield Sample(key, source, image, grid, int(batch.prefix_len[row]), captions[row], kept)
+
+
+def pictures(batch: Batch, view: View, patch: int) -> Iterator[NDArray[np.uint8]]:
+    """uint8 [h * p, w * p, 3] of each image: as it is, or laid together from a strip of patches."""
+    if batch.places is None or batch.image_len is None:
+        for image in batch.images:
+            yield image.permute(1, 2, 0).numpy()
+        return
+    begin = 0
+    for row, count in enumerate(batch.image_len.tolist()):
+        if batch.images.shape[0] == len(batch):  # a strip an image
+            strip, places = batch.images[row, :, :, : count * patch], batch.places[row, :count]
+        else:  # packed: all in one
+            strip = batch.images[0, :, :, begin * patch : (begin + count) * patch]
+            places = batch.places[0, begin : begin + count]
+            begin += count
+        yield from_strip(strip, places, patch)
+
+
+def from_strip(strip: torch.Tensor, places: torch.Tensor, patch: int) -> NDArray[np.uint8]:
+    """Patches side by side, uint8 [3, p, I * p], to their rows and columns, int64 [I, 2]: [h * p, w * p, 3]."""
+    height, width = (int(side) + 1 for side in places.max(0).values)
+    parts = strip.unflatten(2, (-1, patch)).permute(2, 1, 3, 0).numpy()  # [I, p, p, 3]
+    out = np.zeros((height, patch, width, patch, 3), np.uint8)
+    for part, (row, column) in zip(parts, places.tolist()):
+        out[row, :, column] = part
+    return out.reshape(height * patch, width * patch, 3)
+
+
+def words(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Each token's text as it adds to what stands before it, its leading space kept."""
+    said, texts = "", []
+    for number, token in enumerate(tokens):
+        whole = tokenizer.decode(tokens[: number + 1])
+        # half a character decodes to other text than the whole one
+        texts.append(whole[len(said) :] if whole.startswith(said) else tokenizer.decode([token]))
+        said = whole
+    return texts

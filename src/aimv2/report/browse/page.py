@@ -1,0 +1,269 @@
+"""Drawn samples to one self-contained HTML page."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from aimv2.config.schema import Config, Source
+from aimv2.errors import UsageError
+from aimv2.io import write_aside
+from aimv2.report.browse.drawn import Drawn, Sample, words
+from aimv2.report.charts import Line, Panel, draw
+from aimv2.report.images import to_uri
+from aimv2.report.predictions import visible
+from aimv2.train.launch import rate_curve
+
+BINS = 16  # of the histogram, at most
+POINTS = 200  # of the learning-rate curve
+QUALITIES = ((256, 90), (224, 75), (160, 65), (112, 50))  # pixels a side and JPEG quality, tried in turn
+LARGEST = 5_000_000  # bytes that a page should not pass; past the smallest pictures it may
+COLOURS = 8  # of sources, then they repeat
+END = "end"  # how the end of a text is shown
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token of a caption: its text, its id, and whether it goes on with the word before it or is no text."""
+
+    text: str
+    number: int
+    joined: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram: its range in words, captions, and height among all (0..1)."""
+
+    label: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A source of the mixture: shares are of the weights, and of the samples drawn."""
+
+    name: str
+    path: str
+    weight: float
+    wanted: float
+    drawn: int
+    share: float
+
+
+def write_page(drawn: Drawn, out: Path) -> dict[str, Any]:
+    """Writes the page and returns what it shows in figures.
+
+    Raises:
+        UsageError: it can't be written.
+    """
+    html = render(drawn)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, html)
+    except OSError as error:
+        raise UsageError(f"--out {out} can't be written: {error.strerror}") from None
+    lengths = text_lengths(drawn)
+    return {
+        "page": str(out),
+        "bytes": len(html.encode()),
+        "samples": len(drawn.samples),
+        "samples_in_data": drawn.total,
+        "model": drawn.encoder.name,
+        "sources": [vars(row) for row in mixture(drawn)],
+        "prefix_patches": spread([one.prefix for one in drawn.samples]),
+        **({"caption_tokens": spread(lengths), "captions_cut": cut(drawn)} if lengths else {}),
+        "unreadable": drawn.bad,
+        "learning_rate": rate_curve(drawn.config),
+    }
+
+
+def render(drawn: Drawn) -> str:
+    """The page as HTML; many pictures are made smaller."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("aimv2.report.browse", "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.get_template("browse.html")
+    style = files("aimv2.report").joinpath("template/report.css").read_text(encoding="utf-8")
+    html = ""
+    for side, quality in QUALITIES:
+        html = template.render(
+            style=style,
+            title=title_of(drawn.sources),
+            tiles=tiles(drawn),
+            samples=[card(one, drawn) for one in drawn.samples],
+            mixture=mixture(drawn),
+            bars=histogram(text_lengths(drawn)),
+            cut=cut(drawn),
+            most=drawn.config.data.max_tokens,
+            curve=curve(drawn.config),
+            bad=drawn.bad,
+            lead=lead(drawn),
+            made=time.strftime("%Y-%m-%d %H:%M:%S %Z").strip(),
+            uri=lambda picture: to_uri(picture, side, quality),  # noqa: B023
+        )
+        if len(html.encode()) < LARGEST:
+            break
+    return html
+
+
+def title_of(sources: list[Source]) -> str:
+    """The data in a few words."""
+    names = [source.name or Path(source.path).name for source in sources]
+    return " + ".join(names) if len(names) <= 4 else f"a mixture of {len(names)} sources"
+
+
+def tiles(drawn: Drawn) -> list[tuple[str, str]]:
+    """(what, figure) for the head of the page."""
+    config, shape = drawn.config, drawn.encoder
+    if drawn.view.native is None:
+        sight = f"{shape.image_size} px, {shape.patches} patches"
+        step, passes = f"{config.train.batch_size:,} pairs", config.train.steps * config.train.batch_size / drawn.total
+    else:
+        least, most = (2**power for power in config.data.areas)
+        sight, step, passes = f"{least} to {most} patches", f"{config.train.patch_budget:,} patches", None
+    rows = [("model", shape.name), ("an image", sight), ("patch", f"{shape.patch_size} px"), ("a step", step)]
+    rows += [("steps", f"{config.train.steps:,}"), ("training samples", f"{drawn.total:,}")]
+    rows += [("visits of each", f"{passes:,.3g}")] if passes is not None else []
+    if drawn.tokenizer is not None:
+        rows.append(("vocabulary", f"{drawn.tokenizer.vocab_size:,}"))
+    return rows
+
+
+def lead(drawn: Drawn) -> str:
+    """How to read the samples."""
+    data = drawn.config.data
+    text = (
+        f"The first {len(drawn.samples)} that a run with seed {drawn.config.seed} draws, in its order, each as the model "
+        f"sees it: after crop (data.crop_scale {data.crop_scale:g}) and flip (data.flip {data.flip:g}). Clear patches are "
+        "the prefix, which see each other; dimmed ones are read causally, and each is to be predicted from those before it."
+    )
+    if drawn.view.keep < 1:
+        text += f" The decoder sees {drawn.view.keep:.0%} of the positions, those with a dot."
+    if drawn.tokenizer is not None:
+        text += " Below, the drawn caption as the tokeniser cuts it."
+    return text
+
+
+# ---- a sample ----
+
+
+def card(sample: Sample, drawn: Drawn) -> dict[str, Any]:
+    """What the template shows of a sample."""
+    rows, columns = sample.grid
+    source = drawn.sources[sample.source]
+    return {
+        "key": sample.key,
+        "image": sample.image,
+        "pixels": max(sample.image.shape[:2]) <= 96,
+        "rows": rows,
+        "columns": columns,
+        "prefix": sample.prefix,
+        "patches": rows * columns,
+        "behind": behind(sample.prefix, rows, columns),
+        "edge": edge(sample.prefix, rows, columns),
+        "dots": []
+        if sample.kept is None
+        else [(at % columns + 0.5, at // columns + 0.5) for at in sample.kept.tolist()],
+        "source": source.name or Path(source.path).name,
+        "weight": source.weight,
+        "colour": sample.source % COLOURS,
+        "tokens": chips(sample, drawn),
+    }
+
+
+def behind(prefix: int, rows: int, columns: int) -> str:
+    """The patches behind a prefix as an SVG path, one unit a patch."""
+    row, column = divmod(prefix, columns)
+    path = f"M{column} {row}H{columns}V{row + 1}H{column}Z" if column else ""
+    first = row + bool(column)
+    return path + (f"M0 {first}H{columns}V{rows}H0Z" if first < rows else "")
+
+
+def edge(prefix: int, rows: int, columns: int) -> str:
+    """The line between a prefix and what is behind it, as an SVG path."""
+    row, column = divmod(prefix, columns)
+    if not column:
+        return f"M0 {row}H{columns}" if row < rows else ""
+    return f"M0 {row + 1}H{column}V{row}H{columns}"
+
+
+def chips(sample: Sample, drawn: Drawn) -> list[Chip]:
+    """The tokens of a sample's caption."""
+    tokenizer = drawn.tokenizer
+    if tokenizer is None:
+        return []
+    out = []
+    for place, (number, text) in enumerate(zip(sample.tokens, words(sample.tokens, tokenizer))):
+        if number == tokenizer.eos_id:
+            out.append(Chip(END, number, special=True))
+        elif not text.strip():  # the start of a text, or the first bytes of a character
+            out.append(Chip("start" if place == 0 else "…", number, special=True))
+        else:
+            joined = place > 0 and not text.startswith(" ") and not out[-1].special
+            out.append(Chip(visible(text).strip(), number, joined))
+    return out
+
+
+# ---- all of them ----
+
+
+def text_lengths(drawn: Drawn) -> list[int]:
+    """Tokens of each drawn caption, end of text counted."""
+    return [len(one.tokens) for one in drawn.samples if one.tokens]
+
+
+def cut(drawn: Drawn) -> int:
+    """Captions that fill ``data.max_tokens``: they may have been cut."""
+    return sum(length == drawn.config.data.max_tokens for length in text_lengths(drawn))
+
+
+def mixture(drawn: Drawn) -> list[Row]:
+    """Weights and what was drawn of each source."""
+    counts, whole = Counter(one.source for one in drawn.samples), sum(source.weight for source in drawn.sources)
+    return [
+        Row(
+            source.name or Path(source.path).name,
+            source.path,
+            source.weight,
+            source.weight / whole,
+            counts[place],
+            counts[place] / max(len(drawn.samples), 1),
+        )
+        for place, source in enumerate(drawn.sources)
+    ]
+
+
+def histogram(lengths: list[int]) -> list[Bar]:
+    """Lengths in at most BINS ranges of equal width; [] of nothing."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // BINS)
+    counts = Counter((length - low) // width for length in lengths)
+    most = max(counts.values())
+    bars = []
+    for place in range((high - low) // width + 1):
+        first = low + place * width
+        label = f"{first}" if width == 1 else f"{first}–{first + width - 1}"
+        bars.append(Bar(label, counts[place], counts[place] / most))
+    return bars
+
+
+def spread(values: list[int]) -> dict[str, float]:
+    """Least, mean and most; {} of nothing."""
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)} if values else {}
+
+
+def curve(config: Config) -> str:
+    """The learning rate over the run, as SVG."""
+    points = rate_curve(config, POINTS)
+    line = Line("", [point["step"] for point in points], [point["lr"] for point in points])
+    return draw(Panel("Learning rate", [line]), config.train.steps).svg

@@ -1,0 +1,190 @@
+"""Validation on a split of its own: deterministic views, fixed prefix lengths, fp32 (unlike the released training code)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from aimv2.batch import Batch, make_batch
+from aimv2.config.schema import ObjectiveConfig
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.shards.format import captions_of, label_of, read_samples
+from aimv2.data.stream.native import fit_area, make_native_batch, middle_area
+from aimv2.data.stream.samples import View, image_bytes
+from aimv2.data.stream.transforms import Box, centre_crop_box, crop_resize, to_pixels
+from aimv2.data.text.tokenizer import Tokenizer
+from aimv2.distributed import World
+from aimv2.objectives.pretrain import PretrainObjective, Terms
+
+
+@dataclass
+class HeldOut:
+    """Validation samples as the model sees them.
+
+    Attributes:
+        images: uint8 [V, 3, H, W], centre crop; or a list of V whole images [3, h * p, w * p] of one area (native).
+        captions: the first caption of each, as text; "" without one.
+        tokens: its ids.
+        labels: from .cls; -1 without.
+        keys: names.
+    """
+
+    images: torch.Tensor | list[torch.Tensor]
+    captions: list[str]
+    tokens: list[list[int]]
+    labels: torch.Tensor
+    keys: list[str]
+
+
+def read_held_out(
+    shards: Sequence[Path],
+    view: View,
+    tokenizer: Tokenizer | None,
+    limit: int,
+    max_tokens: int = 77,
+    rank: int = 0,
+    world_size: int = 1,
+) -> HeldOut:
+    """The first ``limit`` samples in shard order (0: all), every ``world_size``-th for ``rank``; unreadable ones left out."""
+    images, captions, tokens, labels, keys = [], [], [], [], []
+    seen = 0
+    for key, sample in (pair for shard in shards for pair in read_samples(shard)):
+        if limit and seen >= limit:
+            break
+        texts = [text for field in captions_of(sample).values() for text in field]
+        if view.captions and not texts:
+            continue
+        seen += 1
+        if (seen - 1) % world_size != rank:
+            continue
+        try:
+            image = decode_image(image_bytes(sample))
+        except ImageError:
+            continue
+        box: Box = (0, 0, *image.size)
+        size = view.image_size, view.image_size
+        if view.native is None:
+            box = centre_crop_box(*image.size)
+        else:
+            columns, rows = fit_area(*image.size, middle_area(view.native.shares))
+            size = columns * view.native.patch, rows * view.native.patch
+        images.append(to_pixels(crop_resize(image, box, size)))
+        captions.append(texts[0] if texts else "")
+        tokens.append(tokenizer.encode(texts[0], max_tokens) if tokenizer and texts else [])
+        labels.append(label_of(sample))
+        keys.append(key)
+    if view.native is not None:
+        return HeldOut([torch.from_numpy(one) for one in images], captions, tokens, torch.tensor(labels), keys)
+    pixels = np.stack(images) if images else np.zeros((0, 3, view.image_size, view.image_size), np.uint8)
+    return HeldOut(torch.from_numpy(pixels), captions, tokens, torch.tensor(labels), keys)
+
+
+def held_out_batches(data: HeldOut, patch: int, size: int, share: float, text: bool) -> list[Batch]:
+    """Batches of ``size`` pairs, the last one smaller, all with the same share of patches as prefix.
+
+    Args:
+        data: what to score.
+        patch: p.
+        size: pairs a batch.
+        share: 0..1, of an image's patches; held in 1..I-1 of them.
+        text: with the captions.
+    """
+    batches = []
+    for at in range(0, len(data.keys), size):
+        images, keys = data.images[at : at + size], data.keys[at : at + size]
+        counts = [(image.shape[1] // patch) * (image.shape[2] // patch) for image in images]
+        prefix = [min(max(round(share * count), 1), max(count - 1, 1)) for count in counts]
+        tokens = data.tokens[at : at + size] if text else [[]] * len(keys)
+        if isinstance(images, list):
+            batches.append(make_native_batch(images, tokens, prefix, patch, max(counts), keys))
+        else:
+            batches.append(make_batch(images, tokens, prefix, counts[0], keys))
+    return batches
+
+
+def mean_loss(
+    model: nn.Module, objective: Callable[[nn.Module, Batch], Terms], batches: Sequence[Batch], world: World
+) -> float:
+    """The objective's one term over all batches of all ranks: sum / count.
+
+    Ranks run equally many batches, since a sharded model gathers its weights in each; a rank that has fewer repeats its
+    last one unscored.
+    """
+    most = int(world.max(torch.tensor(float(len(batches)), device=world.device)))
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for number in range(most):
+        batch = batches[min(number, len(batches) - 1)].to(world.device)
+        (term,) = objective(model, batch).values()
+        if number < len(batches):
+            total += torch.stack([term[0].double(), term[1].double()])
+    done, count = world.sum(total).tolist()
+    return done / max(count, 1)
+
+
+@torch.no_grad()
+def validate_pairs(
+    model: nn.Module,
+    data: HeldOut,
+    patch: int,
+    prefixes: Sequence[float],
+    world: World,
+    text: bool = True,
+    pixels: bool = True,
+    size: int = 64,
+) -> dict[str, float]:
+    """Losses on held-out pairs.
+
+    The pixel loss is scored at each prefix length (share of the patches, of side ``patch``) with prefix attention; the
+    text loss with all patches seen, as captions are written.
+
+    Returns:
+        ``val_text_loss`` (nats a token), ``val_perplexity``, ``val_pixel_loss`` (mean over the prefixes) and
+        ``val_pixel_loss_10`` and so on (a prefix of 10%).
+    """
+    figures: dict[str, float] = {}
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        if text:
+            objective = PretrainObjective(ObjectiveConfig(targets="text", attention="bidirectional"))
+            loss = mean_loss(model, objective, held_out_batches(data, patch, size, 1.0, True), world)
+            figures |= {"val_text_loss": loss, "val_perplexity": math.exp(min(loss, 50.0))}
+        if pixels:
+            objective = PretrainObjective(ObjectiveConfig(targets="image"))
+            losses = {}
+            for share in prefixes:
+                batches = held_out_batches(data, patch, size, share, False)
+                losses[f"val_pixel_loss_{round(100 * share)}"] = mean_loss(model, objective, batches, world)
+            figures |= {"val_pixel_loss": sum(losses.values()) / len(losses), **losses}
+    model.train(was_training)
+    return figures
+
+
+@torch.no_grad()
+def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 64) -> dict[str, float]:
+    """Loss and top-1 accuracy on the labelled held-out images of all ranks.
+
+    Returns:
+        ``val_class_loss`` (nats an image) and ``val_top1`` (0..1).
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right, labelled
+    with torch.compiler.set_stance("force_eager"):
+        for at in range(0, len(data.keys), size):
+            images, labels = data.images[at : at + size], data.labels[at : at + size]
+            assert isinstance(images, torch.Tensor)
+            batch = make_batch(images, [[]] * len(labels), [1] * len(labels), 2, labels=labels).to(world.device)
+            logits = model(batch).float()
+            loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+            right = (logits.argmax(-1) == batch.labels).sum()
+            sums += torch.stack([loss.double(), right.double(), (batch.labels >= 0).sum().double()])
+    model.train(was_training)
+    loss_sum, right_sum, count = world.sum(sums).tolist()
+    return {"val_class_loss": loss_sum / max(count, 1), "val_top1": right_sum / max(count, 1)}

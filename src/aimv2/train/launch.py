@@ -1,0 +1,357 @@
+"""The verb ``pretrain``: configuration -> checks -> run -> figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aimv2
+from aimv2.config.load import check_keys, parse, provenance, read_recipe
+from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
+from aimv2.data.stream.samples import validation_shards
+from aimv2.distributed import World, join_world, leave_world
+from aimv2.errors import UsageError
+from aimv2.evals.after_training import measure
+from aimv2.features.fingerprint import file_hash
+from aimv2.features.pixels import read_stats
+from aimv2.features.teacher import open_teacher
+from aimv2.interop.load import load_model
+from aimv2.interop.model_folder import WEIGHTS, checkpoints
+from aimv2.io import write_aside
+from aimv2.models.aimv2 import AIMv2
+from aimv2.report.runs import git_state
+from aimv2.report.write import after_run
+from aimv2.tasks import stage_of
+from aimv2.tasks.pretrain import shapes
+from aimv2.train import prepare
+from aimv2.train.cooldown import carry_on, cooldown_of, point_of
+from aimv2.train.log import say
+from aimv2.train.loop import Trainer, memory_gb
+from aimv2.train.parallel import want_compile
+from aimv2.train.schedule import learning_rate
+
+DEMO = Path(__file__).with_name("demo.yaml")
+DEMO_SCENES = 20_000
+TRIED = 3  # steps of a dry run; the quickest is told
+
+
+def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_config: bool) -> dict[str, Any]:
+    """See :func:`aimv2.api.pretrain`."""
+    started = time.perf_counter()
+    check_keys(given, "on the command line")
+    base = read_recipe(recipe) if recipe else {}
+    options = parse({**base, **given})
+    try:
+        if options.resume:
+            return resume(options, {**base, **given}, started, dry_run, print_config)
+        recipe, base = recipe_of(options, recipe, base, given)
+        if wants_demo(options, recipe):
+            return demo(given, started, dry_run, print_config)
+        return pretrain(recipe, base, given, started, dry_run, print_config)
+    finally:
+        leave_world()
+
+
+def recipe_of(
+    options: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Where the values below the given ones come from, and the values: a recipe's, or those of the run that a cooldown ends."""
+    cooled = options.init if recipe is None and options.optim.schedule == "cooldown" else None
+    if cooled and (options.data.train is None or point_of(cooled)):  # else any model on data of one's own
+        return cooldown_of(cooled, given)
+    return recipe, base
+
+
+def wants_demo(options: Config, recipe: str | None) -> bool:
+    """Whether neither values nor data are given."""
+    return recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
+
+
+def pretrain(
+    recipe: str | None, base: dict[str, Any], given: dict[str, Any], started: float, dry_run: bool, print_config: bool
+) -> dict[str, Any]:
+    """A new run on the user's data, from a recipe or from defaults by image size."""
+    config = parse({**base, **given})
+    run = None if dry_run or print_config else prepare.check_run_folder(config)
+    prepare.locate_data(config)
+    if recipe is not None and print_config:  # a recipe can be read before there are data
+        return describe_config(config, provenance(base, given, recipe))
+    config, base = settle(config, recipe, base, given)
+    for line in prepare.remarks(config):
+        say(line)
+    if print_config:
+        return describe_config(config, provenance(base, given, "image size"))
+    if run is None:
+        return try_one_step(config)
+    prepare.check_overwrite(config, run)
+    return start(config, run, started, "optim.warmup" in given)
+
+
+def settle(
+    config: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
+) -> tuple[Config, dict[str, Any]]:
+    """A run's values, checked against the first samples of its data; without a recipe its defaults go by their size.
+
+    Returns:
+        the configuration, and the values below the given ones.
+    """
+    samples = prepare.first_samples(config, 64)
+    if recipe is None:
+        base = prepare.defaults_for(samples)
+        if config.init is not None:
+            del base["model.name"]  # the shape of init
+        filled = parse({**base, **given})
+        filled.data, filled.init = config.data, config.init
+        config = filled
+    prepare.check_init(config)
+    prepare.check_captions(samples, config)
+    prepare.check_labels(samples, config)
+    return config, base
+
+
+def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
+    """The demo: captioned scenes, drawn into the run folder."""
+    base = read_recipe(DEMO)
+    config = parse({**base, **given})
+    if print_config:
+        return describe_config(config, provenance(base, given, "demo"))
+    prepare.check_init(config)
+    shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
+    if config.data.tokenizer != "auto":
+        prepare.load_tokenizer(config.data.tokenizer)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            config.data.train = draw_scenes(config, Path(scratch) / "data")
+            prepare.locate_data(config)
+            return try_one_step(config)
+    run = prepare.check_run_folder(config)
+    world, out = join_world(), run / "data"
+    if world.main:
+        if out.exists() and not prepare.is_demo_data(out):
+            raise UsageError(f"--run {run}: {out} is in the way of the demo's scenes; choose another folder")
+        prepare.clear_run(run)
+        shutil.rmtree(out, ignore_errors=True)  # scenes of a run that never began
+        draw_scenes(config, run / ".scenes-aside")
+        (run / ".scenes-aside").rename(out)
+    world.barrier()
+    config.overwrite, config.data.train = False, str(out)
+    prepare.locate_data(config)
+    try:
+        return start(config, run, started)
+    except UsageError:
+        if world.main and not prepare.holds_run(run):
+            shutil.rmtree(out, ignore_errors=True)
+            if not any(run.iterdir()):
+                run.rmdir()
+        raise
+
+
+def draw_scenes(config: Config, out: Path) -> str:
+    """The demo's shards."""
+    from aimv2.data.scenes import write_scenes
+
+    shutil.rmtree(out, ignore_errors=True)
+    say(f"drawing {DEMO_SCENES} captioned scenes")
+    write_scenes(str(out), DEMO_SCENES, size=32, seed=config.seed)
+    return str(out)
+
+
+def build_trainer(
+    config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
+) -> Trainer:
+    """Everything that a run needs, checked and built in memory; ``known`` holds the tokeniser of a run that goes on."""
+    if not validation_shards(config.data):
+        say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'")
+    if config.objective.name == "probe" and world.size > 1:
+        raise UsageError("objective.name=probe: its batch norm sees one process; start it without torchrun")
+    tokenizer = prepare.get_tokenizer(config, known, world)
+    stage, objective = stage_of(config), None
+    if stage.taught is None:
+        model = stage.build(config, tokenizer, resuming)
+    else:
+        options = config.objective
+        names = "objective.teacher_image_mean", "objective.teacher_image_std"
+        stats = read_stats(options.teacher_image_mean, options.teacher_image_std, names)
+        opener = partial(open_teacher, options.teacher or "", world.device, stats=stats, options=names)
+        model, objective = stage.taught(config, tokenizer, resuming, opener)
+    compiled, line = want_compile(config.train, world)
+    if config.data.pack and compiled:  # rows of ever new lengths
+        compiled, line = False, "running eager: packed rows (data.pack) have a new length each step"
+    if line:
+        say(line)
+    return Trainer(config, model, tokenizer, run, world, compiled, objective=objective)
+
+
+def start(config: Config, run: Path, started: float, keep_warmup: bool = False) -> dict[str, Any]:
+    """A new run; ``keep_warmup``: the user has given optim.warmup."""
+    world = join_world()
+    trainer = build_trainer(config, run, world)
+    carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
+    if world.main:
+        if config.overwrite:
+            prepare.clear_run(run)
+        prepare.open_run(run, config, trainer.tokenizer)
+    world.barrier()
+    return finish(trainer, started, 0.0)
+
+
+def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
+    """Goes on with the run in the folder; a finished one gives its summary."""
+    if not options.run:
+        raise UsageError("--resume needs --run, the folder of the run")
+    if dry_run:
+        raise UsageError("--dry-run tries a new run; leave --resume out")
+    if options.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite removes it; give one of them")
+    run = Path(options.run)
+    config = prepare.resumed_values(run, given, parse)
+    config.run, config.resume = str(run), False
+    if print_config:
+        return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
+    summary = read_summary(run)
+    if summary is not None and summary.get("step") == config.train.steps:
+        say(f"the run in {run} is finished")
+        return summary
+    world = join_world()
+    trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
+    found = prepare.find_resume(run, config, trainer.tokenizer, world)
+    if found is not None:
+        trainer.restore(found)
+        say(f"going on from step {trainer.step}")
+    else:
+        carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
+    return finish(trainer, started, trainer.seconds)
+
+
+def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
+    """Trains, measures, writes and returns the summary."""
+    config, run, world = trainer.config, trainer.run, trainer.world
+    log = trainer.open_log()
+    try:
+        log.say(
+            f"run {run}: {count(trainer.model) / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}"
+        )
+        trainer.train()
+    finally:
+        trainer.close()
+    result: dict[str, Any] = {"run": str(run), "step": trainer.step}
+    if trainer.step < config.train.steps:
+        return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
+    if world.main:
+        result |= trainer.figures
+        if config.objective.name in ("pretrain", "distill"):
+            model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
+            assert isinstance(model, AIMv2)
+            result |= measure(config, model, trainer.tokenizer, say)
+        result |= {"parameters": count(trainer.model), "encoder_parameters": count(trainer.unwrapped().encoder)}
+        result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
+        result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
+        write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+        if config.log.report and (path := after_run(run, world.device, say)):
+            result["report"] = path
+            write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+    world.barrier()
+    return world.broadcast(result)
+
+
+def about_run(config: Config, weights: Path) -> dict[str, Any]:
+    """What a result must say of itself: data, seed, weights, machine, versions, command."""
+    data, stage = to_dict(config)["data"], config.objective
+    return {
+        "data": data["train"],
+        "val_data": data["val"] or "val-* or test-* beside the training shards",
+        "seed": config.seed,
+        **({"teacher": stage.teacher, "teacher_sha256": stage.teacher_sha256} if stage.teacher else {}),
+        "weights_sha256": file_hash(weights),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + ("" if not torch.cuda.is_available() else ", CUDA"),
+        "version": aimv2.__version__,
+        "torch": torch.__version__,
+        **({"git": state} if (state := git_state()) else {}),
+        "command": " ".join(["aimv2", *sys.argv[1:]]),
+    }
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """``summary.json`` of a finished run, None without one."""
+    path = run / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def count(model: torch.nn.Module) -> int:
+    """Parameters of the model that is saved: updates beside the weights (optim.lora) end within them."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+
+
+# ---- before the run ----
+
+
+def rate_curve(config: Config, points: int = 11) -> list[dict[str, float]]:
+    """The learning rate at evenly spaced steps, the first and the last among them."""
+    steps = config.train.steps
+    at = sorted({round(i * (steps - 1) / (points - 1)) for i in range(points)} | {min(config.optim.warmup, steps - 1)})
+    return [{"step": step, "lr": learning_rate(step, steps, config.optim)} for step in at]
+
+
+def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
+    """The effective configuration, where each value came from, and the learning-rate curve."""
+    values = {key: get_value(config, key) for key in leaf_keys()}
+    if isinstance(config.data.train, list):
+        values["data.train"] = to_dict(config)["data"]["train"]
+    if config.data.train is not None and sources["data.train"] == "default":
+        sources["data.train"] = "$AIMV2_DATA"
+    return {"config": values, "from": sources, "learning_rate": rate_curve(config)}
+
+
+def try_one_step(config: Config) -> dict[str, Any]:
+    """Builds everything, reads one batch, runs a step on it (TRIED times: the first one warms up); writes nothing."""
+    world = join_world()
+    with tempfile.TemporaryDirectory() as scratch:
+        config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
+        config.data.features = None  # nothing is written: the encoder runs
+        trainer = build_trainer(config, Path(scratch), world)
+        try:
+            batch = next(trainer.stream)
+            trainer.model.train()
+            if trainer.compiled:
+                say("compiling the blocks")
+                share = config.train.batch_size // world.size // config.train.accumulate
+                trainer.update.warm_up(share, config.data.max_tokens, trainer.view)
+            taken = []
+            for _ in range(TRIED):
+                begin = time.perf_counter()
+                trainer.train_step(batch)
+                trainer.check_finite()
+                taken.append(time.perf_counter() - begin)
+            seconds = min(taken)
+        finally:
+            trainer.close()
+    tokens = sum(int(part.token_count) for part in (batch if isinstance(batch, list) else [batch]))
+    encoder = count(trainer.unwrapped().encoder)
+    return {
+        "encoder_parameters": encoder,
+        "decoder_parameters": count(trainer.model) - encoder,
+        "ranks": world.size,
+        "batch_size": config.train.batch_size if config.train.patch_budget is None else None,
+        "patches_a_step": config.train.patch_budget or config.train.batch_size * trainer.view.patches,
+        "tokens_a_step": tokens * world.size,
+        "memory_gb": memory_gb(world.device),
+        "seconds_a_step": seconds,
+        "expected_hours": seconds * config.train.steps / 3600,
+        "samples": getattr(trainer.stream, "samples"),  # noqa: B009  of the training data
+        "learning_rate": rate_curve(config),
+    }

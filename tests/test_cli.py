@@ -16,7 +16,8 @@ from PIL import Image
 
 import aimv2
 from aimv2 import api
-from aimv2.cli import CONFIGURED, VERBS, main, read_options
+from aimv2.cli import main
+from aimv2.cli.dispatch import CONFIGURED, VERBS, read_options
 from aimv2.config.load import read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from aimv2 import api, load_model
-from aimv2.cli import read_options
+from aimv2.cli.dispatch import read_options
 from aimv2.config.load import parse, read_recipe
 from aimv2.config.schema import Config, get_value
 from aimv2.data.shards.format import write_shard

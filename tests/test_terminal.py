@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 
 from aimv2 import api
-from aimv2.cli import VERBS, main
+from aimv2.cli import main
+from aimv2.cli.dispatch import VERBS
 from aimv2.cli.show import show
 from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError

@@ -1,5 +1,5 @@
 """``python -m aimv2``, for torchrun."""
 
-from aimv2.cli.main import run
+from aimv2.cli.dispatch import run
 
 run()

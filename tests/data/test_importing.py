@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from brought import picture, put, run
 
-from aimv2.data.shards.format import importing, read_samples, write_shard
+from aimv2.data.shards import importing
+from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.data.shards.importing import import_data
 from aimv2.errors import UsageError
 

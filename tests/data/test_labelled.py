@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aimv2.data.images import forms as labelled_forms
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.decode import forms as labelled_forms
 from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled, subset
 from aimv2.data.shards.format import label_of, read_sample, scan_shard
 from aimv2.errors import UsageError

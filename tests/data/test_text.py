@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from aimv2.data.text import tokenizer as text_module
 from aimv2.data.text.tokenizer import (
     Tokenizer,
     clean_text,
@@ -17,7 +18,6 @@ from aimv2.data.text.tokenizer import (
     read_captions,
     train_tokenizer,
 )
-from aimv2.data.text.tokenizer import tokenizer as text_module
 from aimv2.errors import UsageError
 
 CAPTIONS = [

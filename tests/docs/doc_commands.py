@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimv2.cli import GROUPS, VERBS, read_options, read_words
+from aimv2.cli.dispatch import GROUPS, VERBS, read_options, read_words
 from aimv2.config.load import parse, read_recipe
 from aimv2.errors import UsageError
 

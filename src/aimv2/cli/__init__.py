@@ -1,4 +1,4 @@
 """The command line: parse, complete, print."""
 
-from aimv2.cli.main import main as main
-from aimv2.cli.main import run as run
+from aimv2.cli.dispatch import main as main
+from aimv2.cli.dispatch import run as run

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from aimv2.cli.main import CONFIGURED, GROUPS, VERBS
+from aimv2.cli.dispatch import CONFIGURED, GROUPS, VERBS
 from aimv2.config.schema import Config, get_value, known_keys, leaf_keys
 
 MODELS_TOO = ("model", "init", "other", "teacher", "objective.teacher", "source")  # take a model by name or by path

@@ -256,7 +256,7 @@ def _read_stage(name: str, entry: Any, names: list[str], path: str) -> Stage:
 
 def _verb(given: Any, where: str) -> str:
     """The api function of a verb written as ``data_shapes`` or ``data shapes``."""
-    from aimv2.cli.main import VERBS
+    from aimv2.cli.dispatch import VERBS
 
     known = [verb.function for verb in VERBS.values() if verb.function != "run"]
     if given is None:
@@ -269,14 +269,14 @@ def _verb(given: Any, where: str) -> str:
 
 def spelled(verb: str) -> str:
     """``data_shapes`` -> ``data shapes``, as the command line has it."""
-    from aimv2.cli.main import VERBS
+    from aimv2.cli.dispatch import VERBS
 
     return next(name for name, known in VERBS.items() if known.function == verb)
 
 
 def own_words(verb: str) -> tuple[str, ...]:
     """Keys of a stage that are its verb's own: config and init of pretrain, else the words of the command line."""
-    from aimv2.cli.main import VERBS
+    from aimv2.cli.dispatch import VERBS
 
     if verb == "pretrain":
         return ("config", "init")
@@ -391,7 +391,7 @@ def _seed_option(stage: Stage, seed: int | None) -> dict[str, Any]:
 def command_words(verb: str, values: dict[str, Any], folder: Path) -> list[str]:
     """The words of the command line behind ``aimv2``."""
     from aimv2 import api
-    from aimv2.cli.main import VERBS
+    from aimv2.cli.dispatch import VERBS
 
     name = spelled(verb)
     words = name.split()
@@ -420,7 +420,7 @@ def check_words(verb: str, command: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: an unknown option, a value of another type or out of range, no data.
     """
-    from aimv2.cli.main import read_options, read_words
+    from aimv2.cli.dispatch import read_options, read_words
     from aimv2.config.load import check_keys, parse, read_recipe
 
     name = spelled(verb)
@@ -440,7 +440,7 @@ def check_words(verb: str, command: list[str]) -> dict[str, Any]:
 
 def check_steps(job: Job, jobs: dict[str, Job], path: str) -> None:
     """Raises UsageError where ``{stage}@STEP`` names a checkpoint that the stage will not keep."""
-    from aimv2.cli.main import read_options
+    from aimv2.cli.dispatch import read_options
     from aimv2.config.load import parse
 
     for text in strings(job.asked):

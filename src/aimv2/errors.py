@@ -4,6 +4,19 @@ import difflib
 import re
 from collections.abc import Iterable
 
+CODES = (
+    "invalid",  # a value that is not allowed there
+    "missing",  # an option, file or package that is needed
+    "unknown",  # an option, key, name or column that does not exist
+    "not-found",  # a path, model or data set that is not there
+    "unreadable",  # a file that can't be read as what it should be
+    "mismatch",  # two things that do not fit each other
+    "exists",  # something in the way
+    "conflict",  # options that exclude each other
+    "unsupported",  # a model, form or machine that can't do it
+    "limit",  # too large, too many, no room
+    "non-finite",  # NaN or infinity
+)
 PLAIN = {
     "int": "a whole number (int)",
     "float": "a number",
@@ -15,11 +28,26 @@ PLAIN = {
 }
 
 
+OPTION = re.compile(r"--[a-z][\w-]*|[a-z]+\.[a-z][a-z_]*(?=[\s:=,])|[A-Z]{2,}(?=[\s:])")
+
+
 class UsageError(ValueError):
     """A mistake of input: the message says what was given, what was expected and which option to change.
 
     The command line prints the message as one line and exits with 2.
+
+    Attributes:
+        option: the option, configuration key or positional argument to change (``--k``, ``optim.lr``, ``MODEL``); where it is not
+            given, the one that the message begins with; "" where it begins with none.
+        code: the kind of mistake, one of :data:`CODES`.
     """
+
+    def __init__(self, message: str, *, option: str | None = None, code: str = "invalid") -> None:
+        super().__init__(message)
+        assert code in CODES, code
+        head = OPTION.match(message)
+        self.option = option if option is not None else head[0] if head else ""
+        self.code = code
 
 
 class RankError(UsageError):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_labelled import encoded, opened, put, refused, samples, seen, shard
 
-from aimv2.data.datasets.registry import registry as datasets
-from aimv2.data.images.decode import labelled as module
+from aimv2.data.datasets import registry as datasets
+from aimv2.data.images import labelled as module
 from aimv2.data.images.labelled import open_labelled
 from aimv2.errors import UsageError
 

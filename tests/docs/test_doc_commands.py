@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from doc_commands import FENCE, PAGES, ROOT, Command, check, commands, words_of
 
-from aimv2.cli import VERBS, verb_parser
+from aimv2.cli.dispatch import VERBS, verb_parser
 from aimv2.config.schema import known_keys
 from aimv2.errors import UsageError
 

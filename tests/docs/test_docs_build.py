@@ -18,7 +18,7 @@ from mkdocs.config import load_config
 from PIL import Image
 
 import aimv2
-from aimv2.cli import VERBS
+from aimv2.cli.dispatch import VERBS
 from aimv2.config.schema import leaf_keys
 from aimv2.models.sizes import MODELS, encoder_parameters
 

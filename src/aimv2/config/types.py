@@ -85,7 +85,7 @@ class Words:
         for word in found:
             if word not in self.known:
                 because = dict(self.why).get(word, "")
-                among = f"one of {', '.join(self.known)} is" if len(self.known) > 1 else f"{self.known[0]} is"
+                among = f"{'one of ' if len(self.known) > 1 else ''}{', '.join(self.known)} is"
                 raise UsageError(
                     f"{option} {word}: {because}{among} expected{nearest(word, self.known)}",
                     option=option,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from aimv2.cli.show import show
+from aimv2.commands.render import render as show
 from huggingface_hub import constants
 from torch import Tensor
 

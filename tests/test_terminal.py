@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from aimv2.cli.show import show
+from aimv2.commands.render import render as show
 from PIL import Image
 
 from aimv2 import api

@@ -183,7 +183,7 @@ def test_sgd_is_torchs_and_rates_do_not_meet() -> None:
         torch.testing.assert_close(bias[number], layer.bias.detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", linear.SOLVERS)
+@pytest.mark.parametrize("solver", ("lbfgs", "sgd"))
 def test_separable_features_reach_everything(solver: str) -> None:
     train, val, test = (clouds(200, spread=0.1, seed=seed) for seed in range(3))
     if solver == "lbfgs":

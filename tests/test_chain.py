@@ -387,7 +387,7 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": shapes(options={"out": "x"})}, "options.out: the chain decides it"),
     ({"one": shapes(seeds=3)}, "seeds must be false"),
     ({"data": shapes()}, "stage 'data': a name of letters"),
-    ({"one": shapes(), "two": training(train__stepz=3)}, "Unknown key: 'train.stepz'; did you mean 'train.steps'?"),
+    ({"one": shapes(), "two": training(train__stepz=3)}, "'train.stepz' in its options; did you mean 'train.steps'?"),
     ({"one": shapes(), "two": training(train__steps=0)}, "train.steps must be at least 1, got 0"),
     ({"one": shapes(), "two": training(init="x")}, "options.init: a key of the stage itself"),
     ({"one": shapes(), "two": training(data__train=None)}, "pretrain needs `data.train:`"),
@@ -434,7 +434,7 @@ def test_a_mistake_at_the_top_is_one_line(tmp_path: Path, top: Tree, line: str) 
 
 def test_shared_stages_need_no_seeded_ones_and_folders_are_not_shared(tmp_path: Path) -> None:
     checked = {"verb": "data_check", "source": "{one}", "seeds": False}
-    assert "needs 'one', which runs once a seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
+    assert "needs 'one', which runs once per seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
     said = refused(tmp_path, {"one": shapes(), "one-seed0": shapes(seeds=False)}, seeds=[0])
     assert "'one-seed0' and 'one' share a folder" in said
 

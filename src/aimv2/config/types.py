@@ -112,12 +112,14 @@ if TYPE_CHECKING:  # what convert() makes of the text
     SeedList = tuple[int, ...]
     RateList = tuple[float, ...]
     FloatList = tuple[float, ...]
+    UnitRateList = tuple[float, ...]
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
 else:
     IntList = Annotated[str, Numbers(int, 1)]
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
     RateList = Annotated[str, Numbers(float, 0, above=True)]
+    UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
     BaselineList = Annotated[str | None, Words(("random", "pixels"))]
     UntrainedOnly = Annotated[

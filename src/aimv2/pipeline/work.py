@@ -35,7 +35,7 @@ from aimv2.pipeline.state import (
 )
 from aimv2.train.interrupt import Interrupted
 
-# verbs that go on in a folder where they were interrupted; others start again in an empty one
+# commands that resume in a folder where they were interrupted; others start again in an empty one
 GO_ON = ("pretrain", "data_import", "data_teach", "embed", "probe", "knn", "linear", "fewshot")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 
@@ -104,7 +104,7 @@ def chosen(chain: Chain, only: str | None) -> list[Job]:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """The chain's folder, made, for this process alone; a stage that outlives its chain keeps the lock."""
+    """The chain's folder, made, for this process only; a stage that outlives its chain keeps the lock."""
     import fcntl
 
     try:
@@ -215,7 +215,7 @@ class Worker:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals are handed on to the stage, which saves; a terminal's Ctrl-C reaches it through us alone."""
+        """Signals are passed on to the stage, which saves; a terminal's Ctrl-C reaches it through us only."""
         before = {number: signal.signal(number, self._note) for number in CODES}
         try:
             yield

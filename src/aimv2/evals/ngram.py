@@ -35,13 +35,13 @@ def bigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]
     pairs = Counter(pair for caption in train for pair in zip([START, *caption], caption))
     before = Counter(first for caption in train for first in [START, *caption[:-1]])
     total = sum(single.values()) + vocab_size
-    pairs = [pair for caption in held_out for pair in zip([START, *caption], caption)]
+    scored = [pair for caption in held_out for pair in zip([START, *caption], caption)]
 
     def loss(weight: float) -> float:
         nats = 0.0
-        for first, second in pairs:
+        for first, second in scored:
             pair = pairs[first, second] / before[first] if before[first] else 0.0
             nats -= math.log(weight * pair + (1 - weight) * (single[second] + 1) / total)
-        return nats / max(len(pairs), 1)
+        return nats / max(len(scored), 1)
 
     return min(loss(step / 20) for step in range(1, 20))

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.forms import LABEL_COLUMNS, SPLITS, Form, Listed, number_labels, wrong
-from aimv2.data.images.sources import IMAGE_COLUMNS
+from aimv2.data.images.columns import find_column
+from aimv2.data.images.entries import first_line
+from aimv2.data.images.forms import SPLITS, Form, Listed, number_labels, wrong
+from aimv2.data.images.readers import TableImages
+from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.errors import UsageError
-from aimv2.interop.hub import unreachable
-
-
-@dataclass(frozen=True)
-class TableImages:
-    """Images of a column of a `datasets.Dataset` that leaves them encoded."""
-
-    rows: Any
-    column: str
-
-    def __call__(self, row: int) -> Image.Image:
-        cell = self.rows[row][self.column]
-        if isinstance(cell, dict):  # {"bytes", "path"}, either of them None
-            cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
-        if not cell:
-            raise ImageError("no image in its row")
-        return decode_image(Path(cell) if isinstance(cell, str) else cell)
 
 
 def saved_form(root: Path, source: str) -> Form | None:
@@ -45,32 +28,18 @@ def saved_form(root: Path, source: str) -> Form | None:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UsageError):
             raise
-        raise wrong(source, f"`datasets` can't load it: {_first_line(error)}") from None
+        raise wrong(source, f"`datasets` can't load it: {first_line(error)}") from None
 
 
-def hub_form(source: str) -> Form:
+def hub_form(path: Path, source: str) -> Form:
     """A data set of the hub, downloaded by `datasets` into its own cache.
 
     Raises:
         UsageError: no such data set, or the hub can't be reached.
     """
-    import datasets
-
-    was_offline, why = datasets.config.HF_HUB_OFFLINE, unreachable()
-    try:
-        # offline, `datasets` looks into its cache at once; it would first retry for half a minute
-        datasets.config.HF_HUB_OFFLINE = was_offline or bool(why)
+    with hub_library(source, "--data") as datasets:
         tables = datasets.load_dataset(source)
-    except Exception as error:  # network, missing repository, configurations, scripts: `datasets` raises anything
-        words = f"the hub can't be reached ({why})" if why else f"the hub gives no such data set: {_first_line(error)}"
-        raise wrong(source, f"no path here, and {words}") from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
     return _form(tables, source)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _form(tables: Any, source: str) -> Form:
@@ -83,17 +52,8 @@ def _form(tables: Any, source: str) -> Form:
     return Form("`datasets`", {split: partial(_list_rows, found, split, source) for split in found})
 
 
-def _column(rows: Any, kind: type, names: tuple[str, ...]) -> str | None:
-    """The column of this feature, else of one of these names."""
-    typed = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    named = [name for name in names if name in rows.column_names]
-    return next((name for name in named if name in typed or not typed), typed[0] if len(typed) == 1 else None)
-
-
-def _label_column(rows: Any) -> str | None:
-    import datasets
-
-    return _column(rows, datasets.ClassLabel, LABEL_COLUMNS)
+def _column(rows: Any, kind: str) -> str | None:
+    return find_column(rows.column_names, kind, types_of(rows))
 
 
 def _values(rows: Any, column: str) -> list[Any]:
@@ -101,15 +61,13 @@ def _values(rows: Any, column: str) -> list[Any]:
 
 
 def _is_unlabelled(rows: Any) -> bool:
-    label = _label_column(rows)
+    label = _column(rows, "label")
     return label is None or all(value in (-1, None) for value in _values(rows, label))
 
 
 def _list_rows(parts: dict[str, Any], split: str, source: str) -> Listed:
-    import datasets
-
     rows = parts[split]
-    image, label = _column(rows, datasets.Image, IMAGE_COLUMNS), _label_column(rows)
+    image, label = _column(rows, "image"), _column(rows, "label")
     if image is None or label is None:
         lacks = "labels" if image is not None else "images"
         raise wrong(source, f"no column of {lacks} among {', '.join(rows.column_names)}; image and label expected")
@@ -121,7 +79,6 @@ def _list_rows(parts: dict[str, Any], split: str, source: str) -> Listed:
         labels, classes = number_labels(words, train, None, source)
     else:
         labels = np.array([-1 if value is None else value for value in values], np.int64)
-    if isinstance(rows.features[image], datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
     keys = [f"{split}-{row:08d}" for row in range(len(rows))]
-    return Listed(keys, labels, tuple(classes) if classes else None, TableImages(rows.select_columns([image]), image))
+    images = TableImages(encoded_images(rows, image).select_columns([image]), image)
+    return Listed(keys, labels, tuple(classes) if classes else None, images)

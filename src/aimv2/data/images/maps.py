@@ -19,7 +19,7 @@ from rich.progress import track
 
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
-from aimv2.data.images.pictures import walk
+from aimv2.data.images.walk import walk
 from aimv2.data.prefetch import ahead
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.errors import UsageError

@@ -26,17 +26,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aimv2.data.images.columns import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
-from aimv2.data.images.sources import (
-    EXPECTED,
-    Columns,
-    Item,
-    Loaded,
-    Reader,
-    Reject,
-    Source,
-)
-from aimv2.data.images.tables import open_source
+from aimv2.data.images.entries import Entry, Loaded, PlannedSource, Reject
+from aimv2.data.images.sources import EXPECTED, SourceOptions, open_source
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
 from aimv2.errors import UsageError
 
@@ -54,19 +47,19 @@ class ImageOptions(NamedTuple):
     quality: int
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """One shard to write."""
 
     name: str
-    items: list[Item]
+    items: list[Entry]
 
     def digest(self) -> str:
         """Changes when the source would put something else into this shard."""
-        text = json.dumps([list(item) for item in self.items], sort_keys=True, default=str)
+        text = json.dumps([list(item[:6]) for item in self.items], sort_keys=True, default=str)  # all but the reader
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Note(NamedTuple):
+class ShardNote(NamedTuple):
     """What became of a shard."""
 
     digest: str
@@ -133,7 +126,7 @@ def import_data(
         **({"class_folders": True} if class_folders else {}),  # an import begun by an older version goes on
     }
     _check_out(source, out)
-    opened = open_source(source, captions, columns, template, split, out.resolve(), class_folders)
+    opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders))
     _prepare(out, options)
     chooser = ValChooser(val_fraction, _val_names(val_list))
     if val_list is not None and not chooser.names:
@@ -163,7 +156,7 @@ class ValChooser:
     names: set[str]
     matched: set[str] = field(default_factory=set)
 
-    def __call__(self, item: Item) -> bool:
+    def __call__(self, item: Entry) -> bool:
         if self.names:
             file = item.image.rpartition("/")[2]
             found = self.names & {item.key, item.image, file, file.rpartition(".")[0]}
@@ -181,13 +174,13 @@ class Plan:
         rejects: What needed no reading to be refused; complete after the iteration.
     """
 
-    source: Source
+    source: PlannedSource
     is_val: ValChooser
     shard_size: int
     rejects: list[Reject] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Job]:
-        waiting: dict[str, list[Item]] = {"train": [], "val": []}
+    def __iter__(self) -> Iterator[ShardJob]:
+        waiting: dict[str, list[Entry]] = {"train": [], "val": []}
         numbers = {"train": 0, "val": 0}
         seen = set[str]()
         for item in self.source.items:
@@ -199,12 +192,12 @@ class Plan:
             split = "val" if self.is_val(item) else "train"
             waiting[split].append(item)
             if len(waiting[split]) == self.shard_size:
-                yield Job(f"{split}-{numbers[split]:06d}", waiting[split])
+                yield ShardJob(f"{split}-{numbers[split]:06d}", waiting[split])
                 waiting[split] = []
                 numbers[split] += 1
         for split, items in waiting.items():
             if items:
-                yield Job(f"{split}-{numbers[split]:06d}", items)
+                yield ShardJob(f"{split}-{numbers[split]:06d}", items)
 
 
 def _unused(key: str, seen: set[str]) -> str:
@@ -237,12 +230,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Note:
+def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
     """Write one shard and its note; both whole or not at all."""
     rejects: list[Reject] = []
 
     def samples() -> Iterator[tuple[str, Parts]]:
-        for item, loaded in zip(job.items, reader.load(job.items)):
+        for item, loaded in zip(job.items, job.items[0].reader.load(job.items)):
             if _stop is not None and _stop.is_set():
                 raise KeyboardInterrupt
             sample = loaded if isinstance(loaded, Reject) else _sample(item, loaded, options)
@@ -255,12 +248,12 @@ def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Not
     written = write_shard(path, samples())
     if not written:
         path.unlink()
-    note = Note(job.digest(), written, rejects)
+    note = ShardNote(job.digest(), written, rejects)
     _write_json(out / WORK / f"{job.name}.json", note._asdict())
     return note
 
 
-def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
+def _sample(item: Entry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
     if not loaded.captions and loaded.label is None:
         return Reject(item.key, item.image, "no caption")
     try:
@@ -282,9 +275,11 @@ def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject
 # ---- run ----
 
 
-def _run(plan: Plan, source: Source, out: Path, options: ImageOptions, workers: int, progress: bool) -> dict[str, Note]:
+def _run(
+    plan: Plan, source: PlannedSource, out: Path, options: ImageOptions, workers: int, progress: bool
+) -> dict[str, ShardNote]:
     """Do all jobs that are not done yet; a note for each shard, by name."""
-    notes: dict[str, Note] = {}
+    notes: dict[str, ShardNote] = {}
     bar = Progress(
         TextColumn("{task.description}"),
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
@@ -297,20 +292,20 @@ def _run(plan: Plan, source: Source, out: Path, options: ImageOptions, workers: 
         stack.enter_context(bar)
         task = bar.add_task(f"Importing {source.kind}", total=source.total)
 
-        def done(job: Job, note: Note) -> None:
+        def done(job: ShardJob, note: ShardNote) -> None:
             notes[job.name] = note
             bar.advance(task, len(job.items))
 
         todo = _not_done(plan, out, done)
         if workers <= 1:
             for job in todo:
-                done(job, write_job(job, source.reader, out, options))
+                done(job, write_job(job, out, options))
         else:
-            _run_in_processes(todo, source.reader, out, options, workers, done)
+            _run_in_processes(todo, out, options, workers, done)
     return notes
 
 
-def _not_done(plan: Plan, out: Path, done: Any) -> Iterator[Job]:
+def _not_done(plan: Plan, out: Path, done: Any) -> Iterator[ShardJob]:
     for job in plan:
         note = _read_note(out, job)
         if note is None:
@@ -319,17 +314,15 @@ def _not_done(plan: Plan, out: Path, done: Any) -> Iterator[Job]:
             done(job, note)
 
 
-def _run_in_processes(
-    todo: Iterator[Job], reader: Reader, out: Path, options: ImageOptions, workers: int, done: Any
-) -> None:
+def _run_in_processes(todo: Iterator[ShardJob], out: Path, options: ImageOptions, workers: int, done: Any) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
     stop = context.Event()
-    running: dict[Future[Note], Job] = {}
+    running: dict[Future[ShardNote], ShardJob] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
         try:
             while True:
                 while len(running) < 2 * workers and (job := next(todo, None)) is not None:
-                    running[pool.submit(write_job, job, reader, out, options)] = job
+                    running[pool.submit(write_job, job, out, options)] = job
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -384,7 +377,7 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         )
 
 
-def _read_note(out: Path, job: Job) -> Note | None:
+def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
     """The note of a shard that is done, None if it is not.
 
     Raises:
@@ -394,7 +387,7 @@ def _read_note(out: Path, job: Job) -> Note | None:
         record = json.loads((out / WORK / f"{job.name}.json").read_text())
     except FileNotFoundError:
         return None
-    note = Note(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
+    note = ShardNote(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
     if note.digest != job.digest():
         raise UsageError(
             f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
@@ -404,7 +397,7 @@ def _read_note(out: Path, job: Job) -> Note | None:
 
 
 def _finish(
-    out: Path, notes: dict[str, Note], rejects: list[Reject], source: Source, options: dict[str, Any]
+    out: Path, notes: dict[str, ShardNote], rejects: list[Reject], source: PlannedSource, options: dict[str, Any]
 ) -> dict[str, int]:
     """Merge the notes, mark the folder as finished and remove the work folder."""
     counts = {"train": 0, "val": 0}

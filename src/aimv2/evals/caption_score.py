@@ -20,7 +20,7 @@ import torch
 
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.entries import Entry
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.evals.ptb import tokenise
@@ -94,7 +94,7 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 
 
 def write_all(
-    model: AIMv2, items: Sequence[Entry], asked: Asked
+    model: AIMv2, items: Sequence[SourceEntry], asked: Asked
 ) -> tuple[list[str], list[str], list[tuple[str, ...]], dict[str, int]]:
     """Captions of all images that have references and can be read.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.entries import Entry
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.prefetch import ahead
 from aimv2.data.text.tokenizer import clean_text
 from aimv2.errors import UsageError
@@ -115,7 +115,7 @@ def too_few(asked: Asked, there: str, wanted: int, rejected: Sequence[dict[str, 
     return UsageError(f"--data {asked.data}: {there}, fewer than the {wanted} candidates (--candidates){why}")
 
 
-def draw(matcher: Matcher, items: Sequence[Entry], count: int, others: int, seed: int) -> Candidates:
+def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int, seed: int) -> Candidates:
     """Up to ``count`` images that can be read and have captions and up to ``others`` further ones, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     found = Candidates([], [], [], [])

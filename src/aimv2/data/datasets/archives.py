@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aimv2.data.images.catalogue import walk
 from aimv2.data.images.forms import (
     Form,
     Listed,
@@ -25,7 +26,6 @@ from aimv2.data.images.forms import (
     wrong,
 )
 from aimv2.data.images.readers import HDF5Images, ImageFiles
-from aimv2.data.images.walk import walk
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)

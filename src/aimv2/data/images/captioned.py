@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2.data.images.catalogue import kind_of
-from aimv2.data.images.entries import Entry, tar_entries
+from aimv2.data.images.entries import SourceEntry, tar_entries
 from aimv2.data.images.sources import IMAGE_FORMS, SourceOptions, open_folder
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.errors import UsageError
@@ -21,7 +21,7 @@ PREFERRED = "captions.txt"  # of several captions files in a folder
 SPLITS = ("test", "val", "train")
 
 
-def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[Entry], str]:
+def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[SourceEntry], str]:
     """Entries of all images, and the split: test, else val, else train; "all" where no split is named.
 
     Args:
@@ -50,7 +50,7 @@ def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[E
     return _of_shards(path, source)
 
 
-def _of_files(root: Path, captions: str | None, source: str) -> list[Entry]:
+def _of_files(root: Path, captions: str | None, source: str) -> list[SourceEntry]:
     if captions is None and (root / PREFERRED).is_file():
         captions = PREFERRED
     try:
@@ -62,12 +62,12 @@ def _of_files(root: Path, captions: str | None, source: str) -> list[Entry]:
         ) from None
     if planned.classes:
         raise UsageError(f"--data {source}: class folders without captions; a captions file or sidecars expected")
-    if entries := [item for item in planned.items if isinstance(item, Entry)]:
+    if entries := [item for item in planned.items if isinstance(item, SourceEntry)]:
         return entries
     raise UsageError(f"--data {source}: no image with a caption there")
 
 
-def _of_shards(path: Path, source: str) -> tuple[list[Entry], str]:
+def _of_shards(path: Path, source: str) -> tuple[list[SourceEntry], str]:
     split = "all"
     if path.is_dir():
         groups = split_shards(path, option="--data")
@@ -85,11 +85,11 @@ def _of_shards(path: Path, source: str) -> tuple[list[Entry], str]:
     return entries, split
 
 
-def read_captioned(entry: Entry) -> tuple[bytes, tuple[str, ...]]:
+def read_captioned(entry: SourceEntry) -> tuple[bytes, tuple[str, ...]]:
     """The encoded image and its captions, of all fields; an image without captions has ().
 
     Raises:
         ImageError: a file that can't be read, a sample without an image.
     """
-    loaded = entry.load()
+    loaded = entry.reader.read(entry)
     return loaded.data, tuple(text for texts in loaded.captions.values() for text in texts)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import (
@@ -47,14 +47,27 @@ class Reject(NamedTuple):
     reason: str
 
 
-class Reader(Protocol):
+class Reader:
     """Finds the bytes of entries; picklable and light, since it goes to other processes."""
 
-    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Reject]:
+    def read(self, entry: SourceEntry) -> Loaded:
+        """The encoded image and the rest of the sample.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        raise NotImplementedError
+
+    def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
         """One result for each entry, in order."""
+        for entry in entries:
+            try:
+                yield self.read(entry)
+            except ImageError as error:
+                yield Reject(entry.key, entry.image, str(error))
 
 
-class Entry(NamedTuple):
+class SourceEntry(NamedTuple):
     """One picture of a source.
 
     Attributes:
@@ -71,17 +84,6 @@ class Entry(NamedTuple):
     about: dict[str, Any]
     reader: Reader
 
-    def load(self) -> Loaded:
-        """The encoded image and the rest of the sample.
-
-        Raises:
-            ImageError: it cannot be used.
-        """
-        (found,) = self.reader.load([self])
-        if isinstance(found, Reject):
-            raise ImageError(found.reason)
-        return found
-
 
 @dataclass
 class PlannedSource:
@@ -94,7 +96,7 @@ class PlannedSource:
     """
 
     kind: str
-    items: Iterable[Entry | Reject]
+    items: Iterable[SourceEntry | Reject]
     total: int | None = None
     classes: list[str] = field(default_factory=list)
     unique_keys: bool = False
@@ -103,40 +105,36 @@ class PlannedSource:
 # ---- files ----
 
 
-class FileReader:
+class FileReader(Reader):
     """Reads image files; ``where`` is the path, then paths of a .txt and a .json sidecar ("" for none)."""
 
-    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Reject]:
-        for entry in entries:
-            path, *sidecars = entry.where
-            try:
-                data = Path(path).read_bytes()
-                captions, about = _read_sidecars(*sidecars) if sidecars else (entry.captions, entry.about)
-            except ValueError as error:
-                yield Reject(entry.key, entry.image, str(error))
-            except OSError as error:
-                yield Reject(entry.key, entry.image, f"cannot be read: {error.strerror or error}")
-            else:
-                yield Loaded(data, captions, entry.label, about)
+    def read(self, entry: SourceEntry) -> Loaded:
+        path, *sidecars = entry.where
+        try:
+            data = Path(path).read_bytes()
+            captions, about = _read_sidecars(*sidecars) if sidecars else (entry.captions, entry.about)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        return Loaded(data, captions, entry.label, about)
 
 
 def _read_sidecars(text: str, record: str) -> tuple[Captions, dict[str, Any]]:
-    """Raises ValueError for a file that is no text in UTF-8, or no JSON."""
-    raw = Path(record).read_bytes() if record else b"{}"
-    parts = {"json": raw}
+    """Captions of the JSON file, else of the text file, and what else the JSON file says."""
+    parts = {"json": Path(record).read_bytes() if record else b"{}"}
     captions = captions_of(parts)
     if not captions and record:
-        try:
-            captions = clean_captions(json.loads(raw))  # a bare list of captions
-        except ValueError as error:
-            what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
-            raise ValueError(f"{Path(record).name} {what}") from None
+        captions = clean_captions(_parse(record, json.loads))  # a bare list of captions
     if not captions and text:
-        try:
-            captions = clean_captions(Path(text).read_text("utf-8-sig").splitlines())
-        except UnicodeDecodeError:
-            raise ValueError(f"{Path(text).name} {NOT_UTF8}") from None
+        captions = clean_captions(_parse(text, lambda raw: raw.decode("utf-8-sig").splitlines()))
     return captions, json_of(parts)
+
+
+def _parse(file: str, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(Path(file).read_bytes())
+    except ValueError as error:
+        what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
+        raise ImageError(f"{Path(file).name} {what}") from None
 
 
 # ---- tars ----
@@ -158,7 +156,7 @@ def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts
     return found[1], parts
 
 
-def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[Entry]]:
+def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[SourceEntry]]:
     """What the headers of a tar say, and the entries of its whole samples; ``image`` is the key as the tar has it.
 
     Raises:
@@ -166,21 +164,18 @@ def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[Entry]]:
     """
     scan, reader = scan_shard(tar), TarReader()
     spans = zip(scan.keys, scan.offsets, scan.offsets[1:])
-    return scan, (Entry(safe_key(key), key, (str(tar), *span), UNREAD, None, UNREAD, reader) for key, *span in spans)
+    return scan, (
+        SourceEntry(safe_key(key), key, (str(tar), *span), UNREAD, None, UNREAD, reader) for key, *span in spans
+    )
 
 
-class TarReader:
+class TarReader(Reader):
     """Reads samples of tars; ``where`` is (tar, start, end)."""
 
-    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Reject]:
-        for entry in entries:
-            try:
-                data, parts = read_tar_sample(*entry.where)
-            except ImageError as error:
-                yield Reject(entry.key, entry.image, str(error))
-                continue
-            label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
-            yield Loaded(data, captions_of(parts), label or None, json_of(parts))
+    def read(self, entry: SourceEntry) -> Loaded:
+        data, parts = read_tar_sample(*entry.where)
+        label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
+        return Loaded(data, captions_of(parts), label or None, json_of(parts))
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The forms of labelled images: class folders, WebDataset shards, CSV lists.
+"""The forms of labelled images: class folders, WebDataset shards, CSV lists, what the library `datasets` reads.
 
 Each function looks at a source and says which splits it has (:class:`Form`); a split is listed when it is needed
 (:class:`Listed`: names, labels, and what reads an image), and an image is read when *it* is needed.
@@ -20,10 +20,11 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.images.caption_files import are_classes
-from aimv2.data.images.columns import find_column
-from aimv2.data.images.readers import ImageFiles, ShardImages
+from aimv2.data.images.catalogue import find_column, walk
+from aimv2.data.images.entries import first_line
+from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
+from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
-from aimv2.data.images.walk import walk
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.errors import UsageError
@@ -252,11 +253,11 @@ def list_file(path: Path, source: str) -> Form | None:
 
 
 def _list_form(files: dict[str, Path], source: str) -> Form | None:
-    listed = {split: partial(_list_rows, files, split, source) for split in files}
+    listed = {split: partial(_list_file, files, split, source) for split in files}
     return Form("lists", listed) if listed else None
 
 
-def _list_rows(files: dict[str, Path], split: str, source: str) -> Listed:
+def _list_file(files: dict[str, Path], split: str, source: str) -> Listed:
     file = files[split]
     keys, words = _read_list(file, source)
     first = file.parent / keys[0]
@@ -317,3 +318,74 @@ def number_labels(
     if strange := next((word for word in words if word not in numbers), None):
         raise wrong(source, f"label {strange}: not among the {len(names)} classes ({', '.join(names[:3])}, ...)")
     return np.array([numbers[word] for word in words], np.int64), names
+
+
+# ---- the library `datasets`: from the hub, saved to disk, or a folder of Parquet ----
+
+
+def saved_form(root: Path, source: str) -> Form | None:
+    """A folder that ``save_to_disk`` wrote, or one of Parquet files (of which `datasets` makes a copy in its cache)."""
+    saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if not saved and not any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
+        return None
+    import datasets
+
+    try:
+        return _dataset_form((datasets.load_from_disk if saved else datasets.load_dataset)(str(root)), source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise wrong(source, f"`datasets` can't load it: {first_line(error)}") from None
+
+
+def hub_form(path: Path, source: str) -> Form:
+    """A data set of the hub, downloaded by `datasets` into its own cache.
+
+    Raises:
+        UsageError: no such data set, or the hub can't be reached.
+    """
+    with hub_library(source, "--data") as datasets:
+        tables = datasets.load_dataset(source)
+    return _dataset_form(tables, source)
+
+
+def _dataset_form(tables: Any, source: str) -> Form:
+    parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
+    found = {split: rows for name, rows in parts.items() if (split := SPLITS.get(str(name).lower()))}
+    if not found:
+        raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
+    labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
+    found = labelled or found
+    return Form("`datasets`", {split: partial(_list_dataset, found, split, source) for split in found})
+
+
+def _column(rows: Any, kind: str) -> str | None:
+    return find_column(rows.column_names, kind, types_of(rows))
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+
+
+def _is_unlabelled(rows: Any) -> bool:
+    label = _column(rows, "label")
+    return label is None or all(value in (-1, None) for value in _values(rows, label))
+
+
+def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
+    rows = parts[split]
+    image, label = _column(rows, "image"), _column(rows, "label")
+    if image is None or label is None:
+        lacks = "labels" if image is not None else "images"
+        raise wrong(source, f"no column of {lacks} among {', '.join(rows.column_names)}; image and label expected")
+    values = _values(rows, label)
+    classes = getattr(rows.features[label], "names", None)
+    if any(isinstance(value, str) for value in values):
+        words = ["" if value is None else str(value) for value in values]
+        train = words if "train" not in parts else [str(value or "") for value in _values(parts["train"], label)]
+        labels, classes = number_labels(words, train, None, source)
+    else:
+        labels = np.array([-1 if value is None else value for value in values], np.int64)
+    keys = [f"{split}-{row:08d}" for row in range(len(rows))]
+    images = TableImages(encoded_images(rows, image).select_columns([image]), image)
+    return Listed(keys, labels, tuple(classes) if classes else None, images)

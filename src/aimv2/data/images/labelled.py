@@ -23,14 +23,15 @@ from aimv2.data.images.forms import (
     Form,
     Listed,
     class_folders,
+    hub_form,
     list_file,
     list_folder,
+    saved_form,
     shard_folder,
     shard_pattern,
     split_folders,
     wrong,
 )
-from aimv2.data.images.hub import hub_form, saved_form
 from aimv2.data.images.readers import ChosenImages, JoinedImages
 from aimv2.errors import UsageError
 

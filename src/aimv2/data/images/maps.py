@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from aimv2.data.images.catalogue import walk
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
-from aimv2.data.images.walk import walk
 from aimv2.data.prefetch import ahead
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.errors import UsageError

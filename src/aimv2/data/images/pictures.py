@@ -10,10 +10,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from aimv2.data.images.catalogue import kind_of
+from aimv2.data.images.catalogue import is_image, kind_of, walk_files
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.entries import Entry, tar_entries
-from aimv2.data.images.walk import is_image, walk_files
+from aimv2.data.images.entries import SourceEntry, tar_entries
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
 from aimv2.errors import UsageError
 
@@ -106,5 +105,5 @@ def _of_shards(shards: list[Path]) -> Iterator[Picture]:
             yield shard.name, partial(_fail, f"shard is {scan.cut}; only its whole samples are read")
 
 
-def _load(entry: Entry) -> bytes:
-    return entry.load().data
+def _load(entry: SourceEntry) -> bytes:
+    return entry.reader.read(entry).data

@@ -13,12 +13,19 @@ from functools import cached_property
 from pathlib import Path
 
 from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
-from aimv2.data.images.catalogue import kind_of
-from aimv2.data.images.columns import Columns
-from aimv2.data.images.entries import NOT_UTF8, UNREAD, Captions, Entry, FileReader, PlannedSource, Reject, tar_entries
+from aimv2.data.images.catalogue import Columns, is_image, kind_of, stem, walk_files
+from aimv2.data.images.entries import (
+    NOT_UTF8,
+    UNREAD,
+    Captions,
+    FileReader,
+    PlannedSource,
+    Reject,
+    SourceEntry,
+    tar_entries,
+)
 from aimv2.data.images.tables import open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
-from aimv2.data.images.walk import is_image, stem, walk_files
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.errors import UsageError
 
@@ -155,16 +162,16 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
-    known, planned, reader = set(folder.files), list[Entry | Reject](), FileReader()
+    known, planned, reader = set(folder.files), list[SourceEntry | Reject](), FileReader()
     for name in folder.images:
         found = [f"{stem(name)}.{kind}" for kind in ("txt", "json")]
         paths = [str(folder.root / side) if side in known else "" for side in found]
         if any(paths):
             where = (str(folder.root / name), *paths)
-            planned.append(Entry(safe_key(name), name, where, UNREAD, None, UNREAD, reader))
+            planned.append(SourceEntry(safe_key(name), name, where, UNREAD, None, UNREAD, reader))
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
-    total = sum(isinstance(item, Entry) for item in planned)
+    total = sum(isinstance(item, SourceEntry) for item in planned)
     return PlannedSource("sidecar captions", planned, total) if total else None
 
 
@@ -217,7 +224,7 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     finder = _ImageFinder(folder.root, file.parent, images)
     captions = dict[str, Captions]()
     about = dict[str, dict[str, object]]()
-    planned: list[Entry | Reject] = []
+    planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns):
         if isinstance(row, Reject):
             planned.append(row)
@@ -236,8 +243,8 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
         if reason:
             planned.append(Reject(safe_key(name), name, reason))
         else:
-            planned.append(Entry(safe_key(name), name, (path,), texts, None, about[name], reader))
-    total = sum(isinstance(item, Entry) for item in planned)
+            planned.append(SourceEntry(safe_key(name), name, (path,), texts, None, about[name], reader))
+    total = sum(isinstance(item, SourceEntry) for item in planned)
     if not images and not total:
         raise UsageError(
             f"SRC: no image in {folder.root}, and none where {file.name} points; expected its images there"
@@ -258,12 +265,12 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
     if are_splits(classes):
         raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
-    planned: list[Entry | Reject] = []
+    planned: list[SourceEntry | Reject] = []
     for name in images:
         kind = name.split("/", 1)[0]
         captions = {"caption": [folder.options.template.replace("{}", kind.replace("_", " "))]}
         where = (str(root / name),)
-        planned.append(Entry(safe_key(name), name, where, captions, labels[kind], {"class": kind}, reader))
+        planned.append(SourceEntry(safe_key(name), name, where, captions, labels[kind], {"class": kind}, reader))
     return PlannedSource("class folders", planned, len(planned), classes)
 
 
@@ -300,7 +307,7 @@ class _ImageFinder:
 def _tar_source(tars: list[Path]) -> PlannedSource:
     """The samples of WebDataset tars, to shard them anew."""
 
-    def items() -> Iterator[Entry | Reject]:
+    def items() -> Iterator[SourceEntry | Reject]:
         for tar in tars:
             scan, entries = tar_entries(tar)
             for entry in entries:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.columns import Columns, find_column
+from aimv2.data.images.catalogue import Columns, find_column
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.entries import UNREAD, Entry, Loaded, PlannedSource, Reject, first_line
+from aimv2.data.images.entries import UNREAD, Loaded, PlannedSource, Reader, Reject, SourceEntry, first_line
 from aimv2.data.images.readers import image_cell
 from aimv2.data.images.text_tables import captions_by_field
 from aimv2.data.shards.format import safe_key
@@ -45,15 +47,16 @@ class RowLayout:
         """The columns to read."""
         return [self.image, *self.fields, *([self.label] if self.label else [])]
 
-    def load(self, entry: Entry, row: dict[str, Any], folder: Path) -> Loaded | Reject:
-        """A row as a sample; paths start at ``folder``."""
-        try:
-            data, name = image_cell(row[self.image], folder)
-        except ImageError as error:
-            return Reject(entry.key, entry.image, str(error))
+    def sample(self, row: dict[str, Any], folder: Path) -> Loaded:
+        """A row as a sample; paths start at ``folder``.
+
+        Raises:
+            ImageError: no image, or no caption.
+        """
+        data, name = image_cell(row[self.image], folder)
         captions = captions_by_field(row, self.fields)
         if not captions:
-            return Reject(entry.key, entry.image, "no caption")
+            raise ImageError("no caption")
         number = row[self.label] if self.label else None
         label = str(number) if isinstance(number, int) and number >= 0 else None
         return Loaded(data, captions, label, {"source": name} if name else {})
@@ -96,11 +99,11 @@ def open_tables(files: list[Path], root: Path, columns: Columns) -> PlannedSourc
         raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
     reader = TableReader(RowLayout.of(schema.names, columns, str(files[0]), _stated_types(schema)))
 
-    def items() -> Iterator[Entry]:
+    def items() -> Iterator[SourceEntry]:
         for file, count in zip(files, counts):
             stem = safe_key(file.relative_to(root).with_suffix("").as_posix())
             for row in range(count):
-                yield Entry(
+                yield SourceEntry(
                     f"{stem}-{row:08d}", f"{file.name} row {row}", (str(file), row), UNREAD, None, UNREAD, reader
                 )
 
@@ -117,30 +120,30 @@ def _stated_types(schema: Any) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class TableReader:
-    """Reads rows of Parquet and Arrow files; ``where`` is (file, row)."""
+class TableReader(Reader):
+    """Reads rows of Parquet and Arrow files, a batch at a time; ``where`` is (file, row)."""
 
     layout: RowLayout
 
-    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Reject]:
+    def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
         import pyarrow
 
-        start = 0
-        while start < len(entries):
-            file, stop = entries[start].where[0], start
-            while stop < len(entries) and entries[stop].where[0] == file:
-                stop += 1
-            rows = _rows_of(Path(file), self.layout.names(), [entry.where[1] for entry in entries[start:stop]])
+        for name, group in groupby(entries, lambda entry: entry.where[0]):
+            file, left = Path(name), deque(group)
+            reason = "no such row any more"
             try:
-                for row in rows:
-                    yield self.layout.load(entries[start], row, Path(file).parent)
-                    start += 1
-                reason = "no such row any more"
+                for row in _rows_of(file, self.layout.names(), [entry.where[1] for entry in left]):
+                    yield self._sample(left[0], row, file.parent)
+                    left.popleft()
             except (pyarrow.ArrowException, OSError, KeyError) as error:
                 reason = f"cannot be read: {first_line(error)}"
-            for entry in entries[start:stop]:
-                yield Reject(entry.key, entry.image, reason)
-            start = stop
+            yield from (Reject(entry.key, entry.image, reason) for entry in left)
+
+    def _sample(self, entry: SourceEntry, row: dict[str, Any], folder: Path) -> Loaded | Reject:
+        try:
+            return self.layout.sample(row, folder)
+        except ImageError as error:
+            return Reject(entry.key, entry.image, str(error))
 
 
 def _row_count(file: Path) -> int:
@@ -272,24 +275,22 @@ def open_hub(source: str, split: str | None, columns: Columns) -> PlannedSource:
     stem = safe_key(split.replace("[", "-").replace("]", "").replace(":", "to").replace("%", "pct"))
     reader = DatasetReader(rows, layout)
     entries = (
-        Entry(f"{stem}-{row:08d}", f"{split} row {row}", (row,), UNREAD, None, UNREAD, reader)
+        SourceEntry(f"{stem}-{row:08d}", f"{split} row {row}", (row,), UNREAD, None, UNREAD, reader)
         for row in range(len(rows))
     )
     return PlannedSource(f"hub data set {source}", entries, len(rows), unique_keys=True)
 
 
 @dataclass(frozen=True)
-class DatasetReader:
+class DatasetReader(Reader):
     """Reads rows of a `datasets.Dataset` (memory-mapped: it pickles as file names); ``where`` is (row,)."""
 
     rows: Any
     layout: RowLayout
 
-    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Reject]:
-        for entry in entries:
-            try:
-                row = self.rows[entry.where[0]]
-            except Exception as error:  # decoding a cell may raise anything
-                yield Reject(entry.key, entry.image, f"cannot be read: {first_line(error)}")
-                continue
-            yield self.layout.load(entry, row, Path())
+    def read(self, entry: SourceEntry) -> Loaded:
+        try:
+            row = self.rows[entry.where[0]]
+        except Exception as error:  # decoding a cell may raise anything
+            raise ImageError(f"cannot be read: {first_line(error)}") from None
+        return self.layout.sample(row, Path())

@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.columns import Columns
+from aimv2.data.images.catalogue import Columns, is_image
 from aimv2.data.images.entries import NOT_UTF8, Captions, Reject
-from aimv2.data.images.walk import is_image
 from aimv2.data.shards.format import clean_captions
 from aimv2.errors import UsageError
 

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aimv2.data.images.columns import Columns
+from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
-from aimv2.data.images.entries import Entry, Loaded, PlannedSource, Reject
+from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.sources import EXPECTED, SourceOptions, open_source
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
 from aimv2.errors import UsageError
@@ -51,7 +51,7 @@ class ShardJob(NamedTuple):
     """One shard to write."""
 
     name: str
-    items: list[Entry]
+    items: list[SourceEntry]
 
     def digest(self) -> str:
         """Changes when the source would put something else into this shard."""
@@ -156,7 +156,7 @@ class ValChooser:
     names: set[str]
     matched: set[str] = field(default_factory=set)
 
-    def __call__(self, item: Entry) -> bool:
+    def __call__(self, item: SourceEntry) -> bool:
         if self.names:
             file = item.image.rpartition("/")[2]
             found = self.names & {item.key, item.image, file, file.rpartition(".")[0]}
@@ -180,7 +180,7 @@ class Plan:
     rejects: list[Reject] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[ShardJob]:
-        waiting: dict[str, list[Entry]] = {"train": [], "val": []}
+        waiting: dict[str, list[SourceEntry]] = {"train": [], "val": []}
         numbers = {"train": 0, "val": 0}
         seen = set[str]()
         for item in self.source.items:
@@ -253,7 +253,7 @@ def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
     return note
 
 
-def _sample(item: Entry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
+def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
     if not loaded.captions and loaded.label is None:
         return Reject(item.key, item.image, "no caption")
     try:

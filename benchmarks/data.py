@@ -81,7 +81,8 @@ class Stream:
     def __init__(self, data: str, workers: int) -> None:
         from aimv2.config.schema import DataConfig
         from aimv2.data.stream.samples import TrainStream, View
-        from aimv2.data.text.tokenizer import read_captions, train_tokenizer
+        from aimv2.data.text.captions import read_captions
+        from aimv2.data.text.tokenizer import train_tokenizer
 
         config = DataConfig(train=data, workers=workers, crop_scale=SCALE[0], crop_ratio=RATIO, shuffle_buffer=100)
         tokenizer = train_tokenizer(islice(read_captions(data), 5000), 1000)

@@ -105,7 +105,8 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
         min_side: images with a shorter side count as tiny, pixels
     """
     from aimv2.data.shards.check import check_data
-    from aimv2.data.text.tokenizer import load_tokenizer, read_captions, train_tokenizer
+    from aimv2.data.text.captions import read_captions
+    from aimv2.data.text.tokenizer import load_tokenizer, train_tokenizer
 
     if tokenizer is not None:
         counter = load_tokenizer(tokenizer, option="--tokenizer")
@@ -144,7 +145,8 @@ def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str
         out: folder of the tokeniser
         vocab_size: tokens, end of text included
     """
-    from aimv2.data.text.tokenizer import read_captions, train_tokenizer
+    from aimv2.data.text.captions import read_captions
+    from aimv2.data.text.tokenizer import train_tokenizer
 
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

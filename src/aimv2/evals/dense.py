@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.maps import Kind, Pair, open_pairs, scan_maps, whole_images
+from aimv2.data.images.maps import MapKind, MappedImage, open_pairs, scan_maps, whole_images
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
 from aimv2.evals.result import about_model, check_out, make_result, write_result
@@ -54,11 +54,11 @@ class Work:
         empty: training and test images whose maps say nothing.
     """
 
-    train: list[Pair]
-    test: list[Pair]
+    train: list[MappedImage]
+    test: list[MappedImage]
     split: str
     maps: np.ndarray
-    kind: Kind
+    kind: MapKind
     task: Task
     empty: tuple[int, int]
 
@@ -82,7 +82,7 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
         raise UsageError(f"--image-size {size}: {error}") from None
 
 
-def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, scratch: Path) -> Work:
+def segmentation_work(asked: Asked, kind: MapKind, size: int, classes: int | None, scratch: Path) -> Work:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; fewer than two classes, a
@@ -107,7 +107,7 @@ def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, 
     return Work(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
 
 
-def depth_work(asked: Asked, kind: Kind, size: int, scratch: Path) -> Work:
+def depth_work(asked: Asked, kind: MapKind, size: int, scratch: Path) -> Work:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; a split without any depth.
@@ -154,7 +154,7 @@ class Seen:
     place: np.ndarray
 
 
-def see(frozen: Frozen, pairs: Sequence[Pair], name: str, asked: Asked, folder: Path | None) -> Seen:
+def see(frozen: Frozen, pairs: Sequence[MappedImage], name: str, asked: Asked, folder: Path | None) -> Seen:
     """
     Raises:
         UsageError: no image could be read, a cache of something else, patches that are no square map.

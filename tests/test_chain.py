@@ -18,8 +18,8 @@ import yaml
 from scipy import stats
 
 from aimv2 import api
-from aimv2.api.stages import EXAMPLE
 from aimv2.cli import main
+from aimv2.commands.run import EPILOG as EXAMPLE
 from aimv2.errors import UsageError
 from aimv2.evals.compare import METRICS
 from aimv2.pipeline import report

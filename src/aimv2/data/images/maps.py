@@ -249,7 +249,9 @@ def _read_png(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
         raise UsageError(f"--data: {path} is not a PNG that can be read ({words})") from None
 
 
-def scan_maps(pairs: Sequence[MappedImage], kind: MapKind, size: int | None = None, file: Path | None = None) -> MapScan:
+def scan_maps(
+    pairs: Sequence[MappedImage], kind: MapKind, size: int | None = None, file: Path | None = None
+) -> MapScan:
     """Reads every map once: all are proven good before an encoder runs.
 
     Args:

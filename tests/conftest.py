@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# tiny matmuls: threads that wait for each other cost ten times what they do; read by torch as it is imported, and by children
+os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny products; threads that wait for each other only cost (children inherit it)
+torch.set_num_threads(1)  # where a plugin had imported it before
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script: children could not be stopped
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cudnn.allow_tf32 = False  # on a GPU: fp32 convolutions as exact as on a CPU

@@ -18,6 +18,7 @@ import torch
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.scenes import write_scenes
+from forked import forked
 
 TINY = {
     "model.name": "aimv2-tiny-patch8-32",
@@ -118,13 +119,18 @@ def need_ranks(ranks: int) -> None:
         pytest.skip(f"{ranks} processes need {ranks} GPUs; CUDA_VISIBLE_DEVICES= runs them on the CPU")
 
 
-def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Runs the command line on several processes: gloo, or nccl where there are GPUs."""
+def torchrun(ranks: int, *words: str, timeout: float = 180, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the command line on several processes: gloo, or nccl where there are GPUs.
+
+    Args:
+        fresh: by the launcher itself; else the ranks are forked with the environment that it sets.
+    """
     need_ranks(ranks)
+    if not fresh:
+        return forked(*words, ranks=ranks, timeout=timeout)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
+        [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

@@ -5,13 +5,16 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 # tiny matmuls: threads that wait for each other cost ten times what they do; read by torch as it is imported, and by children
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
+
+if TYPE_CHECKING:
+    from world import TinyWorld
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -40,6 +43,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.delenv("AIMV2_DATA", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def session_world(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> "TinyWorld":
+    """See :class:`world.TinyWorld`; tests take the fixture ``world``."""
+    from world import of_session
+
+    return of_session(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def world(session_world: "TinyWorld", request: pytest.FixtureRequest) -> "Iterator[TinyWorld]":
+    """Shards, a finished run and a model that all tests share; fails after a file that changed them."""
+    yield session_world
+    session_world.check(request.node.name)
 
 
 @pytest.fixture(scope="module")

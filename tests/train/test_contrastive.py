@@ -38,6 +38,7 @@ from aimv2.train.prepare import get_tokenizer
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks, forked
 from runs import TINY, metrics, need_ranks, options, resume, scenes, torchrun, train
+from world import TinyWorld
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 PAIR: dict[str, Any] = {
@@ -54,16 +55,14 @@ EXACT = ("step", "loss", "grad_norm", "lr", *FIGURES)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(world: TinyWorld) -> Path:
     """A model with its decoder: of it the encoder is taken."""
-    model = create_model("aimv2-tiny-patch8-32", True, 5, decoder_vocab_size=20, **SHAPE)
-    api.save_pretrained(model, tmp_path_factory.mktemp("encoder") / "model")
-    return tmp_path_factory.getbasetemp() / "encoder0" / "model"
+    return world.encoder
 
 
 def tune(data: Path, encoder: Path, run: Path, **more: Any) -> dict[str, Any]:

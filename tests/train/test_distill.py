@@ -36,14 +36,14 @@ from aimv2.objectives.distill import DistillObjective, Teacher, relation_loss, s
 from aimv2.tasks.held_out import read_held_out
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks
-from runs import assert_refused, metrics, need_ranks, options, resume, scenes, torchrun, train
+from runs import assert_refused, metrics, need_ranks, options, resume, torchrun, train
 
 NATIVE = "aimv2-large-patch14-native"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

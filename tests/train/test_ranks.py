@@ -9,12 +9,12 @@ from aimv2.distributed import World, join_world
 from aimv2.models.create import create_model
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks
-from runs import exact, metrics, need_ranks, options, scenes, torchrun, train
+from runs import exact, metrics, need_ranks, options, torchrun, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 def close(one, other):
@@ -56,7 +56,7 @@ def test_two_processes_resume_exactly(data, two, tmp_path):
 
 
 def test_mistake_under_torchrun_is_said_once(data, tmp_path):
-    ended = torchrun(2, *options(data, tmp_path / "run", train__batch_size=7), fresh=True)
+    ended = torchrun(2, *options(data, tmp_path / "run", train__batch_size=7))
     assert ended.returncode != 0
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [

@@ -20,12 +20,12 @@ from aimv2.data.text.tokenizer import read_captions, train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
 from forked import forked
-from runs import command, exact, metrics, options, resume, scenes, train
+from runs import command, exact, metrics, options, resume, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 def same_weights(one, other, step):

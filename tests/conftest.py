@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,22 @@ import torch
 if TYPE_CHECKING:
     from world import TinyWorld
 
+# left out by `make check`; the longest first
+LONGEST = (
+    "test_chain.py",
+    "docs/test_doc_runs_others.py",
+    "docs/test_doc_runs.py",
+    "docs/test_notebooks.py",
+    "train/test_compiled.py",
+    "train/test_ranks.py",
+    "train/test_contrastive.py",
+    "train/test_cooldown.py",
+    "train/test_lora.py",
+    "train/test_distill.py",
+    "train/test_ablation_runs.py",
+    "test_recipes.py",
+    "test_terminal.py",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +40,16 @@ torch.set_num_threads(1)  # where a plugin had imported it before
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script: children could not be stopped
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cudnn.allow_tf32 = False  # on a GPU: fp32 convolutions as exact as on a CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that two workers end together; their tests are marked slow."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    for item in items:
+        if item.path in place:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: place.get(item.path, len(place)))  # stable: others stay as they are
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +85,15 @@ def world(session_world: "TinyWorld", request: pytest.FixtureRequest) -> "Iterat
     """Shards, a finished run and a model that all tests share; fails after a file that changed them."""
     yield session_world
     session_world.check(request.node.name)
+
+
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of a chain that runs in this process are forked: each is spared the seconds of its imports."""
+    from aimv2.pipeline import work
+    from forked import ForkedChild
+
+    monkeypatch.setattr(work, "subprocess", SimpleNamespace(Popen=ForkedChild, DEVNULL=None, PIPE=None))
 
 
 @pytest.fixture(scope="module")

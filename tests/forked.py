@@ -11,6 +11,7 @@ import base64
 import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import pickle
@@ -61,6 +62,20 @@ def call_on_ranks(ranks: int, function: Callable[..., None], *args: Any, timeout
     pickled = base64.b64encode(pickle.dumps((function, args))).decode()
     done = request({"call": pickled, "path": sys.path}, ranks, timeout, {})
     assert done.returncode == 0, done.stderr
+
+
+class ForkedChild:
+    """What ``aimv2 run`` needs of the ``subprocess.Popen`` of a stage; the stage has ended before anyone reads."""
+
+    def __init__(self, command: list[str], **how: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "aimv2"], command
+        done = forked(*command[3:])
+        self.stdout, self.stderr, self.returncode = io.StringIO(done.stdout), io.StringIO(done.stderr), done.returncode
+
+    def wait(self) -> int:
+        return self.returncode
+
+    poll = wait
 
 
 def request(what: dict[str, Any], ranks: int, timeout: float, env: dict[str, str]) -> Ended:

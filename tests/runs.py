@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,14 @@ def torchrun(ranks: int, *words: str, timeout: float = 180, fresh: bool = False)
     return subprocess.run(
         [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, through whatever call (Linux)."""
+    about = Path("/proc/self/io")
+    if not about.exists():
+        pytest.skip("needs /proc/self/io")
+    return int(re.search(r"rchar: (\d+)", about.read_text())[1])  # type: ignore[index]
 
 
 def assert_refused(capsys, words, *named):

@@ -5,7 +5,6 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,10 +89,9 @@ def world(session_world: "TinyWorld", request: pytest.FixtureRequest) -> "Iterat
 @pytest.fixture
 def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages of a chain that runs in this process are forked: each is spared the seconds of its imports."""
-    from aimv2.pipeline import work
-    from forked import ForkedChild
+    from forked import fork_stages
 
-    monkeypatch.setattr(work, "subprocess", SimpleNamespace(Popen=ForkedChild, DEVNULL=None, PIPE=None))
+    fork_stages(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 Ended = subprocess.CompletedProcess[str]
 PRELOADED = (
-    "pytest",
     "ftfy",
     "fsspec",
     "tensorboard.summary",
@@ -76,6 +78,13 @@ class ForkedChild:
         return self.returncode
 
     poll = wait
+
+
+def fork_stages(patch: pytest.MonkeyPatch) -> None:
+    """Lets ``aimv2 run`` in this process fork its stages."""
+    from aimv2.pipeline import work
+
+    patch.setattr(work, "subprocess", SimpleNamespace(Popen=ForkedChild, DEVNULL=None, PIPE=None))
 
 
 def request(what: dict[str, Any], ranks: int, timeout: float, env: dict[str, str]) -> Ended:

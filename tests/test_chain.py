@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from aimv2.evals.compare import METRICS
 from aimv2.pipeline import report
 from aimv2.pipeline.read import read_chain
 from aimv2.pipeline.state import look
-from forked import forked
+from forked import fork_stages
 from runs import TINY, command, exact, scenes
 
 CHAINS = sorted((Path(__file__).parents[1] / "recipes" / "chains").glob("*.yaml"))
@@ -55,13 +57,22 @@ def twin(folder: Path) -> Tree:
     return {**tree, "out": str(folder / "out"), "data": str(folder / "labelled")}
 
 
+def run_chain(*words: str) -> subprocess.CompletedProcess[str]:
+    """``aimv2 run`` in this process, its stages forked."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        fork_stages(patch)
+        code = main(["run", *words])
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree, subprocess.CompletedProcess[str]]:
     """A folder with a chain that ran to its end, what its file says, and what the command printed."""
     folder = tmp_path_factory.mktemp("chain")
     scenes(folder / "labelled", 400)  # each of the 24 labels has an image
     tree = twin(folder)
-    return folder, tree, forked("run", write(folder, tree), "--json")
+    return folder, tree, run_chain(write(folder, tree), "--json")
 
 
 @pytest.fixture
@@ -168,7 +179,7 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_the_same(
     assert states(status(folder, tree)) == {"scenes": "done", "base": "done", "high": "interrupted", "after": "to do"}
     steps = [int(path.name[5:]) for path in (folder / "out" / "high" / "checkpoints").iterdir()]
     assert steps and max(steps) < 60
-    ran = forked("run", path)
+    ran = run_chain(path)
     assert ran.returncode == 0 and "high | going on from step" in ran.stderr, ran.stderr
     assert exact(folder / "out" / "high") == exact(whole[0] / "out" / "high")
     tops = [

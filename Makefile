@@ -28,7 +28,7 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m engine
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

@@ -129,7 +129,8 @@ def serve() -> None:
             importlib.import_module(module.name)
     for name in PRELOADED:
         importlib.import_module(name)
-    assert threading.active_count() == 1, threading.enumerate()
+    threads = Path("/proc/self/task")  # those of libraries too (Linux)
+    assert threading.active_count() == 1 and (not threads.exists() or len(list(threads.iterdir())) == 1)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

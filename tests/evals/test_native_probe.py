@@ -129,12 +129,13 @@ def test_features_of_a_folder_equal_each_image_s_own(data: Path, tmp_path: Path,
         got = torch.from_numpy(np.array(found.features[0][number]))
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-3 if pool == "none" else 1e-5)
         assert np.array_equal(again.features[0][number], found.features[0][number])
-    with pytest.raises(UsageError, match=r"image_size: native, here 32|patches"):
+    with pytest.raises(UsageError, match="another view") as error:
         cached_features(open_frozen(str(tmp_path / "m")), split, pool=pool, folder=tmp_path / "cache")
+    assert (error.value.option, error.value.code) == ("--cache", "mismatch")
 
 
 def test_an_interrupted_pass_goes_on(model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aimv2.features.extraction.FLUSH", 1)
+    monkeypatch.setattr("aimv2.features.extraction.PART_BATCHES", 1)
     frozen, split = open_frozen(model, image_size="native"), open_labelled(str(data), "train")
     assert split is not None
     whole = cached_features(frozen, split, ["2", "last"], "none", tmp_path / "whole", 5)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError
-from aimv2.features.fingerprint import weights_hash
+from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
 from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor
 from aimv2.interop.shapes import read_json
@@ -315,7 +315,8 @@ def _frozen(
     source: str, kind: str, size: int, width: int, depth: int, run: Any, model: nn.Module, device: torch.device, pixels: Pixels
 ) -> Frozen:  # fmt: skip
     digest = weights_hash(model, str(pixels))
-    return Frozen(source, kind, size, width, depth, digest, run, model, device, pixels=pixels)
+    shape = architecture(model)
+    return Frozen(source, kind, size, width, depth, digest, run, model, device, pixels=pixels, architecture=shape)
 
 
 def _side(size: Any) -> int | None:

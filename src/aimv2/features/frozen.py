@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aimv2.data.stream.transforms import centre_crop_box, crop_resize, native_size, to_pixels
 from aimv2.errors import UsageError
-from aimv2.features.fingerprint import file_hash, weights_hash
+from aimv2.features.fingerprint import architecture, file_hash, model_fingerprint, weights_hash
 from aimv2.features.pixels import OPTIONS, Pixels, Stats
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -68,6 +68,7 @@ class Frozen:
         range: of the sizes that it sees at native; None: squares.
         file: that holds the weights, to be hashed again; None where ``module`` does.
         pixels: what is done to them before a model of another origin; None: the model does it.
+        architecture: see :func:`aimv2.features.fingerprint.architecture`.
     """
 
     name: str
@@ -83,6 +84,22 @@ class Frozen:
     range: Range | None = None
     file: Path | None = None
     pixels: Pixels | None = None
+    architecture: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def weights_sha256(self) -> str:
+        """``sha256``; of raw pixels, which have no weights, their patch and the images that they are of."""
+        sizes = f"-{self.range.low}-{self.range.high}" if self.range else ""
+        return self.sha256 or f"pixels-{math.isqrt(self.width // 3)}{sizes}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its keys of a fingerprint of features."""
+        return model_fingerprint(self.weights_sha256, self.architecture, self.precision, self.pixels)
+
+    def view(self, flip: bool = False) -> dict[str, Any]:
+        """What :meth:`see` does to an image, for a fingerprint."""
+        sizes = self.range._asdict() if self.range else {"crop": CROP}
+        return {"image_size": self.image_size, **sizes, "flip": flip}
 
     @property
     def head(self) -> nn.Module | None:
@@ -291,7 +308,10 @@ def of_encoder(name: str, encoder: VisionEncoder, image_size: int | str | None =
         return asked[0] if one_size else [list(layer) for layer in zip(*asked)]
 
     digest = weights_hash(encoder)
-    return Frozen(name, kind, size, config.width, config.depth, digest, run, encoder, encoder.mean.device, range=fits)
+    return Frozen(
+        name, kind, size, config.width, config.depth, digest, run, encoder, encoder.mean.device,
+        range=fits, architecture=architecture(encoder),
+    )  # fmt: skip
 
 
 def usual_side(config: EncoderConfig) -> int:
@@ -359,6 +379,7 @@ def raw_pixels(frozen: Frozen) -> Frozen:
         precision="fp32",
         file=None,
         pixels=None,
+        architecture={"patch": patch, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     )
 
 
@@ -377,4 +398,7 @@ def _openvino(source: str, folder: Path) -> Frozen:
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         return [encoder(images)] * len(layers)
 
-    return Frozen(source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"), file=file)
+    shape = {**encoder.about, "graph_sha256": file_hash(folder / FILE)}
+    return Frozen(
+        source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"), file=file, architecture=shape
+    )

@@ -227,7 +227,7 @@ def test_a_cache_of_replaced_images_is_refused(model: str, data: Path, tmp_path:
     assert api.knn(model, str(copy), **cache)["figures"] == first
     file = copy / "test" / "red" / "0.png"
     file.write_bytes((copy / "test" / "blue" / "0.png").read_bytes())
-    with pytest.raises(UsageError, match="replaced or changed.*; give a new folder"):
+    with pytest.raises(UsageError, match="replaced or changed"):
         api.knn(model, str(copy), **cache)
 
 

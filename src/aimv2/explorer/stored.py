@@ -17,8 +17,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.scorer import eager
 from aimv2.explorer.album import Album
 from aimv2.explorer.foreign import ForeignEncoder
-from aimv2.features.contents import one_line_key
-from aimv2.features.embed import ABOUT, list_images, read_parts, view_of
+from aimv2.features.embed import ABOUT, list_images, one_line_key, read_parts, view_of
 from aimv2.features.fingerprint import VERSION, architecture, model_fingerprint, weights_hash
 from aimv2.features.store import read_object
 from aimv2.models.encoder import VisionEncoder

@@ -6,11 +6,12 @@ Legend: N images, I patches, D width, L layers.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import sys
+import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
@@ -27,9 +26,9 @@ from aimv2.data.images.pictures import Picture, pictures
 from aimv2.data.prefetch import ahead, batched
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import RankError, UsageError
-from aimv2.features.contents import ListedImages
+from aimv2.features.contents import contents_of_files
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
-from aimv2.features.store import FeatureStore
+from aimv2.features.store import FeatureStore, progress_bar
 from aimv2.io import write_aside
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -87,16 +86,14 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
     )
     missing, again = set(store.missing(parts)), ListedImages()
     listed = again.pass_through(pictures(source))
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=rank != 0 or not console.is_terminal) as progress:
-        own = sum(min(step, count - part * step) for part in range(rank, parts, ranks))
-        task = progress.add_task("embedding", total=own)
+    own = sum(min(step, count - part * step) for part in range(rank, parts, ranks))
+    with progress_bar("embedding", own, shown=rank == 0) as advance:
         for part in range(parts):
             pictured = islice(listed, step)
             if part in missing:
-                write_part(store, part, encoder, pictured, wanted, lambda done: progress.advance(task, done))
+                write_part(store, part, encoder, pictured, wanted, advance)
             elif part % ranks == rank:
-                progress.advance(task, skip_part(store, part, pictured))
+                advance(skip_part(store, part, pictured))
             else:
                 deque(pictured, maxlen=0)
         deque(listed, maxlen=0)  # what came since the first listing
@@ -123,6 +120,57 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
     }
 
 
+class ListedImages:
+    """Counts images and hashes their keys and contents while they are listed."""
+
+    def __init__(self) -> None:
+        self.count, self._keys, self._contents = 0, hashlib.sha256(), hashlib.sha256()
+
+    def pass_through(self, listed: Iterable[Picture]) -> Iterator[Picture]:
+        """The images, each with its key in one line."""
+        for name, read in listed:
+            key = one_line_key(name)
+            self.count += 1
+            self._keys.update(key.encode() + b"\n")
+            self._contents.update(reader_identity(read).encode() + b"\n")
+            yield key, read
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The images' keys of a fingerprint."""
+        return {
+            "images": self.count,
+            "keys_sha256": self._keys.hexdigest(),
+            "contents_sha256": self._contents.hexdigest(),
+        }
+
+
+def reader_identity(read: Any) -> str:
+    """Identity of what a reader of :func:`aimv2.data.images.pictures.pictures` will read: state of its file, place in it."""
+
+    def leaves(value: Any) -> Iterator[Any]:
+        if isinstance(value, tuple):
+            for one in value:
+                yield from leaves(one)
+        elif isinstance(value, Path | int | str):
+            yield value
+        elif hasattr(value, "__dict__"):
+            yield from leaves(tuple(vars(value).values()))
+
+    found = list(leaves(read.args))
+    places = [one for one in found if not isinstance(one, Path)]
+    return f"{contents_of_files(one for one in found if isinstance(one, Path))} {places}"
+
+
+def one_line_key(name: str) -> str:
+    """A name as JSON writes a string, without the quotes around it: one line, valid UTF-8, ``json.loads`` reads it back.
+
+    Quotes, backslashes, line ends and other control characters are escaped, and so are the bytes of a file name that is not
+    UTF-8 (``\\udcXX``; ``os.fsencode`` of what ``json.loads`` gives is the name on disk).
+    """
+    text = json.dumps(name, ensure_ascii=False)[1:-1]
+    return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def list_images(source: str) -> ListedImages:
     """Keys and content identities of all images of a source, read by nobody yet."""
     images = ListedImages()
@@ -132,7 +180,7 @@ def list_images(source: str) -> ListedImages:
 
 def view_of(encoder: VisionEncoder) -> dict[str, Any]:
     """What :func:`aimv2.data.stream.transforms.image_transform` does to an image, for a fingerprint."""
-    return {"image_size": encoder.config.image_size, "crop": "centre" if encoder.config.image_size else "none"}
+    return {"image_size": encoder.config.image_size, "crop": "resized centre" if encoder.config.image_size else "none"}
 
 
 def default_shard_size(encoder: VisionEncoder, wanted: Wanted) -> int:
@@ -247,7 +295,7 @@ def features_of(encoder: VisionEncoder, views: list[Tensor], wanted: Wanted) -> 
 
 
 def write_npy(store: FeatureStore, part: int, keys: list[str], rows: list[np.ndarray], wanted: Wanted) -> None:
-    """``features-PPPPP.npy`` [n, ...] and ``keys-PPPPP.txt``, a key a line (see :func:`aimv2.features.contents.one_line_key`)."""
+    """``features-PPPPP.npy`` [n, ...] and ``keys-PPPPP.txt``, a key a line (see :func:`one_line_key`)."""
     (store.folder / f"keys-{part:05d}.txt").write_text("".join(key + "\n" for key in keys), encoding="utf-8")
     with store.aside(f"features-{part:05d}.npy") as path, path.open("wb") as file:
         np.save(file, np.stack(rows))

@@ -6,7 +6,6 @@ Legend: N images, I patches, D width.
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.prefetch import ahead, batched
@@ -26,7 +23,7 @@ from aimv2.features.contents import contents_of
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
-from aimv2.features.store import FeatureStore, open_arrays
+from aimv2.features.store import FeatureStore, open_arrays, progress_bar
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
@@ -184,9 +181,7 @@ def _fill(
         ragged = RaggedWriter(store.folder, layers, frozen.width, count, written)
     arrays: list[np.ndarray] = []
     views = _views(frozen, data, range(parts[first].start, count))
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"features, {data.split}", total=count, completed=parts[first].start)
+    with progress_bar(f"features, {data.split}", count, parts[first].start) as advance:
         for part in range(first, len(parts)):
             start, rejected = written, list[dict[str, Any]]()
             for batch in batched(islice(views, len(parts[part])), batch_size):
@@ -204,7 +199,7 @@ def _fill(
                         for array, values in zip(arrays, found):
                             array[written : written + len(rows)] = values
                 written += len(rows)
-                progress.advance(task, len(batch))
+                advance(len(batch))
             files: list[Any] = arrays if ragged is None else [ragged]
             for file in files:
                 file.flush()

@@ -20,10 +20,15 @@ VERSION = 2  # of what a fingerprint covers; older stores have no such key
 PLACE = ("_name_or_path", "transformers_version")  # of a transformers config: where it came from
 
 
-def weights_hash(model: nn.Module, more: str = "") -> str:
-    """SHA-256 over names, types, shapes and every byte of the parameters and buffers, and ``more``: 64 hex digits."""
+def weights_hash(model: nn.Module, more: str = "", without: str | None = None) -> str:
+    """SHA-256 over names, types, shapes and every byte of the parameters and buffers, and ``more``: 64 hex digits.
+
+    ``without``: leaves out the names that begin so.
+    """
     digest = hashlib.sha256(more.encode())
     for name, value in sorted(model.state_dict().items()):
+        if without is not None and name.startswith(without):
+            continue
         whole = value.detach().cpu().contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)

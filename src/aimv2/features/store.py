@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,15 @@ def check_fingerprint(stored: Mapping[str, Any], fingerprint: Mapping[str, Any],
 def open_arrays(folder: Path, names: Iterable[str], count: int) -> list[np.ndarray]:
     """The first ``count`` rows of the arrays of a store, memory-mapped to be read."""
     return [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)[:count] for name in names]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int, completed: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's standard error; yields a function that advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=total, completed=completed)
+        yield lambda done: bar.advance(task, done)

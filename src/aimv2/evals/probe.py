@@ -275,8 +275,8 @@ class Outcome:
 
 
 @dataclass
-class Splits:
-    """Where the heads learn, where one of them is chosen, and where it is tested."""
+class SweepSplits:
+    """Where the heads are trained, where one of them is chosen, and where it is tested."""
 
     train: Labelled
     select: Labelled | None  # None: the paper's way, on the test split
@@ -285,7 +285,7 @@ class Splits:
 
 def run_sweep(
     frozen: Frozen,
-    splits: Splits,
+    splits: SweepSplits,
     settings: ProbeSettings,
     seed: int,
     out: Path,

@@ -124,7 +124,7 @@ def open_matcher(
         UsageError: nothing to load, an encoder alone, a pair or a decoder where the other is asked for, no tokeniser, weights
             that would be random.
     """
-    from aimv2.api.models import load_model
+    from aimv2.data.text.models import load_model
     from aimv2.interop import load
 
     at = load.locate(source)

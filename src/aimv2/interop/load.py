@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from aimv2.distributed import usable_device
 from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
 from aimv2.interop.hub import INDEX
@@ -291,23 +292,6 @@ def widest(weights: Weights, rules: Rules) -> torch.dtype:
     """
     kinds = {weights.dtype(name) for names in rules.values() for name in names}
     return reduce(torch.promote_types, kinds)
-
-
-def usable_device(device: str | int | torch.device | None) -> torch.device:
-    """A device, after putting an empty tensor there; None is the CPU, a number a GPU.
-
-    Raises:
-        UsageError: an unknown name, or no such device here.
-    """
-    if isinstance(device, str) and device.isdecimal():
-        device = int(device)
-    try:
-        found = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UsageError(f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU") from None
-    return found
 
 
 def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from aimv2.api.stages import EXAMPLE
 from scipy import stats
 
 from aimv2 import api
-from aimv2.api.stages import EXAMPLE
 from aimv2.cli import main
 from aimv2.errors import UsageError
 from aimv2.evals.compare import METRICS

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
+from aimv2.cli.show import show
 from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.cli.dispatch import VERBS
-from aimv2.cli.show import show
 from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert

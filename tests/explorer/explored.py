@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from aimv2.api.explore import prepare
 from PIL import Image
 
-from aimv2.api.explore import prepare
 from aimv2.batch import make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.data.stream.transforms import image_transform

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aimv2.api.explore import prepare
 from explored import plain_pictures
 
-from aimv2.api.explore import prepare
 from aimv2.errors import UsageError
 from aimv2.explorer.album import Refusal
 from aimv2.explorer.answers import Answers

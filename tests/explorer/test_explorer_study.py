@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from aimv2.api.explore import prepare
 from explored import COLOURS, plain_pictures
 from PIL import Image
 
 import aimv2
 from aimv2 import api
-from aimv2.api.explore import prepare
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import search, study
 from aimv2.explorer.answers import Answers

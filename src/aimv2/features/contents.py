@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aimv2.data.datasets.archives import TableOfImages
-from aimv2.data.datasets.registry import ImageArrays
-from aimv2.data.images.forms import ImageFiles, ShardImages
-from aimv2.data.images.hub import TableImages
-from aimv2.data.images.labelled import Labelled, _Chosen, _Joined
+if TYPE_CHECKING:
+    from aimv2.data.images.labelled import Labelled
 
 
 def contents_of(data: Labelled) -> str:
@@ -22,6 +19,12 @@ def contents_of(data: Labelled) -> str:
     Of files and shards their sizes and times of change, of arrays in memory their bytes, of tables the fingerprint that
     `datasets` keeps of them.
     """
+    from aimv2.data.datasets.archives import TableOfImages
+    from aimv2.data.datasets.registry import ImageArrays
+    from aimv2.data.images.forms import ImageFiles, ShardImages
+    from aimv2.data.images.hub import TableImages
+    from aimv2.data.images.labelled import _Chosen, _Joined
+
     image: Any = data.image
     rows = np.arange(len(data.keys))
     while isinstance(image, _Chosen):

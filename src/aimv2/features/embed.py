@@ -157,8 +157,11 @@ def reader_identity(read: Any) -> str:
             yield from leaves(tuple(vars(value).values()))
 
     found = list(leaves(read.args))
-    places = [one for one in found if not isinstance(one, Path)]
-    return f"{contents_of_files(one for one in found if isinstance(one, Path))} {places}"
+    try:
+        contents = contents_of_files([one.expanduser() for one in found if isinstance(one, Path)])
+    except (ValueError, RuntimeError):  # a name with a zero byte, ~ of nobody
+        contents = ""
+    return f"{contents} {[one for one in found if not isinstance(one, Path)]}"
 
 
 def one_line_key(name: str) -> str:

@@ -42,7 +42,7 @@ class Features(Protocol):
     def __call__(self, images: Any, layers: Sequence[str]) -> list[Any]: ...
 
 
-class Range(NamedTuple):
+class PatchRange(NamedTuple):
     """What a native model sees: images of ``low`` to ``high`` patches of ``patch`` pixels a side."""
 
     patch: int
@@ -81,7 +81,7 @@ class Frozen:
     module: nn.Module | None
     device: torch.device
     precision: str = "fp32"
-    range: Range | None = None
+    range: PatchRange | None = None
     file: Path | None = None
     pixels: Pixels | None = None
     architecture: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -288,7 +288,7 @@ def of_encoder(name: str, encoder: VisionEncoder, image_size: int | str | None =
         encoder.set_image_size(image_size)
     config = encoder.config
     size = config.image_size or image_size or usual_side(config)
-    fits = Range(config.patch_size, config.min_patches, config.max_patches) if size == NATIVE else None
+    fits = PatchRange(config.patch_size, config.min_patches, config.max_patches) if size == NATIVE else None
 
     def run(images: Any, layers: Sequence[str]) -> list[Any]:
         depth = config.depth

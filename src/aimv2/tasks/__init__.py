@@ -10,9 +10,9 @@ from torch import nn
 from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
+from aimv2.features.teacher import Teacher
 from aimv2.features.training_cache import CachedPairStream
 from aimv2.objectives import Objective
-from aimv2.objectives.distill import Teacher
 from aimv2.tasks import classify as probe
 from aimv2.tasks import contrastive, distill, pretrain
 from aimv2.tasks.held_out import HeldOut

@@ -208,7 +208,9 @@ def make_batch(
 
     text_len = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
     prefix = None if prefix_len is None else torch.as_tensor(prefix_len, dtype=torch.int64)
-    assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), f"prefix outside 1..{patches - 1}"
+    assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), (
+        f"prefix outside 1..{patches - 1}"
+    )
     width = text_width or round_up(int(text_len.max()), TEXT_BUCKET)
     text = torch.zeros(len(captions), width, dtype=torch.int64)
     for row, caption in enumerate(captions):

@@ -284,13 +284,13 @@ def test_cached_features_train_as_the_encoder_does(
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "whole", data__features=str(home))
     assert "centre view alone" in capfd.readouterr().err
-    features = np.load(home / "features.npy", mmap_mode="r")
+    features = np.load(home / "last.npy", mmap_mode="r")
     assert features.shape == (120, 16, 32) and features.dtype == np.float16
-    written = (home / "features.npy").stat().st_mtime_ns
+    written = (home / "last.npy").stat().st_mtime_ns
     tune(data, encoder, tmp_path / "parts", data__features=str(home), train__stop_at=2)
     resume(tmp_path / "parts")
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
-    assert (home / "features.npy").stat().st_mtime_ns == written, "computed once"
+    assert (home / "last.npy").stat().st_mtime_ns == written, "computed once"
     losses = [line["contrastive_loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
     assert all(np.isfinite(losses))
     model = aimv2.load_model(tmp_path / "whole")
@@ -320,13 +320,13 @@ def test_an_interrupted_pass_resumes(
     monkeypatch.setattr("aimv2.features.training_cache.PART_BATCHES", 1)
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "one", data__features=str(home), train__steps=2)
-    whole = np.load(home / "features.npy").copy()
-    lost = np.lib.format.open_memmap(home / "features.npy", mode="r+")
+    whole = np.load(home / "last.npy").copy()
+    lost = np.lib.format.open_memmap(home / "last.npy", mode="r+")
     lost[64:] = 0
     lost.flush()
     (home / "part-00001.json").rename(home / ".part-00001.json.aside")  # killed while writing
     tune(data, encoder, tmp_path / "two", data__features=str(home), train__steps=2)
-    assert np.array_equal(np.load(home / "features.npy"), whole) and exact(tmp_path / "two") == exact(tmp_path / "one")
+    assert np.array_equal(np.load(home / "last.npy"), whole) and exact(tmp_path / "two") == exact(tmp_path / "one")
 
 
 def test_a_cache_of_another_model_or_data_is_refused(data: Path, encoder: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from aimv2.features.contents import contents_of
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
-from aimv2.features.store import FeatureStore, open_arrays, progress_bar
+from aimv2.features.store import FeatureStore, progress_bar
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
@@ -96,11 +96,8 @@ def cached_features(
         OPTION,
         noted={"part_images": batch_size * PART_BATCHES},
     )
-    size = int(store.about["part_images"])
-    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    if missing := store.missing(len(parts)):
-        _fill(store, parts, missing[0], frozen, data, list(layers), pool, batch_size, flip)
-    rejected = [line for note in store.gather(len(parts)) for line in note["rejected"]]
+    notes = fill(store, frozen, data, list(layers), pool, batch_size, flip)
+    rejected = [line for note in notes for line in note["rejected"]]
     lost = {line["row"] for line in rejected}
     rows = np.array([row for row in range(count) if row not in lost], dtype=np.int64)
     if not len(rows):
@@ -110,11 +107,26 @@ def cached_features(
     if frozen.range is not None and pool == "none":
         arrays: list[Any] = open_ragged(store.folder, layers, frozen.width, len(rows))
     else:
-        arrays = open_arrays(store.folder, layers, len(rows))
-    if pool != "none":
-        arrays = [np.array(array) for array in arrays]
+        arrays = [store.read_array(name) for name in layers]
+        if pool != "none":
+            arrays = [array[rows] for array in arrays]
+        elif lost:
+            arrays = [SelectedRows(array, rows) for array in arrays]
     rejected = [{"key": line["key"], "reason": line["reason"]} for line in rejected]
     return Cached(arrays, data.labels[rows], [data.keys[row] for row in rows], rejected, home)
+
+
+class SelectedRows:
+    """Some rows of a memory-mapped array, read when they are indexed."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
+        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.array[self.rows[index]]
 
 
 View = tuple[int, np.ndarray | str]  # row of an image, and its test view [3, H, W] or why it can't be read
@@ -161,49 +173,62 @@ def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "")
     return Path(cache).expanduser() / f"{weights}-{frozen.image_size}-{frozen.precision}"
 
 
-def _fill(
+def fill(
     store: FeatureStore,
-    parts: Sequence[range],
-    first: int,
     frozen: Frozen,
     data: Labelled,
     layers: list[str],
     pool: str,
     batch_size: int,
-    flip: bool,
-) -> None:
-    """Computes the parts from ``first`` on; unreadable images have no row, so that a part begins where the last one ended."""
-    for part in range(first, len(parts)):
-        store.note_file(part).unlink(missing_ok=True)
-    count, written = len(data.labels), sum(note["rows"] for note in store.gather(first))
-    ragged = None
-    if frozen.range is not None and pool == "none":
+    flip: bool = False,
+    extra: Callable[[list[int], list[dict[str, Any]]], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Computes this rank's missing parts of a store; its description says how many images a part has (``part_images``).
+
+    Args:
+        store, frozen, data, layers, pool, batch_size, flip: see :func:`cached_features`.
+        extra: further entries of a part's note, by its rows and its rejected images.
+
+    Returns:
+        the notes of all parts: ``rows`` (their number), and ``rejected``, ``{"row", "key", "reason"}`` of the others.
+    """
+    count, size = len(data.labels), int(store.about["part_images"])
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    missing, ragged = store.missing(len(parts)), None
+    if (
+        missing and frozen.range is not None and pool == "none"
+    ):  # appended: all after the first missing part is done again
+        missing = list(range(missing[0], len(parts)))
+        for part in missing:
+            store.note_file(part).unlink(missing_ok=True)
+        written = sum(note["rows"] for note in store.gather(missing[0]))
         ragged = RaggedWriter(store.folder, layers, frozen.width, count, written)
-    arrays: list[np.ndarray] = []
-    views = _views(frozen, data, range(parts[first].start, count))
-    with progress_bar(f"features, {data.split}", count, parts[first].start) as advance:
-        for part in range(first, len(parts)):
-            start, rejected = written, list[dict[str, Any]]()
+    files: list[Any] = [] if ragged is None else [ragged]
+    views = _views(frozen, data, chain.from_iterable(parts[part] for part in missing))
+    total = sum(len(parts[part]) for part in missing)
+    with progress_bar(f"features, {data.split}", total, shown=store.rank == 0) as advance:
+        for part in missing:
+            good, rejected = list[int](), list[dict[str, Any]]()
             for batch in batched(islice(views, len(parts[part])), batch_size):
                 rows, pixels, lost = _stacked(frozen, data, batch)
-                rejected += lost
                 if pixels is not None:
                     found = _features(frozen, pixels, layers, pool, flip)
                     if ragged is not None:
                         ragged.append(found)
                     else:
-                        arrays = arrays or [
+                        files = files or [
                             store.array(name, values.dtype, (count, *values.shape[1:]))
                             for name, values in zip(layers, found)
                         ]
-                        for array, values in zip(arrays, found):
-                            array[written : written + len(rows)] = values
-                written += len(rows)
+                        for array, values in zip(files, found):
+                            array[rows] = values
+                good, rejected = good + rows, rejected + lost
                 advance(len(batch))
-            files: list[Any] = arrays if ragged is None else [ragged]
+            note = {"rows": len(good), "rejected": rejected, **(extra(good, rejected) if extra else {})}
             for file in files:
                 file.flush()
-            store.commit(part, {"rows": written - start, "rejected": rejected})
+            store.commit(part, note)
+    return store.gather(len(parts))
 
 
 def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: bool) -> list[Any]:
@@ -234,6 +259,8 @@ def _half(values: np.ndarray) -> np.ndarray:
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
         raise UsageError(
-            "--features cached: a feature is larger than float16 holds; --features augmented, or --layers last"
+            "--features cached: a feature is larger than float16 holds; choose other layers, or do not store features "
+            "(--features augmented; no data.features)",
+            code="limit",
         )
     return half

@@ -33,7 +33,8 @@ CROP = (
 NATIVE_SIZE = 224  # of a native model, by default
 NATIVE = "native"  # as an image size: each image at its own
 ROW = 32_768  # patches of images of different sizes in one forward pass
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")  # that users choose from
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FeatureFunction(Protocol):
@@ -67,7 +68,7 @@ class Frozen:
         run: see :class:`FeatureFunction`.
         module: the weights, to be hashed again; None where there are none.
         device: where it runs.
-        precision: of the matmuls, fp32 or bf16 (norms, softmax and the result stay fp32).
+        precision: of the matmuls, fp32, bf16 or fp16 (norms, softmax and the result stay fp32).
         range: input sizes at native; None: squares.
         file: that holds the weights, to be hashed again; None where ``module`` does.
         pixels: preprocessing of a model of another origin; None: the model normalises by itself.
@@ -147,8 +148,8 @@ class Frozen:
     @contextlib.contextmanager
     def _as_measured(self) -> Iterator[None]:
         """Eager, in the precision of the matmuls."""
-        half = self.precision == "bf16"
-        matmuls = torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        half = HALF.get(self.precision)
+        matmuls = torch.autocast(self.device.type, half) if half else contextlib.nullcontext()
         with torch.compiler.set_stance("force_eager"), matmuls:
             yield
 

@@ -164,6 +164,10 @@ class FeatureStore:
         self._wait([file])
         return np.lib.format.open_memmap(file, mode="r+")
 
+    def read_array(self, name: str) -> np.ndarray:
+        """``NAME.npy``, memory-mapped to be read."""
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
 
 def read_object(file: Path, option: str) -> dict[str, Any]:
     """A JSON object.
@@ -194,11 +198,6 @@ def check_fingerprint(stored: Mapping[str, Any], fingerprint: Mapping[str, Any],
     else:
         return
     raise UsageError(f"{subject}: {why}; give a new folder", code="mismatch")
-
-
-def open_arrays(folder: Path, names: Iterable[str], count: int) -> list[np.ndarray]:
-    """The first ``count`` rows of the arrays of a store, memory-mapped to be read."""
-    return [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)[:count] for name in names]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The frozen encoder's features of every training image, computed once and read at each visit instead of the image.
 
-A store of ``features.npy`` float16 [N, I, D] of the centre views; the notes hold the captions and the rejected samples.
+A store of ``last.npy`` float16 [N, I, D] of the centre views; the notes hold the captions and the rejected samples.
 
 Legend: N samples in the order of the shards, I patches, D width, B pairs of a rank's batch.
 """
@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import DataConfig
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.prefetch import ahead, batched
+from aimv2.data.images.labelled import Labelled
 from aimv2.data.shards.format import captions_of, read_sample, scan_shard
 from aimv2.data.stream.samples import (
     draw_caption,
@@ -32,17 +31,18 @@ from aimv2.data.stream.samples import (
     training_shards,
     training_sources,
 )
-from aimv2.data.stream.transforms import centre_crop_box, crop_resize, to_pixels
+from aimv2.data.stream.transforms import centre_crop_box, crop_resize
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
 from aimv2.features.contents import contents_of_files
+from aimv2.features.extraction import fill
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
-from aimv2.features.store import FeatureStore, open_arrays, progress_bar
+from aimv2.features.frozen import LAST, of_encoder
+from aimv2.features.store import FeatureStore
 from aimv2.models.encoder import VisionEncoder
 
-BATCH = 64  # images in the encoder at once
+BATCH = 64  # images per forward pass
 PART_BATCHES = 16  # batches a part
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Captions = dict[str, list[str]]  # by field
 
 
@@ -57,15 +57,6 @@ class TrainingRow(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shard.name}/{self.key}"
-
-
-class CentreView(NamedTuple):
-    """A sample as the encoder sees it: uint8 [3, S, S] and captions; or why it can't be used."""
-
-    row: int
-    pixels: np.ndarray | None
-    captions: Captions
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -103,35 +94,55 @@ def training_features(
     """
     assert config.features is not None
     rows, contents = training_rows(config)
-    shape = {key: value for key, value in architecture(encoder).items() if key != "pool_heads"}  # the head is not run
-    about = fingerprint(
-        model_fingerprint(weights_hash(encoder, without="head."), shape, precision),
+    store_about = fingerprint(
+        trunk_fingerprint(encoder, precision),
         {"image_size": encoder.config.image_size, "crop": "centre", "max_pixels": config.max_pixels},
-        (),
+        [LAST],
         "none",
         {"images": len(rows), "contents_sha256": contents},
     )
     store = FeatureStore(
         Path(config.features),
-        about,
+        store_about,
         "data.features",
         noted={"part_images": BATCH * PART_BATCHES},
         rank=rank,
         ranks=ranks,
     )
-    size = int(store.about["part_images"])
-    parts = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    frozen = replace(of_encoder("data.features", encoder.to(device)), precision=precision)
+    captions, bad = dict[int, Captions](), list[str]()
+
+    def centre_view(row: int) -> Image.Image:
+        """As validation sees it."""
+        at = rows[row]
+        parts = read_sample(at.shard, at.start, at.end)
+        captions[row] = captions_of(parts)
+        if not any(captions[row].values()):
+            raise ImageError("no caption")
+        image = decode_image(image_bytes(parts), config.max_pixels)
+        return crop_resize(image, centre_crop_box(*image.size), (frozen.side, frozen.side))
+
+    def extra(good: list[int], rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        bad.extend(f"{rows[line['row']]} ({line['reason']})" for line in rejected)
+        if len(bad) > config.max_bad:
+            raise RankError(too_many_bad(bad, config.max_bad), code="limit")
+        return {"captions": {row: captions.pop(row) for row in good}}
+
+    images = Labelled("", "", "train", (), [row.key for row in rows], np.zeros(len(rows), np.int64), centre_view)
     try:
-        features = store.array("features", np.float16, (len(rows), encoder.config.patches, encoder.config.width))
-        fill(store, features, parts, config, encoder.to(device), rows, precision)
+        store.array(LAST, np.float16, (len(rows), encoder.config.patches, encoder.config.width))
+        notes = fill(store, frozen, images, [LAST], "none", BATCH, extra=extra)
     except OSError as error:
         message = f"data.features {store.folder}: can't be written: {error.strerror or error}; give another folder"
         raise UsageError(message, code="unreadable") from None
-    notes = store.gather(len(parts))
     captions = {int(row): found for note in notes for row, found in note["captions"].items()}
-    return TrainingFeatures(
-        open_arrays(store.folder, ["features"], len(rows))[0], rows, good_rows(config, rows, captions), captions
-    )
+    return TrainingFeatures(store.read_array(LAST), rows, good_rows(config, rows, captions), captions)
+
+
+def trunk_fingerprint(encoder: VisionEncoder, precision: str) -> dict[str, Any]:
+    """Of an encoder without its pooling head, which is trained."""
+    shape = {key: value for key, value in architecture(encoder).items() if key != "pool_heads"}
+    return model_fingerprint(weights_hash(encoder, without="head."), shape, precision)
 
 
 def training_rows(config: DataConfig) -> tuple[list[TrainingRow], str]:
@@ -170,69 +181,6 @@ def good_rows(config: DataConfig, rows: Sequence[TrainingRow], captions: dict[in
     if len(bad := sorted(set(range(len(rows))) - set(chain(*good)))) > config.max_bad:
         raise UsageError(too_many_bad([str(rows[row]) for row in bad], config.max_bad), code="limit")
     return [np.array(kept) for kept in good]
-
-
-def fill(
-    store: FeatureStore,
-    features: np.ndarray,
-    parts: Sequence[range],
-    config: DataConfig,
-    encoder: VisionEncoder,
-    rows: Sequence[TrainingRow],
-    precision: str,
-) -> None:
-    """Computes this rank's missing parts."""
-    if not (missing := store.missing(len(parts))):
-        return
-    size, bad = encoder.config.image_size or 0, list[str]()
-    own = list(chain.from_iterable(parts[part] for part in missing))
-    views = ahead(lambda row: centre_view(row, rows[row], config, size), own)
-    with progress_bar("features", len(own), shown=store.rank == 0) as advance:
-        for part in missing:
-            rejected, captions = list[dict[str, Any]](), dict[int, Captions]()
-            for batch in batched(islice(views, len(parts[part])), BATCH):
-                lost = [one for one in batch if one.pixels is None]
-                bad += [f"{rows[one.row]} ({one.reason})" for one in lost]
-                if len(bad) > config.max_bad:
-                    raise RankError(too_many_bad(bad, config.max_bad), code="limit")
-                rejected += [{"row": one.row, "key": rows[one.row].key, "reason": one.reason} for one in lost]
-                good = {one.row: one.pixels for one in batch if one.pixels is not None}
-                if good:
-                    features[list(good)] = run(encoder, torch.from_numpy(np.stack(list(good.values()))), precision)
-                captions |= {one.row: one.captions for one in batch if one.row in good}
-                advance(len(batch))
-            features.flush()  # type: ignore[attr-defined]
-            store.commit(part, {"rows": len(captions), "rejected": rejected, "captions": captions})
-
-
-def centre_view(row: int, at: TrainingRow, config: DataConfig, size: int) -> CentreView:
-    """The centre view of a sample, as validation sees it."""
-    parts = read_sample(at.shard, at.start, at.end)
-    captions = captions_of(parts)
-    if not any(captions.values()):
-        return CentreView(row, None, {}, "no caption")
-    try:
-        image = decode_image(image_bytes(parts), config.max_pixels)
-    except ImageError as error:
-        return CentreView(row, None, {}, str(error))
-    view = crop_resize(image, centre_crop_box(*image.size), (size, size))
-    return CentreView(row, to_pixels(view), captions, "")
-
-
-@torch.inference_mode()
-def run(encoder: VisionEncoder, pixels: Tensor, precision: str) -> np.ndarray:
-    """uint8 [B, 3, S, S] -> float16 [B, I, D].
-
-    Raises:
-        UsageError: a feature that float16 can't hold.
-    """
-    device = encoder.mean.device
-    half = nullcontext() if precision == "fp32" else torch.autocast(device.type, HALF[precision])
-    with half, torch.compiler.set_stance("force_eager"):
-        found = encoder(pixels.to(device)).half()
-    if not bool(torch.isfinite(found).all()):
-        raise UsageError("data.features: a feature is larger than float16 holds; leave data.features out")
-    return found.cpu().numpy()
 
 
 class CachedPairStream:

@@ -50,7 +50,7 @@ class Batch:
             [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens a caption, end of text counted; 0 without a caption.
-        prefix_len: int64 [B], patches that see each other, 1..I-1.
+        prefix_len: int64 [B], patches that see each other, 1..I-1; None: no prefix, no patch is scored.
         token_rows: int64 [R], places in the flat [B * T] text of the real tokens, caption by caption; padding holds
             B * T.
         patch_rows: int64 [S], places in the flat [B * I] image positions whose output is scored; padding holds 0.
@@ -75,7 +75,7 @@ class Batch:
     images: Tensor
     text: Tensor
     text_len: Tensor
-    prefix_len: Tensor
+    prefix_len: Tensor | None
     token_rows: Tensor
     patch_rows: Tensor
     token_count: Tensor
@@ -177,7 +177,7 @@ def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
 def make_batch(
     images: Tensor,
     captions: Sequence[Sequence[int]],
-    prefix_len: Sequence[int] | Tensor,
+    prefix_len: Sequence[int] | Tensor | None,
     patches: int,
     keys: Sequence[str] = (),
     bad: Sequence[str] = (),
@@ -193,7 +193,7 @@ def make_batch(
     Args:
         images: [B, 3, H, W].
         captions: B lists of token ids, each ending with end of text; an empty list is no caption.
-        prefix_len: B prefix lengths in 1..patches-1.
+        prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
         patches: I, patches an image.
         keys: B names (for messages).
         bad: undecodable samples met on the way.
@@ -207,14 +207,18 @@ def make_batch(
     import torch
 
     text_len = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
-    prefix = torch.as_tensor(prefix_len, dtype=torch.int64)
-    assert patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), f"prefix outside 1..{patches - 1}"
+    prefix = None if prefix_len is None else torch.as_tensor(prefix_len, dtype=torch.int64)
+    assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), (
+        f"prefix outside 1..{patches - 1}"
+    )
     width = text_width or round_up(int(text_len.max()), TEXT_BUCKET)
     text = torch.zeros(len(captions), width, dtype=torch.int64)
     for row, caption in enumerate(captions):
         text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
     real = (torch.arange(width) < text_len[:, None]).flatten().nonzero().flatten()
-    rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
+    rows, targets = torch.zeros(0, dtype=torch.int64), None
+    if prefix is not None:
+        rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
     return Batch(
         images=images,
         text=text,
@@ -278,7 +282,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         images=_joined([batch.images for batch in batches]),
         text=text,
         text_len=text_len,
-        prefix_len=_joined([batch.prefix_len for batch in batches]),
+        prefix_len=optional("prefix_len"),
         token_rows=pad_rows(torch.cat(tokens), ROW_BUCKET, text.numel()),
         patch_rows=pad_rows(torch.cat(rows), PATCH_BUCKET, 0),
         token_count=torch.tensor(sum(map(len, tokens))),
@@ -325,7 +329,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 images=batch.images[own],
                 text=batch.text[own, :width].contiguous(),
                 text_len=batch.text_len[own],
-                prefix_len=batch.prefix_len[own],
+                prefix_len=None if batch.prefix_len is None else batch.prefix_len[own],
                 token_rows=pad_rows(tokens, ROW_BUCKET, size * width),
                 patch_rows=pad_rows(scored_at[inside] - at * places, PATCH_BUCKET, 0),
                 token_count=torch.tensor(len(tokens)),

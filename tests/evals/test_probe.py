@@ -150,7 +150,7 @@ def test_a_cache_of_another_model_is_refused(model: str, data: Path, tmp_path: P
     again = cached_features(open_frozen(model), train, folder=tmp_path / "features")
     assert np.array_equal(first.features[0], again.features[0])
     other = open_frozen(model_at(tmp_path / "other", seed=1))
-    with pytest.raises(UsageError, match="made by another model or data"):
+    with pytest.raises(UsageError, match="another model"):
         cached_features(other, train, folder=tmp_path / "features")
 
 
@@ -227,7 +227,7 @@ def test_a_cache_of_replaced_images_is_refused(model: str, data: Path, tmp_path:
     assert api.knn(model, str(copy), **cache)["figures"] == first
     file = copy / "test" / "red" / "0.png"
     file.write_bytes((copy / "test" / "blue" / "0.png").read_bytes())
-    with pytest.raises(UsageError, match=r"images have been replaced or changed.*; give a new folder"):
+    with pytest.raises(UsageError, match="replaced or changed"):
         api.knn(model, str(copy), **cache)
 
 

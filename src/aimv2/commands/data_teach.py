@@ -61,6 +61,6 @@ def run(options: DataTeachOptions) -> dict[str, Any]:
     assert known.run is not None
     lesson = Lesson(
         options.teacher, known.sha256, known.image_size, known.grid, known.width, options.views, options.crop_scale,
-        (low, high), options.flip, options.seed,
+        (low, high), options.flip, options.seed, known.fingerprint,
     )  # fmt: skip
     return teach(options.data, options.out, lesson, known.run, options.batch_size)

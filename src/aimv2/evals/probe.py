@@ -22,7 +22,7 @@ from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
-from aimv2.features.extraction import Cached, cached_features, seen
+from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
@@ -248,7 +248,7 @@ class StreamedSplit:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         self.rows, self.rejected = [], []
-        for rows, pixels, lost in seen(self.frozen, self.data, size=self.size):
+        for rows, pixels, lost in view_batches(self.frozen, self.data, self.size):
             self.rows += rows
             self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
             if pixels is not None:

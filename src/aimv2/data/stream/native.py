@@ -123,7 +123,8 @@ def pack(batches: Sequence[Batch]) -> Batch:
             places.append(place[:count])
             lengths.append(count)
     captions = [caption for batch in batches for caption in captions_of(batch)]
-    prefix, image_len = torch.cat([batch.prefix_len for batch in batches]), torch.tensor(lengths)
+    prefix = torch.cat([batch.prefix_len for batch in batches if batch.prefix_len is not None])
+    image_len = torch.tensor(lengths)
     # the widest image as the number of patches: the rows below are counted anew
     joined = make_batch(
         torch.cat(strips, dim=2)[None],

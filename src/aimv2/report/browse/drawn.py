@@ -175,6 +175,7 @@ def samples_of(batch: Batch, view: View, patch: int) -> Iterator[Sample]:
         view: of the same stream.
         patch: p.
     """
+    assert batch.prefix_len is not None
     captions = captions_of(batch)
     for row, (key, source, image) in enumerate(zip(batch.keys, batch.sources, pictures(batch, view, patch))):
         kept = None if batch.kept is None else batch.kept[row].numpy()

@@ -238,9 +238,9 @@ def run_verb(name: str, words: list[str]) -> dict[str, Any] | None:
         return None
     values = read_words(name, words)
     if "model" in verb.words and str(values.get("device") or "cpu") == "cpu":
-        from aimv2.models.matmul import fast_products
+        from aimv2.models.matmul import fast_matmul
 
-        fast_products()
+        fast_matmul()
     return function(**values)
 
 

@@ -18,7 +18,7 @@ from aimv2.explorer.album import Refusal
 from aimv2.explorer.stored import Stored
 from aimv2.explorer.study import BUDGET, Study
 from aimv2.models.aimv2 import AIMv2
-from aimv2.models.likelihood import ImageMemory, log_likelihood, tokenize
+from aimv2.models.likelihood import ImageCache, log_likelihood, tokenize
 from aimv2.models.lit import LiT
 
 LONGEST_TEXT = 500  # characters
@@ -115,7 +115,7 @@ class Search:
                 features = torch.stack([torch.from_numpy(one) for one in maps]).flatten(1, 2)
                 caches = model.decoder.new_caches()
                 model.decoder.read_image(features.to(place), caches)
-                scores |= zip(part, log_likelihood(model, ImageMemory(caches), tokens)[:, 0].tolist())
+                scores |= zip(part, log_likelihood(model, ImageCache(caches), tokens)[:, 0].tolist())
             if time.monotonic() > until:
                 break
         return {number: scores[number] for number in self.study.folder() if number in scores}

@@ -15,7 +15,7 @@ from aimv2.features.frozen import Frozen, of_encoder, open_frozen
 from aimv2.features.pixels import OPTIONS, Stats, former_pixels
 from aimv2.interop.load import locate
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.flops import counted
+from aimv2.models.flops import count_flops
 from aimv2.objectives.distill import Teacher
 
 
@@ -54,7 +54,7 @@ def open_teacher(
 
     try:
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        features, flops = counted(lambda: run(blank))
+        features, flops = count_flops(lambda: run(blank))
     except ValueError as error:  # a native model, and a grid beyond its range
         raise UsageError(f"{option} {source}: {error}") from None
     patches, width = features.shape[1:]

@@ -16,7 +16,7 @@ from aimv2.errors import UsageError
 from aimv2.interop.onnx import need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
-from aimv2.models.sizes import EncoderConfig, not_pixels
+from aimv2.models.sizes import EncoderConfig, wrong_image_dtype
 
 BACKENDS = ("torch", "jax", "mlx")
 Params = dict[str, Any]
@@ -96,7 +96,7 @@ class ArrayEncoder:
         images = np.asarray(images)
         if images.dtype != np.uint8:
             if not np.issubdtype(images.dtype, np.floating) and not str(images.dtype).startswith("bfloat"):
-                raise ValueError(not_pixels(images.dtype))
+                raise ValueError(wrong_image_dtype(images.dtype))
             return self.xp.array(images)
         mean, std = (np.asarray(value, np.float32).reshape(1, 3, 1, 1) for value in (self.config.mean, self.config.std))
         return self.xp.array((images.astype(np.float32) / 255 - mean) / std)

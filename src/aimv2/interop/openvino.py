@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aimv2.errors import UsageError, nearest
 from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder, need
 from aimv2.interop.shapes import read_json, three
-from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig, not_pixels
+from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig, wrong_image_dtype
 
 FILE = "openvino_model.xml"
 ABOUT = "openvino_config.json"
@@ -125,7 +125,7 @@ class OpenVINOEncoder:
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std
         elif not images.is_floating_point():
-            raise ValueError(not_pixels(images.dtype))
+            raise ValueError(wrong_image_dtype(images.dtype))
         return torch.from_numpy(self.run(images.float().numpy())[0].copy())
 
 

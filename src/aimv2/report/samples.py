@@ -123,7 +123,7 @@ def training_samples(config: Config, view: View, tokenizer: Tokenizer | None, co
         for key, parts in islice((pair for tar in tars for pair in read_samples(tar)), share):
             sample = {"__key__": key, "__restore_key__": (), "__subflavors__": {"source": number}, **parts}
             try:
-                seen = encoder.see(sample, sample_rng(config.seed, key, 0, visit))
+                seen = encoder.draw(sample, sample_rng(config.seed, key, 0, visit))
             except ImageError:
                 continue
             caption = tokenizer.decode(seen["tokens"]) if tokenizer else ""

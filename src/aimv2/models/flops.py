@@ -1,4 +1,4 @@
-"""FLOPs of a training step and peak FLOP/s of a device, the two numbers behind MFU."""
+"""FLOPs of a training step and peak FLOP/s of a device, from which MFU is computed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from aimv2.cli import main
 from aimv2.data.shards.format import write_shard
 from aimv2.data.text.tokenizer import Tokenizer, train_tokenizer
 from aimv2.report.browse.drawn import draw, words
-from aimv2.report.browse.page import behind, edge, histogram
+from aimv2.report.browse.page import edge_path, histogram, rest_path
 from aimv2.train.loop import Trainer
 from runs import TINY, scenes, train
 
@@ -176,11 +176,11 @@ def test_the_prefix_is_drawn_patch_by_patch() -> None:
     for rows, columns in ((4, 4), (3, 5), (1, 6)):
         for prefix in range(1, rows * columns):
             covered = np.zeros((rows, columns), bool)
-            for left, top, right, bottom in re.findall(r"M(\d+) (\d+)H(\d+)V(\d+)", behind(prefix, rows, columns)):
+            for left, top, right, bottom in re.findall(r"M(\d+) (\d+)H(\d+)V(\d+)", rest_path(prefix, rows, columns)):
                 covered[int(top) : int(bottom), int(left) : int(right)] = True
             wanted = np.arange(rows * columns).reshape(rows, columns) >= prefix
             assert np.array_equal(covered, wanted), (rows, columns, prefix)
-    assert edge(6, 4, 4) == "M0 2H2V1H4" and edge(8, 4, 4) == "M0 2H4"
+    assert edge_path(6, 4, 4) == "M0 2H2V1H4" and edge_path(8, 4, 4) == "M0 2H4"
 
 
 def test_words_are_the_tokens_one_by_one() -> None:

@@ -26,7 +26,7 @@ from aimv2.report import write
 from aimv2.report.blocks import Section, Shot, Strip
 from aimv2.report.charts import Line, Panel, draw
 from aimv2.report.facts import own_results, result_rows
-from aimv2.report.images import colour, fit, hide_behind
+from aimv2.report.images import colour, fit, mask_after
 from aimv2.report.page import LARGEST, Page, render
 from aimv2.report.runs import differences, find_results, read_run
 from runs import command, metrics, scenes, train
@@ -349,7 +349,7 @@ def test_colours_and_sizes() -> None:
     small = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert np.array_equal(fit(small, 4), small.repeat(2, 0).repeat(2, 1))
     assert fit(np.zeros((100, 50, 3), np.uint8), 20).shape == (20, 10, 3)
-    hidden = hide_behind(np.zeros((4, 4, 3), np.uint8), 1, 2)
+    hidden = mask_after(np.zeros((4, 4, 3), np.uint8), 1, 2)
     assert (hidden[:2, :2] == 0).all() and (hidden[2:] > 100).all() and (hidden[:2, 2:] > 100).all()
 
 

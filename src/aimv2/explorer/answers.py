@@ -16,7 +16,7 @@ from aimv2.explorer.study import Shown, Study
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.lit import LiT
 from aimv2.report.images import data_uri, to_png
-from aimv2.report.predictions import Painted
+from aimv2.report.predictions import PredictedImage
 
 Query = Mapping[str, str]
 Answer = dict[str, Any]
@@ -129,7 +129,9 @@ class Answers:
     def painting(self, query: Query) -> Answer:
         """Predicted patches behind a prefix."""
         index, number = self._model_and_image(query)
-        painted: Painted = self.study.painting(index, number, number_of(query, "share"), query.get("rolled") == "1")
+        painted: PredictedImage = self.study.painting(
+            index, number, number_of(query, "share"), query.get("rolled") == "1"
+        )
         return {
             "picture": data_uri(to_png(painted.image)),
             "prefix": painted.prefix,

@@ -27,7 +27,7 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 from aimv2.report.features import LAST, Map, attention_maps, patch_maps, pca_rgb, similarity
-from aimv2.report.predictions import Painted, Word, caption_words, next_patches, rollout
+from aimv2.report.predictions import PredictedImage, Word, caption_words, next_patches, rollout
 
 BUDGET = 0.4  # seconds an answer may spend on pictures of the folder that were not read yet
 AT_ONCE = 4  # of them in the encoder
@@ -268,7 +268,7 @@ class Study:
         ask = partial(caption_words, model, self.seen(index, number), limit)
         return self._remember(("caption", index, number), ask, lambda words: sum(w.attention.nbytes for w in words))
 
-    def painting(self, index: int, number: int, share: float, rolled: bool) -> Painted:
+    def painting(self, index: int, number: int, share: float, rolled: bool) -> PredictedImage:
         """Predictions behind a prefix: each from the true patches before it, or (``rolled``) from what was painted."""
         model = self.able(index, "paint").model
         assert isinstance(model, AIMv2)

@@ -25,7 +25,7 @@ def made(name: str) -> str:
 
 
 def memory() -> str:
-    """Memory of weights, gradients and moments of each size at 224 px (or its smallest), by ranks."""
+    """Memory of weights, gradients and AdamW state of each size at 224 px (or its smallest), by ranks."""
     heads = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in RANKS]
     lines = [f"| size | encoder and decoder | {' | '.join(heads)} |", "|---|---|" + "---|" * len(RANKS)]
     for size in SIZES:
@@ -40,6 +40,6 @@ def memory() -> str:
 
 
 def functions() -> str:
-    """Every verb's function, for mkdocstrings."""
+    """The function of every command, for mkdocstrings."""
     names = [verb.function for verb in VERBS.values()]
     return "\n".join(f"::: {inspect.getmodule(getattr(api, name)).__name__}.{name}" for name in names)

@@ -1,4 +1,4 @@
-"""A page a verb, from its parser and its function's docstring: options with types, defaults and meaning."""
+"""One page per command, from its parser and its function's docstring: options with types, defaults and meaning."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from aimv2 import api
 from aimv2.cli import VERBS, verb_parser
 from aimv2.config.load import config_parser
 
-# what the command line takes out of pretrain's words before its configuration is parsed
+# options that the command line removes from pretrain's arguments before its configuration is parsed
 PRETRAIN_SWITCHES = (
-    ("--config RECIPE.yaml", "", "", "values of a run; dotted options go over them"),
-    ("--dry-run", "", "off", "build everything, run one step, say what a run takes"),
-    ("--print-config", "", "off", "show the effective values and where they came from"),
+    ("--config RECIPE.yaml", "", "", "YAML recipe; `--section.key value` overrides it"),
+    ("--dry-run", "", "off", "build everything, run a few steps, print the resources of the run"),
+    ("--print-config", "", "off", "show the effective values and their origin"),
 )
 EVERYWHERE = (
     ("--json", "", "off", "print the result as one JSON object on standard output; progress goes to standard error"),
@@ -24,7 +24,7 @@ Row = tuple[str, str, str, str]
 
 
 def names() -> list[str]:
-    """Every verb, in the order of ``aimv2 --help``."""
+    """All commands, in the order of ``aimv2 --help``."""
     return list(VERBS)
 
 
@@ -34,47 +34,47 @@ def slug(name: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """``verbs/NAME.md`` and the list of them."""
+    """``verbs/NAME.md`` and their index."""
     rows = [f"| [`aimv2 {name}`]({slug(name)}.md) | {cell(verb.summary)} |" for name, verb in VERBS.items()]
     index = [
-        "# Verbs",
+        "# Commands",
         "",
-        "Each page is made from the verb's parser, as `aimv2 VERB --help` is. Every verb is also a function of the same "
-        "options in `aimv2.api` ([Python reference](../reference.md)).",
+        "Each page is generated from the command's parser, like `aimv2 COMMAND --help`. Every command is also a function of the "
+        "same options in `aimv2.api` ([Python reference](../reference.md)).",
         "",
-        "| verb | what it does |",
+        "| command | what it does |",
         "|---|---|",
         *rows,
         "",
-        "Options may be written with `-` or `_`. Every verb takes these two:",
+        "Options may be written with `-` or `_`. Every command takes these two:",
         "",
         *table(list(EVERYWHERE)),
         "",
-        "Exit codes: 0, 1 where `doctor` found a failure, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
-        "Ctrl-C, 143 after SIGTERM.",
+        "Exit codes: 0, 1 if `doctor` found a failure, 2 for invalid input (one line on standard error says which option to "
+        "change), 130 after Ctrl-C, 143 after SIGTERM.",
     ]
     return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in VERBS}}
 
 
 def page(name: str) -> str:
-    """The page of a verb."""
+    """The page of a command."""
     verb = VERBS[name]
     words = " ".join(f"[{w[:-1].upper()}...]" if w.endswith("*") else w.upper() for w in verb.words)
     call = f"aimv2 {name} {words}".strip()
     lines = [f"# aimv2 {name}", "", sentence(verb.summary), "", f"    {call} [--option VALUE ...]", ""]
     parser = config_parser() if name == "pretrain" else verb_parser(name)
     if name == "pretrain":
-        lines += ["## How it is called", "", *table(list(PRETRAIN_SWITCHES)), ""]
+        lines += ["## Arguments", "", *table(list(PRETRAIN_SWITCHES)), ""]
     for title, rows in groups(parser, dashes=name != "pretrain"):
         lines += [f"## {cell(title)}", "", *table(rows), ""]
     gives = returns(getattr(api, verb.function))
     if gives:
-        lines += ["## What it gives", "", sentence(gives), ""]
+        lines += ["## Result", "", sentence(gives), ""]
     if name == "run":
         from aimv2.api.stages import EXAMPLE
 
         lines += ["## A chain file", "", "```text", EXAMPLE, "```", ""]
-    lines += ["`--json` and `--debug`: [every verb](index.md)."]
+    lines += ["`--json` and `--debug`: [every command](index.md)."]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What stands where a page says ``<!-- made: NAME -->``."""
+"""Text that replaces ``<!-- made: NAME -->`` on a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aimv2.cli import VERBS
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
 
-BYTES = 16  # a parameter: weight, gradient and two moments, fp32
+BYTES = 16  # per parameter: weight, gradient and AdamW state, fp32
 RANKS = (1, 8, 64)
 
 

@@ -133,11 +133,11 @@ def targets() -> bytes:
     canvas[0, batch.patch_rows[:count] + 1] = wanted
     normal = unpatchify(canvas, patch, grid, grid)[0].permute(1, 2, 0)
     shown = ((normal.clamp(-2, 2) + 2) / 4 * 255).byte().numpy()
-    seen = (np.asarray(image) * 0.25 + 190).astype(np.uint8)
+    masked = (np.asarray(image) * 0.25 + 190).astype(np.uint8)
     for place in range(prefix):
         rows, columns = (slice(n * patch, (n + 1) * patch) for n in divmod(place, grid))
-        seen[rows, columns] = image[rows, columns]
-    panels = [np.kron(lined(panel, patch), np.ones((2, 2, 1), np.uint8)) for panel in (np.asarray(image), seen, shown)]
+        masked[rows, columns] = image[rows, columns]
+    panels = [np.kron(lined(panel, patch), np.ones((2, 2, 1), np.uint8)) for panel in (np.asarray(image), masked, shown)]
     blank = np.full((panels[0].shape[0], 16, 3), 255, np.uint8)
     out = io.BytesIO()
     Image.fromarray(np.concatenate([panels[0], blank, panels[1], blank, panels[2]], axis=1)).save(

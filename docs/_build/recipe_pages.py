@@ -18,15 +18,15 @@ def paths(root: Path) -> list[Path]:
 
 
 def pages(root: Path) -> dict[str, str]:
-    """``recipes/NAME.md`` and the list of them."""
+    """``recipes/NAME.md`` and their index."""
     recipes = [path for path in paths(root) if path.parent.name == "recipes"]
     chains = [path for path in paths(root) if path.parent.name == "chains"]
     index = [
         "# Recipes",
         "",
         "A recipe is a YAML file for `aimv2 pretrain --config`; the command line overrides any value (`--optim.lr 5e-4`). "
-        "Its head says command, source, data, hardware, hours and score; what was only estimated says so. "
-        "`tests/test_recipes.py` parses every one strictly and runs it at toy size.",
+        "Its header lists command, source, data, hardware, hours and expected score; estimates are marked. "
+        "`tests/test_recipes.py` parses every recipe strictly and runs it at toy size.",
         "",
         "| recipe | what |",
         "|---|---|",

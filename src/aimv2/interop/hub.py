@@ -33,20 +33,11 @@ RELEASED = {
     "aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
 }
 PAIR_PARAMETERS = 436_680_193  # parameters of the released LiT pair
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",  # SigLIP's
-    "sentencepiece.bpe.model",  # AltCLIP's
+WANTED = [  # never a pickle; spiece.model is SigLIP's, sentencepiece.bpe.model AltCLIP's
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     "special_tokens_map.json",
-]  # never a pickle
+]
 CARD = "README.md"  # read for its licence only
 INDEX = "model.safetensors.index.json"
 REQUIRED = ("config.json", "preprocessor_config.json")  # without them a model could be mistaken for another

@@ -34,47 +34,32 @@ class TrunkNames:
     norm: str
 
 
-_RELEASED = TrunkNames(
-    (
-        "trunk.blocks.{i}.norm_1.weight",
-        "trunk.blocks.{i}.attn.qkv.weight",
-        "trunk.blocks.{i}.attn.proj.weight",
-        "trunk.blocks.{i}.norm_2.weight",
-        "trunk.blocks.{i}.mlp.fc1.weight trunk.blocks.{i}.mlp.fc3.weight",
-        "trunk.blocks.{i}.mlp.fc2.weight",
-    ),
-    "trunk.post_trunk_norm.weight",
+def _trunk(prefix: str, block: str, norm: str) -> TrunkNames:
+    """``block``: a name for each of BLOCK without ``.weight``, parts of a concatenated one joined by ``+``."""
+    parts = (part.split("+") for part in block.split())
+    return TrunkNames(tuple(" ".join(f"{prefix}{name}.weight" for name in names) for names in parts), norm)
+
+
+def _names(prefix: str, names: str) -> tuple[str, ...]:
+    return tuple(prefix + name for name in names.split())
+
+
+_RELEASED = _trunk(
+    "trunk.blocks.{i}.", "norm_1 attn.qkv attn.proj norm_2 mlp.fc1+mlp.fc3 mlp.fc2", "trunk.post_trunk_norm.weight"
 )
-_TRAINER = TrunkNames(
-    (
-        _RELEASED.block[0],
-        " ".join(f"trunk.blocks.{{i}}.attn.{part}_proj.weight" for part in "qkv"),
-        *_RELEASED.block[2:],
-    ),
+_TRAINER = _trunk(
+    "trunk.blocks.{i}.",
+    "norm_1 attn.q_proj+attn.k_proj+attn.v_proj attn.proj norm_2 mlp.fc1+mlp.fc3 mlp.fc2",
     _RELEASED.norm,
 )
-_TRANSFORMERS = TrunkNames(
-    (
-        "encoder.layers.{i}.rms_norm1.weight",
-        " ".join(f"encoder.layers.{{i}}.attention.{part}_proj.weight" for part in "qkv"),
-        "encoder.layers.{i}.attention.out_proj.weight",
-        "encoder.layers.{i}.rms_norm2.weight",
-        "encoder.layers.{i}.ffn.gate_proj.weight encoder.layers.{i}.ffn.up_proj.weight",
-        "encoder.layers.{i}.ffn.down_proj.weight",
-    ),
+_TRANSFORMERS = _trunk(
+    "encoder.layers.{i}.",
+    "rms_norm1 attention.q_proj+attention.k_proj+attention.v_proj attention.out_proj "
+    "rms_norm2 ffn.gate_proj+ffn.up_proj ffn.down_proj",
     "rms_norm.weight",
 )
-_TIMM = TrunkNames(
-    (
-        "blocks.{i}.norm1.weight",
-        "blocks.{i}.attn.qkv.weight",
-        "blocks.{i}.attn.proj.weight",
-        "blocks.{i}.norm2.weight",
-        "blocks.{i}.mlp.fc1_g.weight blocks.{i}.mlp.fc1_x.weight",
-        "blocks.{i}.mlp.fc2.weight",
-    ),
-    "norm.weight",
-)
+_TIMM = _trunk("blocks.{i}.", "norm1 attn.qkv attn.proj norm2 mlp.fc1_g+mlp.fc1_x mlp.fc2", "norm.weight")
+_PATCHIFIER = "patchifier.proj.weight patchifier.proj.bias patchifier.norm.weight pos_embed"
 
 
 @dataclass(frozen=True)
@@ -103,50 +88,22 @@ class LayoutNames:
 LAYOUTS = {
     "released": LayoutNames(
         _RELEASED,
-        (
-            "preprocessor.patchifier.proj.weight",
-            "preprocessor.patchifier.proj.bias",
-            "preprocessor.patchifier.norm.weight",
-            "preprocessor.pos_embed",
-        ),
-        ("head.cls_token", "head.k.weight", "head.v.weight", "head.linear.weight", "head.linear.bias"),
+        _names("preprocessor.", _PATCHIFIER),
+        _names("head.", "cls_token k.weight v.weight linear.weight linear.bias"),
         pair=("image_encoder.", "text_encoder."),
-        text=("preprocessor.text_embedding.weight", "preprocessor.positional_embedding"),
+        text=_names("preprocessor.", "text_embedding.weight positional_embedding"),
         ends=("image_projector.weight", "text_projector.weight", "log_logit_scale"),
     ),
     "transformers": LayoutNames(
         _TRANSFORMERS,
-        (
-            "embeddings.patch_embed.weight",
-            "embeddings.patch_embed.bias",
-            "embeddings.rms_norm.weight",
-            "embeddings.position_embedding.weight",
-        ),
-        (
-            "head.cls_token",
-            "head.k_proj.weight",
-            "head.v_proj.weight",
-            "head.output_proj.weight",
-            "head.output_proj.bias",
-        ),
+        _names("embeddings.", "patch_embed.weight patch_embed.bias rms_norm.weight position_embedding.weight"),
+        _names("head.", "cls_token k_proj.weight v_proj.weight output_proj.weight output_proj.bias"),
         pair=("vision_model.", "text_model."),
-        text=("embeddings.token_embedding.weight", "embeddings.position_embedding.weight"),
+        text=_names("embeddings.", "token_embedding.weight position_embedding.weight"),
         ends=("visual_projection.weight", "text_projection.weight", "logit_scale"),
     ),
-    "timm": LayoutNames(
-        _TIMM,
-        ("patch_embed.proj.weight", "patch_embed.proj.bias", "patch_embed.norm.weight", "pos_embed"),
-    ),
-    "trainer": LayoutNames(
-        _TRAINER,
-        (
-            "preprocessor.blocks.0.patchifier.proj.weight",
-            "preprocessor.blocks.0.patchifier.proj.bias",
-            "preprocessor.blocks.0.patchifier.norm.weight",
-            "preprocessor.blocks.0.pos_embed",
-        ),
-        image="models.image_encoder.",
-    ),
+    "timm": LayoutNames(_TIMM, (*_names("patch_embed.", "proj.weight proj.bias norm.weight"), "pos_embed")),
+    "trainer": LayoutNames(_TRAINER, _names("preprocessor.blocks.0.", _PATCHIFIER), image="models.image_encoder."),
 }
 
 # the decoder of the released training code: ours, theirs

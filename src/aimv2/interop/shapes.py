@@ -39,11 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
-    """A JSON object within a configuration, {} where it is absent.
-
-    Raises:
-        UsageError: another type.
-    """
+    """A JSON object within a configuration, {} where it is absent; another type is a UsageError."""
     value = stored.get(key)
     if value is not None and not isinstance(value, dict):
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, an object expected")
@@ -51,32 +47,20 @@ def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def whole(value: Any, key: str) -> int:
-    """Validate a positive integer of a configuration.
-
-    Raises:
-        UsageError: anything else.
-    """
+    """Validate a positive integer of a configuration; anything else is a UsageError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a whole number above 0 expected")
     return value
 
 
 def configured_int(stored: dict[str, Any], key: str, other: str = "", default: Any = None) -> int | None:
-    """A positive integer under ``key`` or under ``other``, else ``default``; None where there is none.
-
-    Raises:
-        UsageError: anything else.
-    """
+    """A positive integer under ``key`` or under ``other``, else ``default``; None where there is none."""
     value = stored.get(key, stored.get(other, default))
     return None if value is None else whole(value, key)
 
 
 def positive(value: Any, key: str) -> float:
-    """Validate a finite number above 0 of a configuration.
-
-    Raises:
-        UsageError: anything else.
-    """
+    """Validate a finite number above 0 of a configuration; anything else is a UsageError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a number above 0 expected")
     return float(value)
@@ -95,11 +79,7 @@ def dims(weights: Weights, key: str, form: str) -> tuple[int, ...]:
 
 
 def check_heads(heads: int, width: int, where: str) -> int:
-    """Return ``heads`` if they divide the width.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Return ``heads`` if they divide the width, else raise UsageError."""
     if width % heads:
         raise UsageError(f"{where}: {heads} attention heads do not divide the width {width}", code="mismatch")
     return heads

@@ -80,15 +80,13 @@ class AIMv2(nn.Module):
         seed: int = 0,
         tokenizer: CaptionTokenizer | None = None,
     ) -> list[str]:
-        """Generate one caption per image, in evaluation mode.
+        """Generate one caption per image, in evaluation mode; see :func:`aimv2.models.generate.generate`.
 
         Args:
             images: uint8 or normalised float [B, 3, H, W].
             max_tokens: maximum length, end of text included; None: the decoder's limit.
-            temperature: 0 is greedy decoding.
-            top_p: sample from the smallest set of tokens with this probability mass.
+            temperature, top_p, seed: of the sampling; temperature 0 is greedy decoding.
             beams: beam width; 1 is no beam search.
-            seed: sampling seed.
             tokenizer: replaces the model's own.
 
         Raises:

@@ -201,12 +201,15 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: the model has none.
         """
+        head, features = self._pooling_head(), self(images)
+        if isinstance(features, Tensor):
+            return head(features)
+        return torch.cat([head(x[None]) for x in features])
+
+    def _pooling_head(self) -> AttentionPool:
         if self.head is None:
             raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
-        features = self(images)
-        if isinstance(features, Tensor):
-            return self.head(features)
-        return torch.cat([self.head(x[None]) for x in features])
+        return self.head
 
     def encode(
         self,
@@ -235,8 +238,8 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"pool: 'none', 'mean' or 'attention' expected, got {pool!r}")
         if as_map and pool not in (None, "none"):
             raise ValueError(f"as_map gives all patches; pool='{pool}' gives none of them: choose one")
-        if pool == "attention" and self.head is None:
-            raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
+        if pool == "attention":
+            self._pooling_head()
         if layers is None:
             found = [self(images)]
         else:
@@ -252,8 +255,7 @@ class VisionEncoder(nn.Module):
         if pool == "mean":
             return features.mean(dim=1)
         if pool == "attention":
-            assert self.head is not None
-            return self.head(features)
+            return self._pooling_head()(features)
         if as_map:
             patch = self.config.patch_size
             return features.transpose(1, 2).unflatten(2, (images.shape[-2] // patch, images.shape[-1] // patch))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 
@@ -16,6 +20,11 @@ VIRIDIS = (
     (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98),
     (173, 220, 48), (253, 231, 37),
 )  # fmt: skip
+
+
+def from_tensor(image: Tensor) -> Picture:
+    """uint8 [3, H, W] on any device -> [H, W, 3], a copy."""
+    return image.permute(1, 2, 0).cpu().numpy().copy()
 
 
 def to_png(picture: Picture) -> bytes:

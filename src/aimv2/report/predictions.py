@@ -5,6 +5,7 @@ Legend: I patches of one image, P = p * p * 3 values a patch, M prefix, T tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from aimv2.batch import make_batch
 from aimv2.errors import UsageError
-from aimv2.models.aimv2 import AIMv2
+from aimv2.models.aimv2 import AIMv2, CaptionTokenizer
 from aimv2.models.decoder import Trunk
 from aimv2.models.generate import generate
 from aimv2.models.layers import Cache
@@ -23,6 +24,7 @@ from aimv2.models.likelihood import tokenize
 from aimv2.models.positions import pixel_patches, unpatchify
 from aimv2.objectives.pretrain import TARGET_EPS, normalized_patches
 from aimv2.report.features import grid_of
+from aimv2.report.images import from_tensor
 
 ALTERNATIVES = 5  # most likely tokens kept for each word
 END = "⏎"  # display of end of text
@@ -36,6 +38,17 @@ NORMALISED = (
 def visible(text: str) -> str:
     """Display form of a token: white space becomes visible."""
     return text if text.strip() else SPACE * len(text)
+
+
+def token_texts(ids: Sequence[int], tokenizer: CaptionTokenizer) -> list[str]:
+    """The text that each token adds to the text before it, leading space included."""
+    before, texts = "", []
+    for number, token in enumerate(ids):
+        text = tokenizer.decode(list(ids[: number + 1]))
+        # an incomplete character decodes to different text than the complete one
+        texts.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
+        before = text
+    return texts
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ def next_patches(model: AIMv2, image: Tensor, fraction: float) -> PredictedImage
     loss = (predicted - target[prefix:]).square().mean()
     patches = _as_patches(model, canvas)
     patches[prefix:] = _to_bytes(model, predicted * std[prefix:] + mean[prefix:])
-    return PredictedImage(_picture(model, patches, grid), _bytes_of(canvas), prefix, float(loss))
+    return PredictedImage(_picture(model, patches, grid), from_tensor(canvas), prefix, float(loss))
 
 
 @torch.inference_mode()
@@ -128,7 +141,7 @@ def rollout(model: AIMv2, image: Tensor, fraction: float) -> PredictedImage:
         predicted = reader.next(canvas, at)  # [P], from patches 0..at-1
         loss += float((predicted - target[at]).square().mean())
         patches[at] = _to_bytes(model, predicted * std[at] + mean[at])
-    return PredictedImage(_picture(model, patches, grid), _bytes_of(truth), prefix, loss / (len(patches) - prefix))
+    return PredictedImage(_picture(model, patches, grid), from_tensor(truth), prefix, loss / (len(patches) - prefix))
 
 
 class _CachedReader:
@@ -190,12 +203,7 @@ def _as_patches(model: AIMv2, image: Tensor) -> Tensor:
 
 
 def _picture(model: AIMv2, patches: Tensor, grid: tuple[int, int]) -> NDArray[np.uint8]:
-    return _bytes_of(unpatchify(patches[None], model.encoder.config.patch_size, *grid)[0])
-
-
-def _bytes_of(image: Tensor) -> NDArray[np.uint8]:
-    """uint8 [3, H, W] -> [H, W, 3]."""
-    return image.permute(1, 2, 0).cpu().numpy().copy()
+    return from_tensor(unpatchify(patches[None], model.encoder.config.patch_size, *grid)[0])
 
 
 # ---- words ----
@@ -277,14 +285,9 @@ def _read(model: AIMv2, features: Tensor, ids: list[int]) -> tuple[Tensor, Tenso
 
 
 def _texts(model: AIMv2, ids: list[int]) -> list[str]:
-    """The text that each token adds to the caption."""
     assert model.tokenizer is not None
-    out, before = [], ""
-    for at, token in enumerate(ids):
-        text = model.tokenizer.decode(ids[: at + 1])
-        out.append(END if token == model.tokenizer.eos_id else text[len(before) :])
-        before = text
-    return out
+    texts = token_texts(ids, model.tokenizer)
+    return [END if token == model.tokenizer.eos_id else text for token, text in zip(ids, texts)]
 
 
 def _check_text(model: AIMv2) -> None:

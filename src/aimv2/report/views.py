@@ -19,7 +19,7 @@ from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import encoder_flops
 from aimv2.report.blocks import Section, Shot, Strip, Tinted
 from aimv2.report.features import attention_maps, patch_maps, pca_rgb
-from aimv2.report.images import Picture, blend, colour, enlarge, frame_patch, mask_after
+from aimv2.report.images import Picture, blend, colour, enlarge, frame_patch, from_tensor, mask_after
 from aimv2.report.predictions import (
     END,
     NORMALISED,
@@ -79,11 +79,6 @@ class ModelViews:
         return self.encoder.config.patch_size
 
 
-def bytes_of(image: Tensor) -> Picture:
-    """uint8 [3, H, W] -> [H, W, 3]."""
-    return image.permute(1, 2, 0).cpu().numpy()
-
-
 # ---- input ----
 
 
@@ -92,7 +87,7 @@ def batch_section(scene: ModelViews) -> Content:
     strips = []
     for sample in scene.training:
         height, width = sample.image.shape[1] // scene.patch, sample.image.shape[2] // scene.patch
-        picture = mask_after(bytes_of(sample.image), sample.prefix, scene.patch, 0.6)
+        picture = mask_after(from_tensor(sample.image), sample.prefix, scene.patch, 0.6)
         under = f"prefix {sample.prefix} of {height * width} patches"
         strips.append(Strip(sample.source or "", [Shot(picture, under, small(picture))], loss_tokens(scene, sample)))
     lead = (
@@ -195,7 +190,7 @@ def caption_section(scene: ModelViews) -> Content:
     strips = []
     for number, one in enumerate(scene.shown):
         words = caption_words(model, one.image)
-        picture = bytes_of(one.image)
+        picture = from_tensor(one.image)
         tokens = [
             Tinted(
                 visible(word.text),
@@ -236,7 +231,7 @@ def feature_section(scene: ModelViews) -> Content:
     colours = {name: pca_rgb([one[name][0] for one in maps]) for name in maps[0]}
     strips = []
     for number, one in enumerate(scene.shown):
-        picture = bytes_of(one.image)
+        picture = from_tensor(one.image)
         shots = [Shot(picture, "image", small(picture))]
         shots += [Shot(colours[name][number], name if name == "last" else f"layer {name}") for name in colours]
         strips.append(Strip("", shots, size=row_size(len(shots))))
@@ -253,7 +248,7 @@ def attention_section(scene: ModelViews) -> Content:
     layers = sorted({0, depth // 2, depth - 1})
     strips = []
     for one in scene.shown[:2]:
-        picture = bytes_of(one.image)
+        picture = from_tensor(one.image)
         grid = picture.shape[0] // scene.patch, picture.shape[1] // scene.patch
         for patch in chosen_patches(picture, grid, scene.patch):
             side = reach(picture)[0] // grid[0]
@@ -296,9 +291,9 @@ def neighbour_section(scene: ModelViews) -> Content:
     strips = []
     for number, one in enumerate(scene.shown):
         best, places = like[number].topk(min(NEIGHBOURS, len(pool) - 1))
-        shots = [Shot(bytes_of(one.image), named("image", one), small(bytes_of(one.image)))]
+        shots = [Shot(from_tensor(one.image), named("image", one), small(from_tensor(one.image)))]
         for cosine, place in zip(best.tolist(), places.tolist()):
-            picture = bytes_of(pool[place].image)
+            picture = from_tensor(pool[place].image)
             shots.append(Shot(picture, named(f"{cosine:.3f}", pool[place]), small(picture)))
         strips.append(Strip("", shots, size=row_size(len(shots))))
     lead = (
@@ -378,7 +373,7 @@ def comparison_section(
     for one in first.shown:
         if not all(one.key in run for run in found):
             continue
-        picture = bytes_of(one.image)
+        picture = from_tensor(one.image)
         shots = [Shot(picture, "image", small(picture))]
         shots += [
             replace(shot, under=f"{name}: {shot.under}") for name, run in zip(names, found) for shot in run[one.key][0]

@@ -209,14 +209,3 @@ def from_strip(strip: torch.Tensor, places: torch.Tensor, patch: int) -> NDArray
     for part, (row, column) in zip(parts, places.tolist()):
         out[row, :, column] = part
     return out.reshape(height * patch, width * patch, 3)
-
-
-def words(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each token adds to the text before it, leading space included."""
-    before, texts = "", []
-    for number, token in enumerate(tokens):
-        text = tokenizer.decode(tokens[: number + 1])
-        # an incomplete character decodes to different text than the complete one
-        texts.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
-        before = text
-    return texts

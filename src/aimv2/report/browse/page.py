@@ -11,10 +11,10 @@ from typing import Any
 from aimv2.config.schema import Config, Source
 from aimv2.errors import UsageError
 from aimv2.io import write_aside
-from aimv2.report.browse.drawn import Drawn, DrawnSample, words
+from aimv2.report.browse.drawn import Drawn, DrawnSample
 from aimv2.report.charts import Line, Panel, draw
 from aimv2.report.page import render_template
-from aimv2.report.predictions import visible
+from aimv2.report.predictions import token_texts, visible
 from aimv2.train.launch import rate_curve
 
 BINS = 16  # bins of the histogram at most
@@ -187,7 +187,7 @@ def chips(sample: DrawnSample, drawn: Drawn) -> list[Chip]:
     if tokenizer is None:
         return []
     out = []
-    for place, (number, text) in enumerate(zip(sample.tokens, words(sample.tokens, tokenizer))):
+    for place, (number, text) in enumerate(zip(sample.tokens, token_texts(sample.tokens, tokenizer))):
         if number == tokenizer.eos_id:
             out.append(Chip(END, number, special=True))
         elif not text.strip():  # the start of a text, or the first bytes of a character

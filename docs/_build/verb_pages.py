@@ -49,8 +49,8 @@ def pages() -> dict[str, str]:
         "",
         *table(list(EVERYWHERE)),
         "",
-        "Exit codes: 0, 1 where `doctor` found a failure, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
-        "Ctrl-C, 143 after SIGTERM.",
+        "Exit codes: 0, 1 if `doctor` found a failure, 2 for invalid input (one line on standard error says which option to "
+        "change), 130 after Ctrl-C, 143 after SIGTERM.",
     ]
     return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in COMMANDS}}
 
@@ -63,12 +63,12 @@ def page(name: str) -> str:
     lines = [f"# aimv2 {name}", "", sentence(command.summary), "", f"    {call} [--option VALUE ...]", ""]
     parser = config_parser() if name == "pretrain" else parser_of(name)
     if name == "pretrain":
-        lines += ["## How it is called", "", *table(list(PRETRAIN_SWITCHES)), ""]
+        lines += ["## Arguments", "", *table(list(PRETRAIN_SWITCHES)), ""]
     for title, rows in groups(parser, dashes=name != "pretrain"):
         lines += [f"## {cell(title)}", "", *table(rows), ""]
     gives = returns(doc_of(name))
     if gives:
-        lines += ["## What it gives", "", sentence(gives), ""]
+        lines += ["## Result", "", sentence(gives), ""]
     if epilog := getattr(module_of(name), "EPILOG", ""):
         lines += ["## A chain file", "", "```text", epilog, "```", ""]
     lines += ["`--json` and `--debug`: [every command](index.md)."]

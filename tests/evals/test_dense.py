@@ -413,7 +413,7 @@ def test_wrong_use(spoil: Callable[[Path], object] | None, options: dict[str, An
 def test_wrong_use_of_native_models_depth_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_at(tmp_path / "native", None)
     root = draw(tmp_path / "data", *SPLIT, counts=(4, 2))
-    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "sees 4 to 100 patches")):
+    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "takes 4 to 100 patches")):
         with pytest.raises(UsageError, match=f"--image-size {size}: .*{said}"):
             api.segment(str(tmp_path / "native"), str(root), image_size=size)
     flat = draw(tmp_path / "flat", *DEPTH_SPLIT, to_map=lambda ids: np.zeros_like(ids, np.uint16), counts=(3, 2))

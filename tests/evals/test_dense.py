@@ -377,7 +377,7 @@ def spoil_values(root: Path) -> None:
 
 
 WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
-    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, beside its images"),
+    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, next to its images"),
     (spoil_one, {}, r"val/images/2_01\.png has no mask; .*val/masks/2_01\.png expected"),
     (spoil_size, {}, r"1_02\.png is 64 x 48 px, its image 1_02\.jpg is 48 x 64"),
     (spoil_classes, {}, "1 class in the masks, at least two expected; see --ignore"),

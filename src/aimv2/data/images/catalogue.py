@@ -1,4 +1,4 @@
-"""What a source of pictures is, which files lie below a folder, and what columns hold: one rule for every command.
+"""What a source of pictures is, which files are below a folder, and what columns hold: one rule for every command.
 
 Each command has a table of the forms that it reads, by kind of source and by extension: a new form is one row there.
 """
@@ -156,7 +156,7 @@ class Columns:
         listed = ", ".join(known.values())
         image = known.get(self.image.lower()) if self.image else find_column(known.values(), "image", types)
         if image is None:
-            wanted = f"{self.image!r}" if self.image else "of the usual names (image, file_name, path, ...)"
+            wanted = f"{self.image!r}" if self.image else "of the known names (image, file_name, path, ...)"
             raise _no_column(f"{source}: no image column {wanted} among {listed}; give --image-column")
         found = [name for name in named_columns(known.values(), "caption") if name != image]
         captions = self.captions or [name.strip().lower() for name in found]

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from aimv2.cli.show import show
 from huggingface_hub import constants
 from torch import Tensor
 
 from aimv2 import api
 from aimv2.cli import main
+from aimv2.commands.render import render as show
 from aimv2.doctor import kernels, machine, selftest
 from aimv2.doctor.check import Check
 from aimv2.doctor.packages import install_line, requirements

@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
-from aimv2.commands.parse import options_class, signature_of
+from aimv2.commands.parse import doc_of, options_class, signature_of
 from aimv2.commands.table import COMMANDS, function_name
 
 FILE = Path(__file__).resolve().parents[1] / "src/aimv2/api/__init__.pyi"
@@ -35,7 +37,8 @@ def written(hint: object, field_type: str) -> str:
     """A type as a stub has it; lists in the forms that are accepted."""
     if field_type in ACCEPTED:
         return ACCEPTED[field_type]
-    return inspect.formatannotation(hint).replace("typing.", "")
+    text = inspect.formatannotation(hint).replace("typing.", "")
+    return re.sub(r"Optional\[([^\[\]]+)\]", r"\1 | None", text)
 
 
 def stub() -> str:
@@ -43,17 +46,16 @@ def stub() -> str:
     lines = [HEAD]
     for name in COMMANDS:
         kind = options_class(name)
-        types = {
-            key: text
-            for base in reversed(kind.__mro__)
-            for key, text in base.__dict__.get("__annotations__", {}).items()
-        }
+        types: dict[str, str] = {}
+        for base in reversed(kind.__mro__[:-1]):
+            types |= inspect.get_annotations(base)
         hints = get_type_hints(kind)
         lines.append(f"def {function_name(name)}(")
         for key, parameter in signature_of(name).parameters.items():
             default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
             lines.append(f"    {key}: {written(hints[key], types[key])}{default},")
-        lines.append(f") -> dict[str, Any]:\n    {chr(34) * 3}{inspect.getdoc(kind)}{chr(34) * 3}\n")
+        doc = textwrap.indent(doc_of(name), "    ").strip()
+        lines.append(f') -> dict[str, Any]:\n    """{doc}\n    """\n')
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import inspect
 import torch
 
 from aimv2 import api
-from aimv2.cli import VERBS
+from aimv2.commands.table import COMMANDS, function_name
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
 
@@ -40,6 +40,5 @@ def memory() -> str:
 
 
 def functions() -> str:
-    """Every verb's function, for mkdocstrings."""
-    names = [verb.function for verb in VERBS.values()]
-    return "\n".join(f"::: {inspect.getmodule(getattr(api, name)).__name__}.{name}" for name in names)
+    """Every command's function, for mkdocstrings."""
+    return "\n".join(f"::: aimv2.api.{function_name(name)}" for name in COMMANDS)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aimv2.api.explore import prepare
 from explored import COLOURS, plain_pictures
 from PIL import Image
 
@@ -16,6 +15,7 @@ from aimv2 import api
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import search, study
 from aimv2.explorer.answers import Answers
+from aimv2.explorer.prepare import prepare
 from aimv2.explorer.study import Memory
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model

@@ -334,7 +334,7 @@ def test_a_folder_that_may_not_be_read_is_a_line(tmp_path: Path, monkeypatch: py
                 raise PermissionError(13, "Permission denied", str(path))
             return real(path)
 
-        monkeypatch.setattr("aimv2.data.images.pictures.os.scandir", refuses)
+        monkeypatch.setattr("aimv2.data.images.catalogue.os.scandir", refuses)
     result = api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
     assert (result["rows"], result["rejected"]) == (2, 1)
     line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())

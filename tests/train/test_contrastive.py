@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.multiprocessing.spawn import spawn
 
 import aimv2
 from aimv2 import api
@@ -38,7 +36,9 @@ from aimv2.train.optim import hold_scale
 from aimv2.train.parallel import can_compile
 from aimv2.train.prepare import get_tokenizer
 from aimv2.train.step import TrainStep
-from runs import TINY, call, metrics, need_ranks, options, resume, scenes, torchrun, train
+from forked import call_on_ranks, forked
+from runs import TINY, metrics, need_ranks, options, resume, scenes, torchrun, train
+from world import TinyWorld
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 PAIR: dict[str, Any] = {
@@ -55,16 +55,14 @@ EXACT = ("step", "loss", "grad_norm", "lr", *FIGURES)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(world: TinyWorld) -> Path:
     """A model with its decoder: of it the encoder is taken."""
-    model = create_model("aimv2-tiny-patch8-32", True, 5, decoder_vocab_size=20, **SHAPE)
-    api.save_pretrained(model, tmp_path_factory.mktemp("encoder") / "model")
-    return tmp_path_factory.getbasetemp() / "encoder0" / "model"
+    return world.encoder
 
 
 def tune(data: Path, encoder: Path, run: Path, **more: Any) -> dict[str, Any]:
@@ -186,11 +184,10 @@ def one_step(world: World, batch: Batch, contrast: str) -> tuple[Any, dict[str, 
     return figures, {**gradients, "scale, held": local(step.model.log_scale).clone()}
 
 
-def rank_main(rank: int, folder: Path, contrast: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29200 + os.getppid() % 300)}
-    figures, gradients = one_step(join_world(), split_batch(pairs(), 2, 16)[rank], contrast)
-    if rank == 0:
+def rank_main(folder: Path, contrast: str) -> None:
+    world = join_world()
+    figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[world.rank], contrast)
+    if world.main:
         torch.save({"means": figures.means, "norm": figures.norm, "gradients": gradients}, folder / "two.pt")
     torch.distributed.destroy_process_group()
 
@@ -199,7 +196,7 @@ def rank_main(rank: int, folder: Path, contrast: str) -> None:
 def test_two_gloo_processes_give_the_gradients_of_one(contrast: str, tmp_path: Path) -> None:
     figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs(), contrast)
     need_ranks(2)
-    spawn(rank_main, (tmp_path, contrast), nprocs=2)
+    call_on_ranks(2, rank_main, tmp_path, contrast)
     two = torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(two["means"], figures.means, rtol=1e-5, atol=0)
     torch.testing.assert_close(two["norm"], figures.norm, rtol=1e-5, atol=0)
@@ -462,7 +459,7 @@ def test_wrong_use(data: Path, encoder: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_use_is_one_line_and_exit_2(data: Path, encoder: Path, tmp_path: Path) -> None:
-    ended = call(*options(data, tmp_path / "run", **PAIR, init=encoder, train__accumulate=2))
+    ended = forked(*options(data, tmp_path / "run", **PAIR, init=encoder, train__accumulate=2))
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
         "error: objective.name=contrastive compares each pair with the whole batch: train.accumulate 2 would lose most of the "

@@ -3,11 +3,9 @@
 import hashlib
 import io
 import math
-import os
 import shutil
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ import torch
 import yaml
 from distillation import dino_model, distil, exact
 from safetensors import safe_open
-from torch.multiprocessing.spawn import spawn
 
 import aimv2
 from aimv2 import api
@@ -38,14 +35,15 @@ from aimv2.models.sizes import encoder_flops
 from aimv2.objectives.distill import DistillObjective, relation_loss
 from aimv2.tasks.held_out import read_held_out
 from aimv2.train.step import TrainStep
-from runs import assert_refused, metrics, need_ranks, options, resume, scenes, torchrun, train
+from forked import call_on_ranks
+from runs import assert_refused, metrics, need_ranks, options, resume, torchrun, train
 
 NATIVE = "aimv2-large-patch14-native"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +230,9 @@ def one_step(world, batch, view, accumulate=1):
     return step(batch, 0), gradients
 
 
-def rank_main(rank, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29300 + os.getppid() % 300)}
+def rank_main(folder):
     world = join_world()
+    rank = world.rank
     for view, accumulate in product(("prefix", "whole"), (1, 2)):
         figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], view, accumulate)
         if rank == 0:
@@ -246,7 +243,7 @@ def rank_main(rank, folder):
 
 def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
     need_ranks(2)
-    spawn(rank_main, (Path(tmp_path),), nprocs=2)
+    call_on_ranks(2, rank_main, tmp_path)
     for view, accumulate in product(("prefix", "whole"), (1, 2)):
         figures, gradients = one_step(World(0, 1, torch.device("cpu")), pairs(), view)
         two = torch.load(tmp_path / f"{view}-{accumulate}.pt")

@@ -6,11 +6,10 @@ converted and checked as on the command line. ``__init__.pyi`` holds the signatu
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from aimv2.commands.parse import execute, options_class, signature_of
+from aimv2.commands.parse import doc_of, execute, signature_of
 from aimv2.commands.table import COMMANDS, function_name
 
 WEIGHTS = ("load_model", "save_pretrained")  # not commands
@@ -25,7 +24,7 @@ def make_function(name: str) -> Callable[..., dict[str, Any]]:
         return execute(name, signature.bind(*args, **options).arguments)
 
     call.__name__ = call.__qualname__ = function_name(name)
-    call.__doc__ = inspect.getdoc(options_class(name))
+    call.__doc__ = doc_of(name)
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -25,7 +26,7 @@ from aimv2.commands.parse import (
     spelled,
 )
 from aimv2.commands.table import COMMANDS, GROUPS
-from aimv2.errors import RankError, UsageError, nearest
+from aimv2.errors import RankError, UsageError, nearest, one_line
 
 CONFIG_HELP = "YAML recipe; --section.key value overrides it"
 FLAGS = ("resume", "overwrite")
@@ -96,7 +97,7 @@ def run() -> None:
     """The command: :func:`main`, and the process ends with its code.
 
     One rank of several ends at once: gloo's threads may still hold tensors of the last collective, and one that lets go of
-    them while the interpreter is taken down aborts a process whose work is done. So does a run that was asked to stop: a
+    them while the interpreter is taken down aborts a process whose work is done. So does a run that was interrupted: a
     further signal would find the interpreter without its handlers.
     """
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what could follow
@@ -112,7 +113,7 @@ def run() -> None:
 
 
 def complain(line: str, everywhere: bool = False) -> None:
-    """A line on standard error; under torchrun from rank 0 alone, unless the rank alone knows of it."""
+    """A line on standard error; under torchrun from rank 0 only, unless only this rank knows it."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
@@ -182,15 +183,31 @@ def read_words(name: str, words: list[str]) -> dict[str, Any]:
     """
     if COMMANDS[name].configured:
         own = [key for key in option_fields(name) if key not in ("config", "run", "options")]
-        switches = tuple(key for key in own if option_fields(name)[key].default is False)
-        recipe, given, bare = read_options(words, switches, tuple(key for key in own if key not in switches))
+        bare_ones = tuple(key for key in own if option_fields(name)[key].default is False)
+        recipe, given, bare = read_options(words, bare_ones, tuple(key for key in own if key not in bare_ones))
         mine: dict[str, Any] = {key: given.pop(key) for key in own if key in given}
         return {"config": recipe, "options": given, **mine, **{key: True for key in bare}}
-    parser = parser_of(name)
-    words = _join_negative(words)
     _check_options(name, words)
-    values = vars(parser.parse_args(_bare_switches(parser, _dashes(words)), defaults=False))
-    return {key: value for key, value in values.items() if key not in ("json", "debug")}
+    hints, positional = get_type_hints(options_class(name)), COMMANDS[name].words
+    parser = LineParser(prog=f"aimv2 {name}", add_help=False, allow_abbrev=False)
+    for word in positional:
+        key = word.rstrip("*")
+        parser.add_argument(key, metavar=key.upper(), nargs="*" if word.endswith("*") else None)
+    options = [key for key in option_fields(name) if key not in {word.rstrip("*") for word in positional}]
+    for key in options:
+        parser.add_argument(spelled(name, key), dest=key, default=argparse.SUPPRESS)
+    switches = {spelled(name, key) for key in options if hints[key] is bool}
+    values = parser.parse_args(
+        _bare_switches(switches, _dashes([word for word in _join_negative(words) if word != "--debug"]))
+    )
+    return vars(values)
+
+
+class LineParser(argparse.ArgumentParser):
+    """Splits the words of a command line; what the values mean is left to :func:`aimv2.commands.parse.read`."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(one_line(message, options=True), code="missing" if "required" in message else "invalid")
 
 
 def print_help(name: str) -> None:
@@ -227,11 +244,11 @@ def add_switches(parser: Any, name: str) -> None:
 
 
 def _dashes(words: list[str]) -> list[str]:
-    """--val-fraction is --val_fraction."""
+    """--val_fraction is --val-fraction."""
     out = []
     for word in words:
         head, equals, tail = word.partition("=")
-        out.append((head.replace("-", "_").replace("__", "--", 1) if head.startswith("--") else head) + equals + tail)
+        out.append((head.replace("_", "-") if head.startswith("--") else head) + equals + tail)
     return out
 
 
@@ -246,14 +263,8 @@ def _join_negative(words: list[str]) -> list[str]:
     return out
 
 
-def _bare_switches(parser: Any, words: list[str]) -> list[str]:
+def _bare_switches(switches: set[str], words: list[str]) -> list[str]:
     """--score is --score=true: an option of true or false with no such word after it."""
-    switches = {
-        name
-        for action in parser._actions
-        if getattr(action, "_typehint", None) is bool
-        for name in action.option_strings
-    }
     out = []
     for word, following in zip(words, [*words[1:], ""]):
         bare = word in switches and following.lower() not in ("true", "false", "yes", "no")

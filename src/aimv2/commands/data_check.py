@@ -29,7 +29,8 @@ class DataCheckOptions:
 
 def run(options: DataCheckOptions) -> dict[str, Any]:
     from aimv2.data.shards.check import check_data
-    from aimv2.data.text.tokenizer import load_tokenizer, read_captions, train_tokenizer
+    from aimv2.data.text.captions import read_captions
+    from aimv2.data.text.tokenizer import load_tokenizer, train_tokenizer
 
     source = options.source
     if options.tokenizer is not None:

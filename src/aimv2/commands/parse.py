@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.config.types import convert
@@ -47,6 +47,15 @@ def help_texts(name: str) -> dict[str, str]:
         for param in parse(kind.__doc__ or "").params if kind is not object else ():
             texts[param.arg_name] = " ".join((param.description or "").split())
     return texts
+
+
+def doc_of(name: str) -> str:
+    """The docstring of a command's API function: its options class, the meaning of every option, what ``run`` gives."""
+    about = (inspect.getdoc(options_class(name)) or "").partition("\n\nArgs:")[0]
+    texts = help_texts(name)
+    args = ["Args:", *(f"    {key}: {texts[key]}" for key in option_fields(name))] if option_fields(name) else []
+    gives = inspect.getdoc(module_of(name).run)
+    return "\n\n".join(part for part in (about, "\n".join(args), gives) if part)
 
 
 def make_parser(name: str) -> Any:
@@ -99,32 +108,46 @@ def read(name: str, given: Mapping[str, Any]) -> Any:
             raise UsageError(
                 f"unknown option '{option}'{nearest(option, [spelled(name, one) for one in known])}", code="unknown"
             )
+    for key, field in known.items():
+        if field.default is MISSING and key not in given:
+            raise UsageError(f"{spelled(name, key)} is missing", code="missing")
     values = {key: field.default for key, field in known.items() if field.default is not MISSING}
-    values |= {key: field.default_factory() for key, field in known.items() if field.default_factory is not MISSING}
-    values |= typed(name, {key: plain(value) for key, value in given.items()})
+    values |= typed(name, dict(given))
     values = {key: convert(value, hints[key], spelled(name, key)) for key, value in values.items()}
     return options_class(name)(**values)
 
 
 def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Values of the types of the options; lists stay as they are where text with commas is expected."""
-    hints = get_type_hints(options_class(name))
-    values, parser = {}, make_parser(name)
+    """Values of the types of the options: what a YAML file or Python has, as text where text is expected.
+
+    Raises:
+        UsageError: a value of another type.
+    """
+    hints, parser = get_type_hints(options_class(name)), make_parser(name)
+    whole = {
+        key: value for key, value in given.items() if isinstance(value, dict)
+    }  # a configuration is parsed elsewhere
+    given = {key: value for key, value in given.items() if key not in whole}
     for key, value in given.items():
-        if isinstance(value, list | tuple | dict) and hints[key] in (str, str | None, dict[str, Any] | None):
-            values[key] = value  # a list that its rule reads; the values of a configuration
-        else:
-            parser.add_argument(f"--{key}", type=hints[key])
-    rest = {key: value for key, value in given.items() if key not in values}
-    return values | vars(parser.parse_object(rest, defaults=False))
+        parser.add_argument(f"--{key}", type=hints[key])
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            known = list(map(str, get_args(hints[key])))
+            option = spelled(name, key)
+            among = f"one of {', '.join(known)} is expected{nearest(str(value), known)}"
+            raise UsageError(f"{option} {value}: {among}", option=option, code="unknown")
+    values = {key: plain(value, hints[key] in (str, str | None)) for key, value in given.items()}
+    found = vars(parser.parse_object(values, defaults=False))
+    return whole | {key: value for key, value in found.items() if key in given}
 
 
-def plain(value: Any) -> Any:
-    """Paths and devices as text; other values as they are."""
-    if value is None or isinstance(value, str | bool | int | float | dict):
+def plain(value: Any, is_text: bool) -> Any:
+    """Paths and devices as text; ``is_text``: numbers and lists too (``[1, 5]`` is ``"1,5"``)."""
+    if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return ",".join(str(one) for one in value) if is_text else [plain(one, False) for one in value]
+    if isinstance(value, int | float):
+        return str(value) if is_text else value
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 

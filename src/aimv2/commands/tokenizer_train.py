@@ -25,7 +25,8 @@ class TokenizerTrainOptions:
 
 
 def run(options: TokenizerTrainOptions) -> dict[str, Any]:
-    from aimv2.data.text.tokenizer import read_captions, train_tokenizer
+    from aimv2.data.text.captions import read_captions
+    from aimv2.data.text.tokenizer import train_tokenizer
 
     out = Path(options.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.sources import Item
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.evals.caption import Writing
@@ -77,7 +77,7 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 
 
 def write_all(
-    model: AIMv2, items: Sequence[Item | Sample], writing: Writing, data: str
+    model: AIMv2, items: Sequence[SourceEntry], writing: Writing, data: str
 ) -> tuple[list[str], list[str], list[tuple[str, ...]], dict[str, int]]:
     """Captions of all images that have references and can be read.
 

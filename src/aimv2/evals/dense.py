@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.maps import Kind, Pair, depths, masks, open_pairs, scan_maps, whole_images
+from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
 from aimv2.evals.harness import Evaluation, baseline_figures
@@ -41,11 +41,11 @@ class DenseWork:
         empty: training and test images whose maps say nothing.
     """
 
-    train: list[Pair]
-    test: list[Pair]
+    train: list[MappedImage]
+    test: list[MappedImage]
     split: str
     maps: np.ndarray
-    kind: Kind
+    kind: MapKind
     task: Task
     empty: tuple[int, int]
 
@@ -70,7 +70,7 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
 
 
 def segmentation_work(
-    options: DenseOptions, data: str, kind: Kind, size: int, classes: int | None, scratch: Path
+    options: DenseOptions, data: str, kind: MapKind, size: int, classes: int | None, scratch: Path
 ) -> DenseWork:
     """
     Raises:
@@ -96,7 +96,7 @@ def segmentation_work(
     return DenseWork(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
 
 
-def depth_work(options: DenseOptions, data: str, kind: Kind, size: int, scratch: Path) -> DenseWork:
+def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scratch: Path) -> DenseWork:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; a split without any depth.
@@ -142,7 +142,12 @@ class DenseFeatures:
 
 
 def dense_features(
-    frozen: Frozen, pairs: Sequence[Pair], name: str, options: DenseOptions, layers: Sequence[str], folder: Path | None
+    frozen: Frozen,
+    pairs: Sequence[MappedImage],
+    name: str,
+    options: DenseOptions,
+    layers: Sequence[str],
+    folder: Path | None,
 ) -> DenseFeatures:
     """
     Raises:
@@ -317,8 +322,6 @@ def open_dense(command: str, options: DenseOptions, maps: str) -> tuple[Frozen, 
         raise UsageError(f"--data is missing: a folder of images and {maps}", code="missing")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{command}: its batch norm sees one process; start it without torchrun", code="unsupported")
-    if not all(rate <= 1 for rate in options.rates):
-        raise UsageError(f"--rates {max(options.rates):g}: above 0, at most 1 expected")
     if isinstance(options.image_size, str):
         raise UsageError(f"--image-size {options.image_size}: maps are of one size here; pixels a side expected")
     frozen = options.open()

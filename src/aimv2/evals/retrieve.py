@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.sources import Item
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.prefetch import ahead
 from aimv2.data.text.tokenizer import clean_text
 from aimv2.errors import UsageError
@@ -102,7 +102,7 @@ def too_few(data: str, there: str, wanted: int, rejected: Sequence[dict[str, str
     return UsageError(f"--data {data}: {there}, fewer than the {wanted} candidates (--candidates){why}")
 
 
-def draw(matcher: Matcher, items: Sequence[Item | Sample], count: int, others: int, seed: int) -> Candidates:
+def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int, seed: int) -> Candidates:
     """Up to ``count`` images that can be read and have captions and up to ``others`` further ones, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     found = Candidates([], [], [], [])

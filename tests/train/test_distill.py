@@ -437,7 +437,7 @@ def test_misuse_of_stored_features(data, teacher, tmp_path, capsys):
         capsys, [*options(taught, tmp_path / "run"), *more, "--data.flip", 0.5], "flip 0.0", "data.flip is 0.5"
     )
     assert_refused(capsys, ["data", "teach", teacher, taught, taught], "OUT", "DATA itself")
-    assert_refused(capsys, ["data", "teach", teacher, data, taught], "other views", "give another folder")
+    assert_refused(capsys, ["data", "teach", teacher, data, taught], "another view", "give a new folder")
     assert_refused(capsys, ["data", "teach", teacher, data, data], "OUT", "DATA itself")
     assert_refused(capsys, ["data", "teach", "/nowhere/model", data, tmp_path / "x"], "/nowhere/model")
     assert_refused(capsys, ["data", "teach", teacher, "/nowhere", tmp_path / "x"], "/nowhere")

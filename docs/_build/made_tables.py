@@ -7,7 +7,7 @@ import inspect
 import torch
 
 from aimv2 import api
-from aimv2.cli import VERBS
+from aimv2.cli.dispatch import VERBS
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from aimv2 import api
-from aimv2.cli import VERBS, verb_parser
+from aimv2.cli.dispatch import VERBS, verb_parser
 from aimv2.config.load import config_parser
 
 # options that the command line removes from pretrain's arguments before its configuration is parsed

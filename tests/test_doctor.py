@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.cli.show import show
+from aimv2.commands.render import render as show
 from aimv2.doctor import kernels, machine, selftest
 from aimv2.doctor.check import Check
 from aimv2.doctor.packages import install_line, requirements

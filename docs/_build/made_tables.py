@@ -7,7 +7,7 @@ import inspect
 import torch
 
 from aimv2 import api
-from aimv2.cli.dispatch import VERBS
+from aimv2.commands.table import COMMANDS, function_name
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
 
@@ -41,5 +41,4 @@ def memory() -> str:
 
 def functions() -> str:
     """The function of every command, for mkdocstrings."""
-    names = [verb.function for verb in VERBS.values()]
-    return "\n".join(f"::: {inspect.getmodule(getattr(api, name)).__name__}.{name}" for name in names)
+    return "\n".join(f"::: aimv2.api.{function_name(name)}" for name in COMMANDS)

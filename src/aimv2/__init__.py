@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aimv2.api import load_model as load_model
-    from aimv2.api import save_pretrained as save_pretrained
     from aimv2.data.stream.transforms import image_transform as image_transform
+    from aimv2.data.text.models import load_model as load_model
+    from aimv2.data.text.models import save_pretrained as save_pretrained
     from aimv2.models.aimv2 import AIMv2 as AIMv2
     from aimv2.models.create import create_model as create_model
     from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
@@ -33,8 +33,8 @@ _MODULES = {
     "fast_matmul": "aimv2.models.matmul",
     "image_transform": "aimv2.data.stream.transforms",
     "list_models": "aimv2.models.sizes",
-    "load_model": "aimv2.api",
-    "save_pretrained": "aimv2.api",
+    "load_model": "aimv2.data.text.models",
+    "save_pretrained": "aimv2.data.text.models",
 }
 
 _ALIASES = {"fast_products": "fast_matmul"}  # earlier names

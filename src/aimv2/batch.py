@@ -23,7 +23,7 @@ ROW_BUCKET = 32  # so is R
 PATCH_BUCKET = 128  # so is S
 
 
-class RowLayout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Attention slots of the rows of a packed batch; see :class:`aimv2.models.layers.Spans`.
 
     ``image_slots`` int64 [N] and ``image_groups`` cover only the images, ``slots`` int64 [N + R] and ``groups`` the images,
@@ -36,9 +36,9 @@ class RowLayout(NamedTuple):
     slots: Tensor
     groups: tuple[tuple[int, int], ...]
 
-    def to(self, device: torch.device | str) -> RowLayout:
+    def to(self, device: torch.device | str) -> PackedLayout:
         moved = (self.image_slots.to(device, non_blocking=True), self.slots.to(device, non_blocking=True))
-        return RowLayout(moved[0], self.image_groups, moved[1], self.groups)
+        return PackedLayout(moved[0], self.image_groups, moved[1], self.groups)
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Batch:
             [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
-        prefix_len: int64 [B], patches with bidirectional attention, 1..I-1.
+        prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
+            scored.
         token_rows: int64 [R], indices of the real tokens into the flat [B * T] text, caption by caption; padding holds
             B * T.
         patch_rows: int64 [S], indices of the scored image positions into the flat [B * I]; padding holds 0. Position i
@@ -75,7 +76,7 @@ class Batch:
     images: Tensor
     text: Tensor
     text_len: Tensor
-    prefix_len: Tensor
+    prefix_len: Tensor | None
     token_rows: Tensor
     patch_rows: Tensor
     token_count: Tensor
@@ -87,7 +88,7 @@ class Batch:
     target_rows: Tensor | None = None
     places: Tensor | None = None
     image_len: Tensor | None = None
-    layout: RowLayout | None = None
+    layout: PackedLayout | None = None
     teacher: Tensor | None = None
     teacher_scale: Tensor | None = None
     sources: list[int] = field(default_factory=list)
@@ -177,7 +178,7 @@ def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
 def make_batch(
     images: Tensor,
     captions: Sequence[Sequence[int]],
-    prefix_len: Sequence[int] | Tensor,
+    prefix_len: Sequence[int] | Tensor | None,
     patches: int,
     keys: Sequence[str] = (),
     bad: Sequence[str] = (),
@@ -193,7 +194,7 @@ def make_batch(
     Args:
         images: [B, 3, H, W].
         captions: B lists of token ids, each ending with end of text; an empty list is no caption.
-        prefix_len: B prefix lengths in 1..patches-1.
+        prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
         patches: I, patches per image.
         keys: B sample keys (for messages).
         bad: samples that could not be decoded.
@@ -207,14 +208,18 @@ def make_batch(
     import torch
 
     text_len = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
-    prefix = torch.as_tensor(prefix_len, dtype=torch.int64)
-    assert patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), f"prefix outside 1..{patches - 1}"
+    prefix = None if prefix_len is None else torch.as_tensor(prefix_len, dtype=torch.int64)
+    assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), (
+        f"prefix outside 1..{patches - 1}"
+    )
     width = text_width or round_up(int(text_len.max()), TEXT_BUCKET)
     text = torch.zeros(len(captions), width, dtype=torch.int64)
     for row, caption in enumerate(captions):
         text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
     real = (torch.arange(width) < text_len[:, None]).flatten().nonzero().flatten()
-    rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
+    rows, targets = torch.zeros(0, dtype=torch.int64), None
+    if prefix is not None:
+        rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
     return Batch(
         images=images,
         text=text,
@@ -278,7 +283,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         images=_joined([batch.images for batch in batches]),
         text=text,
         text_len=text_len,
-        prefix_len=_joined([batch.prefix_len for batch in batches]),
+        prefix_len=optional("prefix_len"),
         token_rows=pad_rows(torch.cat(tokens), ROW_BUCKET, text.numel()),
         patch_rows=pad_rows(torch.cat(rows), PATCH_BUCKET, 0),
         token_count=torch.tensor(sum(map(len, tokens))),
@@ -325,7 +330,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 images=batch.images[own],
                 text=batch.text[own, :width].contiguous(),
                 text_len=batch.text_len[own],
-                prefix_len=batch.prefix_len[own],
+                prefix_len=None if batch.prefix_len is None else batch.prefix_len[own],
                 token_rows=pad_rows(tokens, ROW_BUCKET, size * width),
                 patch_rows=pad_rows(scored_at[inside] - at * places, PATCH_BUCKET, 0),
                 token_count=torch.tensor(len(tokens)),

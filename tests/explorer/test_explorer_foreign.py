@@ -10,11 +10,11 @@ import pytest
 import torch
 from explored import plain_pictures
 
-from aimv2.api.explore import prepare
 from aimv2.errors import UsageError
 from aimv2.explorer.album import RequestError
 from aimv2.explorer.answers import Answers
 from aimv2.explorer.foreign import CANNOT
+from aimv2.explorer.prepare import prepare
 from aimv2.explorer.study import open_shown
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model

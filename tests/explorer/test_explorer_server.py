@@ -307,7 +307,7 @@ def test_a_wrong_question_is_a_sentence(url: str, name: str, query: dict[str, An
 
 
 def test_stored_features_are_read_instead_of_the_pictures(place: Path, tmp_path: Path) -> None:
-    from aimv2.api.explore import prepare
+    from aimv2.explorer.prepare import prepare
 
     names = sorted(COLOURS)
     for form in ("npy", "parquet"):
@@ -330,7 +330,7 @@ def test_stored_features_are_read_instead_of_the_pictures(place: Path, tmp_path:
 
 
 def test_stored_features_of_another_kind_are_left_alone(place: Path, tmp_path: Path) -> None:
-    from aimv2.api.explore import prepare
+    from aimv2.explorer.prepare import prepare
 
     api.embed(str(place / "model"), str(place / "pictures"), str(tmp_path / "means"), device="cpu")
     answers = prepare(str(place / "model"), str(tmp_path / "means"), None, 0, 1, "cpu")

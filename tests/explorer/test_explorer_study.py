@@ -12,10 +12,10 @@ from PIL import Image
 
 import aimv2
 from aimv2 import api
-from aimv2.api.explore import prepare
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import search, study
 from aimv2.explorer.answers import Answers
+from aimv2.explorer.prepare import prepare
 from aimv2.explorer.study import AnswerCache
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model

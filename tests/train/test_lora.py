@@ -15,22 +15,21 @@ from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lora import add_lora, merge_lora
 from aimv2.train.parallel import can_compile
-from runs import exact, options, resume, scenes, torchrun, train
+from runs import exact, options, resume, torchrun, train
+from world import TinyWorld
 
 pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")
-def more(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def more(world: TinyWorld) -> dict[str, Any]:
     """Options of a run that updates a model of six steps."""
-    run = tmp_path_factory.mktemp("origin") / "run"
-    train(data, run, eval__captions=0)
-    return {"init": str(run), "optim__lora": 3, "eval__captions": 0, "seed": 2, "train__save_every": 3}
+    return {"init": str(world.run), "optim__lora": 3, "eval__captions": 0, "seed": 2, "train__save_every": 3}
 
 
 @pytest.fixture(scope="module")

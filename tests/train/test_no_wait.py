@@ -14,12 +14,13 @@ from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config.schema import Config
 from aimv2.data.stream.native import make_native_batch, pack
 from aimv2.distributed import World
+from aimv2.features.teacher import Teacher
 from aimv2.models.classifier import Classifier
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.lit import LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig
-from aimv2.objectives.distill import DistillObjective, Teacher
+from aimv2.objectives.distill import DistillObjective
 from aimv2.train import step as steps
 from aimv2.train.step import TrainStep
 

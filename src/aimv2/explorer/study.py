@@ -75,7 +75,7 @@ def open_shown(source: str, device: str, stats: Stats | None = None) -> ShownMod
     Raises:
         UsageError: nothing to load.
     """
-    from aimv2.api.models import load_model
+    from aimv2.data.text.models import load_model
     from aimv2.features.foreign import is_foreign
     from aimv2.features.frozen import open_frozen
     from aimv2.interop import load

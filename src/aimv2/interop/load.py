@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from aimv2.errors import UsageError, first_line, nearest
+from aimv2.distributed import usable_device
+from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
 from aimv2.interop.hub import INDEX
 from aimv2.interop.layouts import Detected, Rules
@@ -304,27 +305,6 @@ def widest(weights: Weights, rules: Rules) -> torch.dtype:
     """
     kinds = {weights.dtype(name) for names in rules.values() for name in names}
     return reduce(torch.promote_types, kinds)
-
-
-def usable_device(device: str | int | torch.device | None) -> torch.device:
-    """Check a device by creating an empty tensor on it; None is the CPU, a number a GPU.
-
-    Raises:
-        UsageError: an unknown name, or an unavailable device.
-    """
-    if isinstance(device, str) and device.isdecimal():
-        device = int(device)
-    try:
-        found = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        why = first_line(error, 150)
-        raise UsageError(
-            f"device {device}: can't be used here ({why}); use cpu, or cuda where there is a GPU",
-            option="device",
-            code="unsupported",
-        ) from None
-    return found
 
 
 def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -149,7 +149,7 @@ class VisionEncoder(nn.Module):
         """Features of a training batch, with prefix attention unless ``bidirectional``: [B, I, D]; a packed batch [1, N, D]."""
         if batch.places is None:
             return self(batch.images, None if bidirectional else batch.prefix_len)
-        assert batch.image_len is not None
+        assert batch.image_len is not None and batch.prefix_len is not None
         if self.frozen and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward_batch(batch, bidirectional)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from aimv2.distributed import usable_device
 from aimv2.errors import UsageError
-from aimv2.interop.load import usable_device
 from aimv2.models.aimv2 import AIMv2
 from aimv2.report import facts, views
 from aimv2.report.blocks import Section

@@ -73,7 +73,7 @@ def count_classes(config: Config) -> int:
     Raises:
         UsageError: no sample has a label.
     """
-    from aimv2.data.images.forms import list_shard
+    from aimv2.data.shards.listing import list_shard
 
     largest = max(
         int(list_shard(shard)[2].max(initial=-1)) for shards in training_shards(config.data) for shard in shards

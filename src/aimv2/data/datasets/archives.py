@@ -11,24 +11,21 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from aimv2.data.images.decode import ImageError
+from aimv2.data.images.catalogue import walk
 from aimv2.data.images.forms import (
     Form,
-    ImageFiles,
     Listed,
-    class_folders,
     find_home,
     names_beside,
     read_lines,
     read_matrix,
+    split_folders,
     wrong,
 )
-from aimv2.data.images.pictures import walk
+from aimv2.data.images.readers import HDF5Images, ImageFiles
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -109,7 +106,7 @@ def imagenet(root: Path, source: str) -> Form | None:
         return None  # not ImageNet's, or class folders like any other
     dataset = "imagenet1k" if len(wnids) == 1000 else None
     if not flat:
-        form = class_folders(home, source, split=True)
+        form = split_folders(home, source)
         return form and Form("ImageNet's class folders", form.splits, dataset)
     above = [*dict.fromkeys((home, *list(home.parents)[: len(home.relative_to(root).parts)], root, root.parent))]
     splits = {
@@ -203,34 +200,6 @@ _PCAM = "camelyonpatch_level_2_split_{}_{}.h5"
 _PCAM_SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 
-class TableOfImages:
-    """Images of a data set ``x`` [N, H, W, 3] in an HDF5 file, which each process opens for itself.
-
-    h5py has one lock for all threads and holds it over a fork; a lock of our own could be copied while it is held.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._open: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        self.__init__(path)  # type: ignore[misc]
-
-    def __call__(self, row: int) -> Image.Image:
-        import h5py
-
-        try:
-            held = self._open
-            if held is None or held[0] != os.getpid():
-                held = self._open = os.getpid(), h5py.File(self.path, "r")["x"]
-            return Image.fromarray(held[1][row])
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ImageError(f"cannot be read: {error}") from None
-
-
 def pcam(root: Path, source: str) -> Form | None:
     """``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``; read by h5py.
 
@@ -271,4 +240,4 @@ def _list_pcam(x: Path, source: str) -> Listed:
             f"{x.name}: images [N, 96, 96, 3] of bytes and N labels expected, {list(shape)} of {kind} and {len(found)} found",
         )
     keys = [f"{x.stem}-{row:06d}" for row in range(len(found))]
-    return Listed(keys, found, ("normal", "tumor"), TableOfImages(x))
+    return Listed(keys, found, ("normal", "tumor"), HDF5Images(x))

@@ -9,7 +9,6 @@ Legend: N images, C classes.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,21 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.datasets.registry import Registered, known_form, registered
-from aimv2.data.images.forms import Form, Listed, class_folders, list_form, shard_form, wrong
-from aimv2.data.images.hub import hub_form, saved_form
+from aimv2.data.images.catalogue import kind_of
+from aimv2.data.images.forms import (
+    Form,
+    Listed,
+    class_folders,
+    hub_form,
+    list_file,
+    list_folder,
+    saved_form,
+    shard_folder,
+    shard_pattern,
+    split_folders,
+    wrong,
+)
+from aimv2.data.images.readers import ChosenImages, JoinedImages
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -115,40 +127,30 @@ def require_labelled(source: str, split: Split, dataset: str | None = None) -> L
     raise wrong(source, f"no {split} split ({form.kind}, {has} only); {how}")
 
 
+# the forms of a folder, in the order in which they are tried
+FOLDER_FORMS: tuple[Callable[[Path, str], Form | None], ...] = (
+    *(shard_folder, known_form, split_folders, list_folder, saved_form, class_folders),
+)
+OTHER_FORMS: dict[str, Callable[[Path, str], Form | None]] = {
+    **{"tars": shard_pattern, "file": list_file, "hub": hub_form},
+}
+
+
 def find_form(source: str) -> Form:
     """What a source holds.
 
     Raises:
         UsageError: nothing there, or nothing with labels.
     """
-    path = Path(source).expanduser()
+    kind, path = kind_of(source)
+    forms = FOLDER_FORMS if kind == "folder" else [OTHER_FORMS[kind]] if kind in OTHER_FORMS else []
     try:
-        if form := shard_form(source):
-            return form
-        if path.is_dir():
-            return _folder_form(path, source)
-        if form := list_form(path, source):
+        if form := next((form for find in forms if (form := find(path, source))), None):
             return form
     except OSError as error:
         raise wrong(source, f"cannot be read: {error.strerror or error}") from None
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not path.parent.exists():
-        return hub_form(source)
-    what = "not a data set" if path.exists() else "does not exist"
+    what = {"folder": "no labels there", "missing": "does not exist"}.get(kind, "not a data set")
     raise wrong(source, f"{what}; expected {EXPECTED}")
-
-
-def _folder_form(root: Path, source: str) -> Form:
-    finders: list[Callable[[], Form | None]] = [
-        lambda: known_form(root, source),
-        lambda: class_folders(root, source, split=True),
-        lambda: list_form(root, source),
-        lambda: saved_form(root, source),
-        lambda: class_folders(root, source, split=False),
-    ]
-    for find in finders:
-        if form := find():
-            return form
-    raise wrong(source, f"no labels there; expected {EXPECTED}")
 
 
 def _name(source: str) -> str:
@@ -255,19 +257,8 @@ def subset(data: Labelled, rows: np.ndarray) -> Labelled:
         data,
         keys=[data.keys[row] for row in rows],
         labels=data.labels[rows],
-        image=_Chosen(data.image, rows),
+        image=ChosenImages(data.image, rows),
     )
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Images by their places in ``rows``."""
-
-    image: Callable[[int], Image.Image]
-    rows: np.ndarray
-
-    def __call__(self, row: int) -> Image.Image:
-        return self.image(int(self.rows[row]))
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:
@@ -276,20 +267,8 @@ def joined(first: Labelled, second: Labelled) -> Labelled:
         first,
         keys=[*first.keys, *second.keys],
         labels=np.concatenate([first.labels, second.labels]),
-        image=_Joined(first, second),
+        image=JoinedImages((first.image, len(first.labels)), (second.image, len(second.labels))),
     )
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Images of one split, then those of another."""
-
-    first: Labelled
-    second: Labelled
-
-    def __call__(self, row: int) -> Image.Image:
-        count = len(self.first.labels)
-        return self.first.image(row) if row < count else self.second.image(row - count)
 
 
 def limit(data: Labelled, count: int, seed: int = 0) -> Labelled:

@@ -177,6 +177,7 @@ def samples_of(batch: Batch, view: View, patch: int) -> Iterator[DrawnSample]:
         view: the stream's view.
         patch: p.
     """
+    assert batch.prefix_len is not None
     captions = captions_of(batch)
     for row, (key, source, image) in enumerate(zip(batch.keys, batch.sources, pictures(batch, view, patch))):
         kept = None if batch.kept is None else batch.kept[row].numpy()

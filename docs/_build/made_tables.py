@@ -40,5 +40,5 @@ def memory() -> str:
 
 
 def functions() -> str:
-    """Every command's function, for mkdocstrings."""
+    """The function of every command, for mkdocstrings."""
     return "\n".join(f"::: aimv2.api.{function_name(name)}" for name in COMMANDS)

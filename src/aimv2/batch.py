@@ -23,7 +23,7 @@ ROW_BUCKET = 32  # so is R
 PATCH_BUCKET = 128  # so is S
 
 
-class RowLayout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Attention slots of the rows of a packed batch; see :class:`aimv2.models.layers.Spans`.
 
     ``image_slots`` int64 [N] and ``image_groups`` cover only the images, ``slots`` int64 [N + R] and ``groups`` the images,
@@ -36,9 +36,9 @@ class RowLayout(NamedTuple):
     slots: Tensor
     groups: tuple[tuple[int, int], ...]
 
-    def to(self, device: torch.device | str) -> RowLayout:
+    def to(self, device: torch.device | str) -> PackedLayout:
         moved = (self.image_slots.to(device, non_blocking=True), self.slots.to(device, non_blocking=True))
-        return RowLayout(moved[0], self.image_groups, moved[1], self.groups)
+        return PackedLayout(moved[0], self.image_groups, moved[1], self.groups)
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Batch:
             [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
-        prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is scored.
+        prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
+            scored.
         token_rows: int64 [R], indices of the real tokens into the flat [B * T] text, caption by caption; padding holds
             B * T.
         patch_rows: int64 [S], indices of the scored image positions into the flat [B * I]; padding holds 0. Position i
@@ -87,7 +88,7 @@ class Batch:
     target_rows: Tensor | None = None
     places: Tensor | None = None
     image_len: Tensor | None = None
-    layout: RowLayout | None = None
+    layout: PackedLayout | None = None
     teacher: Tensor | None = None
     teacher_scale: Tensor | None = None
     sources: list[int] = field(default_factory=list)

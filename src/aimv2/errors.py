@@ -52,7 +52,7 @@ class UsageError(ValueError):
 
 def first_line(error: BaseException, limit: int = 200) -> str:
     """First line of another library's error message, its type where there is none, cut to ``limit`` characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:limit]
 
 
 class RankError(UsageError):

@@ -210,8 +210,8 @@ def test_a_picture_is_taken_by_what_it_holds(url: str, kind: str) -> None:
         (encoded("TIFF"), 415, "a JPEG, PNG or WebP is expected"),
         (encoded("JPEG", (300, 300))[:-300], 415, "can't be used"),
         (encoded("PNG", (9000, 6000)), 415, "more than 50,000,000 pixels"),
-        (b"\xff" * 1_000_001, 413, "larger than the 1 MB"),
-        (b"\xff" * 3_000_000, 413, "larger than the 1 MB"),
+        (b"\xff" * 1_000_001, 413, "larger than the limit of 1 MB"),
+        (b"\xff" * 3_000_000, 413, "larger than the limit of 1 MB"),
     ],
     ids=["empty", "text", "svg", "gif", "tiff", "cut", "pixels", "one byte more", "large"],
 )

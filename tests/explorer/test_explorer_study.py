@@ -89,7 +89,7 @@ def test_search_by_a_pair(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, scores, compared = found_by(answers, "a blue one")
     assert names == [f"{NAMES[n]}.png" for n in cosine.argsort(descending=True).tolist()] and names[0] == "blue.png"
     np.testing.assert_allclose(scores, cosine.sort(descending=True).values, atol=2e-4)
-    assert compared == 6 and "writes none" in answers.about({})["models"][0]["cannot"]["caption"]
+    assert compared == 6 and "generates none" in answers.about({})["models"][0]["cannot"]["caption"]
     monkeypatch.setattr(search, "BUDGET", 0)
     monkeypatch.setattr(study, "AT_ONCE", 1)
     slow = opened(place, "pair")
@@ -108,7 +108,7 @@ def test_a_pair_searches_vectors_on_disk(place: Path, tmp_path: Path) -> None:
         names, scores, compared = found_by(answers, "a green one")
         assert (names, compared) == (wanted[0], 6) and "stored" in answers.about({})["models"][0]["stored"]
         np.testing.assert_allclose(scores, wanted[1], atol=1e-3)
-        assert len(answers.study.cache.kept) == 0
+        assert len(answers.study.cache.entries) == 0
     rows = np.load(tmp_path / "npy" / "features-00000.npy")
     rows[[NAMES.index("green"), NAMES.index("white")]] = rows[[NAMES.index("white"), NAMES.index("green")]]
     np.save(tmp_path / "npy" / "features-00000.npy", rows)

@@ -30,9 +30,3 @@ class Check:
 
     def __post_init__(self) -> None:
         assert self.advice or self.status in ("ok", "off"), f"{self.name}: {self.status} without advice"
-
-
-def reason(error: BaseException, most: int = 160) -> str:
-    """First non-empty line of an error message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:most]

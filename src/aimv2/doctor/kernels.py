@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aimv2.doctor.check import Check, reason
+from aimv2.doctor.check import Check
+from aimv2.errors import first_line
 
 SHAPE = (2, 2, 32, 64)  # B, H, N, d
 REQUIRED = "math"  # the fallback of all others
@@ -97,11 +98,11 @@ def try_backend(attend: Callable[[Tensor, Tensor, Tensor], Tensor], device: torc
             if off > (0.05 if kind == torch.bfloat16 else TOLERANCE):
                 return [], f"differs from plain attention by {off:.2g}"
         except Exception as error:  # anything that a backend raises on this device
-            return [], reason(error)
+            return [], first_line(error)
         try:
             attend(q.requires_grad_(), k, v).float().sum().backward()
         except Exception as error:
-            return ["forward"], reason(error)
+            return ["forward"], first_line(error)
     return ["forward", "backward"], ""
 
 
@@ -120,7 +121,7 @@ def compiled() -> Check:
             with torch.no_grad():
                 off = (torch.compile(sample)(x) - sample(x)).abs().max().item()
     except Exception as error:  # missing compiler, headers, Triton, ..
-        return Check("kernels", name, "warn", f"{compiler}: {reason(error)}", advice)
+        return Check("kernels", name, "warn", f"{compiler}: {first_line(error)}", advice)
     seconds = time.perf_counter() - began
     if off > TOLERANCE:
         advice = "train with train.compile=off, and report it"

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import aimv2
-from aimv2.doctor.check import Check, Status, reason
+from aimv2.doctor.check import Check, Status
 from aimv2.doctor.packages import RequiredPackage, requirements, satisfies
+from aimv2.errors import first_line
 
 PYTHON = (3, 11)  # oldest supported version
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -255,4 +256,4 @@ def try_gloo() -> str:
         finally:
             dist.destroy_process_group()
     except Exception as error:  # any network error
-        return reason(error)
+        return first_line(error)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from aimv2.doctor.check import Check, reason
+from aimv2.doctor.check import Check
 from aimv2.doctor.kernels import default_device
+from aimv2.errors import first_line
 
 SCENES, STEPS, PAIRS = 512, 60, 32
 MAX_RATIO = 0.6  # of last to first loss
@@ -77,7 +78,7 @@ def self_test() -> Iterator[Check]:
         raise KeyboardInterrupt from None
     except Exception as error:
         advice = "training does not work here: see the failures above, else report it with `aimv2 doctor --json`"
-        yield Check("self-test", "a tiny run", "fail", f"{type(error).__name__}: {reason(error)}", advice)
+        yield Check("self-test", "a tiny run", "fail", f"{type(error).__name__}: {first_line(error)}", advice)
         return
     seconds = time.perf_counter() - began
     fell = last < MAX_RATIO * first

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2.batch import PATCH_BUCKET, Batch, RowLayout, captions_of, make_batch, pad_rows, scored
+from aimv2.batch import PATCH_BUCKET, Batch, PackedLayout, captions_of, make_batch, pad_rows, scored
 from aimv2.models.positions import grid_places
 
 
@@ -125,7 +125,7 @@ def pack(batches: Sequence[Batch]) -> Batch:
     captions = [caption for batch in batches for caption in captions_of(batch)]
     prefix = torch.cat([batch.prefix_len for batch in batches if batch.prefix_len is not None])
     image_len = torch.tensor(lengths)
-    # the widest image as the number of patches: the rows below are recomputed
+    # the widest image as the number of patches: the rows are recomputed below
     joined = make_batch(
         torch.cat(strips, dim=2)[None],
         captions,
@@ -151,7 +151,7 @@ def pack(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def strip_layout(area: int, batch: Batch) -> RowLayout:
+def strip_layout(area: int, batch: Batch) -> PackedLayout:
     """The decoder's slots of strips: [B * A] image rows, then the captions, each after its image's real patches."""
     assert batch.image_len is not None
     width = batch.text.shape[1]
@@ -160,7 +160,7 @@ def strip_layout(area: int, batch: Batch) -> RowLayout:
     image = torch.arange(count)[:, None] * length + position
     image = image.masked_fill(position >= batch.image_len[:, None], count * length).flatten()
     text = _text_slots(batch.token_rows, width, batch.image_len, torch.arange(count) * length, count * length)
-    return RowLayout(image[:0], (), torch.cat([image, text]), ((count, length),))
+    return PackedLayout(image[:0], (), torch.cat([image, text]), ((count, length),))
 
 
 def _text_slots(token_rows: Tensor, width: int, image_len: Tensor, starts: Tensor, total: int) -> Tensor:
@@ -170,7 +170,7 @@ def _text_slots(token_rows: Tensor, width: int, image_len: Tensor, starts: Tenso
     return torch.where(sample >= len(image_len), total, starts[own] + image_len[own] + token)
 
 
-def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_rows: Tensor, width: int) -> RowLayout:
+def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_rows: Tensor, width: int) -> PackedLayout:
     """The attention slots of a packed row.
 
     Args:
@@ -194,7 +194,7 @@ def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_row
     within = torch.arange(len(owner)) - (image_len.cumsum(0) - image_len)[owner]
     starts = torch.tensor(at)
     text_slots = _text_slots(token_rows, width, image_len, starts, total)
-    return RowLayout(
+    return PackedLayout(
         torch.tensor(image_at)[owner] + within,
         tuple(image_groups),
         torch.cat([starts[owner] + within, text_slots]),

@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
-from aimv2.config.schema import Config, flatten, get_value, known_keys, leaf_keys
+from aimv2.config.objective import options_of, refuse_foreign
+from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
 
+TASK = "objective.name"
 LIMITS: list[tuple[str, float, float]] = [
     ("train.steps", 1, float("inf")),
     ("train.batch_size", 1, float("inf")),
@@ -74,29 +76,44 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return flat
 
 
-def check_keys(flat: dict[str, Any], where: str) -> None:
-    """Raises UsageError for the first key that does not exist, naming the nearest that does."""
-    leaves, known = leaf_keys(), known_keys()
+def task_in(flat: dict[str, Any]) -> str | None:
+    """``objective.name`` of flat values; None where they name none, or none that can be a name."""
+    name = flat.get(TASK)
+    return name if isinstance(name, str) else None
+
+
+def check_keys(flat: dict[str, Any], where: str, below: dict[str, Any] | None = None) -> None:
+    """Raises UsageError for the first key that does not exist, naming the nearest that does.
+
+    Args:
+        flat: values by dotted key.
+        where: they come from, for the message.
+        below: values that these override, which may name the task whose options ``flat`` sets.
+    """
+    kind = config_class(task_in({**(below or {}), **flat}))
+    leaves, known = leaf_keys(kind), known_keys(kind)
     for key, value in flat.items():
         if key not in known:
-            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}")
+            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}", option=key, code="unknown")
         if key not in leaves:
+            first = next(leaf.split(".", 1)[1] for leaf in leaves if leaf.startswith(key + "."))
             raise UsageError(
-                f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{_first(key)}'"
+                f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{first}'", option=key
             )
 
 
-def _first(section: str) -> str:
-    return next(key.split(".", 1)[1] for key in leaf_keys() if key.startswith(section + "."))
-
-
-def parse(flat: dict[str, Any]) -> Config:
+def parse(flat: dict[str, Any], stored: bool = False) -> Config:
     """Flat values (strings are read as YAML) -> Config, typed and checked by jsonargparse.
 
+    Args:
+        flat: values by dotted key.
+        stored: they are those of a run, which may hold options of other tasks, as earlier versions let them pass.
+
     Raises:
-        UsageError: a value of another type than its key's, or out of range.
+        UsageError: a value of another type than its key's, or out of range; options that exclude each other.
     """
-    parser = config_parser()
+    task = task_in(flat)
+    parser = config_parser(task)
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         node = tree
@@ -105,14 +122,16 @@ def parse(flat: dict[str, Any]) -> Config:
             node = node.setdefault(section, {})
         node[name] = value
     parsed = parser.parse_object(tree)
-    config = Config(**vars(parser.instantiate(parsed)))
+    config = config_class(task)(**vars(parser.instantiate(parsed)))
     check_ranges(config)
+    if not stored and not config.resume:
+        refuse_foreign(config)
     return config
 
 
 @cache
-def config_parser() -> Any:
-    """jsonargparse's parser of a Config, made once: it takes longer than all that it parses."""
+def config_parser(task: str | None = None) -> Any:
+    """jsonargparse's parser of a task's Config, made once: it takes longer than all that it parses."""
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
@@ -120,7 +139,7 @@ def config_parser() -> Any:
             raise UsageError(one_line(message))
 
     parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser.add_class_arguments(config_class(task), nested_key=None, fail_untyped=True)
     return parser
 
 
@@ -131,24 +150,17 @@ def check_ranges(config: Config) -> None:
         if value is not None and not low <= value <= high:
             limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
             raise UsageError(f"{key} must be {limit}, got {value}")
-    optim, objective, train = config.optim, config.objective, config.train
+    optim, train = config.optim, config.train
     if optim.decay == "full" and optim.weight_decay > 1e-2:
         raise UsageError(
             f"optim.weight_decay {optim.weight_decay} with optim.decay=full removes that share of every weight each step; "
             "use at most 0.01, or optim.decay=torch"
         )
-    if objective.attention == "bidirectional" and objective.targets != "text":
-        raise UsageError(
-            "objective.attention=bidirectional shows the patches to be predicted; it needs objective.targets=text, "
-            f"got {objective.targets}"
-        )
-    if objective.name == "probe" and config.init is None and objective.freeze:
-        raise UsageError("objective.name=probe trains a head on a frozen encoder: --init MODEL says which")
-    check_start(config)
-    check_teacher(config)
-    check_contrastive(config)
-    if objective.classes is not None and objective.classes < 2:
-        raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
+    options_of(config.objective.name).check(config)
+    if optim.lora and config.init is None:
+        raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
+    if optim.fresh_decoder and config.init is None:
+        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
     if train.patch_budget is None and train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
     if train.stop_at is not None and train.stop_at < 1:
@@ -175,58 +187,7 @@ def check_ranges(config: Config) -> None:
                 )
 
 
-def check_start(config: Config) -> None:
-    """Raises UsageError where the options of a start from another model do not go with the stage or with each other."""
-    optim, stage = config.optim, config.objective.name
-    for key in ("fresh_decoder", "freeze_encoder", "lora"):
-        if getattr(optim, key) and stage not in ("pretrain", "distill"):
-            instead = "; objective.freeze leaves the encoder as it is" if stage == "probe" else ""
-            raise UsageError(f"optim.{key} is for an encoder under a decoder, got objective.name={stage}{instead}")
-    frozen = stage == "contrastive" or (stage == "probe" and config.objective.freeze)
-    if optim.layer_decay != 1 and frozen and not config.resume:  # of a run that goes on, its own stage counts
-        raise UsageError(
-            f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name={stage} does not learn"
-            f"{' unless objective.freeze is false' if stage == 'probe' else ''}; set optim.layer_decay 1"
-        )
-    if optim.lora and config.init is None:
-        raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
-    if optim.fresh_decoder and config.init is None:
-        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
-
-
-def check_teacher(config: Config) -> None:
-    """Raises UsageError where distillation lacks its teacher, or a teacher stands without it."""
-    stage, teacher = config.objective.name, config.objective.teacher
-    if stage == "distill" and teacher is None:
-        raise UsageError("objective.name=distill needs a teacher: objective.teacher MODEL says which")
-    if stage != "distill" and teacher is not None and not config.resume:  # of a run that goes on, its own stage counts
-        raise UsageError(f"objective.teacher {teacher} is for objective.name=distill, got objective.name={stage}")
-    mean, std = config.objective.teacher_image_mean, config.objective.teacher_image_std
-    if (mean is not None or std is not None) and teacher in (None, "stored") and not config.resume:
-        raise UsageError(
-            "objective.teacher_image_mean and objective.teacher_image_std are for an objective.teacher that runs along, got "
-            f"objective.teacher={teacher}; leave them out"
-        )
-
-
-def check_contrastive(config: Config) -> None:
-    """Raises UsageError where options of the contrastive stage contradict it or each other, or stand without it."""
-    train = config.train
-    if config.objective.name != "contrastive":
-        if config.data.features is not None:
-            raise UsageError(
-                f"data.features is for objective.name=contrastive, got objective.name={config.objective.name}"
-            )
-        return
-    if train.accumulate > 1:
-        raise UsageError(
-            f"objective.name=contrastive compares each pair with the whole batch: train.accumulate {train.accumulate} would "
-            "lose most of the others; use 1, and train.checkpointing=true where memory is short"
-        )
-
-
 def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:
     """For each key where its value came from: default, the recipe, or the command line."""
-    return {
-        key: "command line" if key in options else recipe_name if key in recipe else "default" for key in leaf_keys()
-    }
+    keys = leaf_keys(config_class(task_in({**recipe, **options})))
+    return {key: "command line" if key in options else recipe_name if key in recipe else "default" for key in keys}

@@ -218,7 +218,9 @@ def test_a_task_that_nobody_brings() -> None:
         ("probe", "contrast", "sigmoid", "contrastive"),
     ],
 )
-def test_an_option_of_another_task_is_refused_and_its_default_is_not(task: str, key: str, value: Any, owner: str) -> None:
+def test_an_option_of_another_task_is_refused_and_its_default_is_not(
+    task: str, key: str, value: Any, owner: str
+) -> None:
     given = {"objective.name": task, "init": "model"}
     with pytest.raises(UsageError) as refused:
         parse({**given, f"objective.{key}": value})

@@ -13,51 +13,28 @@ from aimv2.config.schema import Config, config_class, flatten, get_value, known_
 from aimv2.errors import UsageError, nearest, one_line
 
 TASK = "objective.name"
-LIMITS: list[tuple[str, float, float]] = [
-    ("train.steps", 1, float("inf")),
-    ("train.batch_size", 1, float("inf")),
-    ("train.patch_budget", 1, float("inf")),
-    ("train.accumulate", 1, float("inf")),
-    ("train.save_every", 0, float("inf")),
-    ("train.keep", 0, float("inf")),
-    ("train.log_every", 1, float("inf")),
-    ("data.workers", 0, 256),
-    ("data.shuffle_buffer", 0, float("inf")),
-    ("data.max_tokens", 2, float("inf")),
-    ("data.vocab_size", 258, float("inf")),
-    ("data.crop_scale", 1e-3, 1),
-    ("data.flip", 0, 1),
-    ("data.pack", 0, 4096),
-    ("objective.decoder_share", 1e-3, 1),
-    ("data.max_bad", 0, float("inf")),
-    ("optim.lr", 1e-12, 1e3),
-    ("optim.min_lr", 0, 1e3),
-    ("optim.start_lr", 0, 1e3),
-    ("optim.eps", 0, 1),
-    ("optim.warmup", 0, float("inf")),
-    ("optim.weight_decay", 0, float("inf")),
-    ("optim.clip", 0, float("inf")),
-    ("optim.layer_decay", 1e-3, 1),
-    ("optim.freeze_encoder", 0, float("inf")),
-    ("optim.lora", 0, 4096),
-    ("train.ema", 0, 0.999999),
-    ("objective.smoothing", 0, 0.999),
-    ("objective.alpha", 0, float("inf")),
-    ("objective.teacher_weight", 1e-6, 1e6),
-    ("eval.every", 0, float("inf")),
-    ("eval.samples", 1, float("inf")),
-    ("eval.captions", 0, float("inf")),
-    ("eval.probe_samples", 0, float("inf")),
-    ("eval.probe_val_samples", 0, float("inf")),
-    ("data.max_pixels", 1, float("inf")),
-    ("seed", 0, 2**32 - 1),
-    ("eval.probe_lr", 1e-12, 1e3),
-    ("eval.probe_epochs", 1, float("inf")),
-    *[
-        (f"model.{key}", 1, float("inf"))
-        for key in ("text_width", "text_depth", "text_heads", "text_hidden", "projection")
-    ],
-]
+INF = float("inf")
+LIMITS = {  # least and largest value of numbers
+    (
+        1,
+        INF,
+    ): "train.steps train.batch_size train.patch_budget train.accumulate train.log_every train.stop_at eval.samples "
+    "eval.probe_epochs data.max_pixels model.text_width model.text_depth model.text_heads model.text_hidden model.projection",
+    (0, INF): "train.save_every train.keep data.shuffle_buffer data.max_bad optim.warmup optim.weight_decay optim.clip "
+    "optim.freeze_encoder objective.alpha eval.every eval.captions eval.probe_samples eval.probe_val_samples",
+    (2, INF): "data.max_tokens objective.classes",
+    (258, INF): "data.vocab_size",
+    (0, 256): "data.workers",
+    (0, 4096): "data.pack optim.lora",
+    (0, 2**32 - 1): "seed",
+    (0, 1): "data.flip optim.eps",
+    (1e-3, 1): "data.crop_scale objective.decoder_share optim.layer_decay",
+    (0, 0.999999): "train.ema",
+    (0, 0.999): "objective.smoothing",
+    (1e-12, 1e3): "optim.lr eval.probe_lr",
+    (0, 1e3): "optim.min_lr optim.start_lr",
+    (1e-6, 1e6): "objective.teacher_weight",
+}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -145,11 +122,12 @@ def config_parser(task: str | None = None) -> Any:
 
 def check_ranges(config: Config) -> None:
     """Raises UsageError for a number outside its range and for choices that contradict each other."""
-    for key, low, high in LIMITS:
-        value = get_value(config, key)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-            raise UsageError(f"{key} must be {limit}, got {value}")
+    for (low, high), keys in LIMITS.items():
+        for key in keys.split():
+            value = get_value(config, key)
+            if value is not None and not low <= value <= high:
+                limit = f"at least {low:g}" if high == INF else f"{low:g} to {high:g}"
+                raise UsageError(f"{key} must be {limit}, got {value}")
     optim, train = config.optim, config.train
     if optim.decay == "full" and optim.weight_decay > 1e-2:
         raise UsageError(
@@ -163,8 +141,6 @@ def check_ranges(config: Config) -> None:
         raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
     if train.patch_budget is None and train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
-    if train.stop_at is not None and train.stop_at < 1:
-        raise UsageError(f"train.stop_at must be at least 1, got {train.stop_at}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UsageError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
     low, high = config.data.crop_ratio

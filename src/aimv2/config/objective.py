@@ -69,19 +69,15 @@ class ProbeOptions:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Raises UsageError for a frozen encoder that nobody names, for options of a decoder, and for fewer than two classes."""
+        """Raises UsageError for a frozen encoder that nobody names and for options of a decoder."""
         objective = config.objective
         refuse_features(config)
         if config.init is None and objective.freeze:
             raise UsageError(
-                "objective.name=probe trains a head on a frozen encoder: --init MODEL says which",
-                option="--init",
-                code="missing",
+                "objective.name=probe trains a head on a frozen encoder: --init MODEL says which", code="missing"
             )
         refuse_decoder_options(config, "; objective.freeze leaves the encoder as it is")
         refuse_layer_decay(config, objective.freeze, " unless objective.freeze is false")
-        if objective.classes is not None and objective.classes < 2:
-            raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
 
 
 @dataclass
@@ -106,7 +102,6 @@ class ContrastiveOptions:
                 "objective.name=contrastive compares each pair with the whole batch: train.accumulate "
                 f"{config.train.accumulate} would lose most of the others; use 1, and train.checkpointing=true where memory is "
                 "short",
-                option="train.accumulate",
                 code="conflict",
             )
 
@@ -146,9 +141,7 @@ class DistillOptions(PretrainOptions):
         objective = config.objective
         if objective.teacher is None:
             raise UsageError(
-                "objective.name=distill needs a teacher: objective.teacher MODEL says which",
-                option="objective.teacher",
-                code="missing",
+                "objective.name=distill needs a teacher: objective.teacher MODEL says which", code="missing"
             )
         described = objective.teacher_image_mean is not None or objective.teacher_image_std is not None
         if described and objective.teacher == STORED and not config.resume:

@@ -22,7 +22,8 @@ from aimv2.data.stream.samples import View, image_bytes
 from aimv2.data.stream.transforms import Box, centre_crop_box, crop_resize, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
-from aimv2.objectives.pretrain import PretrainObjective, Terms
+from aimv2.objectives import Terms
+from aimv2.objectives.pretrain import PretrainObjective
 
 
 @dataclass

@@ -253,17 +253,13 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
     result |= about_run(config, folder / WEIGHTS)
     write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
-    if config.log.report and (path := report_of(run, world.device)):
-        result["report"] = path
-        write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+    if config.log.report:
+        from aimv2.report.write import after_run
+
+        if path := after_run(run, world.device, say):
+            write_aside(run / "summary.json", json.dumps(result | {"report": path}, indent=1) + "\n")
+            result["report"] = path
     return result
-
-
-def report_of(run: Path, device: torch.device) -> str | None:
-    """The report at the end of a run, its path; None where it could not be drawn."""
-    from aimv2.report.write import after_run
-
-    return after_run(run, device, say)
 
 
 def about_run(config: Config, weights: Path) -> dict[str, Any]:

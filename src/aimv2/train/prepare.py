@@ -60,24 +60,30 @@ def locate_data(config: Config) -> None:
     if data.train is None:
         data.train = root
     if isinstance(data.train, str):
-        data.train = os.path.abspath(os.path.expanduser(data.train))
+        data.train = absolute(data.train)
     for source in data.train if isinstance(data.train, list) else []:
         if not source.path and root and source.name:
             source.path = str(Path(root) / source.name)
-        source.path = os.path.abspath(os.path.expanduser(source.path)) if source.path else ""
-    if data.val is not None:
-        data.val = os.path.abspath(os.path.expanduser(data.val))
-    if os.path.exists(os.path.expanduser(data.tokenizer)) and data.tokenizer != "auto":
-        data.tokenizer = os.path.abspath(os.path.expanduser(data.tokenizer))  # else a hub name
-    if config.init is not None and Path(config.init.rpartition("@")[0] or config.init).expanduser().exists():
-        config.init = os.path.abspath(os.path.expanduser(config.init))  # else a released name or a hub id
+        source.path = absolute(source.path) if source.path else ""
+    for key in ("val", "index_dir", "features"):
+        if (given := getattr(data, key)) is not None:
+            setattr(data, key, absolute(given))
+    if data.tokenizer != "auto":
+        data.tokenizer = absolute_model(data.tokenizer)
+    if config.init is not None:
+        config.init = absolute_model(config.init)
     for key, model in task_of(config).models().items():
-        if Path(model.rpartition("@")[0] or model).expanduser().exists():
-            setattr(config.objective, key, os.path.abspath(os.path.expanduser(model)))
-    if data.index_dir is not None:
-        data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
-    if data.features is not None:
-        data.features = os.path.abspath(os.path.expanduser(data.features))
+        setattr(config.objective, key, absolute_model(model))
+
+
+def absolute(path: str) -> str:
+    """The path from the root, ``~`` expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_model(given: str) -> str:
+    """The absolute path of a local model or run (perhaps RUN@STEP); a released name or a hub id as it is."""
+    return absolute(given) if Path(given.rpartition("@")[0] or given).expanduser().exists() else given
 
 
 def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aimv2.config.objective import PretrainOptions
+from aimv2.config.objective import PretrainTaskOptions
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.init import init_weights
 from aimv2.tasks.held_out import evaluating

@@ -23,7 +23,7 @@ STORED = "stored"  # the teacher whose features lie next to the images
 
 
 @dataclass
-class PretrainOptions:
+class PretrainTaskOptions:
     """Next patch and next token (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
@@ -52,7 +52,7 @@ class PretrainOptions:
 
 
 @dataclass
-class ProbeOptions:
+class ClassifyTaskOptions:
     """Classes through an attentive probe.
 
     Args:
@@ -81,7 +81,7 @@ class ProbeOptions:
 
 
 @dataclass
-class ContrastiveOptions:
+class ContrastiveTaskOptions:
     """Images and captions in one space (LiT).
 
     Args:
@@ -107,7 +107,7 @@ class ContrastiveOptions:
 
 
 @dataclass
-class DistillOptions(PretrainOptions):
+class DistillTaskOptions(PretrainTaskOptions):
     """Pre-training and a feature term to a frozen teacher.
 
     Args:
@@ -137,7 +137,7 @@ class DistillOptions(PretrainOptions):
     @staticmethod
     def check(config: Config) -> None:
         """Raises UsageError where the teacher is missing, or pixels are described of one that does not run."""
-        PretrainOptions.check(config)
+        PretrainTaskOptions.check(config)
         objective = config.objective
         if objective.teacher is None:
             raise UsageError(
@@ -153,10 +153,10 @@ class DistillOptions(PretrainOptions):
 
 
 BUILT_IN: dict[str, type[Any]] = {
-    "pretrain": PretrainOptions,
-    "probe": ProbeOptions,
-    "contrastive": ContrastiveOptions,
-    "distill": DistillOptions,
+    "pretrain": PretrainTaskOptions,
+    "probe": ClassifyTaskOptions,
+    "contrastive": ContrastiveTaskOptions,
+    "distill": DistillTaskOptions,
 }
 MODULES = {"probe": "classify"}  # of tasks whose file has another name
 
@@ -167,7 +167,7 @@ class _Name:
 
 
 @dataclass
-class ObjectiveConfig(DistillOptions, ContrastiveOptions, ProbeOptions, PretrainOptions, _Name):
+class ObjectiveConfig(DistillTaskOptions, ContrastiveTaskOptions, ClassifyTaskOptions, PretrainTaskOptions, _Name):
     """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:

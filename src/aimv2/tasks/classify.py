@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from aimv2.config.objective import ProbeOptions
+from aimv2.config.objective import ClassifyTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.stream.samples import training_shards, training_sources
 from aimv2.distributed import World
@@ -30,7 +30,7 @@ from aimv2.tasks.task import CardText, Context, Task
 class Classify(Task):
     """An encoder under an attentive probe."""
 
-    options: ClassVar[type[Any]] = ProbeOptions
+    options: ClassVar[type[Any]] = ClassifyTaskOptions
 
     def check_world(self, world: World) -> None:
         if world.size > 1:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aimv2.config.objective import ContrastiveOptions
+from aimv2.config.objective import ContrastiveTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.text.clip import START, started
 from aimv2.data.text.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ BATCH = 64  # held-out pairs in the model at once
 class Contrastive(Task):
     """A text tower and a pooling head on a frozen encoder."""
 
-    options: ClassVar[type[Any]] = ContrastiveOptions
+    options: ClassVar[type[Any]] = ContrastiveTaskOptions
     start_text = START
 
     def check(self) -> None:

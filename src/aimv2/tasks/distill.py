@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aimv2.config.objective import STORED, DistillOptions
+from aimv2.config.objective import STORED, DistillTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.shards.format import MANIFEST
 from aimv2.data.stream.samples import training_shards
@@ -31,7 +31,7 @@ BATCH = 64  # held-out pairs in the models at once
 class Distill(Pretrain):
     """A student under a decoder, and the teacher that its patch features are compared with."""
 
-    options: ClassVar[type[Any]] = DistillOptions
+    options: ClassVar[type[Any]] = DistillTaskOptions
     cools = False
     may_change = ("objective.teacher", "objective.teacher_image_mean", "objective.teacher_image_std")
     teacher: Teacher

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aimv2.config.objective import PretrainOptions
+from aimv2.config.objective import PretrainTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
@@ -27,7 +27,7 @@ from aimv2.tasks.task import CardText, Context, Task
 class Pretrain(Task):
     """An encoder under a multimodal decoder."""
 
-    options: ClassVar[type[Any]] = PretrainOptions
+    options: ClassVar[type[Any]] = PretrainTaskOptions
     cools = True
     no_captions = ", or train on images alone with objective.targets=image"
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-long bench docs lint setup clean
+.PHONY: demo check test test-long bench docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -22,13 +22,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py --check
+	$(BIN)/python tools/api_stubs.py --check
+	$(BIN)/python tools/messages.py --check
+
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not long and not engine'
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m engine
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python tests/long/break_lines.py
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py

@@ -5,18 +5,50 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# tiny matmuls: threads that wait for each other cost ten times what they do; read by torch as it is imported, and by children
+os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
+if TYPE_CHECKING:
+    from world import TinyWorld
+
+# left out by `make check`; the longest first
+LONGEST = (
+    "test_chain.py",
+    "docs/test_doc_runs_others.py",
+    "docs/test_doc_runs.py",
+    "docs/test_notebooks.py",
+    "train/test_compiled.py",
+    "train/test_ranks.py",
+    "train/test_contrastive.py",
+    "train/test_cooldown.py",
+    "train/test_lora.py",
+    "train/test_distill.py",
+    "train/test_ablation_runs.py",
+    "test_recipes.py",
+    "test_terminal.py",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny products; threads that wait for each other only cost (children inherit it)
+torch.set_num_threads(1)  # where a plugin had imported it before
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script: children could not be stopped
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cudnn.allow_tf32 = False  # on a GPU: fp32 convolutions as exact as on a CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that two workers end together; their tests are marked slow."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    for item in items:
+        if item.path in place:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: place.get(item.path, len(place)))  # stable: others stay as they are
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +69,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.delenv("AIMV2_DATA", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def session_world(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> "TinyWorld":
+    """See :class:`world.TinyWorld`; tests take the fixture ``world``."""
+    from world import of_session
+
+    return of_session(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def world(session_world: "TinyWorld", request: pytest.FixtureRequest) -> "Iterator[TinyWorld]":
+    """Shards, a finished run and a model that all tests share; fails after a file that changed them."""
+    yield session_world
+    session_world.check(request.node.name)
+
+
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of a chain that runs in this process are forked: each is spared the seconds of its imports."""
+    from forked import fork_stages
+
+    fork_stages(monkeypatch)
 
 
 @pytest.fixture(scope="module")

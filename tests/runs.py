@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.scenes import write_scenes
+from forked import forked
 
 TINY = {
     "model.name": "aimv2-tiny-patch8-32",
@@ -118,14 +120,27 @@ def need_ranks(ranks: int) -> None:
         pytest.skip(f"{ranks} processes need {ranks} GPUs; CUDA_VISIBLE_DEVICES= runs them on the CPU")
 
 
-def torchrun(ranks: int, *words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Runs the command line on several processes: gloo, or nccl where there are GPUs."""
+def torchrun(ranks: int, *words: str, timeout: float = 180, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the command line on several processes: gloo, or nccl where there are GPUs.
+
+    Args:
+        fresh: by the launcher itself; else the ranks are forked with the environment that it sets.
+    """
     need_ranks(ranks)
+    if not fresh:
+        return forked(*words, ranks=ranks, timeout=timeout)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, env=env, check=False
+        [*start, "-m", "aimv2", "--", *words], capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, through whatever call (Linux)."""
+    about = Path("/proc/self/io")
+    if not about.exists():
+        pytest.skip("needs /proc/self/io")
+    return int(re.search(r"rchar: (\d+)", about.read_text())[1])  # type: ignore[index]
 
 
 def assert_refused(capsys, words, *named):

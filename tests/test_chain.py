@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from aimv2.evals.compare import METRICS
 from aimv2.pipeline import report
 from aimv2.pipeline.read import read_chain
 from aimv2.pipeline.state import look
-from runs import TINY, call, command, exact, scenes
+from forked import fork_stages
+from runs import TINY, command, exact, scenes
 
 CHAINS = sorted((Path(__file__).parents[1] / "recipes" / "chains").glob("*.yaml"))
 TINY_CHAIN = CHAINS[[path.stem for path in CHAINS].index("chain-tiny")]
@@ -54,13 +57,22 @@ def twin(folder: Path) -> Tree:
     return {**tree, "out": str(folder / "out"), "data": str(folder / "labelled")}
 
 
+def run_chain(*words: str) -> subprocess.CompletedProcess[str]:
+    """``aimv2 run`` in this process, its stages forked."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        fork_stages(patch)
+        code = main(["run", *words])
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree, subprocess.CompletedProcess[str]]:
     """A folder with a chain that ran to its end, what its file says, and what the command printed."""
     folder = tmp_path_factory.mktemp("chain")
     scenes(folder / "labelled", 400)  # each of the 24 labels has an image
     tree = twin(folder)
-    return folder, tree, call("run", write(folder, tree), "--json")
+    return folder, tree, run_chain(write(folder, tree), "--json")
 
 
 @pytest.fixture
@@ -167,7 +179,7 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_the_same(
     assert states(status(folder, tree)) == {"scenes": "done", "base": "done", "high": "interrupted", "after": "to do"}
     steps = [int(path.name[5:]) for path in (folder / "out" / "high" / "checkpoints").iterdir()]
     assert steps and max(steps) < 60
-    ran = call("run", path)
+    ran = run_chain(path)
     assert ran.returncode == 0 and "high | going on from step" in ran.stderr, ran.stderr
     assert exact(folder / "out" / "high") == exact(whole[0] / "out" / "high")
     tops = [
@@ -178,7 +190,7 @@ def test_interrupted_in_the_middle_it_goes_on_and_ends_the_same(
     assert not list((folder / "out" / ".started").iterdir())
 
 
-def test_a_failed_stage_is_named_and_what_came_before_stays(tmp_path: Path) -> None:
+def test_a_failed_stage_is_named_and_what_came_before_stays(tmp_path: Path, forked_stages: None) -> None:
     tree: Tree = {
         "out": str(tmp_path / "out"),
         "stages": {
@@ -280,7 +292,7 @@ def test_a_teacher_is_an_input_and_features_that_a_run_writes_are_none(tmp_path:
     assert inputs == {"one": read, "student": read, "pair": read, "taught": ["data"], "pupil": []}
 
 
-def test_redo_runs_what_is_stale_and_nothing_else(copy: tuple[Path, Tree]) -> None:
+def test_redo_runs_what_is_stale_and_nothing_else(copy: tuple[Path, Tree], forked_stages: None) -> None:
     folder, tree = copy
     tree["stages"]["base"]["options"]["train.steps"] = 4
     path = write(folder, tree)
@@ -307,7 +319,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
 # ---- seeds ----
 
 
-def test_figures_over_seeds_are_numpys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_over_seeds_are_numpys(tmp_path: Path, forked_stages: None, capsys: pytest.CaptureFixture[str]) -> None:
     seeds = [0, 3, 4]
     tree: Tree = {
         "out": str(tmp_path / "out"),
@@ -387,7 +399,7 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": shapes(options={"out": "x"})}, "options.out: the chain decides it"),
     ({"one": shapes(seeds=3)}, "seeds must be false"),
     ({"data": shapes()}, "stage 'data': a name of letters"),
-    ({"one": shapes(), "two": training(train__stepz=3)}, "Unknown key: 'train.stepz'; did you mean 'train.steps'?"),
+    ({"one": shapes(), "two": training(train__stepz=3)}, "'train.stepz' in its options; did you mean 'train.steps'?"),
     ({"one": shapes(), "two": training(train__steps=0)}, "train.steps must be at least 1, got 0"),
     ({"one": shapes(), "two": training(init="x")}, "options.init: a key of the stage itself"),
     ({"one": shapes(), "two": training(data__train=None)}, "pretrain needs `data.train:`"),
@@ -396,8 +408,8 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": shapes(), "two": {**training(), "init": "no/where/at/all"}}, "init no/where/at/all: a released name"),
     ({"one": training(data__train="no/shards")}, "data.train no/shards: no such file or folder"),
     ({"one": {"verb": "data_check", "source": "no/such/folder"}}, "source no/such/folder: no such file or folder"),
-    ({"one": {"verb": "data_check", "source": "{data}/x"}}, "{data} stands for nothing"),
-    ({"one": shapes(options={"seed": "{seed}"})}, "{seed} stands for nothing: the chain names no seeds"),
+    ({"one": {"verb": "data_check", "source": "{data}/x"}}, "{data} is undefined"),
+    ({"one": shapes(options={"seed": "{seed}"})}, "{seed} is undefined: the chain names no seeds"),
     ({"one": {"verb": "data_check"}}, "data_check needs `source:`"),
     ({"one": shapes(), "two": {"verb": "knn", "options": {"data": "{one}"}}}, "knn needs `model:`"),
     ({"one": shapes(), "two": {"verb": "knn", "model": "{one}"}}, "knn needs `data:` in its options"),
@@ -434,7 +446,7 @@ def test_a_mistake_at_the_top_is_one_line(tmp_path: Path, top: Tree, line: str) 
 
 def test_shared_stages_need_no_seeded_ones_and_folders_are_not_shared(tmp_path: Path) -> None:
     checked = {"verb": "data_check", "source": "{one}", "seeds": False}
-    assert "needs 'one', which runs once a seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
+    assert "needs 'one', which runs once per seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
     said = refused(tmp_path, {"one": shapes(), "one-seed0": shapes(seeds=False)}, seeds=[0])
     assert "'one-seed0' and 'one' share a folder" in said
 

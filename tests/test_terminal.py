@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
-from aimv2.cli.show import show
 from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
+from aimv2.commands.render import render as show
 from aimv2.commands.table import COMMANDS
 from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError

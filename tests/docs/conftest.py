@@ -26,7 +26,7 @@ def done() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def few_scenes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def few_scenes(monkeypatch: pytest.MonkeyPatch, forked_stages: None) -> Iterator[None]:
     """The demo draws few scenes."""
     monkeypatch.setattr(launch, "DEMO_SCENES", 500)
     with light_collections():

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from doc_commands import blocks, lines_of, words_of
+from doc_commands import blocks, check, lines_of, words_of
 from doc_runs import DOCS, run_page, twin
 
 from aimv2.cli import main
+from runs import torchrun
 
 pytestmark = pytest.mark.usefixtures("few_scenes")
 
@@ -95,10 +93,8 @@ def test_torchrun_of_two_processes_as_the_page_has_it(home: Path, done: Any, mon
     lines = [line for body in blocks(DOCS / "tutorials/many-gpus.md", "bash") for line in lines_of(body)]
     (line,) = [line for line in lines if line.startswith("torchrun --nproc-per-node 2")]
     (words,) = words_of(line)
-    at = words.index("--")
-    command = [sys.executable, "-m", "torch.distributed.run", *words[1 : at + 1], *twin(["aimv2", *words[at + 1 :]])]
-    ended = subprocess.run(
-        command, cwd=home, capture_output=True, text=True, timeout=300, check=False, env={**os.environ}
-    )
+    check(words)  # by the launcher's parser; tests/train/test_ranks.py starts the launcher itself
+    monkeypatch.chdir(home)
+    ended = torchrun(2, *twin(["aimv2", *words[words.index("--") + 1 :]]))
     assert ended.returncode == 0, ended.stderr
     assert "memory_gb" in ended.stdout and not (home / "runs" / "large" / "dry").exists()

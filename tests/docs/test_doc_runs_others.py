@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from doc_commands import ROOT, commands, lines_of, words_of
-from doc_runs import DOCS, STEPS, fenced, run_page, twin
+from doc_runs import DOCS, STEPS, fenced, run, run_page, twin
 from PIL import Image
 
 from aimv2.cli import main
@@ -102,7 +102,7 @@ def test_readme(lived_in: Path, monkeypatch: pytest.MonkeyPatch, shown: list[Any
                     given += ["--train.save_every", "2"] if "--init" not in words else []
                     given += PAIR if "contrastive" in words else []
                 given = [word for i, word in enumerate(given) if "--dataset" not in given[max(i - 1, 0) : i + 1]]
-                assert main([*twin(given), *FEW_STEPS.get(words[1], [])]) == 0, line
+                run([*twin(given), *FEW_STEPS.get(words[1], [])], line)
                 ran.append(words[1])
         if language == "python" and '"RUN"' in body:
             image = Image.open("photos/0001.jpg").convert("RGB")
@@ -136,7 +136,7 @@ def test_stages(lived_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
                 given += [*short, *(["--train.steps", "20"] if line.startswith(made) else [])]
                 if "SHARDS" in line or "TAUGHT" in line:  # no size given
                     given += ["--model.name", "aimv2-tiny-patch4-32"]
-            assert main(given) == 0, line
+            run(given, line)
 
 
 # ---- the rest ----
@@ -177,7 +177,7 @@ def test_page(page: str, lived_in: Path, monkeypatch: pytest.MonkeyPatch, shown:
                 given[given.index("--run") + 1] = f"runs/{page}-{number}"
             given = [word for i, word in enumerate(given) if "--dataset" not in given[max(i - 1, 0) : i + 1]]
             more = [word for part, extra in TOY.items() if part in " ".join(words) for word in extra]
-            assert main([*twin(given), *more]) == 0, line
+            run([*twin(given), *more], line)
     assert len(shown) == (3 if page == "explore.md" else 0)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from aimv2.data.shards.format import write_shard
-from runs import exact, metrics, resume, scenes, train
+from runs import exact, metrics, resume, train
 
 BOTH, TEXT, PIXEL = {"text", "pixel"}, {"text"}, {"pixel"}
 
@@ -35,8 +35,8 @@ WEIGHTS = {"text": 1.0, "pixel": 0.4}  # of the two terms in the loss, where the
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

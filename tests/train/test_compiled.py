@@ -8,7 +8,7 @@ from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.create import create_model
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.train.parallel import can_compile, compile_blocks
-from runs import exact, options, scenes, torchrun, train
+from runs import exact, options, torchrun, train
 
 CLOSE = 1e-3  # fp32, other order of sums
 PATCHES, TEXT = 64, 32
@@ -21,8 +21,8 @@ def compiler():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from aimv2.batch import make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.create import create_model
 from aimv2.objectives.pretrain import PretrainObjective, normalized_patches
-from runs import exact, metrics, resume, scenes, train
+from runs import exact, metrics, resume, train
+from world import TinyWorld
 
 
 def pairs(kept: torch.Tensor | None):
@@ -53,8 +54,8 @@ def test_a_part_is_decoded_and_scored_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,12 +11,12 @@ from distillation import dino_model, distil, exact
 from aimv2.cli import main
 from aimv2.features.fingerprint import weights_hash
 from aimv2.features.frozen import open_frozen
-from runs import assert_refused, options, resume, scenes
+from runs import assert_refused, options, resume
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

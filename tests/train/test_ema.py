@@ -11,15 +11,16 @@ from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.train.ema import Ema
-from runs import exact, options, resume, scenes, torchrun, train
+from runs import exact, options, resume, torchrun, train
+from world import TinyWorld
 
 DECAY = 0.8
 KEPT = {"train__save_every": 1, "train__keep": 0, "eval__captions": 0}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

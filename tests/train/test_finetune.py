@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -26,7 +25,7 @@ from aimv2.tasks.classify import count_classes
 from aimv2.train.launch import about_run
 from aimv2.train.optim import layer_of, make_optimizer
 from aimv2.train.step import FIRST_SCALE, TrainStep
-from runs import metrics, resume, scenes
+from runs import bytes_read, metrics, resume, scenes
 
 LARGE = 1 << 26  # bytes of an image that nobody needs to read
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune-classes.yaml"
@@ -172,14 +171,6 @@ def test_wrong_use(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     stored = json.loads((init / "config.json").read_text())
     assert stored["model_type"] == "aimv2"
-
-
-def bytes_read() -> int:
-    """Bytes that this process has read so far, through whatever call (Linux)."""
-    about = Path("/proc/self/io")
-    if not about.exists():
-        pytest.skip("needs /proc/self/io")
-    return int(re.search(r"rchar: (\d+)", about.read_text())[1])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("prefix", ["", "d" * 120 + "/"], ids=["plain names", "long names"])

@@ -10,14 +10,15 @@ from aimv2.config.schema import OptimConfig
 from aimv2.models.create import create_model
 from aimv2.train.optim import make_optimizer, release_encoder
 from aimv2.train.parallel import can_compile
-from runs import exact, options, resume, scenes, torchrun, train
+from runs import exact, options, resume, torchrun, train
+from world import TinyWorld
 
 HELD = {"optim__freeze_encoder": 3, "train__save_every": 1, "train__keep": 0, "eval__captions": 0}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")

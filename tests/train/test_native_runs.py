@@ -17,7 +17,8 @@ from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
 from aimv2.train.view import make_view
-from runs import TINY, exact, options, resume, scenes, torchrun, train
+from runs import TINY, exact, options, resume, torchrun, train
+from world import TinyWorld
 
 NATIVE = {
     "model__name": "aimv2-tiny-patch4-native",
@@ -37,8 +38,8 @@ FIXED = {  # the same without what is for native models
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.mark.parametrize("way", ["strips", "packed"])

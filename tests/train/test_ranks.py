@@ -1,23 +1,20 @@
 """One rank equals many: the same product of ranks and workers gives the same batches, gradients and losses."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from aimv2.batch import make_batch, split_batch
 from aimv2.config.schema import Config
 from aimv2.distributed import World, join_world
 from aimv2.models.create import create_model
 from aimv2.train.step import TrainStep
-from runs import exact, metrics, need_ranks, options, scenes, torchrun, train
+from forked import call_on_ranks
+from runs import exact, metrics, need_ranks, options, torchrun, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 def close(one, other):
@@ -27,18 +24,18 @@ def close(one, other):
     )
 
 
-def run_two(data, run, **more):
+def run_two(data, run, fresh=False, **more):
     """A run of two processes and two micro-batches."""
     words = options(data, run, data__workers=1, eval__every=3, train__accumulate=2, eval__captions=0, **more)
-    ended = torchrun(2, *words)
+    ended = torchrun(2, *words, fresh=fresh)
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
-    """Such a run, undisturbed."""
+    """Such a run, undisturbed, by the launcher itself."""
     run = tmp_path_factory.mktemp("two") / "run"
-    run_two(data, run)
+    run_two(data, run, fresh=True)
     return run
 
 
@@ -99,10 +96,9 @@ def one_step(world, batch, accumulate=1, checkpointing=False):
     return figures, gradients
 
 
-def rank_main(rank, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getppid() % 300)}
+def rank_main(folder):
     world = join_world()
+    rank = world.rank
     for accumulate in (1, 2):
         figures, gradients = one_step(world, split_batch(pairs(), 2, 16)[rank], accumulate)
         if rank == 0:
@@ -116,7 +112,7 @@ def ranks(tmp_path_factory):
     """What two processes found, one file a number of micro-batches."""
     folder = tmp_path_factory.mktemp("ranks")
     need_ranks(2)
-    spawn(rank_main, (Path(folder),), nprocs=2)
+    call_on_ranks(2, rank_main, folder)
     return folder
 
 

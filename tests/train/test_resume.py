@@ -20,12 +20,13 @@ from aimv2.data.text.captions import read_captions
 from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
-from runs import call, command, exact, metrics, options, resume, scenes, train
+from forked import forked
+from runs import command, exact, metrics, options, resume, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 def same_weights(one, other, step):
@@ -85,7 +86,9 @@ def test_resume_is_exact_with_compiled_blocks_over_many_shapes(tmp_path):
     assert len(shapes_seen(data, 16, 16)) > 8
     train(data, tmp_path / "whole", **long)
     train(data, tmp_path / "parts", **long, train__stop_at=7)
-    went_on = call("pretrain", "--run", str(tmp_path / "parts"), "--resume")  # a fresh process: other history of shapes
+    went_on = forked(
+        "pretrain", "--run", str(tmp_path / "parts"), "--resume"
+    )  # another process: other history of shapes
     assert went_on.returncode == 0, went_on.stderr
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
     assert same_weights(tmp_path / "parts", tmp_path / "whole", 16)

@@ -23,7 +23,8 @@ from aimv2.models.lit import LiT, LiTConfig, TextConfig
 from aimv2.models.positions import resize_positions
 from aimv2.models.sizes import EncoderConfig
 from aimv2.tasks.init_weights import fill_from
-from runs import TINY, exact, resume, scenes, train
+from runs import TINY, exact, resume, train
+from world import TinyWorld
 
 SHAPE = EncoderConfig("aimv2-tiny-patch8-32", 32, 2, 2, 64, 8, 32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 FREE: dict[str, Any] = {f"model__{key.removeprefix('model.')}": None for key in TINY if key.startswith("model.")}
@@ -31,16 +32,14 @@ FREE["model__name"] = "auto"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world: TinyWorld) -> Path:
+    return world.scenes
 
 
 @pytest.fixture(scope="module")
-def origin(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def origin(world: TinyWorld) -> Path:
     """A finished run."""
-    run = tmp_path_factory.mktemp("origin") / "run"
-    train(data, run)
-    return run
+    return world.run
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from runs import assert_refused, command, exact, metrics, options, resume, scene
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("scenes"))
+def data(world):
+    return world.scenes
 
 
 def picture(colour=(200, 30, 30)):
@@ -180,7 +180,7 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
 
-def test_full_disk_while_saving(data, tmp_path):
+def test_full_disk_while_saving(world, data, tmp_path):
     run = tmp_path / "run"
     train(data, run, train__stop_at=2)
     before = exact(run)
@@ -191,8 +191,7 @@ def test_full_disk_while_saving(data, tmp_path):
     assert "step 6" in line and "step 2 stays" in line and "File too large" in line
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000002"]
     resume(run)
-    train(data, tmp_path / "whole")
-    assert exact(run) == exact(tmp_path / "whole") and exact(run)[: len(before)] == before
+    assert exact(run) == exact(world.run) and exact(run)[: len(before)] == before
 
 
 def test_model_that_is_none(tmp_path, capsys):

@@ -97,7 +97,7 @@ def run() -> None:
     """The command: :func:`main`, and the process ends with its code.
 
     One rank of several ends at once: gloo's threads may still hold tensors of the last collective, and one that lets go of
-    them while the interpreter is taken down aborts a process whose work is done. So does a run that was asked to stop: a
+    them while the interpreter is taken down aborts a process whose work is done. So does a run that was interrupted: a
     further signal would find the interpreter without its handlers.
     """
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what could follow
@@ -113,7 +113,7 @@ def run() -> None:
 
 
 def complain(line: str, everywhere: bool = False) -> None:
-    """A line on standard error; under torchrun from rank 0 alone, unless the rank alone knows of it."""
+    """A line on standard error; under torchrun from rank 0 only, unless only this rank knows it."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
@@ -147,9 +147,9 @@ def dispatch(words: list[str]) -> int:
     given = read_words(name, words)
     if "model" in COMMANDS[name].words and str(given.get("device") or "cpu") == "cpu":
         read(name, given)  # mistakes are reported before torch is imported
-        from aimv2.models.matmul import fast_products
+        from aimv2.models.matmul import fast_matmul
 
-        fast_products()
+        fast_matmul()
     result = execute(name, given)
     if os.environ.get("RANK", "0") != "0":
         return 0

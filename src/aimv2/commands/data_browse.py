@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from aimv2.config.types import Range
+from aimv2.config.types import Bounds
 from aimv2.errors import UsageError
 
 
@@ -27,7 +27,7 @@ class DataBrowseOptions:
     config: str | None = None
     options: dict[str, Any] | None = None
     out: str = "browse.html"
-    count: Annotated[int, Range(1, 1000)] = 32
+    count: Annotated[int, Bounds(1, 1000)] = 32
     open: bool = False
 
 

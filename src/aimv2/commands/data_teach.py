@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from aimv2.config.types import Fraction, Range
+from aimv2.config.types import Bounds, Fraction
 from aimv2.errors import UsageError
 
 
@@ -32,12 +32,12 @@ class DataTeachOptions:
     teacher: str
     data: str
     out: str
-    views: Annotated[int, Range(1, 1000)] = 2
-    crop_scale: Annotated[float, Range(1e-3, 1)] = 0.4
+    views: Annotated[int, Bounds(1, 1000)] = 2
+    crop_scale: Annotated[float, Bounds(1e-3, 1)] = 0.4
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     flip: Fraction = 0.5
     seed: int = 0
-    batch_size: Annotated[int, Range(1, 1_000_000)] = 64
+    batch_size: Annotated[int, Bounds(1, 1_000_000)] = 64
     device: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     image_mean: str | None = None
@@ -61,6 +61,6 @@ def run(options: DataTeachOptions) -> dict[str, Any]:
     assert known.run is not None
     lesson = Lesson(
         options.teacher, known.sha256, known.image_size, known.grid, known.width, options.views, options.crop_scale,
-        (low, high), options.flip, options.seed,
+        (low, high), options.flip, options.seed, known.fingerprint,
     )  # fmt: skip
     return teach(options.data, options.out, lesson, known.run, options.batch_size)

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Count, Range
+from aimv2.config.types import Bounds, Count
 from aimv2.errors import UsageError
 from aimv2.evals.options import ModelOptions
 
@@ -35,7 +35,7 @@ class ExploreOptions(ModelOptions):
     host: str = "127.0.0.1"
     port: int = 8421
     open: bool = False
-    upload_mb: Annotated[float, Range(0, 1000, above=True)] = 10.0
+    upload_mb: Annotated[float, Bounds(0, 1000, above=True)] = 10.0
 
 
 def run(options: ExploreOptions) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from aimv2.tables import TextTable
 
 
 @dataclass(kw_only=True)
@@ -38,14 +39,13 @@ def run(options: ModelsOptions) -> dict[str, Any]:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """One line per model; released ones first."""
-    table = Table(box=None, pad_edge=False)
-    for head in ("name", "params", "GFLOP", "input", "licence"):
-        table.add_column(head, justify="right" if head in ("params", "GFLOP") else "left", no_wrap=True)
+    heads = ("name", "params", "GFLOP", "input", "licence")
+    table = TextTable(heads, right=("params", "GFLOP"), whole=heads)
     for row in result["models"]:
         flops = row["gflop_an_image"]
         size, flops = f"{row['parameters'] / 1e6:,.1f}M", f"{flops:,.0f}" if flops >= 100 else f"{flops:.3g}"
-        table.add_row(row["name"], size, flops, row["input"], row["licence"] or "-")
-    console.print(table)
+        table.rows.append([row["name"], size, flops, row["input"], row["licence"] or "-"])
+    console.print(table.to_text())
     console.print("GFLOP: per image (native: 256 patches). With a licence: released, load_model")
     console.print("takes the name (--json adds the pinned revision). Without: create_model gives it")
     console.print("with random weights.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from aimv2.config.types import Count, FloatList, PositiveInt, Range, RateList, SeedList, text
+from aimv2.config.types import Bounds, Count, FloatList, PositiveInt, RateList, SeedList, text
 from aimv2.errors import UsageError
 from aimv2.evals.options import ClassifierOptions
 
@@ -44,7 +44,7 @@ class ProbeOptions(ClassifierOptions):
     protocol: Literal["attentive", "efficient"] = "attentive"
     features: Literal["cached", "augmented"] = "cached"
     epochs: PositiveInt = 100
-    warmup: Annotated[float, Range(0)] = 0.0
+    warmup: Annotated[float, Bounds(0)] = 0.0
     batch_size: PositiveInt = 512
     rates: RateList = text("5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3")
     decays: FloatList = text("0.05,0.1")

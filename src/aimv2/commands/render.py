@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aimv2.commands.parse import module_of
+from aimv2.tables import TextTable
 
 WIDTH = 80
 PLACES = ("default", "command line", "demo", "image size", "$AIMV2_DATA")  # sources of values; else a recipe's file
@@ -142,13 +143,9 @@ def render_figures(console: Console, result: dict[str, Any]) -> None:
 
 def render_captions(console: Console, rows: list[dict[str, Any]]) -> None:
     """Held-out images, the captions written for them, and their references."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head, ratio in (("image", 2), ("written", 4), ("reference", 4)):
-        table.add_column(head, overflow="fold", ratio=ratio)
-    for row in rows:
-        table.add_row(row["key"], row["written"], row["reference"])
-    console.print()
-    console.print(table, soft_wrap=False, width=min(console.width, WIDTH))
+    cells = [[row["key"], row["written"], row["reference"]] for row in rows]
+    table = TextTable(("image", "written", "reference"), cells, ratio={"image": 2, "written": 4, "reference": 4})
+    console.print(f"\n{table.to_text(min(console.width, WIDTH))}")
 
 
 def render_curve(console: Console, points: list[dict[str, float]], mark: str = "") -> None:

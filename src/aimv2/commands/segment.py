@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Range
+from aimv2.config.types import Bounds
 from aimv2.evals.options import DenseOptions
 
 
@@ -27,7 +27,7 @@ class SegmentOptions(DenseOptions):
         "model data classes ignore reduce_zero val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
         "image_size trunk_batch device out image_mean image_std"
     )
-    classes: Annotated[int | None, Range(2)] = None
+    classes: Annotated[int | None, Bounds(2)] = None
     ignore: int = 255
     reduce_zero: bool = False
 

@@ -1,6 +1,6 @@
 """Types of options: ranges and lists that help, completion and errors know. No torch, no parser.
 
-A type says what a value may be: ``PositiveInt`` is ``Annotated[int, Range(1)]``. :func:`convert` holds a value to it.
+A type says what a value may be: ``PositiveInt`` is ``Annotated[int, Bounds(1)]``. :func:`convert` holds a value to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aimv2.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
-class Range:
+class Bounds:
     """Numbers from ``low`` (``above``: without it) to ``high``."""
 
     low: float = -math.inf
@@ -59,7 +59,7 @@ class Numbers:
             found = tuple(self.kind(word) for word in split_words(str(given).strip("[]()")))
         except ValueError:
             found = ()
-        allowed = Range(self.low, self.high, self.above)
+        allowed = Bounds(self.low, self.high, self.above)
         inside = (self.low < n if self.above else self.low <= n for n in found)
         if not found or not all(inside) or not all(n <= self.high and math.isfinite(n) for n in found):
             kind = "whole numbers" if self.kind is int else "numbers"
@@ -104,20 +104,22 @@ def text(value: str | None) -> Any:
     return value
 
 
-PositiveInt = Annotated[int, Range(1)]
-Count = Annotated[int, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
+PositiveInt = Annotated[int, Bounds(1)]
+Count = Annotated[int, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1)]
 if TYPE_CHECKING:  # what convert() makes of the text
     IntList = tuple[int, ...]
     SeedList = tuple[int, ...]
     RateList = tuple[float, ...]
     FloatList = tuple[float, ...]
+    UnitRateList = tuple[float, ...]
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
 else:
     IntList = Annotated[str, Numbers(int, 1)]
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
     RateList = Annotated[str, Numbers(float, 0, above=True)]
+    UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
     BaselineList = Annotated[str | None, Words(("random", "pixels"))]
     UntrainedOnly = Annotated[

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aimv2.config.schema import Config
 from aimv2.data.shards.format import captions_of, find_shards, read_samples
-from aimv2.data.stream.native import area_shares, middle_area
+from aimv2.data.stream.native import area_probabilities, middle_area
 from aimv2.data.stream.samples import View, training_shards, validation_shards
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import UsageError
@@ -53,7 +53,7 @@ def measured_view(config: Config, model: AIMv2, captions: bool) -> View:
     shape = model.encoder.config
     side = shape.image_size
     if side is None:
-        side = shape.patch_size * math.isqrt(middle_area(area_shares(*config.data.areas)))
+        side = shape.patch_size * math.isqrt(middle_area(area_probabilities(*config.data.areas)))
     return View(side, (side // shape.patch_size) ** 2, captions)
 
 

@@ -322,8 +322,6 @@ def open_dense(command: str, options: DenseOptions, maps: str) -> tuple[Frozen, 
         raise UsageError(f"--data is missing: a folder of images and {maps}", code="missing")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{command}: its batch norm sees one process; start it without torchrun", code="unsupported")
-    if not all(rate <= 1 for rate in options.rates):
-        raise UsageError(f"--rates {max(options.rates):g}: above 0, at most 1 expected")
     if isinstance(options.image_size, str):
         raise UsageError(f"--image-size {options.image_size}: maps are of one size here; pixels a side expected")
     frozen = options.open()

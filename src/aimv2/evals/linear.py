@@ -124,7 +124,7 @@ def sgd(
         epochs: over the images.
 
     Returns:
-        weights [D, G, C] and biases [G, C], zero at the start. A rate that is too high may leave NaN, in its part alone.
+        weights [D, G, C] and biases [G, C], zero at the start. A learning rate that is too high may leave NaN, in its part only.
     """
     count, device = len(labels), x_ND.device
     size = min(BATCH, count)

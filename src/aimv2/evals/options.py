@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from aimv2.config.types import BaselineList, Count, Fraction, PositiveInt, RateList, SeedList, UntrainedOnly, text
+from aimv2.config.types import BaselineList, Count, Fraction, PositiveInt, SeedList, UnitRateList, UntrainedOnly, text
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class DenseOptions(EncoderOptions):
     data: str | None = None
     val_list: str | None = None
     val_fraction: float = 0.0
-    rates: RateList = text("1e-4,3e-4,1e-3,3e-3,1e-2")
+    rates: UnitRateList = text("1e-4,3e-4,1e-3,3e-3,1e-2")
     weight_decay: Fraction = 1e-4
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 16

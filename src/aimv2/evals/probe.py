@@ -1,4 +1,4 @@
-"""The attentive probe on a frozen encoder, every rate and decay of the grid at once (AIMV2, Table A2).
+"""The attentive probe on a frozen encoder, the whole grid of learning rates and decays at once (AIMV2, Table A2).
 
 Legend: N images, I patches, D width, G heads of a sweep, C classes.
 """
@@ -22,7 +22,7 @@ from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
-from aimv2.features.extraction import Cached, cached_features, seen
+from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
@@ -44,7 +44,7 @@ ABOUT = "probe.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Everything that decides a probe beside encoder and data; the defaults are the paper's (AIMV2, Table A2).
+    """Everything that decides a probe besides encoder and data; the defaults are the paper's (AIMV2, Table A2).
 
     Attributes:
         protocol: attentive or efficient.
@@ -88,7 +88,7 @@ class SweepLog(Log):
 
 
 class ProbeTrainer(Trainer):
-    """The one loop over a sweep: no validation on the way, the heads alone are saved."""
+    """The one loop over a sweep: no validation on the way, only the heads are saved."""
 
     again = ""  # what a user types after an interruption
     saves = True
@@ -97,7 +97,7 @@ class ProbeTrainer(Trainer):
         log = SweepLog(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
         assert isinstance(self.model, ProbeSweep)
         log.heads = len(self.model.heads)
-        self.log, self.peak = log, None  # the arithmetic of heads alone says nothing of a device
+        self.log, self.peak = log, None  # the FLOPs of heads say nothing about a device
         return log
 
     def validate(self, log: Log) -> None:
@@ -135,11 +135,11 @@ def train_sweep(
         stream: of batches of ``settings.batch_size``.
         images: training images, which make an epoch.
         settings: see there.
-        seed: told to the run.
+        seed: of the run.
         run: its folder.
         device: where the heads are trained.
         again: the command that goes on after an interruption.
-        saves: keep checkpoints; not beside other ranks, which would have to take part.
+        saves: keep checkpoints; not with other ranks, which would have to take part.
         title: a line above those of the log.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
@@ -191,15 +191,15 @@ def fresh_sweep(
     trials = settings.trials()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sweep = ProbeSweep(width, classes, trials, settings.protocol, usual_heads(width, settings), trunk)
+        sweep = ProbeSweep(width, classes, trials, settings.protocol, default_heads(width, settings), trunk)
         first = sweep.heads[0].state_dict()
         for head in sweep.heads:
             head.load_state_dict(first)
     return sweep.to(device)
 
 
-def usual_heads(width: int, settings: ProbeSettings) -> int | None:
-    """Heads that divide the width: about one for 64 values where nothing else is asked for.
+def default_heads(width: int, settings: ProbeSettings) -> int | None:
+    """Heads that divide the width: about one per 64 values by default.
 
     Raises:
         UsageError: heads that do not.
@@ -238,8 +238,8 @@ def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Any]]:
         ]
 
 
-class Seen:
-    """A split seen through the trunk batch by batch, nothing kept; notes which images could be read."""
+class StreamedSplit:
+    """Features of a split, batch by batch, not kept; records which images could be read."""
 
     def __init__(self, frozen: Frozen, data: Labelled, layers: Sequence[str], size: int = 64) -> None:
         self.frozen, self.data, self.layers, self.size = frozen, data, list(layers), size
@@ -248,7 +248,7 @@ class Seen:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         self.rows, self.rejected = [], []
-        for rows, pixels, lost in seen(self.frozen, self.data, size=self.size):
+        for rows, pixels, lost in view_batches(self.frozen, self.data, self.size):
             self.rows += rows
             self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
             if pixels is not None:
@@ -332,7 +332,7 @@ def run_sweep(
     outcomes = []
     for split in (splits.select, splits.test):
         if split is not None:
-            view = Seen(frozen, split, layers, batch)
+            view = StreamedSplit(frozen, split, layers, batch)
             predicted = predict(sweep, iter(view))
             outcomes.append(Outcome(predicted, split.labels[view.rows], view.rejected))
     return outcomes[0], outcomes[-1]
@@ -357,7 +357,7 @@ def same_work(out: Path, about: dict[str, Any]) -> None:
     write_aside(file, json.dumps(about, indent=1) + "\n")
 
 
-# ---- one head on images in memory: what a training run is followed by ----
+# ---- one head on images in memory: at the end of a training run ----
 
 
 @torch.no_grad()

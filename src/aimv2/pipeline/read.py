@@ -152,12 +152,12 @@ def _check_twice(node: yaml.Node | None) -> None:
         for item in node.value:
             _check_twice(item)
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        known = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+                if key.value in known:
                     raise yaml.YAMLError(f"'{key.value}' is given twice, line {key.start_mark.line + 1}")
-                seen.add(key.value)
+                known.add(key.value)
             _check_twice(value)
 
 
@@ -279,7 +279,7 @@ def _check_stage_keys(entry: dict[Any, Any], words: tuple[str, ...], verb: str, 
     for key in entry:
         if key not in (*KEYS, *words):
             known = (*KEYS, *words)
-            option = "" if nearest(str(key), known) else "; options of the verb go below `options:`"
+            option = "" if nearest(str(key), known) else "; options of the command go below `options:`"
             raise UsageError(
                 f"{where}: unknown key '{key}'{nearest(str(key), known)}{option} (keys of {verb}: {', '.join(known)})"
             )
@@ -347,10 +347,10 @@ def make_job(stage: Stage, stages: dict[str, Stage], out: Path, seed: int | None
     where = f"CHAIN {path}: stage '{stage.name}'"
     named = references(stage.values)
     if "data" in named and data is None:
-        raise UsageError(f"{where}: {{data}} stands for nothing: `data: PATH` in the chain, or --data PATH, is missing")
+        raise UsageError(f"{where}: {{data}} is undefined: set `data:` in the chain file or pass --data PATH")
     if "seed" in named and seed is None:
         why = "the chain names no seeds" if stage.seeded else "it has seeds: false"
-        raise UsageError(f"{where}: {{seed}} stands for nothing: {why}")
+        raise UsageError(f"{where}: {{seed}} is undefined: {why}")
     for other in stage.needs:
         if seed is None and stages[other].seeded and not stage.seeded:
             raise UsageError(f"{where}: it has seeds: false and needs '{other}', which runs once per seed")

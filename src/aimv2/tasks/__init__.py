@@ -10,9 +10,9 @@ from torch import nn
 from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
-from aimv2.features.training_cache import FeatureStream
+from aimv2.features.teacher import Teacher
+from aimv2.features.training_cache import CachedPairStream
 from aimv2.objectives import Objective
-from aimv2.objectives.distill import Teacher
 from aimv2.tasks import classify as probe
 from aimv2.tasks import contrastive, distill, pretrain
 from aimv2.tasks.held_out import HeldOut
@@ -40,7 +40,7 @@ class Stage:
     objective: Callable[[Config], Objective]
     validate: Callable[[nn.Module, Objective, HeldOut, Config, World], dict[str, float]]
     taught: Callable[[Config, Tokenizer | None, bool, OpenTeacher], tuple[nn.Module, Objective]] | None = None
-    stream: Callable[[Config, nn.Module, Tokenizer | None, World], FeatureStream | None] | None = None
+    stream: Callable[[Config, nn.Module, Tokenizer | None, World], CachedPairStream | None] | None = None
 
 
 STAGES = {

@@ -14,7 +14,7 @@ from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.features.training_cache import FeatureStream, Ranks, cached_features
+from aimv2.features.training_cache import CachedPairStream, training_features
 from aimv2.interop.load import Weights, fill_tensor
 from aimv2.interop.model_folder import checkpoints
 from aimv2.models.init import init_weights
@@ -108,20 +108,22 @@ def check_shape(origin: Origin, config: Config) -> None:
         )
 
 
-def cached_stream(config: Config, model: nn.Module, tokenizer: Tokenizer | None, world: World) -> FeatureStream | None:
+def cached_stream(
+    config: Config, model: nn.Module, tokenizer: Tokenizer | None, world: World
+) -> CachedPairStream | None:
     """With ``data.features`` batches of the trunk's features, computed first where they are not there; else None.
 
     Raises:
-        UsageError: see :func:`aimv2.features.training_cache.cached_features`.
+        UsageError: see :func:`aimv2.features.training_cache.training_features`.
     """
     if config.data.features is None:
         return None
     assert isinstance(model, TunedLiT) and tokenizer is not None
     if config.train.batch_size % world.size:
         raise UsageError(f"train.batch_size {config.train.batch_size} does not divide by {world.size} ranks")
-    ranks = Ranks(world.rank, world.size, world.barrier)
-    found = cached_features(config.data, model.image, world.device, config.train.precision, ranks)
-    return FeatureStream(found, config.data, tokenizer, config.train.batch_size, config.seed, ranks)
+    ranks = world.rank, world.size
+    found = training_features(config.data, model.image, world.device, config.train.precision, *ranks)
+    return CachedPairStream(found, config.data, tokenizer, config.train.batch_size, config.seed, *ranks)
 
 
 # ---- validation ----

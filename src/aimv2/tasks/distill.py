@@ -16,11 +16,12 @@ from aimv2.data.stream.samples import training_shards
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
+from aimv2.features.teacher import Teacher
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.objectives import Objective
-from aimv2.objectives.distill import PROJECTED, DistillObjective, Teacher
+from aimv2.objectives.distill import PROJECTED, DistillObjective
 from aimv2.tasks import pretrain
 from aimv2.tasks.held_out import HeldOut, held_out_batches, mean_loss
 

@@ -72,7 +72,7 @@ def read_held_out(
         if view.native is None:
             box = centre_crop_box(*image.size)
         else:
-            columns, rows = fit_area(*image.size, middle_area(view.native.shares))
+            columns, rows = fit_area(*image.size, middle_area(view.native.areas))
             size = columns * view.native.patch, rows * view.native.patch
         images.append(to_pixels(crop_resize(image, box, size)))
         captions.append(texts[0] if texts else "")

@@ -12,7 +12,7 @@ from aimv2.distributed import World
 from aimv2.interop.model_folder import checkpoints
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
-from aimv2.models.lora import add_updates
+from aimv2.models.lora import add_lora
 from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
 from aimv2.objectives import Objective
 from aimv2.objectives.pretrain import PretrainObjective
@@ -39,7 +39,7 @@ def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> 
     elif config.init is not None:
         fill_from(model, config.init, tokenizer, config)
     if config.optim.lora:
-        add_updates(model.encoder, config.optim.lora, config.seed)
+        add_lora(model.encoder, config.optim.lora, config.seed)
     return model
 
 

@@ -21,7 +21,7 @@ from aimv2.interop.model_folder import write_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.flops import peak_flops, step_flops
 from aimv2.models.lit import TunedLiT
-from aimv2.models.lora import merged
+from aimv2.models.lora import merge_lora
 from aimv2.objectives import Objective
 from aimv2.objectives.distill import DistillObjective
 from aimv2.tasks import stage_of
@@ -260,7 +260,7 @@ class Trainer:
         """The model folder of this step."""
         model = self.unwrapped()
         if self.config.optim.lora:
-            weights = merged(weights)
+            weights = merge_lora(weights)
         if isinstance(self.model, Distiller | TunedLiT):
             weights = self.model.saved(weights)
         write_model(

@@ -19,7 +19,7 @@ from aimv2.data.stream.native import make_native_batch
 from aimv2.data.stream.samples import View, kept_patches
 from aimv2.distributed import World
 from aimv2.models.lit import TunedLiT
-from aimv2.models.matmul import fast_products
+from aimv2.models.matmul import fast_matmul
 from aimv2.models.probe_head import ProbeSweep
 from aimv2.objectives import Objective
 from aimv2.tasks import stage_of
@@ -66,7 +66,7 @@ class TrainStep:
             shape = trainable.encoder.config
             self.image_size = shape.image_size or 0
             self.patches = shape.patches if shape.image_size else 0  # native batches come split already
-        fast_products(world.device)
+        fast_matmul(world.device)
         self.model: nn.Module = model.to(world.device)
         if not isinstance(model, ProbeSweep):
             parallelize(trainable, config.train, world, compiled)
@@ -153,7 +153,7 @@ class TrainStep:
             yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
             return
         patch = view.native.patch
-        for area in view.native.shares:
+        for area in view.native.areas:
             count = view.native.budget // area
             image = torch.zeros(3, patch, area * patch, dtype=torch.uint8)
             yield make_native_batch([image] * count, [text] * count, [max(area // 2, 1)] * count, patch, area)

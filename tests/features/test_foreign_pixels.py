@@ -118,7 +118,7 @@ def test_a_processor_that_does_more_is_refused(tmp_path: Path) -> None:
         ({"image_mean": "abc"}, "image_mean abc"),
         ({"image_mean": [0.1] * 4}, "image_mean"),
         ({"image_std": [0.0] * 3}, "image_std"),
-        ({"auto_map": {"AutoImageProcessor": "code.Processor"}}, "code of its own"),
+        ({"auto_map": {"AutoImageProcessor": "code.Processor"}}, "custom code"),
     ],
     ids=str,
 )
@@ -144,5 +144,5 @@ def test_what_takes_no_images_is_one_line(tmp_path: Path) -> None:
     text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")}
     folder = save(tmp_path / "bert", BertModel(BertConfig(**text, vocab_size=10, intermediate_size=48)))
     assert open_transformers(str(folder), folder, "cpu")[1] == {}
-    with pytest.raises(UsageError, match="BertModel can't be measured on RGB images of 224 x 224 px"):
+    with pytest.raises(UsageError, match="BertModel can't be run on RGB images of 224 x 224 px"):
         open_frozen(str(folder))

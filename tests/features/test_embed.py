@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import rich.progress
 import torch
 from PIL import Image
 
@@ -184,10 +185,11 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 4 + 5  # the first file was whole; the second was done again
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(UsageError, match="holds features of another pool"):
+    with pytest.raises(UsageError, match="pool") as other:
         api.embed(*words, str(tmp_path / "parts"), **more, pool="none")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError) as taken:
         api.embed(*words, str(tmp_path / "photos"))
+    assert [(e.value.option, e.value.code) for e in (other, taken)] == [("OUT", "mismatch"), ("OUT", "exists")]
 
 
 # ---- going on ----
@@ -201,9 +203,9 @@ def test_another_list_of_as_many_images_is_not_gone_on_with(tmp_path: Path) -> N
     note = json.loads((tmp_path / "out" / "features-00001.json").read_text())
     assert (note["first"], note["last"]) == ("2.png", "3.png")
     (tmp_path / "photos" / "0.png").rename(tmp_path / "photos" / "9.png")
-    with pytest.raises(UsageError, match="holds features of another list of images; give a new folder"):
+    with pytest.raises(UsageError, match="list of images"):
         api.embed(*words, shard_size=2)
-    (tmp_path / "photos" / "9.png").rename(tmp_path / "photos" / "0.png")
+    (tmp_path / "photos" / "9.png").rename(tmp_path / "photos" / "0.png")  # a name is no content
     api.embed(*words, shard_size=2)
     part = tmp_path / "out" / "features-00001.json"
     part.write_text(part.read_text().replace("2.png", "1.png"))
@@ -214,15 +216,24 @@ def test_another_list_of_as_many_images_is_not_gone_on_with(tmp_path: Path) -> N
 def test_images_that_change_meanwhile_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_at(tmp_path / "m")
     files = photographs(tmp_path / "photos", 4)
-    real = module.begin
+    real = module.list_images
+    words = (str(tmp_path / "m"), str(tmp_path / "photos"))
 
-    def begins(*args: object) -> None:
-        real(*args)  # type: ignore[arg-type]
+    def renamed(source: str) -> object:
+        found = real(source)
         files[0].rename(tmp_path / "photos" / "new.png")
+        return found
 
-    monkeypatch.setattr(module, "begin", begins)
-    with pytest.raises(UsageError, match="the images changed while they were embedded"):
-        api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+    def replaced(source: str) -> object:
+        found = real(source)
+        files[1].write_bytes(files[2].read_bytes() + b"more")
+        return found
+
+    for number, change in enumerate((renamed, replaced)):
+        monkeypatch.setattr(module, "list_images", change)
+        with pytest.raises(UsageError, match="the images changed while they were embedded") as error:
+            api.embed(*words, str(tmp_path / f"out{number}"))
+        assert (error.value.option, error.value.code) == ("IMAGES", "mismatch")
 
 
 def test_the_same_weights_under_another_name_go_on(tmp_path: Path) -> None:
@@ -237,7 +248,7 @@ def test_the_same_weights_under_another_name_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "embed.json").read_bytes() == before
     config = EncoderConfig("tiny", 32, 3, 2, 48, 14, 28)
     convert(build(config, None, seed=1), tmp_path / "another", "safetensors")
-    with pytest.raises(UsageError, match="features of another model;"):
+    with pytest.raises(UsageError, match="features of another model"):
         api.embed(str(tmp_path / "another"), *words)
 
 
@@ -246,16 +257,17 @@ def test_leftovers_go_and_a_broken_note_is_one_line(tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 3)
     words, out = (str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out")), tmp_path / "out"
     out.mkdir()
-    for name in (".embed.json.aside", ".features-00000.npy", ".features-00001.json.aside"):
+    for name in (".embed.json.aside", ".features-00000.npy.aside", ".features-00001.json.aside"):
         (out / name).write_bytes(b"half")
     assert api.embed(*words, shard_size=2)["rows"] == 3
-    (out / ".features-00000.parquet").write_bytes(b"half")
+    (out / ".features-00000.parquet.aside").write_bytes(b"half")
     api.embed(*words, shard_size=2)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     for text in ("{", "[]", "\xff"):
         (out / "embed.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(UsageError, match=r"embed.json (can't be read|is of something else)") as error:
+        with pytest.raises(UsageError, match=r"embed\.json") as error:
             api.embed(*words, shard_size=2)
+        assert (error.value.option, error.value.code) == ("OUT", "unreadable")
         assert len(str(error.value).splitlines()) == 1
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".thesis.tex").write_text("x")
@@ -264,18 +276,16 @@ def test_leftovers_go_and_a_broken_note_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_bar_counts_this_processs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.share(7, 2, 0, 2) == [2, 2] and module.share(7, 2, 1, 2) == [2, 1]
-    assert module.share(7, 10, 0, 2) == [7] and module.share(7, 10, 1, 2) == []
     model_at(tmp_path / "m")
     photographs(tmp_path / "photos")
     bars = []
 
-    class Kept(module.Progress):
+    class Kept(rich.progress.Progress):
         def __init__(self, **options: object) -> None:
             super().__init__(**options)  # type: ignore[arg-type]
             bars.append(self)
 
-    monkeypatch.setattr(module, "Progress", Kept)
+    monkeypatch.setattr("rich.progress.Progress", Kept)
     words = (str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
     api.embed(*words, shard_size=3)
     (tmp_path / "out" / "features-00001.json").unlink()  # one to do again, two to skip
@@ -373,7 +383,7 @@ def test_files_of_all_patches_are_bounded() -> None:
         config = EncoderConfig("x", width, 1, 2, 48, 14, image)
         with torch.device("meta"):
             encoder = VisionEncoder(config)
-        return module.usual_shard_size(encoder, module.Wanted(pool, tuple(range(layers)), "npy", None, 1, precision))
+        return module.default_shard_size(encoder, module.Wanted(pool, tuple(range(layers)), "npy", None, 1, precision))
 
     assert size(1024, 224, 0, "fp32") == 512  # 256 patches of 4 KiB: a MiB an image
     assert size(1024, 224, 4, "fp32") == 128 and size(1024, 224, 0, "bf16") == 1000

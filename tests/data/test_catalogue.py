@@ -10,7 +10,7 @@ from brought import picture, put, run
 
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.catalogue import COLUMNS, Columns, find_column, kind_of, walk
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.pictures import pictures
 from aimv2.data.images.sources import SourceOptions, open_source
 from aimv2.data.shards.format import read_samples

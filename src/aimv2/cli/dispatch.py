@@ -306,7 +306,7 @@ def read_options(
         if key in switch_names and not equals:
             switches.add(key)
             continue
-        if key not in keys and key != "config":
+        if key not in keys and key != "config" and not key.startswith("objective."):  # a task may bring more of these
             raise UsageError(
                 f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
+from aimv2.io import git_state
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
 NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at"}  # differ between any two runs
@@ -80,7 +80,7 @@ def read_run(folder: str | Path, waiting: bool = False) -> Run:
     if not (path / CONFIG).is_file():
         what = "a run folder (with config.yaml) is expected" if path.exists() else "no such folder"
         raise UsageError(f"RUN {folder}: {what}", code="not-found")
-    config = parse(read_recipe(path / CONFIG))
+    config = parse(read_recipe(path / CONFIG), stored=True)
     metrics = read_metrics(path / METRICS)
     if not metrics and not waiting:
         raise UsageError(
@@ -125,9 +125,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def config_rows(config: Config) -> list[tuple[str, str, bool]]:
     """Every key, its value, and whether it differs from the default."""
-    default = Config()
+    default = type(config)()
     return [
-        (key, shown(get_value(config, key)), get_value(config, key) != get_value(default, key)) for key in leaf_keys()
+        (key, shown(get_value(config, key)), get_value(config, key) != get_value(default, key))
+        for key in leaf_keys(type(config))
     ]
 
 
@@ -151,26 +152,6 @@ def shown(value: Any) -> str:
         weight = f" x {value.weight:g}" if value.weight != 1 else ""
         return (value.name or value.path) + weight
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def git_state(folder: Path | None = None) -> str | None:
-    """Commit of the code, and whether it has uncommitted changes; None outside git."""
-    home = folder or Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if not commit or git("ls-files", "--error-unmatch", str(home)) is None:  # installed inside another project's tree
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}, {'with changes' if changed else 'clean'}"
 
 
 def about(run: Run) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
 from aimv2.report.runs import Run
-from aimv2.tasks import stage_of
+from aimv2.tasks import task_of
 from aimv2.tasks.held_out import read_held_out
 from aimv2.train.prepare import known_tokenizer
 from aimv2.train.view import make_view
@@ -83,12 +83,12 @@ def view_of(config: Config, encoder: EncoderConfig) -> View:
     Raises:
         UsageError: options that do not fit the encoder.
     """
-    return make_view(config, encoder, stage_of(config).text(config), World(0, 1, torch.device("cpu")))
+    return make_view(config, encoder, task_of(config).reads_text(), World(0, 1, torch.device("cpu")))
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The run's tokeniser; None without text, or where it is not available."""
-    if not stage_of(run.config).text(run.config):
+    """The run's tokeniser; None for images alone, or where it is not available."""
+    if not task_of(run.config).reads_text():
         return None
     home = known_tokenizer(run.folder)
     source = home if home is not None else run.config.data.tokenizer

@@ -18,11 +18,11 @@ from aimv2.interop import layouts
 from aimv2.interop.layouts import Rules
 from aimv2.interop.load import ModelSource, Weights, check_all_read, fill_tensor, has_decoder, locate, plan
 from aimv2.interop.shapes import config_name
+from aimv2.io import say
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import resize_positions
 from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig
-from aimv2.train.log import say
 
 SHAPE = ("patch_size", "width", "depth", "heads", "hidden")  # of the encoder: what must be equal
 SIGHT = ("image_size", "min_patches", "max_patches")  # of the encoder: what may change

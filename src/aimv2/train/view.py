@@ -17,7 +17,7 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
         UsageError: options that do not go with a native model, or only with one; areas that it is not meant for; a budget
             that they do not divide.
     """
-    share = config.objective.decoder_share
+    keep = config.objective.decoder_share
     if encoder.image_size is not None:
         given = {
             "train.patch_budget": config.train.patch_budget is not None,
@@ -31,9 +31,9 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
             raise UsageError(
                 f"{name} is for native models; {encoder.name} sees {encoder.image_size} px: {instead}, or give a native model.name"
             )
-        return View(encoder.image_size, encoder.patches, captions, share)
-    if share < 1:
-        raise UsageError(f"objective.decoder_share {share}: a native model's decoder sees all image positions; use 1")
+        return View(encoder.image_size, encoder.patches, captions, keep)
+    if keep < 1:
+        raise UsageError(f"objective.decoder_share {keep}: a native model's decoder sees all image positions; use 1")
     return View(0, 2 ** config.data.areas[1], captions, native=make_native(config, encoder, world))
 
 

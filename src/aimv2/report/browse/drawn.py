@@ -23,11 +23,7 @@ from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig
-from aimv2.tasks import stage_of
-from aimv2.tasks.contrastive import check_shape
-from aimv2.tasks.distill import STORED, stored_teacher
-from aimv2.tasks.init_weights import origin_of, take_shape
-from aimv2.tasks.pretrain import shapes
+from aimv2.tasks import task_of
 from aimv2.train import launch, prepare
 from aimv2.train.view import make_view
 
@@ -96,10 +92,10 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
     config, demo = settled(recipe, given, scratch)
     world = World(0, 1, torch.device("cpu"))
     tokenizer = prepare.get_tokenizer(config, None, world)
-    encoder = encoder_of(config, tokenizer)
-    view = make_view(config, encoder, stage_of(config).text(config), world)
-    if config.objective.name == "distill" and config.objective.teacher == STORED:
-        view.teacher = stored_teacher(config).width
+    task = task_of(config)
+    encoder = task.encoder_config(tokenizer.vocab_size if tokenizer else 1)
+    view = make_view(config, encoder, task.reads_text(), world)
+    view.teacher = task.stored_width()
     stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
     total = stream.samples
     if view.native is None and count < config.train.batch_size:  # a part of the first batch is enough
@@ -116,8 +112,8 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
 
 def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:
     """The resolved configuration of a run with these values, its data located; and whether it is the demo."""
-    check_keys(given, "on the command line")
     base = read_recipe(recipe) if recipe else {}
+    check_keys(given, "on the command line", base)
     options = parse({**base, **given})
     if options.resume:
         raise UsageError(
@@ -128,7 +124,7 @@ def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[C
     demo = launch.wants_demo(options, recipe)
     if demo:
         config = parse({**read_recipe(launch.DEMO), **given})
-        prepare.check_init(config)
+        task_of(config).check()
         config.data.train = launch.draw_scenes(config, scratch / "data")
         prepare.locate_data(config)
     else:
@@ -144,23 +140,6 @@ def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[C
         )
     config.data.index_dir = config.data.index_dir or str(scratch / "index")
     return config, demo
-
-
-def encoder_of(config: Config, tokenizer: Tokenizer | None) -> EncoderConfig:
-    """Config of the encoder that a run would build.
-
-    Raises:
-        UsageError: no such model, or an ``init`` that does not fit.
-    """
-    stage, init = config.objective.name, config.init
-    if init is not None and stage in ("contrastive", "probe"):
-        origin = origin_of(init)
-        if stage == "contrastive":
-            check_shape(origin, config)
-        return origin.encoder
-    if init is not None and config.model.name == "auto":
-        take_shape(config)
-    return shapes(config, tokenizer.vocab_size if tokenizer else 1)[0]
 
 
 def batches(stream: TrainStream) -> Iterator[Batch]:

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled, subset
+from aimv2.data.images.labelled import Labelled, limit, subset
+from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.data.shards import listing
 from aimv2.data.shards.format import label_of, read_sample, scan_shard
 from aimv2.errors import UsageError

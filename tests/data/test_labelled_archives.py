@@ -13,7 +13,8 @@ from test_labelled import encoded, number_in, opened, put, refused, seen
 
 from aimv2.data.datasets.registry import DATASETS
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import Labelled, open_labelled, require_labelled
+from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.errors import UsageError
 
 

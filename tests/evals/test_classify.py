@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aimv2 import api, cli
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals import knn, linear, scores
 from aimv2.evals.fewshot import C, Draw, normalised

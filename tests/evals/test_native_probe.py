@@ -10,7 +10,7 @@ from PIL import Image
 
 from aimv2 import api, image_transform
 from aimv2.cli import main
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.probe import from_cache, predict
 from aimv2.evals.probe_stream import FeatureStream

@@ -161,6 +161,8 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
     known, planned, reader = set(folder.files), list[SourceEntry | Reject](), FileReader()
+    if not any(f"{stem(name)}.{kind}" in known for name in folder.images for kind in ("txt", "json")):
+        return None
     for name in folder.images:
         found = [f"{stem(name)}.{kind}" for kind in ("txt", "json")]
         paths = [str(folder.root / side) if side in known else "" for side in found]
@@ -170,7 +172,7 @@ def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
     total = sum(isinstance(item, SourceEntry) for item in planned)
-    return PlannedSource("sidecar captions", planned, total) if total else None
+    return PlannedSource("sidecar captions", planned, total)
 
 
 def _class_folder(folder: ImageFolder) -> PlannedSource:

@@ -434,18 +434,22 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
     if not source:
         raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
     val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
-    allowed = {
-        f"--template {template!r}: expected {{}} where the class goes": "{}" in template,
-        f"--val-fraction {val_fraction}: expected 0 or more and below 1": 0 <= val_fraction < 1,
-        "--val-fraction and --val-list exclude each other; give one": not (val_fraction and val_list),
-        f"--val-list {val_list}: no such file; expected one key or image name a line": val_list is None
-        or Path(val_list).expanduser().is_file(),
-        f"--max-side {max_side}: expected 16 pixels or more": max_side is None or max_side >= 16,
-        f"--shard-size {options['shard_size']}: expected 1 sample or more": options["shard_size"] >= 1,
-        f"--quality {options['quality']}: expected 1 to 100": 1 <= options["quality"] <= 100,
-    }
-    if wrong := next((message for message, holds in allowed.items() if not holds), None):
-        raise UsageError(wrong)
+    if "{}" not in template:
+        raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: expected 0 or more and below 1")
+    if val_fraction and val_list:
+        raise UsageError("--val-fraction and --val-list exclude each other; give one", code="conflict")
+    if val_list is not None and not Path(val_list).expanduser().is_file():
+        raise UsageError(
+            f"--val-list {val_list}: no such file; expected one key or image name a line", code="not-found"
+        )
+    if max_side is not None and max_side < 16:
+        raise UsageError(f"--max-side {max_side}: expected 16 pixels or more")
+    if options["shard_size"] < 1:
+        raise UsageError(f"--shard-size {options['shard_size']}: expected 1 sample or more")
+    if not 1 <= options["quality"] <= 100:
+        raise UsageError(f"--quality {options['quality']}: expected 1 to 100")
 
 
 def _stable_name(source: str) -> str:

@@ -269,8 +269,10 @@ def test_search_by_likelihood(url: str, place: Path) -> None:
     names = sorted(COLOURS)
     images = torch.stack([image_transform(model)(Image.open(place / "pictures" / f"{name}.png")) for name in names])
     for name in names:
-        found = question(url, "search", text=f"  A {name}  sheet ").json
-        assert found["by"] == "likelihood" and (found["compared"], found["of"]) == (6, 6)
+        query = {"text": f"  A {name}  sheet "}
+        while (found := question(url, "search", **query).json)["compared"] < 6:  # a busy machine needs several requests
+            assert found["of"] == 6
+        assert found["by"] == "likelihood" and found["of"] == 6
         assert found["ranked"][0]["name"] == f"{name}.png"
         logs = score(model, images, [sentence(name)])[:, 0]
         plain = logs - logs.logsumexp(0) + np.log(6)
@@ -345,7 +347,7 @@ def test_stored_features_of_another_kind_are_left_alone(place: Path, tmp_path: P
     ("words", "said"),
     [
         (["--images", "nowhere"], "--images nowhere: no such file or folder"),
-        (["--upload-mb", "0"], "--upload-mb 0.0"),
+        (["--upload-mb", "0"], "--upload-mb 0:"),
         (["--limit", "-1"], "--limit -1"),
         (["--port", "70000"], "--port 70000"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),

@@ -85,8 +85,10 @@ class AIMv2(nn.Module):
         Args:
             images: uint8 or normalised float [B, 3, H, W].
             max_tokens: maximum length, end of text included; None: the decoder's limit.
-            temperature, top_p, seed: of the sampling; temperature 0 is greedy decoding.
+            temperature: 0 is greedy decoding.
+            top_p: probability mass to sample from, in (0, 1].
             beams: beam width; 1 is no beam search.
+            seed: sampling seed.
             tokenizer: replaces the model's own.
 
         Raises:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from aimv2.batch import Batch
 
 NORM_EPS = 1e-6
-PROTOCOLS = ("attentive", "efficient")
 
 
 class AttentiveProbe(nn.Module):

@@ -35,7 +35,7 @@ IDLE = 600.0  # seconds without new metrics after which a watched run counts as 
 
 @dataclass
 class Reporter:
-    """Writes pages of the same runs.
+    """Writer of report pages of the same runs.
 
     Attributes:
         folders: the run folders.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LONGEST = (
     "docs/test_doc_runs_others.py",
     "docs/test_doc_runs.py",
+    "train/test_resume.py",
     "report/test_report_page.py",
     "train/test_ranks.py",
     "train/test_contrastive.py",
@@ -32,7 +33,6 @@ LONGEST = (
     "test_terminal.py",
     "test_recipes.py",
     "train/test_ablation_runs.py",
-    "train/test_resume.py",
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

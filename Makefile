@@ -22,6 +22,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py --check
+	$(BIN)/python tools/api_stubs.py --check
+	$(BIN)/python tools/messages.py --check
 
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not long and not engine'

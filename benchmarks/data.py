@@ -50,13 +50,18 @@ def make_photograph(rng: np.random.Generator) -> bytes:
 
 def write_photographs(folder: Path, count: int) -> None:
     """``count`` generated pairs as shards."""
-    from aimv2.data.shards.format import ShardWriter
+    from aimv2.data.prefetch import batched
+    from aimv2.data.shards.format import write_shard
 
     rng = np.random.default_rng(0)
-    with ShardWriter(folder, shard_size=100) as writer:
-        for number in range(count):
-            caption = " ".join(rng.choice(WORDS, int(rng.integers(6, 30))))
-            writer.add(f"{number:06d}", {"jpg": make_photograph(rng), "txt": caption.encode()})
+
+    def pair(number: int) -> tuple[str, dict[str, bytes]]:
+        caption = " ".join(rng.choice(WORDS, int(rng.integers(6, 30))))
+        return f"{number:06d}", {"jpg": make_photograph(rng), "txt": caption.encode()}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, keys in enumerate(batched(iter(range(count)), 100)):
+        write_shard(folder / f"train-{number:06d}.tar", map(pair, keys))
 
 
 def read_images(data: str, count: int) -> list[bytes]:
@@ -76,7 +81,8 @@ class Stream:
     def __init__(self, data: str, workers: int) -> None:
         from aimv2.config.schema import DataConfig
         from aimv2.data.stream.samples import TrainStream, View
-        from aimv2.data.text.tokenizer import read_captions, train_tokenizer
+        from aimv2.data.text.captions import read_captions
+        from aimv2.data.text.tokenizer import train_tokenizer
 
         config = DataConfig(train=data, workers=workers, crop_scale=SCALE[0], crop_ratio=RATIO, shuffle_buffer=100)
         tokenizer = train_tokenizer(islice(read_captions(data), 5000), 1000)

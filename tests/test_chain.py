@@ -20,8 +20,8 @@ import yaml
 from scipy import stats
 
 from aimv2 import api
-from aimv2.api.stages import EXAMPLE
 from aimv2.cli import main
+from aimv2.commands.run import EPILOG as EXAMPLE
 from aimv2.errors import UsageError
 from aimv2.evals.compare import METRICS
 from aimv2.pipeline import report
@@ -399,7 +399,7 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": shapes(options={"out": "x"})}, "options.out: the chain decides it"),
     ({"one": shapes(seeds=3)}, "seeds must be false"),
     ({"data": shapes()}, "stage 'data': a name of letters"),
-    ({"one": shapes(), "two": training(train__stepz=3)}, "Unknown key: 'train.stepz'; did you mean 'train.steps'?"),
+    ({"one": shapes(), "two": training(train__stepz=3)}, "'train.stepz' in its options; did you mean 'train.steps'?"),
     ({"one": shapes(), "two": training(train__steps=0)}, "train.steps must be at least 1, got 0"),
     ({"one": shapes(), "two": training(init="x")}, "options.init: a key of the stage itself"),
     ({"one": shapes(), "two": training(data__train=None)}, "pretrain needs `data.train:`"),
@@ -408,8 +408,8 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": shapes(), "two": {**training(), "init": "no/where/at/all"}}, "init no/where/at/all: a released name"),
     ({"one": training(data__train="no/shards")}, "data.train no/shards: no such file or folder"),
     ({"one": {"verb": "data_check", "source": "no/such/folder"}}, "source no/such/folder: no such file or folder"),
-    ({"one": {"verb": "data_check", "source": "{data}/x"}}, "{data} stands for nothing"),
-    ({"one": shapes(options={"seed": "{seed}"})}, "{seed} stands for nothing: the chain names no seeds"),
+    ({"one": {"verb": "data_check", "source": "{data}/x"}}, "{data} is undefined"),
+    ({"one": shapes(options={"seed": "{seed}"})}, "{seed} is undefined: the chain names no seeds"),
     ({"one": {"verb": "data_check"}}, "data_check needs `source:`"),
     ({"one": shapes(), "two": {"verb": "knn", "options": {"data": "{one}"}}}, "knn needs `model:`"),
     ({"one": shapes(), "two": {"verb": "knn", "model": "{one}"}}, "knn needs `data:` in its options"),
@@ -446,7 +446,7 @@ def test_a_mistake_at_the_top_is_one_line(tmp_path: Path, top: Tree, line: str) 
 
 def test_shared_stages_need_no_seeded_ones_and_folders_are_not_shared(tmp_path: Path) -> None:
     checked = {"verb": "data_check", "source": "{one}", "seeds": False}
-    assert "needs 'one', which runs once a seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
+    assert "needs 'one', which runs once per seed" in refused(tmp_path, {"one": shapes(), "two": checked}, seeds=[0])
     said = refused(tmp_path, {"one": shapes(), "one-seed0": shapes(seeds=False)}, seeds=[0])
     assert "'one-seed0' and 'one' share a folder" in said
 

@@ -17,7 +17,8 @@ from PIL import Image
 import aimv2
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.cli.dispatch import CONFIGURED, VERBS, read_options
+from aimv2.cli.dispatch import read_options
+from aimv2.commands.table import COMMANDS, function_name
 from aimv2.config.load import read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
@@ -108,13 +109,13 @@ def test_importing_the_package_imports_no_torch_until_a_name_needs_it() -> None:
 def test_overview_lists_every_verb(shell: Shell) -> None:
     code, out, err = shell("--help")
     assert (code, err) == (0, "")
-    for name, verb in VERBS.items():
-        assert re.search(rf"^  aimv2 {name}\s+{re.escape(verb.summary)}$", out, re.MULTILINE)
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  aimv2 {name}\s+{re.escape(command.summary)}$", out, re.MULTILINE)
     assert shell()[1] == out
     assert shell("--version")[1].strip() == aimv2.__version__
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> None:
     code, out, err = shell(*name.split(), "--help")
     out = " ".join(out.split())
@@ -127,17 +128,17 @@ def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> Non
         assert said, f"{name}: --{key} has no type and default in its help"
         if isinstance(default, int | float) and not isinstance(default, bool):
             assert float(said[1]) == default
-    for word in VERBS[name].words:
+    for word in COMMANDS[name].words:
         assert re.search(rf" {word.rstrip('*').upper()} [^(]+\(required, type: ", out)
 
 
 def verb_options(name: str) -> dict[str, Any]:
     """Options of a verb and their defaults, by what they are made from."""
-    whole = {key: get_value(Config(), key) for key in leaf_keys()} if name in CONFIGURED else {}
+    whole = {key: get_value(Config(), key) for key in leaf_keys()} if COMMANDS[name].configured else {}
     if name == "pretrain":
         return whole
-    words = {word.rstrip("*") for word in VERBS[name].words} | ({"config", "options"} if whole else set())
-    signature = inspect.signature(getattr(api, VERBS[name].function))
+    words = {word.rstrip("*") for word in COMMANDS[name].words} | ({"config", "options"} if whole else set())
+    signature = inspect.signature(getattr(api, function_name(name)))
     return {**whole, **{key: p.default for key, p in signature.parameters.items() if key not in words}}
 
 
@@ -145,20 +146,15 @@ def verb_options(name: str) -> dict[str, Any]:
 
 
 def test_every_verb_is_a_function_of_the_same_options() -> None:
-    written = {
-        name
-        for name, function in vars(api).items()
-        if inspect.isfunction(function) and function.__module__.startswith(api.__name__) and not name.startswith("_")
-    }
-    assert written - {"load_model", "save_pretrained"} == {verb.function for verb in VERBS.values()}
-    for name, verb in VERBS.items():
-        signature = inspect.signature(getattr(api, verb.function))
+    assert set(api.__all__) - {"load_model", "save_pretrained"} == set(map(function_name, COMMANDS))
+    for name, command in COMMANDS.items():
+        signature = inspect.signature(getattr(api, function_name(name)))
         if name == "pretrain":
             assert list(signature.parameters) == ["config", "run", "options", "dry_run", "print_config"]
             continue
         if name == "data browse":
             assert list(signature.parameters)[:2] == ["config", "options"]
-        words = [word.rstrip("*") for word in verb.words]
+        words = [word.rstrip("*") for word in command.words]
         required = [key for key, p in signature.parameters.items() if p.default is p.empty]
         assert required == words, f"{name}: what has no default is a word of the command line, in this order"
 
@@ -224,8 +220,8 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pretran"], "unknown verb 'pretran'; did you mean 'pretrain'"),
-        (["data", "chek", "x"], "unknown verb 'data chek'; did you mean 'check'"),
+        (["pretran"], "unknown command 'pretran'; did you mean 'pretrain'"),
+        (["data", "chek", "x"], "unknown command 'data chek'; did you mean 'check'"),
         (["tokeniser", "train"], "did you mean 'tokenizer'"),
         (["data", "shapes", "x", "--cout", "3"], "unknown option '--cout'; did you mean '--count'"),
         (["data", "check", "x", "--min-sides", "3"], "did you mean '--min-side'"),
@@ -236,7 +232,7 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
         (["pretrain", "run"], "unexpected 'run'"),
         (["pretrain", "--train.steps", "many", "--print-config"], "train.steps"),
         (["pretrain", "--train", "3", "--run", "r"], "'train' on the command line is a section"),
-        (["data", "shapes"], "out"),
+        (["data", "shapes"], "OUT"),
         (["data", "shapes", "x", "--count", "many"], "count"),
         (["caption", "no-such-model", "x.png"], "MODEL no-such-model: no such file, folder, run or released name"),
     ],
@@ -271,7 +267,7 @@ def test_python_dash_m(tmp_path: Path) -> None:
         [sys.executable, "-m", "aimv2", "data", "chek"], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: unknown verb 'data chek'")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: unknown command 'data chek'")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["data", "--help"]], ids=" ".join)

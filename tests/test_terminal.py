@@ -20,8 +20,8 @@ from PIL import Image
 
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.cli.dispatch import VERBS
-from aimv2.cli.show import show
+from aimv2.commands.render import render as show
+from aimv2.commands.table import COMMANDS
 from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
@@ -95,7 +95,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(VERBS, key=lambda name: name == "compare"))
+@pytest.mark.parametrize("name", sorted(COMMANDS, key=lambda name: name == "compare"))
 def test_json_is_one_object_and_its_table_fits(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,8 +284,8 @@ def test_a_file_that_is_missing_is_one_line(
 
 
 def test_every_verb_that_reads_files_is_tried_without_them() -> None:
-    assert set(VERBS) - set(NOWHERE) == {"data shapes", "models", "doctor"}
-    assert set(WORDS) == set(VERBS)
+    assert set(COMMANDS) - set(NOWHERE) == {"data shapes", "models", "doctor"}
+    assert set(WORDS) == set(COMMANDS)
 
 
 # ---- completion ----

@@ -1,20 +1,19 @@
-"""A page a verb, from its parser and its function's docstring: options with types, defaults and meaning."""
+"""One page per command, from its parser and its docstrings: options with types, defaults and meaning."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
-from aimv2 import api
-from aimv2.cli import VERBS, verb_parser
+from aimv2.commands.parse import doc_of, module_of, parser_of
+from aimv2.commands.table import COMMANDS
 from aimv2.config.load import config_parser
 
-# what the command line takes out of pretrain's words before its configuration is parsed
+# options that the command line removes from pretrain's arguments before its configuration is parsed
 PRETRAIN_SWITCHES = (
-    ("--config RECIPE.yaml", "", "", "values of a run; dotted options go over them"),
-    ("--dry-run", "", "off", "build everything, run one step, say what a run takes"),
-    ("--print-config", "", "off", "show the effective values and where they came from"),
+    ("--config RECIPE.yaml", "", "", "YAML recipe; `--section.key value` overrides it"),
+    ("--dry-run", "", "off", "build everything, run a few steps, print the resources of the run"),
+    ("--print-config", "", "off", "show the effective values and their origin"),
 )
 EVERYWHERE = (
     ("--json", "", "off", "print the result as one JSON object on standard output; progress goes to standard error"),
@@ -24,8 +23,8 @@ Row = tuple[str, str, str, str]
 
 
 def names() -> list[str]:
-    """Every verb, in the order of ``aimv2 --help``."""
-    return list(VERBS)
+    """All commands, in the order of ``aimv2 --help``."""
+    return list(COMMANDS)
 
 
 def slug(name: str) -> str:
@@ -34,47 +33,45 @@ def slug(name: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """``verbs/NAME.md`` and the list of them."""
-    rows = [f"| [`aimv2 {name}`]({slug(name)}.md) | {cell(verb.summary)} |" for name, verb in VERBS.items()]
+    """``verbs/NAME.md`` and their index."""
+    rows = [f"| [`aimv2 {name}`]({slug(name)}.md) | {cell(command.summary)} |" for name, command in COMMANDS.items()]
     index = [
-        "# Verbs",
+        "# Commands",
         "",
-        "Each page is made from the verb's parser, as `aimv2 VERB --help` is. Every verb is also a function of the same "
-        "options in `aimv2.api` ([Python reference](../reference.md)).",
+        "Each page is generated from the command's parser, like `aimv2 COMMAND --help`. Every command is also a function of the "
+        "same options in `aimv2.api` ([Python reference](../reference.md)).",
         "",
-        "| verb | what it does |",
+        "| command | what it does |",
         "|---|---|",
         *rows,
         "",
-        "Options may be written with `-` or `_`. Every verb takes these two:",
+        "Options may be written with `-` or `_`. Every command takes these two:",
         "",
         *table(list(EVERYWHERE)),
         "",
-        "Exit codes: 0, 1 where `doctor` found a failure, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
-        "Ctrl-C, 143 after SIGTERM.",
+        "Exit codes: 0, 1 if `doctor` found a failure, 2 for invalid input (one line on standard error says which option to "
+        "change), 130 after Ctrl-C, 143 after SIGTERM.",
     ]
-    return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in VERBS}}
+    return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in COMMANDS}}
 
 
 def page(name: str) -> str:
-    """The page of a verb."""
-    verb = VERBS[name]
-    words = " ".join(f"[{w[:-1].upper()}...]" if w.endswith("*") else w.upper() for w in verb.words)
+    """The page of a command."""
+    command = COMMANDS[name]
+    words = " ".join(f"[{w[:-1].upper()}...]" if w.endswith("*") else w.upper() for w in command.words)
     call = f"aimv2 {name} {words}".strip()
-    lines = [f"# aimv2 {name}", "", sentence(verb.summary), "", f"    {call} [--option VALUE ...]", ""]
-    parser = config_parser() if name == "pretrain" else verb_parser(name)
+    lines = [f"# aimv2 {name}", "", sentence(command.summary), "", f"    {call} [--option VALUE ...]", ""]
+    parser = config_parser() if name == "pretrain" else parser_of(name)
     if name == "pretrain":
-        lines += ["## How it is called", "", *table(list(PRETRAIN_SWITCHES)), ""]
+        lines += ["## Arguments", "", *table(list(PRETRAIN_SWITCHES)), ""]
     for title, rows in groups(parser, dashes=name != "pretrain"):
         lines += [f"## {cell(title)}", "", *table(rows), ""]
-    gives = returns(getattr(api, verb.function))
+    gives = returns(doc_of(name))
     if gives:
-        lines += ["## What it gives", "", sentence(gives), ""]
-    if name == "run":
-        from aimv2.api.stages import EXAMPLE
-
-        lines += ["## A chain file", "", "```text", EXAMPLE, "```", ""]
-    lines += ["`--json` and `--debug`: [every verb](index.md)."]
+        lines += ["## Result", "", sentence(gives), ""]
+    if epilog := getattr(module_of(name), "EPILOG", ""):
+        lines += ["## A chain file", "", "```text", epilog, "```", ""]
+    lines += ["`--json` and `--debug`: [every command](index.md)."]
     return "\n".join(lines)
 
 
@@ -84,7 +81,7 @@ def groups(parser: Any, dashes: bool) -> list[tuple[str, list[Row]]]:
     for group in parser._action_groups:
         rows = [row(formatter, action, dashes) for action in group._group_actions if shown(action)]
         if rows:
-            found.append(("Words" if group.title == "positional arguments" else group.title, rows))
+            found.append(("Positional arguments" if group.title == "positional arguments" else group.title, rows))
     return found
 
 
@@ -108,9 +105,8 @@ def row(formatter: Any, action: Any, dashes: bool) -> Row:
     return option, kind, match[4] if match[4] is not None else "", match[1]
 
 
-def returns(function: Any) -> str:
+def returns(text: str) -> str:
     """The Returns section of a docstring, in a line."""
-    text = inspect.getdoc(function) or ""
     match = re.search(r"^Returns:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
     return " ".join(match[1].split()).replace("``", "`") if match else ""
 

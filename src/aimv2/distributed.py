@@ -71,12 +71,46 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
-        # ranks wait for the first one while it measures the finished model
+        # ranks wait for the first one while it trains a tokenizer or draws the demo's scenes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, size, device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharded or not, over the same memory."""
+    to_local = getattr(tensor, "to_local", None)
+    return (tensor if to_local is None else to_local()).detach()
 
 
 def leave_world() -> None:
     """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def usable_device(device: str | int | torch.device | None) -> torch.device:
+    """A device, after putting an empty tensor there; None is the CPU, a number a GPU.
+
+    Raises:
+        UsageError: an unknown name, or no such device here.
+    """
+    if isinstance(device, str) and device.isdecimal():
+        device = int(device)
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UsageError(f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU") from None
+    return found
+
+
+def default_device(given: str | int | None = None) -> str:
+    """The device that a user named, or this process's GPU where there is one, else cpu.
+
+    Raises:
+        UsageError: a device that torch does not have here.
+    """
+    if given is None and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return str(usable_device(given))

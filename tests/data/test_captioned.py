@@ -64,7 +64,7 @@ def test_shards_held_out_splits_first(tmp_path: Path, caplog: pytest.LogCaptureF
         items, split = open_captioned(str(source))
         assert split == "all" and len(items) == 2 and not caplog.text
     assert read_captioned(items[0]) == (b"...", ("a dog", "a big dog", "a dog there"))
-    with pytest.raises(ImageError, match="no image in the sample"):
+    with pytest.raises(ImageError, match="no image in its sample"):
         read_captioned(items[1])
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2.data.images import forms as labelled_forms
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled, subset
+from aimv2.data.shards import listing
 from aimv2.data.shards.format import label_of, read_sample, scan_shard
 from aimv2.errors import UsageError
 from runs import bytes_read
@@ -120,7 +120,7 @@ def test_names_of_splits(tmp_path: Path, there: list[str], wanted: dict[str, str
 
 
 def test_an_unlabelled_test_folder_is_no_split(tmp_path: Path) -> None:
-    """ImageNet's: 100,000 images without classes beside train and val."""
+    """ImageNet's: 100,000 images without classes next to train and val."""
     for name in ("train", "val"):
         folders(tmp_path, name, {"ant": 1, "bee": 1})
     put(tmp_path / "test" / "0.png", encoded(1))
@@ -226,12 +226,12 @@ def test_quick_listing_is_the_slow_one(tmp_path: Path, pax: bool) -> None:
         put(tmp_path / "in" / "a.cls", "3")
         tar.add(tmp_path / "in", "in")
     for path in sorted(tmp_path.glob("*.tar")):
-        keys, offsets, labels = labelled_forms.list_shard(path)
+        keys, offsets, labels = listing.list_shard(path)
         wanted = slowly(path)
         assert (keys, labels.tolist()) == (wanted[0], wanted[2]), path
         assert offsets.tolist() == (wanted[1] or [0]), path
-    assert labelled_forms._read_plain_headers(tmp_path / "plain.tar") is not None
-    assert labelled_forms.list_shard(tmp_path / "plain.tar")[2].tolist() == [3, 1, 4, 7]
+    assert listing._read_plain_headers(tmp_path / "plain.tar") is not None
+    assert listing.list_shard(tmp_path / "plain.tar")[2].tolist() == [3, 1, 4, 7]
 
 
 def test_a_cut_shard_gives_what_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -143,7 +143,7 @@ def test_wrong_labels_of_a_flat_val(tmp_path: Path) -> None:
     assert "sort val into val/WNID/*.JPEG" in said
     kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     put(kit / "ILSVRC2012_validation_ground_truth.txt", "1\n2\n")
-    assert "meta.mat beside ILSVRC2012_validation_ground_truth.txt expected" in refused(tmp_path, "test")
+    assert "meta.mat next to ILSVRC2012_validation_ground_truth.txt expected" in refused(tmp_path, "test")
     put(kit / "meta.mat", b"no matrix")
     assert "meta.mat cannot be read" in refused(tmp_path, "test")
     devkit(kit, "1\n2\n3\n")

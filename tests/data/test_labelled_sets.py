@@ -12,6 +12,7 @@ import pytest
 from test_labelled import encoded, opened, put, refused, samples, seen, shard
 
 from aimv2.data.datasets import registry as datasets
+from aimv2.data.datasets.cifar import load_pickle
 from aimv2.data.images import labelled as module
 from aimv2.data.images.labelled import open_labelled
 from aimv2.errors import UsageError
@@ -55,7 +56,7 @@ def test_cifar_as_python_2_wrote_it(tmp_path: Path) -> None:
         b"\x87Rq\x05(K\x01K\x01K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff"
         b"\xff\xffK\x00tb\x89U\x03\x07\x08\x09tbU\x06labels](K\x01eu."
     )
-    found = datasets.load_pickle(path)
+    found = load_pickle(path)
     assert found["labels"] == [1] and found["data"].tolist() == [[7, 8, 9]] and found["data"].dtype == np.uint8
 
 

@@ -8,7 +8,6 @@ import pytest
 from shard_tars import energon_samples, jpeg, names, samples, tar_of
 
 from aimv2.data.shards.format import (
-    ShardWriter,
     captions_of,
     find_shards,
     image_of,
@@ -153,19 +152,6 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shard(tmp_path / "a.tar", failing())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_shard_writer_fills_shards(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out", "val", shard_size=2) as writer:
-        for key, parts in samples("a", "b", "c"):
-            writer.add(key, parts)
-    assert writer.count == 3 and writer.shards == 2
-    assert names(find_shards(tmp_path / "out", "val")) == ["val-000000.tar", "val-000001.tar"]
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "half", "train", shard_size=2) as writer:
-        for key, parts in samples("a", "b", "c"):
-            writer.add(key, parts)
-        raise RuntimeError
-    assert names(sorted((tmp_path / "half").iterdir())) == ["train-000000.tar"]
 
 
 def test_manifest(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 from brought import picture, put, run
 from PIL import Image
 
-from aimv2.data.images.sources import safe_key
-from aimv2.data.shards.format import find_shards, read_samples, write_shard
+from aimv2.data.shards.format import find_shards, read_samples, safe_key, write_shard
 from aimv2.data.shards.index import build_index, count_samples
 from aimv2.errors import UsageError
 
@@ -353,7 +352,7 @@ def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
-    with pytest.raises(UsageError, match=r"someone/my_photos is no path here, and as a hub data set") as caught:
+    with pytest.raises(UsageError, match=r"someone/my_photos: no path here, and the hub") as caught:
         run("someone/my_photos", tmp_path / "out")
     assert "\n" not in str(caught.value)
 
@@ -377,7 +376,10 @@ def test_tars_are_sharded_anew(tmp_path: Path) -> None:
     assert list(found) == ["000", "001", "002", "label", "000-2", "001-2", "002-2", "label-2"]
     assert found["001-2"]["txt"] == "11" and found["001-2"]["image"] == picture(11)
     assert found["label"]["cls"] == "7" and found["label"]["txt"] is None
-    assert sorted(reason for _, reason in rejected(tmp_path / "out")) == ["no caption"] * 2 + ["no image"] * 2
+    assert (
+        sorted(reason for _, reason in rejected(tmp_path / "out"))
+        == ["no caption"] * 2 + ["no image in its sample"] * 2
+    )
     assert run(f"{src}/{{00000..00000}}.tar", tmp_path / "one")["train"] == 4
     (src / "00000.tar").rename(src / "train-0.tar")
     (src / "00001.tar").rename(src / "val-0.tar")

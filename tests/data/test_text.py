@@ -11,11 +11,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from aimv2.data.text import tokenizer as text_module
+from aimv2.data.text.captions import read_captions
 from aimv2.data.text.tokenizer import (
     Tokenizer,
     clean_text,
     load_tokenizer,
-    read_captions,
     train_tokenizer,
 )
 from aimv2.errors import UsageError
@@ -247,8 +247,8 @@ def test_read_captions_of_shards(tmp_path):
 
 
 def test_read_captions_errors(tmp_path):
-    (tmp_path / "a.csv").write_text("image,title\n1,2\n")
+    (tmp_path / "a.csv").write_text("image,name\n1,2\n")
     (tmp_path / "b.jsonl").write_text('{"caption": "x"}\n{oops\n')
-    for name, what in {"none.txt": "does not exist", "a.csv": "image, title", "b.jsonl": "line 2"}.items():
+    for name, what in {"none.txt": "does not exist", "a.csv": "image, name", "b.jsonl": "line 2"}.items():
         with pytest.raises(UsageError, match=what):
             list(read_captions(tmp_path / name))

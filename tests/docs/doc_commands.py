@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimv2.cli.dispatch import GROUPS, VERBS, read_options, read_words
+from aimv2.cli.dispatch import read_options, read_words
+from aimv2.commands.parse import read
+from aimv2.commands.table import COMMANDS, GROUPS
 from aimv2.config.load import parse, read_recipe
 from aimv2.errors import UsageError
 
@@ -113,20 +115,20 @@ def check_verb(words: list[str], inline: bool) -> None:
         return
     name = words.pop(0)
     if name in GROUPS:
-        name = f"{name} {words.pop(0)}" if words else next(verb for verb in VERBS if verb.startswith(name + " "))
-    assert name in VERBS, f"no verb {name!r}"
+        name = f"{name} {words.pop(0)}" if words else next(other for other in COMMANDS if other.startswith(name + " "))
+    assert name in COMMANDS, f"no command {name!r}"
     if "--help" in words or (inline and not words):
         return
     if name == "pretrain":
         recipe, given, _ = read_options(words)
         parse({**(read_recipe(ROOT / recipe) if recipe and recipe != "R.yaml" else {}), **given})
         return
-    for missing in range(len(VERBS[name].words) + 1 if inline else 1):
+    for missing in range(len(COMMANDS[name].words) + 1 if inline else 1):
         try:
-            read_words(name, [*["X"] * missing, *words])
+            read(name, read_words(name, [*["X"] * missing, *words]))
             return
         except UsageError as error:
-            if not inline or missing == len(VERBS[name].words):
+            if not inline or missing == len(COMMANDS[name].words):
                 raise UsageError(f"{name}: {error}") from None
 
 

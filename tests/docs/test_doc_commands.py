@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from doc_commands import FENCE, PAGES, ROOT, Command, check, commands, words_of
 
-from aimv2.cli.dispatch import VERBS, verb_parser
+from aimv2.commands.parse import option_fields, spelled
+from aimv2.commands.table import COMMANDS
 from aimv2.config.schema import known_keys
 from aimv2.errors import UsageError
 
@@ -91,9 +92,9 @@ def test_options_and_keys_in_sentences_exist(page: Path) -> None:
         "--debug",
         *(f"--{k}" for k in known_keys()),
     }
-    for name in VERBS:
+    for name in COMMANDS:
         if name != "pretrain":
-            options |= {o for action in verb_parser(name)._actions for o in action.option_strings}
+            options |= {spelled(name, key) for key in option_fields(name)}
     options = {option.replace("_", "-") for option in options}
     given_to_benchmarks = set(
         re.findall(r"--[a-z-]+", " ".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py")))
@@ -117,5 +118,5 @@ def test_files_and_tests_that_pages_name_exist(page: Path) -> None:
 def test_every_verb_is_shown_somewhere() -> None:
     shown = {" ".join(words[1:3]) for command in EVERY for words in words_of(command.text) if words[0] == "aimv2"}
     shown |= {command.text.removeprefix("aimv2 ").split(" ")[0] for command in EVERY if isinstance(command, Command)}
-    missing = [name for name in VERBS if not any(one == name or one.split(" ")[0] == name for one in shown)]
+    missing = [name for name in COMMANDS if not any(one == name or one.split(" ")[0] == name for one in shown)]
     assert not missing

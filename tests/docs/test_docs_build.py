@@ -18,7 +18,7 @@ from mkdocs.config import load_config
 from PIL import Image
 
 import aimv2
-from aimv2.cli.dispatch import VERBS
+from aimv2.commands.table import COMMANDS, function_name
 from aimv2.config.schema import leaf_keys
 from aimv2.models.sizes import MODELS, encoder_parameters
 
@@ -82,10 +82,10 @@ def test_pages_fetch_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_every_verb_has_a_page_with_all_its_options(site: Path) -> None:
-    for name, verb in VERBS.items():
+    for name, command in COMMANDS.items():
         text = text_of(site / "verbs" / f"{name.replace(' ', '-')}.html")
         assert f"aimv2 {name}" in text
-        for word in verb.words:
+        for word in command.words:
             assert word.rstrip("*").upper() in text
     text = text_of(site / "verbs" / "pretrain.html")
     for key in leaf_keys():
@@ -112,8 +112,8 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
     text = text_of(site / "reference.html")
     for name in aimv2.__all__:
         assert name == "__version__" or name in text, name
-    for verb in VERBS.values():
-        assert f"{verb.function} (" in text.replace("(", " (") or f"{verb.function} ¶" in text, verb.function
+    for function in map(function_name, COMMANDS):
+        assert f"{function} (" in text.replace("(", " (") or f"{function} ¶" in text, function
     assert ":func:" not in text and ":class:" not in text
 
 

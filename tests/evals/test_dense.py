@@ -377,7 +377,7 @@ def spoil_values(root: Path) -> None:
 
 
 WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
-    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, beside its images"),
+    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, next to its images"),
     (spoil_one, {}, r"val/images/2_01\.png has no mask; .*val/masks/2_01\.png expected"),
     (spoil_size, {}, r"1_02\.png is 64 x 48 px, its image 1_02\.jpg is 48 x 64"),
     (spoil_classes, {}, "1 class in the masks, at least two expected; see --ignore"),
@@ -386,14 +386,14 @@ WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
     (spoil_colour, {}, r"2_00\.png is a PNG of mode RGB; class ids"),
     (spoil_values, {}, "all pixels of the test masks are ignored; see --ignore"),
     (None, {"classes": 2}, r"--classes 2: .*\.png holds class 2, the last one is 1"),
-    (None, {"classes": 1}, "--classes 1: at least two"),
+    (None, {"classes": 1}, "--classes 1: at least 2"),
     (None, {"image_size": 30}, "--image-size 30: .* has patches of 7 px"),
     (None, {"val_fraction": 0.5}, "has a test split of its own, val"),
     (None, {"layers": "9"}, "--layers 9: last"),
     (None, {"rates": "fast"}, "--rates fast: numbers"),
-    (None, {"rates": "1e-3,1e38"}, "--rates 1e-3,1e38: above 0, at most 1"),
+    (None, {"rates": "1e-3,1e38"}, "--rates 1e-3,1e38: numbers, above 0 and at most 1,"),
     (None, {"weight_decay": -0.1}, r"--weight-decay -0\.1: 0 to 1"),
-    (None, {"seeds": "2,2"}, "--seeds 2,2: the same seed twice"),
+    (None, {"seeds": "2,2"}, "--seeds 2,2: the same number twice"),
     (None, {"epochs": 0}, "--epochs 0: at least 1"),
     (None, {"baselines": "pixel"}, "--baselines pixel: .*did you mean 'pixels'"),
 ]
@@ -413,13 +413,13 @@ def test_wrong_use(spoil: Callable[[Path], object] | None, options: dict[str, An
 def test_wrong_use_of_native_models_depth_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_at(tmp_path / "native", None)
     root = draw(tmp_path / "data", *SPLIT, counts=(4, 2))
-    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "sees 4 to 100 patches")):
+    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "takes 4 to 100 patches")):
         with pytest.raises(UsageError, match=f"--image-size {size}: .*{said}"):
             api.segment(str(tmp_path / "native"), str(root), image_size=size)
     flat = draw(tmp_path / "flat", *DEPTH_SPLIT, to_map=lambda ids: np.zeros_like(ids, np.uint16), counts=(3, 2))
     with pytest.raises(UsageError, match="no depth in the training maps: every pixel is 0"):
         api.depth(str(tmp_path / "native"), str(flat), image_size=28)
-    with pytest.raises(UsageError, match=r"--depth-scale 0\.0: units per metre"):
+    with pytest.raises(UsageError, match=r"--depth-scale 0: above 0"):
         api.depth(str(tmp_path / "native"), str(flat), depth_scale=0.0)
     with pytest.raises(UsageError, match=r"no depth folder \(depth, depths\)"):
         api.depth(str(tmp_path / "native"), str(root), image_size=28)

@@ -338,11 +338,11 @@ WRONG = [
     ("retrieve MODEL --data SCENES --candidates 31", "30 images, fewer than the 31 candidates"),
     ("retrieve MODEL --data SCENES", "fewer than the 100 candidates"),
     ("retrieve MODEL --data SCENES --candidates 10", "--k 10: below the number of candidates"),
-    ("retrieve MODEL --data SCENES --candidates 9 --k best", "--k best: numbers"),
+    ("retrieve MODEL --data SCENES --candidates 9 --k best", "--k best: whole numbers"),
     ("retrieve MODEL --data CLASSES", "class folders without captions"),
     ("retrieve MODEL --data nowhere", "no such file or folder"),
     ("retrieve ENCODER --data SCENES", "an encoder alone"),
-    ("retrieve MODEL --data SCENES --baselines pixels", "raw pixels can't stand in for an encoder"),
+    ("retrieve MODEL --data SCENES --baselines pixels", "raw pixels can't replace an encoder"),
     ("zeroshot MODEL --data CLASSES --baselines randm", "did you mean 'random'?"),
 ]
 

@@ -16,7 +16,7 @@ from aimv2.evals.probe import from_cache, predict
 from aimv2.evals.probe_stream import FeatureStream
 from aimv2.features import frozen as frozen_module
 from aimv2.features.extraction import Cached, cached_features
-from aimv2.features.frozen import Frozen, open_frozen, packed_rows, raw_pixels, usual_side
+from aimv2.features.frozen import Frozen, default_side, open_frozen, packed_rows, raw_pixels
 from aimv2.features.ragged import Ragged, RaggedWriter, open_ragged
 from aimv2.interop.convert import convert
 from aimv2.interop.load import load_model
@@ -129,12 +129,13 @@ def test_features_of_a_folder_equal_each_image_s_own(data: Path, tmp_path: Path,
         got = torch.from_numpy(np.array(found.features[0][number]))
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-3 if pool == "none" else 1e-5)
         assert np.array_equal(again.features[0][number], found.features[0][number])
-    with pytest.raises(UsageError, match=r"image_size: native, here 32|patches"):
+    with pytest.raises(UsageError, match="another view") as error:
         cached_features(open_frozen(str(tmp_path / "m")), split, pool=pool, folder=tmp_path / "cache")
+    assert (error.value.option, error.value.code) == ("--cache", "mismatch")
 
 
 def test_an_interrupted_pass_goes_on(model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aimv2.features.extraction.FLUSH", 1)
+    monkeypatch.setattr("aimv2.features.extraction.PART_BATCHES", 1)
     frozen, split = open_frozen(model, image_size="native"), open_labelled(str(data), "train")
     assert split is not None
     whole = cached_features(frozen, split, ["2", "last"], "none", tmp_path / "whole", 5)
@@ -241,11 +242,11 @@ def test_the_command_line_takes_a_number_or_the_word(
         assert json.loads(capsys.readouterr().out)["model"]["image_size"] == wanted
     fixed = write(tmp_path / "fixed", 16)
     for verb, name, given, said in (
-        ("knn", fixed, "native", "has a fixed grid and sees 16 px alone"),
-        ("probe", fixed, "native", "has a fixed grid and sees 16 px alone"),
+        ("knn", fixed, "native", "has a fixed grid and takes only 16 px"),
+        ("probe", fixed, "native", "has a fixed grid and takes only 16 px"),
         ("knn", model, "nativ", "--image-size nativ: pixels a side, or native"),
         ("knn", model, "0", "--image-size 0: pixels a side, or native"),
-        ("knn", model, "40", "--image-size 40: tiny sees 4 to 64 patches"),
+        ("knn", model, "40", "--image-size 40: tiny takes 4 to 64 patches"),
         ("segment", model, "native", "--image-size native: maps are of one size"),
     ):
         assert main([verb, name, "--data", str(data), "--image-size", given]) == 2
@@ -260,8 +261,8 @@ def test_the_command_line_takes_a_number_or_the_word(
 def test_squares_of_a_native_model_are_within_its_range(model: str) -> None:
     assert open_frozen(model).image_size == 32  # 64 patches, the nearest to 224 px
     shape = EncoderConfig("native", 32, 2, 2, 48, 14, None)
-    assert usual_side(shape) == 224
-    assert usual_side(EncoderConfig("native", 32, 2, 2, 48, 56, None, min_patches=30)) == 56 * 6
+    assert default_side(shape) == 224
+    assert default_side(EncoderConfig("native", 32, 2, 2, 48, 56, None, min_patches=30)) == 56 * 6
 
 
 def test_pixels_at_native_are_the_patches(model: str) -> None:

@@ -17,7 +17,7 @@ from aimv2 import api
 from aimv2.data.images.labelled import open_labelled, subset
 from aimv2.errors import UsageError
 from aimv2.evals.probe import ProbeSettings, ProbeTrainer
-from aimv2.evals.probe_result import Asked, find_splits
+from aimv2.evals.probe_result import ProbeWork, find_splits
 from aimv2.evals.probe_stream import ImageStream
 from aimv2.features.contents import contents_of
 from aimv2.features.extraction import cached_features
@@ -150,7 +150,7 @@ def test_a_cache_of_another_model_is_refused(model: str, data: Path, tmp_path: P
     again = cached_features(open_frozen(model), train, folder=tmp_path / "features")
     assert np.array_equal(first.features[0], again.features[0])
     other = open_frozen(model_at(tmp_path / "other", seed=1))
-    with pytest.raises(UsageError, match="made by another model or data"):
+    with pytest.raises(UsageError, match="another model"):
         cached_features(other, train, folder=tmp_path / "features")
 
 
@@ -227,7 +227,7 @@ def test_a_cache_of_replaced_images_is_refused(model: str, data: Path, tmp_path:
     assert api.knn(model, str(copy), **cache)["figures"] == first
     file = copy / "test" / "red" / "0.png"
     file.write_bytes((copy / "test" / "blue" / "0.png").read_bytes())
-    with pytest.raises(UsageError, match=r"images have been replaced or changed.*; give a new folder"):
+    with pytest.raises(UsageError, match="replaced or changed"):
         api.knn(model, str(copy), **cache)
 
 
@@ -288,8 +288,7 @@ def test_the_held_out_tenth_is_of_each_class(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / split / name / f"{number}.png")
-    wanted = Asked(str(tmp_path), None, ProbeSettings(), "auto", (0,), (), 0, 0, 8, 0, None, None)
-    splits, said = find_splits(wanted)
+    splits, said = find_splits(str(tmp_path), None, ProbeWork(ProbeSettings(), "auto", (0,), 0, 0, 8, 0))
     assert splits.select is not None and said == "6 training images, held out"
     assert np.bincount(splits.select.labels).tolist() == [4, 1, 1]
     assert np.bincount(splits.train.labels).tolist() == [36, 2, 11]

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from aimv2.api.explore import prepare
 from aimv2.batch import make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.data.stream.transforms import image_transform
 from aimv2.data.text.tokenizer import train_tokenizer
+from aimv2.explorer.prepare import prepare
 from aimv2.explorer.server import http_server, listen, url_of
 from aimv2.interop.model_folder import save_model
 from aimv2.models.aimv2 import AIMv2

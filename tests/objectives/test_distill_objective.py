@@ -6,12 +6,13 @@ import torch
 
 from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config.schema import ObjectiveConfig
+from aimv2.features.teacher import Teacher, resize
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.init import init_weights
-from aimv2.objectives.distill import LOSSES, PROJECTED, DistillObjective, Teacher, resize
+from aimv2.objectives.distill import LOSSES, PROJECTED, DistillObjective
 from aimv2.objectives.pretrain import PretrainObjective
 from aimv2.tasks.distill import check_grids
 from aimv2.train.optim import parameter_groups

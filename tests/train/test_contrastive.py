@@ -22,17 +22,17 @@ from aimv2.config.schema import Config
 from aimv2.data.shards.format import read_samples, scan_shard, write_shard
 from aimv2.data.stream.samples import View, training_shards
 from aimv2.data.text.tokenizer import train_tokenizer
-from aimv2.distributed import World, join_world
+from aimv2.distributed import World, join_world, local
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.flops import step_flops
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig, encoder_flops
-from aimv2.tasks.contrastive import build_model, cached_stream, objective, usual_tower
+from aimv2.tasks import task_of
+from aimv2.tasks.contrastive import default_tower
 from aimv2.tasks.held_out import read_held_out
-from aimv2.train.ema import local
-from aimv2.train.optim import hold_scale
+from aimv2.tasks.task import Context
 from aimv2.train.parallel import can_compile
 from aimv2.train.prepare import get_tokenizer
 from aimv2.train.step import TrainStep
@@ -139,8 +139,8 @@ def test_resumed_run_equals_an_undisturbed_one(contrast: str, data: Path, encode
 def test_a_tower_that_nobody_described() -> None:
     """The released one beside encoders of its width or more, one of the encoder's shape beside narrower ones."""
     large = EncoderConfig("large", 1024, 24, 8, 2816, 14, 224)
-    assert usual_tower(large) == (TextConfig(), 768)
-    tower, projection = usual_tower(EncoderConfig("tiny", 96, 4, 3, 256, 4, 32))
+    assert default_tower(large) == (TextConfig(), 768)
+    tower, projection = default_tower(EncoderConfig("tiny", 96, 4, 3, 256, 4, 32))
     assert (tower.width, tower.depth, tower.heads, tower.hidden, projection) == (96, 4, 3, 256, 96)
 
 
@@ -180,7 +180,7 @@ def one_step(world: World, batch: Batch, contrast: str) -> tuple[Any, dict[str, 
     step.clip = lambda: (keep(), clip())[1]  # type: ignore[method-assign]
     figures = step(batch, 0)
     local(step.model.log_scale).fill_(9.0)
-    hold_scale(step.model)
+    step.task.after_step(step.model)
     return figures, {**gradients, "scale, held": local(step.model.log_scale).clone()}
 
 
@@ -281,13 +281,13 @@ def test_cached_features_train_as_the_encoder_does(
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "whole", data__features=str(home))
     assert "centre view alone" in capfd.readouterr().err
-    features = np.load(home / "features.npy", mmap_mode="r")
+    features = np.load(home / "last.npy", mmap_mode="r")
     assert features.shape == (120, 16, 32) and features.dtype == np.float16
-    written = (home / "features.npy").stat().st_mtime_ns
+    written = (home / "last.npy").stat().st_mtime_ns
     tune(data, encoder, tmp_path / "parts", data__features=str(home), train__stop_at=2)
     resume(tmp_path / "parts")
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
-    assert (home / "features.npy").stat().st_mtime_ns == written, "computed once"
+    assert (home / "last.npy").stat().st_mtime_ns == written, "computed once"
     losses = [line["contrastive_loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
     assert all(np.isfinite(losses))
     model = aimv2.load_model(tmp_path / "whole")
@@ -299,32 +299,34 @@ def test_cached_features_give_the_loss_of_the_images(data: Path, encoder: Path, 
     given = {**TINY, "data.train": str(data), "data.features": str(tmp_path / "features"), "init": str(encoder)}
     config = parse(given | {key.replace("__", "."): value for key, value in PAIR.items()})
     tokenizer = get_tokenizer(config, None, ALONE)
-    model = build_model(config, tokenizer, False)
-    stream = cached_stream(config, model, tokenizer, ALONE)
+    task, context = task_of(config), Context(tokenizer, ALONE)
+    model = task.build(context)
+    stream = task.stream(context, model)
     assert tokenizer is not None and stream is not None
     batch, (shards,) = next(stream), training_shards(config.data)
     seen = read_held_out(shards, View(32, 16, True), tokenizer, 0)  # centre crops
     images = seen.images[[seen.keys.index(key) for key in batch.keys]]
     assert isinstance(images, torch.Tensor) and batch.images.shape == (8, 16, 32)
     torch.testing.assert_close(batch.images.float(), model.image(images), rtol=2e-3, atol=2e-3)
-    losses = [objective(config)(model, replace(batch, images=one))["contrastive"][0] for one in (batch.images, images)]
+    losses = [
+        task.objective(model)(model, replace(batch, images=one))["contrastive"][0] for one in (batch.images, images)
+    ]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
-def test_an_interrupted_pass_goes_on(data: Path, encoder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_pass_resumes(
+    data: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimv2.features.training_cache.PART_BATCHES", 1)
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "one", data__features=str(home), train__steps=2)
-    whole = np.load(home / "features.npy").copy()
-    state = np.lib.format.open_memmap(home / "state.npy", mode="r+")
-    lost = np.lib.format.open_memmap(home / "features.npy", mode="r+")
-    state[70:], lost[70:] = 0, 0
-    state.flush(), lost.flush()
-    captions = home / "captions-00000.jsonl"
-    lines = [line for line in captions.read_text().splitlines() if line and json.loads(line)["row"] < 70]
-    captions.write_text("\n".join(lines) + '\n{"row": 70, "cap')  # killed while writing
+    whole = np.load(home / "last.npy").copy()
+    lost = np.lib.format.open_memmap(home / "last.npy", mode="r+")
+    lost[64:] = 0
+    lost.flush()
+    (home / "part-00001.json").rename(home / ".part-00001.json.aside")  # killed while writing
     tune(data, encoder, tmp_path / "two", data__features=str(home), train__steps=2)
-    np.testing.assert_allclose(np.load(home / "features.npy").astype(np.float32), whole.astype(np.float32), atol=2e-3)
-    assert exact(tmp_path / "two")[0]["loss"] == pytest.approx(exact(tmp_path / "one")[0]["loss"], rel=1e-3)
+    assert np.array_equal(np.load(home / "last.npy"), whole) and exact(tmp_path / "two") == exact(tmp_path / "one")
 
 
 def test_a_cache_of_another_model_or_data_is_refused(data: Path, encoder: Path, tmp_path: Path) -> None:
@@ -343,19 +345,20 @@ def test_a_cache_of_another_model_or_data_is_refused(data: Path, encoder: Path, 
     ]
     write_shard(told / shard.name, samples)
     assert scan_shard(told / shard.name).offsets == scan_shard(shard).offsets
-    for shards, model, size, said in (
-        (data, tmp_path / "other", 32, "another encoder than"),
-        (data, tmp_path / "larger", 48, "another encoder, image_size than"),
-        (more, encoder, 32, "another data, samples than"),
-        (told, encoder, 32, "another data than"),
+    for shards, model, size, differs in (
+        (data, tmp_path / "other", 32, "model;"),
+        (data, tmp_path / "larger", 48, "model, architecture, view;"),
+        (more, encoder, 32, "number of images, state of the image files"),
+        (told, encoder, 32, "another state of the image files"),
     ):
-        with pytest.raises(UsageError, match=rf"data\.features .*{said}"):
+        with pytest.raises(UsageError, match=rf"data\.features .*{differs}"):
             tune(shards, model, tmp_path / "refused", data__features=home, model__image_size=size)
     assert not (tmp_path / "refused").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="something else is there"):
+    with pytest.raises(UsageError) as error:
         tune(data, encoder, tmp_path / "refused", data__features=str(tmp_path / "full"))
+    assert (error.value.option, error.value.code) == ("data.features", "exists")
 
 
 def test_samples_without_a_caption_are_bad(data: Path, encoder: Path, tmp_path: Path) -> None:
@@ -372,7 +375,8 @@ def test_samples_without_a_caption_are_bad(data: Path, encoder: Path, tmp_path: 
     tune(
         tmp_path, encoder, tmp_path / "run", data__features=str(tmp_path / "features"), data__max_bad=3, train__steps=6
     )
-    assert (np.load(tmp_path / "features" / "state.npy") == 2).sum() == 3
+    note = json.loads((tmp_path / "features" / "part-00000.json").read_text())
+    assert (note["rows"], [line["key"] for line in note["rejected"]]) == (17, ["k0", "k7", "k14"])
     with pytest.raises(UsageError, match=r"data\.max_bad allows 2: .*k0"):  # known by then
         tune(tmp_path, encoder, tmp_path / "again", data__features=str(tmp_path / "features"), data__max_bad=2)
 

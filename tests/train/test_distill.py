@@ -26,13 +26,13 @@ from aimv2.errors import UsageError
 from aimv2.features.frozen import open_frozen
 from aimv2.features.teach import Lesson
 from aimv2.features.teach import teach as run_teach
-from aimv2.features.teacher import open_teacher
+from aimv2.features.teacher import Teacher, open_teacher, stored_features
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import encoder_flops
-from aimv2.objectives.distill import DistillObjective, Teacher, relation_loss, stored_features
+from aimv2.objectives.distill import DistillObjective, relation_loss
 from aimv2.tasks.held_out import read_held_out
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks
@@ -387,15 +387,16 @@ def test_teaching_goes_on_by_whole_shards(data, teacher, tmp_path, monkeypatch):
         run_teach(str(parts), str(tmp_path / "out"), lesson, lambda images: look(images, 3), 16)
     first = tmp_path / "out" / "train-000000.tar"
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == [".teach.json", "train-000000.tar"]
+    assert written == [".teach-000000.json", ".teach.json", "train-000000.tar"]
     written = first.stat().st_mtime_ns
-    with pytest.raises(UsageError, match="other views"):
+    with pytest.raises(UsageError) as error:
         run_teach(str(parts), str(tmp_path / "out"), replace(lesson, views=3), look, 16)
+    assert (error.value.option, error.value.code) == ("OUT", "mismatch")
     summary = run_teach(str(parts), str(tmp_path / "out"), lesson, look, 16)
     assert (
         first.stat().st_mtime_ns == written
         and summary["samples"] == 60
-        and not (tmp_path / "out" / ".teach.json").exists()
+        and not list((tmp_path / "out").glob(".teach*"))
     )
     count = len(seen)
     assert run_teach(str(parts), str(tmp_path / "out"), lesson, look, 16) == summary and len(seen) == count
@@ -436,7 +437,7 @@ def test_misuse_of_stored_features(data, teacher, tmp_path, capsys):
         capsys, [*options(taught, tmp_path / "run"), *more, "--data.flip", 0.5], "flip 0.0", "data.flip is 0.5"
     )
     assert_refused(capsys, ["data", "teach", teacher, taught, taught], "OUT", "DATA itself")
-    assert_refused(capsys, ["data", "teach", teacher, data, taught], "other views", "give another folder")
+    assert_refused(capsys, ["data", "teach", teacher, data, taught], "another view", "give a new folder")
     assert_refused(capsys, ["data", "teach", teacher, data, data], "OUT", "DATA itself")
     assert_refused(capsys, ["data", "teach", "/nowhere/model", data, tmp_path / "x"], "/nowhere/model")
     assert_refused(capsys, ["data", "teach", teacher, "/nowhere", tmp_path / "x"], "/nowhere")

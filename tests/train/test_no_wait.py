@@ -14,12 +14,13 @@ from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config.schema import Config
 from aimv2.data.stream.native import make_native_batch, pack
 from aimv2.distributed import World
+from aimv2.features.teacher import Teacher
 from aimv2.models.classifier import Classifier
 from aimv2.models.create import create_model
 from aimv2.models.distilled import Distiller
 from aimv2.models.lit import LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig
-from aimv2.objectives.distill import DistillObjective, Teacher
+from aimv2.objectives.distill import DistillObjective
 from aimv2.train import step as steps
 from aimv2.train.step import TrainStep
 
@@ -78,7 +79,7 @@ def assert_no_wait(
     objective: Callable[[Config], Any] | None = None,
 ) -> Any:
     """Four steps on tensors without values; the model's and the objective's tensors too."""
-    monkeypatch.setattr(steps, "fast_products", lambda device: None)  # tries products on the host, before any step
+    monkeypatch.setattr(steps, "fast_matmul", lambda device: None)  # tries products on the host, before any step
     config = Config()
     for key, value in {"train.precision": "fp32", "train.steps": 10, "optim.warmup": 1, **given}.items():
         part, name = key.split(".")

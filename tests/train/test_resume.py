@@ -16,7 +16,8 @@ from PIL import Image
 from aimv2.config.schema import DataConfig
 from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.samples import TrainStream, View
-from aimv2.data.text.tokenizer import read_captions, train_tokenizer
+from aimv2.data.text.captions import read_captions
+from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
 from aimv2.train.parallel import can_compile
 from forked import forked

@@ -1,4 +1,4 @@
-"""What the shell offers behind ``aimv2 <TAB>``: verbs, options, and the values that an option knows. No torch.
+"""What the shell offers after ``aimv2 <TAB>``: commands, options, and the values that an option knows. No torch.
 
 eval "$(register-python-argcomplete aimv2)"
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from aimv2.cli.dispatch import CONFIGURED, GROUPS, VERBS
+from aimv2.commands.parse import option_fields, options_class, spelled
+from aimv2.commands.table import COMMANDS, GROUPS
 from aimv2.config.schema import Config, get_value, known_keys, leaf_keys
 
 MODELS_TOO = ("model", "init", "other", "teacher", "objective.teacher", "source")  # take a model by name or by path
 COMMON = ("json", "debug", "help")
-SWITCHES = {"pretrain": ("dry-run", "print-config")}
 START = "_ARGCOMPLETE"  # number of the command's own word, from 1
 
 
@@ -31,61 +30,58 @@ def complete() -> None:
         os._exit(1)
     own = int(os.environ[START])
     words = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3][own:]  # those before the cursor
-    name, used = verb_of(words)
-    os.environ[START] = str(own + used)  # the verb's last word stands for the command
+    name, used = command_of(words)
+    os.environ[START] = str(own + used)  # the command's last word stands for the program
     if name is None:
         argcomplete.autocomplete(choice_of(words), always_complete_options=False)
     else:
-        argcomplete.autocomplete(parser_of(name), always_complete_options=not VERBS[name].words)
+        argcomplete.autocomplete(parser_of(name), always_complete_options=not COMMANDS[name].words)
 
 
-def verb_of(words: list[str]) -> tuple[str | None, int]:
-    """The verb that the words begin with, and how many of them are its name; None while it is not whole."""
+def command_of(words: list[str]) -> tuple[str | None, int]:
+    """The command that the words begin with, and how many of them are its name; None while it is not whole."""
     for count in (2, 1):
         name = " ".join(words[:count])
-        if len(words) >= count and name in VERBS:
+        if len(words) >= count and name in COMMANDS:
             return name, count
     return None, 1 if words and words[0] in GROUPS else 0
 
 
 def choice_of(words: list[str]) -> argparse.ArgumentParser:
-    """A parser of a verb's name, or of its second word."""
+    """A parser of a command's name, or of its second word."""
     parser = argparse.ArgumentParser(add_help=False)
     group = words[0] if words and words[0] in GROUPS else None
     if group is not None:
-        offered = {name.split()[1]: verb.summary for name, verb in VERBS.items() if name.startswith(f"{group} ")}
+        offered = {
+            name.split()[1]: command.summary for name, command in COMMANDS.items() if name.startswith(f"{group} ")
+        }
     else:
-        offered = {name.split()[0]: verb.summary for name, verb in VERBS.items()}
-        offered |= {name: f"{name}: several verbs" for name in GROUPS}
+        offered = {name.split()[0]: command.summary for name, command in COMMANDS.items()}
+        offered |= {name: f"{name}: several commands" for name in GROUPS}
         parser.add_argument("--version", action="store_true")
     parser.add_argument("--help", action="store_true")
-    give(parser.add_argument("verb"), lambda prefix, **_: offered)
+    give(parser.add_argument("command"), lambda prefix, **_: offered)
     return parser
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """A parser of a verb's words and options that knows what they may be, and nothing else."""
-    from aimv2 import api
-
+    """A parser of a command's words and options that knows their possible values, and nothing else."""
     parser = argparse.ArgumentParser(add_help=False)
-    function = getattr(api, VERBS[name].function)
-    hints = get_type_hints(function)
-    words = [word.rstrip("*") for word in VERBS[name].words]
-    for word in VERBS[name].words:
-        key = word.rstrip("*")
-        more: dict[str, Any] = {"nargs": "*"} if word.endswith("*") else {}
+    hints, command = get_type_hints(options_class(name)), COMMANDS[name]
+    words = {word.rstrip("*"): word.endswith("*") for word in command.words}
+    for key, many in words.items():
+        more: dict[str, Any] = {"nargs": "*"} if many else {}
         offer(parser.add_argument(key, **more), key, hints[key])
-    if name in CONFIGURED:
-        offer(parser.add_argument("--config"), "config", str)
+    if command.configured:
         for key, kind in config_types().items():
             add_option(parser, key, key, kind)
-        for switch in SWITCHES.get(name, ()):
-            parser.add_argument(f"--{switch}", action="store_true")
-    if name != "pretrain":
-        left_out = [*words, "config", "options"] if name in CONFIGURED else words
-        for key in inspect.signature(function).parameters:
-            if key not in left_out:
-                add_option(parser, key, key.replace("_", "-"), hints[key])
+    for key, field in option_fields(name).items():
+        if command.configured and key in ("run", "options"):  # a key of the configuration; the values by key
+            continue
+        if name == "pretrain" and field.default is False:
+            parser.add_argument(spelled(name, key), action="store_true")
+        elif key not in words:
+            add_option(parser, key, spelled(name, key)[2:], hints[key])
     for switch in COMMON:
         parser.add_argument(f"--{switch}", action="store_true")
     return parser
@@ -103,14 +99,14 @@ def config_types() -> dict[str, Any]:
 
 
 def add_option(parser: argparse.ArgumentParser, key: str, shown: str, kind: Any) -> None:
-    """``--shown`` of a type: true and false may be left out behind a switch."""
+    """``--shown`` of a type: a switch needs no true or false after it."""
     switch = bool in (kind, *get_args(kind))
     more: dict[str, Any] = {"nargs": "?"} if switch else {}
     offer(parser.add_argument(f"--{shown}", **more), key, kind)
 
 
 def offer(action: argparse.Action, key: str, kind: Any) -> None:
-    """Sets what may stand there: the values of the type, names of models, else files."""
+    """Sets the possible values: the values of the type, names of models, else files."""
     if values := list(values_of(kind)):
         give(action, lambda prefix, **_: values)
     elif key == "model.name":
@@ -142,7 +138,7 @@ def shapes() -> list[str]:
 
 
 def names_and_files(prefix: str, **more: Any) -> list[str]:
-    """Released models, and what lies in the folder."""
+    """Released models, and the files of the folder."""
     from argcomplete.completers import FilesCompleter
 
     from aimv2.interop.hub import RELEASED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,30 @@ def image_files(paths: Sequence[str]) -> Iterator[Path]:
             raise UsageError(f"IMAGES {path}: no such file or folder")
 
 
-def caption_files(
-    model: nn.Module,
-    images: Sequence[str],
-    max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    beams: int,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Writing:
+    """How captions are written; see :meth:`aimv2.models.aimv2.AIMv2.caption`."""
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    beams: int = 1
+    seed: int = 0
+    batch_size: int = 64
+
+    def __call__(self, model: AIMv2, images: torch.Tensor, done: int = 0) -> list[str]:
+        """Captions of uint8 [B, 3, H, W]; ``done`` images were captioned before, which the seed of sampling counts.
+
+        Raises:
+            UsageError: options out of range, a model that can't write.
+        """
+        try:
+            return model.caption(images, self.max_tokens, self.temperature, self.top_p, self.beams, self.seed + done)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> dict[str, Any]:
     """Captions of files and folders.
 
     Returns:
@@ -59,11 +74,7 @@ def caption_files(
 
     def write() -> None:
         if waiting:
-            pixels = torch.stack([image for _, image in waiting])
-            try:
-                texts = model.caption(pixels, max_tokens, temperature, top_p, beams, seed)
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+            texts = writing(model, torch.stack([image for _, image in waiting]))
             captions.extend({"image": str(path), "caption": text} for (path, _), text in zip(waiting, texts))
             waiting.clear()
 
@@ -72,7 +83,7 @@ def caption_files(
             waiting.append((path, transform(decode_image(path))))
         except ImageError as error:
             rejected.append({"image": str(path), "reason": str(error)})
-        if len(waiting) >= batch_size:
+        if len(waiting) >= writing.batch_size:
             write()
     write()
     if not captions:

@@ -8,9 +8,7 @@ Legend: N images.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,35 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.sources import Item
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
+from aimv2.evals.caption import Writing
+from aimv2.evals.harness import Evaluation
 from aimv2.evals.ptb import tokenise
-from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.evals.scores import wilson
 from aimv2.evals.untrained import BASELINE, with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
 from aimv2.models.aimv2 import AIMv2
 
 SHOWN = 10  # examples that a result keeps
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user asked for; see :func:`aimv2.api.caption`. ``limit`` 0: all images."""
-
-    data: str
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    beams: int
-    seed: int
-    batch_size: int
-    limit: int
-    out: str | None
-    baseline: bool = False
 
 
 def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -94,7 +77,7 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 
 
 def write_all(
-    model: AIMv2, items: Sequence[Item | Sample], asked: Asked
+    model: AIMv2, items: Sequence[SourceEntry], writing: Writing, data: str
 ) -> tuple[list[str], list[str], list[tuple[str, ...]], dict[str, int]]:
     """Captions of all images that have references and can be read.
 
@@ -113,11 +96,7 @@ def write_all(
 
     def write() -> None:
         if waiting:
-            options = asked.max_tokens, asked.temperature, asked.top_p, asked.beams, asked.seed + len(written)
-            try:
-                written.extend(model.caption(torch.stack(waiting), *options))
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+            written.extend(writing(model, torch.stack(waiting), len(written)))
             waiting.clear()
 
     for item in items:
@@ -130,7 +109,7 @@ def write_all(
         except ImageError:
             left_out["unreadable"] += 1
             continue
-        if len(waiting) >= asked.batch_size or (waiting and waiting[0].shape != image.shape):  # native sizes differ
+        if len(waiting) >= writing.batch_size or (waiting and waiting[0].shape != image.shape):  # native sizes differ
             write()
         waiting.append(image)
         names.append(item.image)
@@ -138,61 +117,77 @@ def write_all(
     write()
     if not names:
         why = "no captions in the data" if left_out["without_captions"] else "no image could be read"
-        raise UsageError(f"--data {asked.data}: {why}; images with reference captions expected")
+        raise UsageError(f"--data {data}: {why}; images with reference captions expected")
     return names, written, references, left_out
 
 
-def measure(name: str, model: AIMv2, asked: Asked) -> dict[str, Any]:
-    """The verb ``caption --score``: reads, writes captions, scores them, writes the result.
+def evaluate_captions(
+    name: str, model: AIMv2, writing: Writing, data: str, limit: int = 0, baseline: bool = False, out: str | None = None
+) -> dict[str, Any]:
+    """The command ``caption --score``: reads, writes captions, scores them, writes the result.
+
+    Args:
+        name: of the model, as given.
+        model: with its tokenizer.
+        writing: how captions are written.
+        data: images with reference captions.
+        limit: number of images to sample; 0: all.
+        baseline: score the same model with an untrained encoder too.
+        out: folder of the result.
 
     Raises:
-        UsageError: no captions in the data, a model without a tokeniser, options out of range.
+        UsageError: no captions in the data, a model without a tokenizer, options out of range.
     """
-    started = time.perf_counter()
     if model.tokenizer is None:
-        raise UsageError(f"MODEL {name}: no tokenizer beside its weights; a model that captions is expected")
-    before = weights_hash(model)
-    items, split = open_captioned(asked.data)
-    out = check_out(asked.out, "caption")
-    rows: Sequence[int] = range(len(items))
-    if 0 < asked.limit < len(items):  # the same ones each time
-        rows = np.sort(np.random.default_rng(0).choice(len(items), asked.limit, replace=False)).tolist()
-    drawn = [items[row] for row in rows]
-    names, written, references, left_out = write_all(model, drawn, asked)
-    figures = score(written, references)
-    tokenizer, by_image = figures.pop("tokenizer"), figures.pop("cider_by_image")
-    if asked.baseline:
-        _, others, _, _ = write_all(with_untrained_encoder(model, asked.seed), drawn, asked)
-        scored = score(others, references)
-        figures["baselines"] = {BASELINE: {key: scored[key] for key in figures}}
-    figures |= left_out
-    figures["captions"] = [
-        {"image": names[n], "written": written[n], "references": references[n], "cider": by_image[n]}
-        for n in range(min(SHOWN, len(names)))
-    ]
-    decoding = f"beam search, {asked.beams} beams" if asked.beams > 1 else "drawn" if asked.temperature else "greedy"
-    protocol = {
-        "name": "captions",
-        "decoding": decoding,
-        "max_tokens": asked.max_tokens or model.decoder.config.max_text,
-        **({"temperature": asked.temperature, "top_p": asked.top_p} if asked.temperature else {}),
-        "tokenizer": tokenizer,
-        "scorers": f"pycocoevalcap {version('pycocoevalcap')}",
-        "cider": "word frequencies over the references of these images",
-    }
-    about = {
-        "name": Path(asked.data).name, "dataset": None, "source": asked.data, "split": split, "test_images": len(names),
-        "images_there": len(items), "references": sum(map(len, references)),
-    }  # fmt: skip
-    if weights_hash(model) != before:
-        raise RuntimeError(f"{name}: the weights changed while they were measured")
-    config = model.encoder.config
-    ours = {
-        "name": name, "kind": "ours", "weights_sha256": before, "unchanged": True, "image_size": config.image_size,
-        "width": config.width,
-    }  # fmt: skip
-    seconds = time.perf_counter() - started
-    return write_result(out, make_result("caption", protocol, ours, about, figures, seconds, asked.seed))
+        raise UsageError(
+            f"MODEL {name}: no tokenizer with its weights; a model that captions is expected", code="missing"
+        )
+    with Evaluation("caption", out) as evaluation:
+        before = weights_hash(model)
+        items, split = open_captioned(data)
+        evaluation.open_folder()
+        rows: Sequence[int] = range(len(items))
+        if 0 < limit < len(items):  # the same ones each time
+            rows = np.sort(np.random.default_rng(0).choice(len(items), limit, replace=False)).tolist()
+        drawn = [items[row] for row in rows]
+        names, written, references, left_out = write_all(model, drawn, writing, data)
+        figures = score(written, references)
+        tokenizer, by_image = figures.pop("tokenizer"), figures.pop("cider_by_image")
+        if baseline:
+            _, others, _, _ = write_all(with_untrained_encoder(model, writing.seed), drawn, writing, data)
+            scored = score(others, references)
+            figures["baselines"] = {BASELINE: {key: scored[key] for key in figures}}
+        figures |= left_out
+        figures["captions"] = [
+            {"image": names[n], "written": written[n], "references": references[n], "cider": by_image[n]}
+            for n in range(min(SHOWN, len(names)))
+        ]
+        sampled = bool(writing.temperature)
+        protocol = {
+            "name": "captions",
+            "decoding": f"beam search, {writing.beams} beams"
+            if writing.beams > 1
+            else "drawn"
+            if sampled
+            else "greedy",
+            "max_tokens": writing.max_tokens or model.decoder.config.max_text,
+            **({"temperature": writing.temperature, "top_p": writing.top_p} if sampled else {}),
+            "tokenizer": tokenizer,
+            "scorers": f"pycocoevalcap {version('pycocoevalcap')}",
+            "cider": "word frequencies over the references of these images",
+        }
+        about = {
+            "name": Path(data).name, "dataset": None, "source": data, "split": split, "test_images": len(names),
+            "images_there": len(items), "references": sum(map(len, references)),
+        }  # fmt: skip
+        if weights_hash(model) != before:
+            raise RuntimeError(f"{name}: the weights changed during the evaluation")
+        config = model.encoder.config
+        ours = {
+            "name": name, "kind": "ours", "weights_sha256": before, "unchanged": True, "image_size": config.image_size,
+            "width": config.width,
+        }  # fmt: skip
+        return evaluation.result(protocol, ours, about, figures, writing.seed)
 
 
 def render_scores(result: dict[str, Any]) -> str:

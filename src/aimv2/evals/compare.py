@@ -1,13 +1,14 @@
-"""Results beside one another and beside the paper's tables: one table a data set, one column a protocol.
+"""Results and the paper's tables: one table per data set, one column per protocol.
 
 Figures of an attentive probe, of nearest neighbours, of a linear classifier and of zero-shot classification are not
-figures of the same thing, so each protocol has a column of its own, and what further differs stands in a note.
+figures of the same thing, so each protocol has a column of its own; other differences are notes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -19,6 +20,7 @@ import yaml
 
 from aimv2.errors import UsageError, nearest
 from aimv2.evals.result import FILE, read_result
+from aimv2.tables import TextTable
 
 CLIP_BENCHMARK = "CLIP_benchmark"
 PAPER_NOTE = "the paper's attentive probes: 100 epochs, augmented, the best of 14 heads is reported (Table A2)"
@@ -35,10 +37,8 @@ METRICS: dict[tuple[str, ...], tuple[str, float]] = {
     ("exact_match",): ("exact match, %", 100),
 }
 BASELINES = {"random": "random encoder", "pixels": "raw pixels"}
-# CLIP_benchmark's files: task -> protocol, {its metric: where ours lies}
-CLIP_FIGURES: dict[
-    str, tuple[str, dict[str, tuple[str, ...]]]
-] = {  # of CLIP_benchmark's result files: task -> protocol, {its metric: ours}
+# of CLIP_benchmark's result files: task -> protocol, {its metric: where ours lies}
+CLIP_FIGURES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "zeroshot_classification": ("zero-shot, contrastive", {"acc1": ("top1",)}),
     "linear_probe": (f"linear probe of {CLIP_BENCHMARK}", {"lp_acc1": ("top1",)}),
     "zeroshot_retrieval": (
@@ -58,14 +58,14 @@ class Cell:
     Attributes:
         dataset: registered name where it has one.
         model: or the baseline.
-        of: of a baseline the model that it stands beside, else "".
+        of: the model that a baseline belongs to, else "".
         protocol: how it was measured.
         metric: its name with the unit.
         value: in that unit.
         interval: (low, high) in that unit, 95%; None where it has none.
         kind: result, baseline, or paper.
         source: table of the paper, the leaderboard, or the file.
-        notes: what keeps it from being compared without a word.
+        notes: what limits a comparison.
     """
 
     dataset: str
@@ -117,9 +117,9 @@ def paper_cells(dataset: str) -> list[Cell]:
                 cells.append(Cell(dataset, row[0], "", part["protocol"], top1, value, None, "paper", source))
     part = numbers["resolution"]
     for row in part["rows"] if part["dataset"] == dataset else ():
-        for seen, value in zip(part["columns"], row[1:]):
+        for size, value in zip(part["columns"], row[1:]):
             if value is not None:
-                model = f"{row[0]}, tested at {seen}"
+                model = f"{row[0]}, tested at {size}"
                 cells.append(Cell(dataset, model, "", part["protocol"], top1, value, None, "paper", part["source"]))
     part = numbers["zeroshot"]
     for name, value in part["rows"] if part["dataset"] == dataset else ():
@@ -210,7 +210,7 @@ def _figures(cell: Cell, figures: dict[str, Any], result: dict[str, Any]) -> Ite
 
 
 def protocol_of(result: dict[str, Any]) -> str:
-    """The protocol of a result in words: what shares it may stand in one column."""
+    """The protocol of a result in words: results with equal words are in one column."""
     protocol = result["protocol"]
     name = str(protocol.get("name", result["verb"]))
     more = {"linear": protocol.get("solver"), "retrieve": protocol.get("candidates")}.get(result["verb"])
@@ -220,7 +220,7 @@ def protocol_of(result: dict[str, Any]) -> str:
 
 
 def _differences(result: dict[str, Any], known: dict[str, Any] | None) -> Iterator[str]:
-    """What keeps a result from standing beside others of its column without a word."""
+    """What limits the comparison of a result with others of its column."""
     data, protocol = result["data"], result["protocol"]
     if known and not data.get("dataset"):
         yield f"taken for {known['printed']} by the name of its data"
@@ -309,45 +309,39 @@ def _name_and_source(row: dict[tuple[str, str], Cell]) -> tuple[str, str]:
     )
 
 
+def tables_of(grid: Grid, notes: Notes, between: str, most: int) -> Iterator[TextTable]:
+    """The table of a data set, with at most ``most`` columns of figures each; ``between``: how an interval follows a figure."""
+    for start in range(0, len(grid.columns), most):
+        columns = grid.columns[start : start + most]
+        heads = {column: "\n".join(column) if between.startswith("\n") else ": ".join(column) for column in columns}
+        right, widest = list(heads.values()), {"model": 28, "from": 12, **dict.fromkeys(heads.values(), 14)}
+        table = TextTable(["model", *right, "from"], right=right, widest=widest)
+        for row in grid.rows:
+            if any(column in row for column in columns):
+                name, source = _name_and_source(row)
+                table.rows.append([name, *(words_of(row.get(c), notes, between) for c in columns), source])
+        yield table
+
+
 def as_text(grids: Sequence[Grid], width: int = 80) -> str:
     """Tables within ``width`` columns; of many protocols several tables, one below the other."""
-    import io
-    import textwrap
-
-    from rich.console import Console
-    from rich.table import Table
-
-    notes, out = Notes(), io.StringIO()
-    console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    notes, lines = Notes(), list[str]()
     for grid in grids:
-        console.print(title_of(grid.dataset), soft_wrap=False)
-        for start in range(0, len(grid.columns), 3):
-            columns = grid.columns[start : start + 3]
-            table = Table(box=None, pad_edge=False)
-            table.add_column("model", overflow="fold", max_width=28)
-            for protocol, metric in columns:
-                table.add_column(f"{protocol}\n{metric}", justify="right", overflow="fold", max_width=14)
-            table.add_column("from", overflow="fold", max_width=12)
-            for row in grid.rows:
-                if any(column in row for column in columns):
-                    name, source = _name_and_source(row)
-                    table.add_row(name, *(words_of(row.get(c), notes, "\n{}") for c in columns), source)
-            console.print(table)
-        console.print()
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        lines += textwrap.wrap(title_of(grid.dataset), width)
+        lines += [table.to_text(width) for table in tables_of(grid, notes, "\n{}", 3)] + [""]
     for text in _closing(grids, notes):
         lines += textwrap.wrap(text, width, subsequent_indent="  ")
     return "\n".join(lines)
 
 
 def _closing(grids: Sequence[Grid], notes: Notes) -> list[str]:
-    """What stands below all tables."""
+    """The lines below all tables."""
     lines = [f"[{number}] {text}" for number, text in enumerate(notes.texts, 1)]
     cells = [cell for grid in grids for row in grid.rows for cell in row.values()]
     if any(len(grid.columns) > 1 for grid in grids):
         lines.append("Each column is a protocol of its own: figures compare within a column, not across.")
     if any(cell.interval for cell in cells):
-        lines.append("Below or behind a figure: its 95% interval.")
+        lines.append("Below or after a figure: its 95% interval.")
     if any(cell.kind == "paper" and cell.source.startswith("AIMV2") for cell in cells):
         lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {PAPER_NOTE}.")
     board = paper()["leaderboard"]
@@ -360,19 +354,10 @@ def as_markdown(grids: Sequence[Grid]) -> str:
     """The same tables for a document."""
     notes, lines = Notes(), list[str]()
     for grid in grids:
-        heads = ["model", *(f"{protocol}: {metric}" for protocol, metric in grid.columns), "from"]
-        lines += [f"### {title_of(grid.dataset)}", "", _markdown_row(heads)]
-        lines.append(_markdown_row(["---", *["---:"] * len(grid.columns), "---"]))
-        for row in grid.rows:
-            name, source = _name_and_source(row)
-            lines.append(_markdown_row([name, *(words_of(row.get(c), notes, " ({})") for c in grid.columns), source]))
-        lines.append("")
+        (table,) = tables_of(grid, notes, " ({})", len(grid.columns))
+        lines += [f"### {title_of(grid.dataset)}", "", table.to_markdown(), ""]
     lines += [f"- {text}" for text in _closing(grids, notes)]
     return "\n".join(lines)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 FORMATS: dict[str, Callable[[Sequence[Grid]], str]] = {"text": as_text, "markdown": as_markdown}
@@ -381,7 +366,7 @@ FORMATS: dict[str, Callable[[Sequence[Grid]], str]] = {"text": as_text, "markdow
 def compare_results(
     paths: Sequence[str], dataset: str | None = None, format: str = "text", picture: str | None = None
 ) -> dict[str, Any]:
-    """Reads results, puts the paper's figures of the same data sets beside them, renders.
+    """Reads results, adds the paper's figures of the same data sets, renders.
 
     Args:
         paths: result files or folders with one.

@@ -6,8 +6,7 @@ Legend: I patches, S side of what the encoder sees, N images of a split.
 from __future__ import annotations
 
 import math
-import tempfile
-import time
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,34 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.maps import Kind, Pair, open_pairs, scan_maps, whole_images
+from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
-from aimv2.evals.result import about_model, check_out, make_result, write_result
+from aimv2.evals.harness import Evaluation, baseline_figures
+from aimv2.evals.options import DenseOptions
+from aimv2.evals.result import about_model
 from aimv2.features.contents import contents_of_files
 from aimv2.features.extraction import Cached, cached_features
-from aimv2.features.frozen import LAST, Frozen, random_twin, raw_pixels
+from aimv2.features.frozen import LAST, Frozen
 from aimv2.models.sizes import EncoderConfig
 
-HELD_OUT = 0.1  # of the training images: where the rate is chosen
-BASELINES = ("random", "pixels")
+HELD_OUT = 0.1  # of the training images: where the learning rate is chosen
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asked for beside the encoder; see :func:`aimv2.api.segment` and :func:`aimv2.api.depth`."""
-
-    data: str
-    val_list: str | None
-    val_fraction: float
-    settings: DenseSettings
-    baselines: tuple[str, ...]
-    trunk_batch: int
-    out: str | None
-
-
-@dataclass(frozen=True)
-class Work:
+class DenseWork:
     """Both splits, read and proven good.
 
     Attributes:
@@ -54,11 +41,11 @@ class Work:
         empty: training and test images whose maps say nothing.
     """
 
-    train: list[Pair]
-    test: list[Pair]
+    train: list[MappedImage]
+    test: list[MappedImage]
     split: str
     maps: np.ndarray
-    kind: Kind
+    kind: MapKind
     task: Task
     empty: tuple[int, int]
 
@@ -70,7 +57,7 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
     """
     size = frozen.side
     if image_size is not None and image_size != size:
-        raise UsageError(f"--image-size {image_size}: {frozen.name} ({frozen.kind}) sees {size} px alone")
+        raise UsageError(f"--image-size {image_size}: {frozen.name} ({frozen.kind}) sees {size} px only")
     config = getattr(frozen.module, "config", None)
     if not isinstance(config, EncoderConfig):
         return
@@ -82,13 +69,15 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
         raise UsageError(f"--image-size {size}: {error}") from None
 
 
-def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, scratch: Path) -> Work:
+def segmentation_work(
+    options: DenseOptions, data: str, kind: MapKind, size: int, classes: int | None, scratch: Path
+) -> DenseWork:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; fewer than two classes, a
             mask value beyond the last class, a split where everything is ignored.
     """
-    train, test, split = open_pairs(asked.data, kind, asked.val_list, asked.val_fraction)
+    train, test, split = open_pairs(data, kind, options.val_list, options.val_fraction)
     scans = scan_maps(train, kind, size, scratch / "train-maps.npy"), scan_maps(test, kind)
     top, where = max((scan.largest for scan in scans), key=lambda found: found[0])
     if classes is not None and top >= classes:
@@ -96,34 +85,32 @@ def segmentation_work(asked: Asked, kind: Kind, size: int, classes: int | None, 
     count = int(top) + 1 if classes is None else classes
     if count < 2:
         raise UsageError(
-            f"--data {asked.data}: {count} class{'' if count == 1 else 'es'} in the masks, at least two expected; see "
+            f"--data {data}: {count} class{'' if count == 1 else 'es'} in the masks, at least two expected; see "
             "--ignore and --reduce-zero for values that count as nothing (255 does by default)"
         )
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
         if scan.empty == len(pairs):
-            raise UsageError(f"--data {asked.data}: all pixels of the {name} masks are ignored; see --ignore")
+            raise UsageError(f"--data {data}: all pixels of the {name} masks are ignored; see --ignore")
     maps = scans[0].maps
     assert maps is not None
-    return Work(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
+    return DenseWork(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
 
 
-def depth_work(asked: Asked, kind: Kind, size: int, scratch: Path) -> Work:
+def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scratch: Path) -> DenseWork:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; a split without any depth.
     """
-    train, test, split = open_pairs(asked.data, kind, asked.val_list, asked.val_fraction)
+    train, test, split = open_pairs(data, kind, options.val_list, options.val_fraction)
     scans = scan_maps(train, kind, size, scratch / "train-maps.npy"), scan_maps(test, kind)
     maps = scans[0].maps
     assert maps is not None
     task = depth_task(maps)
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
         if task is None or scan.empty == len(pairs):
-            raise UsageError(
-                f"--data {asked.data}: no depth in the {name} maps: every pixel is 0, which means no value"
-            )
+            raise UsageError(f"--data {data}: no depth in the {name} maps: every pixel is 0, which means no value")
     assert task is not None
-    return Work(train, test, split, maps, kind, task, (scans[0].empty, scans[1].empty))
+    return DenseWork(train, test, split, maps, kind, task, (scans[0].empty, scans[1].empty))
 
 
 def depth_task(maps: np.ndarray) -> Depth | None:
@@ -142,8 +129,8 @@ def depth_task(maps: np.ndarray) -> Depth | None:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A split as an encoder sees it: features [N, I, D] a layer, and what N images could be read.
+class DenseFeatures:
+    """Features of a split, [N, I, D] per layer, of the N images that could be read.
 
     Attributes:
         cached: the features.
@@ -154,31 +141,41 @@ class Seen:
     place: np.ndarray
 
 
-def see(frozen: Frozen, pairs: Sequence[Pair], name: str, asked: Asked, folder: Path | None) -> Seen:
+def dense_features(
+    frozen: Frozen,
+    pairs: Sequence[MappedImage],
+    name: str,
+    options: DenseOptions,
+    layers: Sequence[str],
+    folder: Path | None,
+) -> DenseFeatures:
     """
     Raises:
         UsageError: no image could be read, a cache of something else, patches that are no square map.
     """
-    data = whole_images(asked.data, f"{name}-whole", pairs, frozen.side)
+    data = whole_images(options.data or "", f"{name}-whole", pairs, frozen.side)
     contents = contents_of_files(pair.image for pair in pairs)
-    cached = cached_features(frozen, data, asked.settings.layers, "none", folder, asked.trunk_batch, contents=contents)
+    cached = cached_features(frozen, data, layers, "none", folder, options.trunk_batch, contents=contents)
     patches = cached.features[0].shape[1]
     if math.isqrt(patches) ** 2 != patches:
-        raise UsageError(f"MODEL {frozen.name}: {patches} patches are no square map")
+        raise UsageError(f"MODEL {frozen.name}: {patches} patches are no square map", code="unsupported")
     place = {pair.key: row for row, pair in enumerate(pairs)}
-    return Seen(cached, np.array([place[key] for key in cached.keys], dtype=np.int64))
+    return DenseFeatures(cached, np.array([place[key] for key in cached.keys], dtype=np.int64))
 
 
-def encoder_figures(frozen: Frozen, work: Work, asked: Asked, folder: Path | None) -> dict[str, Any]:
-    """Trains with every seed, chooses a rate on held-out training images, measures on the test split."""
-    settings, task = asked.settings, work.task
+def encoder_figures(
+    frozen: Frozen, work: DenseWork, options: DenseOptions, settings: DenseSettings, folder: Path | None
+) -> dict[str, Any]:
+    """Trains with every seed, chooses a learning rate on held-out training images, evaluates on the test split."""
+    task = work.task
     train, test = (
-        see(frozen, pairs, name, asked, folder) for name, pairs in (("train", work.train), ("test", work.test))
+        dense_features(frozen, pairs, name, options, settings.layers, folder)
+        for name, pairs in (("train", work.train), ("test", work.test))
     )
     order = np.random.default_rng(0).permutation(len(train.place))
     held = max(1, round(HELD_OUT * len(order))) if len(settings.rates) > 1 else 0
     if held >= len(order):
-        raise UsageError(f"--data {asked.data}: one training image; two are needed to choose among --rates")
+        raise UsageError(f"--data {options.data}: one training image; two are needed to choose among --rates")
 
     def train_maps(rows: Any) -> np.ndarray:
         return np.asarray(work.maps[train.place[rows]])
@@ -195,13 +192,15 @@ def encoder_figures(frozen: Frozen, work: Work, asked: Asked, folder: Path | Non
         if held:
             sums = sums_of(task, heads, every, train.cached.features, train_maps, np.sort(order[:held]), frozen.device)
             if not np.any(sums):
-                raise UsageError(f"--data {asked.data}: the {held} held-out training maps say nothing; more are needed")
+                raise UsageError(
+                    f"--data {options.data}: the {held} held-out training maps say nothing; more are needed"
+                )
             table.append([task.figures(part)[task.headline] for part in sums])
             best = int(np.argmax(task.sign * np.array(table[-1])))
         rows = np.arange(len(test.place))
         (tested,) = sums_of(task, heads, [best], test.cached.features, test_map, rows, frozen.device)
         if not np.any(tested):
-            raise UsageError(f"--data {asked.data}: the maps of the test images that could be read say nothing")
+            raise UsageError(f"--data {options.data}: the maps of the test images that could be read say nothing")
         found.append({**task.figures(tested), "chosen": settings.rates[best]})
     figures = over_seeds(found, task.headline)
     if held:
@@ -227,41 +226,112 @@ def over_seeds(found: Sequence[dict[str, Any]], headline: str) -> dict[str, Any]
     return figures
 
 
-def measure(
-    verb: str, frozen: Frozen, asked: Asked, make_work: Callable[[Path], Work], protocol: dict[str, Any]
+def evaluate_segmentation(options: DenseOptions, classes: int | None, ignore: int, reduce_zero: bool) -> dict[str, Any]:
+    """The command ``segment``; see :class:`aimv2.commands.segment.SegmentOptions`."""
+    kind = masks(ignore, reduce_zero)
+
+    def make_work(data: str, side: int, scratch: Path) -> DenseWork:
+        return segmentation_work(options, data, kind, side, classes, scratch)
+
+    def protocol(side: int) -> dict[str, Any]:
+        return {
+            "loss": f"cross-entropy of each pixel at {side} x {side}, the mask resized to the nearest",
+            "mean": "over the classes that are there or predicted; the confusion summed over the test split",
+            "ignore": ignore,
+            "reduce_zero": reduce_zero,
+        }
+
+    return evaluate_dense("segment", options, "masks", make_work, protocol)
+
+
+def evaluate_depth(options: DenseOptions, depth_scale: float) -> dict[str, Any]:
+    """The command ``depth``; ``depth_scale``: units of the depth maps per metre."""
+    kind = depths(depth_scale)
+
+    def make_work(data: str, side: int, scratch: Path) -> DenseWork:
+        return depth_work(options, data, kind, side, scratch)
+
+    def protocol(side: int) -> dict[str, Any]:
+        return {
+            "target": "metres, by least squares on standardised depth; predictions kept within the training depths",
+            "loss": f"squared error of each pixel with a depth at {side} x {side}, the map resized to the nearest",
+            "mean": "over all pixels with a depth of the test split",
+            "depth_scale": depth_scale,
+        }
+
+    return evaluate_dense("depth", options, "depth maps", make_work, protocol)
+
+
+def evaluate_dense(
+    command: str,
+    options: DenseOptions,
+    maps: str,
+    make_work: Callable[[str, int, Path], DenseWork],
+    protocol: Callable[[int], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The verbs ``segment`` and ``depth``: reads, trains, chooses, tests, writes.
+    """Reads, trains, chooses, tests, writes.
 
     Args:
-        verb: of the command line.
-        frozen: the encoder.
-        asked: see there.
-        make_work: reads the data; gets a scratch folder that lives as long as it is needed.
-        protocol: what the result says beside the settings.
+        command: segment or depth.
+        options: of the command.
+        maps: what the data hold besides images.
+        make_work: (data, side of the encoder's images, scratch folder) -> both splits.
+        protocol: side -> what the result says besides the settings.
+
+    Raises:
+        UsageError: options, data or an encoder that do not fit.
     """
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        out = check_out(asked.out, verb)
-        work = make_work(Path(scratch))
-        home = out / "features" if out else None
-        figures = encoder_figures(frozen, work, asked, home)
-        baselines = {}
-        for name in asked.baselines:
-            if name == "random":
-                other, mine = random_twin(frozen, asked.settings.seeds[0]), asked
-            else:  # pixels have no layers
-                other, mine = raw_pixels(frozen), replace(asked, settings=replace(asked.settings, layers=(LAST,)))
-            baselines[name] = encoder_figures(other, work, mine, home / name if home else None)
-        if baselines:
-            figures["baselines"] = baselines
+    with Evaluation(command, options.out) as evaluation:
+        frozen, settings = open_dense(command, options, maps)
+        side = frozen.side
+        evaluation.open_folder()
+        work = make_work(options.data or "", side, evaluation.scratch)
+        home = evaluation.out / "features" if evaluation.out else None
+        figures = encoder_figures(frozen, work, options, settings, home)
+
+        def baseline(name: str, other: Frozen) -> dict[str, Any]:
+            mine = settings if name == "random" else replace(settings, layers=(LAST,))  # pixels have no layers
+            return encoder_figures(other, work, options, mine, home / name if home else None)
+
+        figures |= baseline_figures(options.baselines, frozen, settings.seeds[0], baseline)
         data = {
-            "name": Path(asked.data).name, "source": asked.data, "split": work.split,
+            "name": Path(options.data or "").name, "source": options.data, "split": work.split,
             "train_images": len(work.train), "test_images": len(work.test),
             "train_maps_without_values": work.empty[0], "test_maps_without_values": work.empty[1],
         }  # fmt: skip
-        if verb == "segment":
+        if command == "segment":
             data["classes"] = work.task.outputs
-    about = {"name": f"linear {verb} probe", **protocol, **asdict(asked.settings)}
-    seconds = time.perf_counter() - started
-    seeds = list(asked.settings.seeds)
-    return write_result(out, make_result(verb, about, about_model(frozen), data, figures, seconds, seeds))
+        about = {
+            "name": f"linear {command} probe",
+            "head": "batch norm without affine, 1x1 linear, bilinear upsampling",
+            "view": f"the whole image resized to {side} x {side}",
+            "metric_at": "each map's own size",
+            **protocol(side),
+            **asdict(settings),
+        }
+        return evaluation.result(about, about_model(frozen), data, figures, list(settings.seeds))
+
+
+def open_dense(command: str, options: DenseOptions, maps: str) -> tuple[Frozen, DenseSettings]:
+    """The encoder and the settings of its heads.
+
+    Raises:
+        UsageError: no data, an encoder that can't be opened or can't see that size.
+    """
+    if options.data is None:
+        raise UsageError(f"--data is missing: a folder of images and {maps}", code="missing")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"{command}: its batch norm sees one process; start it without torchrun", code="unsupported")
+    if isinstance(options.image_size, str):
+        raise UsageError(f"--image-size {options.image_size}: maps are of one size here; pixels a side expected")
+    frozen = options.open()
+    check_view(frozen, options.image_size)
+    settings = DenseSettings(
+        layers=tuple(dict.fromkeys(frozen.layer_names(options.layers))),
+        rates=tuple(dict.fromkeys(options.rates)),
+        weight_decay=options.weight_decay,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seeds=options.seeds,
+    )
+    return frozen, settings

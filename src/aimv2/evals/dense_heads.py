@@ -1,7 +1,7 @@
 """Linear heads on the patch map of a frozen encoder, for segmentation and depth: many at once, and what they score.
 
 The head is batch norm without affine and a 1x1 linear layer, upsampled bilinearly: DINOv2's linear heads (their batch norm
-has an affine part, which the linear layer behind it makes superfluous). Depth is a plain linear regression in metres by
+has an affine part, which the linear layer after it makes superfluous). Depth is a plain linear regression in metres by
 least squares, where DINOv2 classifies into 256 bins of depth.
 
 Legend: B images, I = h * w patches, D width (all layers together), G heads of a sweep, C outputs (classes, or 1),
@@ -31,7 +31,7 @@ NOTHING = -1  # ignored, in a mask
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """Everything that decides a dense probe beside encoder and data.
+    """Everything that decides a dense probe besides encoder and data.
 
     Attributes:
         layers: names of layers, whose features are concatenated.
@@ -51,7 +51,7 @@ class DenseSettings:
 
 
 class Task(Protocol):
-    """What a head predicts, how it is taught and how it is measured."""
+    """What a head predicts, its loss and its metric."""
 
     @property
     def outputs(self) -> int:
@@ -95,8 +95,8 @@ class Segmentation:
     def tally(self, low: Tensor, target: Tensor) -> np.ndarray:
         """int64 [C, C]: row the true class, column the predicted one."""
         predicted = likeliest(low, (target.shape[0], target.shape[1]))
-        seen = target != NOTHING
-        cells = target[seen].long() * self.outputs + predicted[seen]
+        known = target != NOTHING
+        cells = target[known].long() * self.outputs + predicted[known]
         return torch.bincount(cells, minlength=self.outputs**2).view(self.outputs, -1).cpu().numpy()
 
     def figures(self, sums: np.ndarray) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class Depth:
     def tally(self, low: Tensor, target: Tensor) -> np.ndarray:
         """float64 [4]: pixels, and over them the sums of squared errors, relative errors, and ratios below 1.25."""
         metres = upsample(low[None], (target.shape[0], target.shape[1]))[0, 0] * self.std + self.mean
-        seen = target > 0
-        return depth_sums(metres.clamp(self.low, self.high)[seen], target[seen])
+        known = target > 0
+        return depth_sums(metres.clamp(self.low, self.high)[known], target[known])
 
     def figures(self, sums: np.ndarray) -> dict[str, Any]:
         pixels = sums[0]
@@ -184,7 +184,7 @@ def likeliest(low: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DenseHeads(nn.Module):
-    """G linear heads on one map behind one batch norm (it has no weights, so all heads share it)."""
+    """G linear heads on one map after one batch norm (it has no weights, so all heads share it)."""
 
     def __init__(self, width: int, outputs: int, count: int, seed: int) -> None:
         """All heads start from the same weights (normal, std 0.01), so that their rates are what differs."""
@@ -266,13 +266,13 @@ def output_gradient(task: Task, low: Tensor, target: Tensor) -> Tensor:
     heads, batch, _, h, w = low.shape
     flat = low.flatten(0, 1)
     side = target.shape[-1]
-    share = 1 / task.counts(target).clamp(min=1)
+    weight = 1 / task.counts(target).clamp(min=1)
     part = max(1, BUDGET // (task.outputs * side * side))
     found = []
     for at in range(0, heads * batch, part):
         piece = flat[at : at + part].requires_grad_()
         image = torch.arange(at, at + len(piece), device=low.device) % batch
-        loss = task.loss(upsample(piece, (side, side)), target[image]) * share
+        loss = task.loss(upsample(piece, (side, side)), target[image]) * weight
         found.append(torch.autograd.grad(loss, piece)[0])
     return torch.cat(found).view(heads, batch, -1, h, w)
 

@@ -5,7 +5,6 @@ Legend: N images, D width, S shots (images a class).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,10 @@ import numpy as np
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, subset
 from aimv2.errors import UsageError
+from aimv2.evals.harness import Evaluation
 from aimv2.evals.linear import logistic
-from aimv2.evals.pooled import Asked, Pooled, measure, open_splits
+from aimv2.evals.options import PooledOptions
+from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits
 from aimv2.evals.scores import over_seeds, top1
 
 C = 4000.0  # MSN's 0.00025 / N against the mean loss (Assran et al., 2022, its logistic_eval.py), as scikit-learn counts
@@ -72,7 +73,7 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
     """Top-1 on the whole test split, for each layer and number of shots over the draws.
 
     Args:
-        pooled: its training split holds the drawn images alone.
+        pooled: its training split holds the drawn images only.
         draws: by seed: rows of that split [classes, most shots].
         shots: rising.
     """
@@ -85,7 +86,7 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
                 mine = rows[:, :few].flatten()
                 predict, _ = logistic(features[mine], pooled.train.labels[mine], C, intercept=False)
                 tops.append(top1(predict(test), pooled.test.labels))
-            spread = over_seeds(tops, share=True)
+            spread = over_seeds(tops, fraction=True)
             table.append(
                 {
                     "layer": layer,
@@ -109,40 +110,37 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
     return figures
 
 
-def measure_fewshot(asked: Asked, shots: Sequence[int], seeds: int, started: float | None = None) -> dict[str, Any]:
-    """Draws, runs the trunk over the drawn and the test images alone, measures, writes.
+def evaluate_fewshot(options: PooledOptions, shots: Sequence[int], seeds: int) -> dict[str, Any]:
+    """The command ``fewshot``: features of the drawn and the test images only.
 
     Args:
-        asked: model, data, layers, limits; its seed is the first one.
-        shots: images a class.
-        seeds: draws.
-        started: ``time.perf_counter()`` at the begin of the command.
+        options: of the command; its seed is the first one.
+        shots: images per class.
+        seeds: number of draws.
 
     Raises:
-        UsageError: what does not fit.
+        UsageError: options or data that do not fit.
     """
-    started = time.perf_counter() if started is None else started
-    splits = open_splits(asked)
-    few = sorted(set(shots))
-    draw = Draw(splits.train)
-    drawn = {seed: draw(few[-1], seed) for seed in range(asked.seed, asked.seed + seeds)}
-    used = np.unique(np.concatenate([rows.flatten() for rows in drawn.values()]))
-    splits = replace(splits, train=subset(splits.train, used), val=None)
-    within = {seed: np.searchsorted(used, rows) for seed, rows in drawn.items()}
-    protocol = {
-        "name": "few-shot",
-        "shots": few,
-        "seeds": seeds,
-        "classifier": "logistic regression, no bias",
-        "C": C,
-        "features": "less their own mean, unit length",
-    }
-    return measure(
-        "fewshot",
-        asked,
-        splits,
-        protocol,
-        lambda pooled: fewshot_figures(pooled, within, few),
-        started,
-        list(drawn),
-    )
+    with Evaluation("fewshot", options.out) as evaluation:
+        splits, few = open_splits(options), sorted(set(shots))
+        draw = Draw(splits.train)
+        drawn = {seed: draw(few[-1], seed) for seed in range(options.seed, options.seed + seeds)}
+        used = np.unique(np.concatenate([rows.flatten() for rows in drawn.values()]))
+        splits = replace(splits, train=subset(splits.train, used), val=None)
+        within = {seed: np.searchsorted(used, rows) for seed, rows in drawn.items()}
+        protocol = {
+            "name": "few-shot",
+            "shots": few,
+            "seeds": seeds,
+            "classifier": "logistic regression, no bias",
+            "C": C,
+            "features": "less their own mean, unit length",
+        }
+        return evaluate_pooled(
+            evaluation,
+            options,
+            splits,
+            protocol,
+            lambda pooled: fewshot_figures(pooled, within, few),
+            seeds=list(drawn),
+        )

@@ -6,9 +6,7 @@ Legend: N test images, M training images, B of a block, D width, C classes, S va
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.evals.pooled import Asked, Pooled, measure, open_splits, scores_of
+from aimv2.evals.harness import Evaluation
+from aimv2.evals.options import PooledOptions
+from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
 from aimv2.evals.scores import top1
 
-USUAL_K = 20  # the headline where nothing chooses k (Caron et al., DINO, 2021: 20 works best for most)
+DEFAULT_K = 20  # the headline if nothing chooses k (Caron et al., DINO, 2021: 20 works best for most)
 BLOCK, SHELF = 512, 16384  # test and training images at once: a block of similarities takes 32 MiB
 
 
 @dataclass(frozen=True)
 class KnnSettings:
-    """Everything that decides a kNN beside encoder and data.
+    """Everything that decides a kNN besides encoder and data.
 
     Attributes:
         ks: numbers of neighbours, rising.
@@ -41,18 +41,18 @@ class KnnSettings:
     backend: str = "torch"
 
 
-def usual_backend(asked: str, device: torch.device) -> str:
+def choose_backend(given: str, device: torch.device) -> str:
     """``auto``: faiss on a CPU where it is installed (about half of torch's time there), else torch.
 
     Raises:
-        UsageError: faiss asked for and absent.
+        UsageError: faiss given and not installed.
     """
-    there = importlib.util.find_spec("faiss") is not None
-    if asked == "faiss" and not there:
+    installed = importlib.util.find_spec("faiss") is not None
+    if given == "faiss" and not installed:
         raise UsageError("--backend faiss needs faiss: pip install 'aimv2[faiss]', or use --backend torch")
-    if asked == "auto":
-        return "faiss" if there and device.type == "cpu" else "torch"
-    return asked
+    if given == "auto":
+        return "faiss" if installed and device.type == "cpu" else "torch"
+    return given
 
 
 def predict(
@@ -71,7 +71,7 @@ def predict(
         device: of the computation with torch.
 
     Returns:
-        int64 [S, N]; memory beside the features is N * k numbers and one block of cosines, whatever M is.
+        int64 [S, N]; memory besides the features is N * k numbers and one block of cosines, whatever M is.
     """
     assert max(settings.ks) <= len(train)
     known = torch.from_numpy(labels).to(device)
@@ -150,16 +150,16 @@ def _top_columns(similarity: Tensor, k: int) -> Tensor:
 
 
 def knn_figures(pooled: Pooled, settings: KnnSettings) -> dict[str, Any]:
-    """The sweep over k for each layer; layer and k are chosen on the validation split alone, where there is one."""
+    """The sweep over k for each layer; layer and k are chosen on the validation split only, if there is one."""
     classes, train, test = len(pooled.classes), pooled.train, pooled.test
     table, answers = [], []
     for number, layer in enumerate(pooled.layers):
 
-        def asked(features: np.ndarray, known: np.ndarray = train.features[number]) -> np.ndarray:
+        def predicted(features: np.ndarray, known: np.ndarray = train.features[number]) -> np.ndarray:
             return predict(known, train.labels, features, classes, settings, pooled.device)
 
-        chosen_on = asked(pooled.val.features[number]) if pooled.val is not None else None
-        answer = asked(test.features[number])
+        chosen_on = predicted(pooled.val.features[number]) if pooled.val is not None else None
+        answer = predicted(test.features[number])
         for at, k in enumerate(settings.ks):
             row: dict[str, Any] = {"layer": layer, "k": k}
             if pooled.val is not None and chosen_on is not None:
@@ -170,9 +170,9 @@ def knn_figures(pooled: Pooled, settings: KnnSettings) -> dict[str, Any]:
         best = max(range(len(table)), key=lambda at: table[at]["selection_top1"])  # the first of equal ones
         how = "validation split"
     else:
-        usual = min(settings.ks, key=lambda k: (abs(k - USUAL_K), k))
-        best = pooled.headline() * len(settings.ks) + settings.ks.index(usual)
-        how = f"nothing: no validation split; k={usual} and layer {table[best]['layer']} are fixed"
+        default = min(settings.ks, key=lambda k: (abs(k - DEFAULT_K), k))
+        best = pooled.headline() * len(settings.ks) + settings.ks.index(default)
+        how = f"nothing: no validation split; k={default} and layer {table[best]['layer']} are fixed"
     figures = scores_of(answers[best], pooled)
     figures |= {
         "chosen": [{"layer": table[best]["layer"], "k": table[best]["k"]}],
@@ -185,44 +185,42 @@ def knn_figures(pooled: Pooled, settings: KnnSettings) -> dict[str, Any]:
     return figures
 
 
-def measure_knn(
-    asked: Asked, ks: Sequence[int], weights: str, temperature: float, backend: str, started: float | None = None
+def evaluate_knn(
+    options: PooledOptions, settings: KnnSettings, pool: str = "mean", train_limit: int = 0
 ) -> dict[str, Any]:
-    """Opens the data, measures, writes.
+    """The command ``knn``.
 
     Args:
-        asked: model, data, layers, limits.
-        ks: numbers of neighbours; those above the number of training images are left out, and said.
-        weights, temperature, backend: see :class:`KnnSettings`; backend may be auto.
-        started: ``time.perf_counter()`` at the begin of the command.
+        options: of the command.
+        settings: its ``ks`` in any order, those above the number of training images left out and listed; backend may be auto.
+        pool, train_limit: see :class:`aimv2.commands.knn.KnnOptions`.
 
     Raises:
-        UsageError: what does not fit.
+        UsageError: options or data that do not fit.
     """
-    started = time.perf_counter() if started is None else started
-    backend = usual_backend(backend, torch.device(asked.device))
-    splits = open_splits(asked)
-    wanted = sorted(set(ks))
+    with Evaluation("knn", options.out) as evaluation:
+        backend = choose_backend(settings.backend, torch.device(options.where))
+        splits, wanted = open_splits(options, train_limit), sorted(set(settings.ks))
 
-    def settings(images: int) -> KnnSettings:
-        few = tuple(k for k in wanted if k <= images)
-        if not few:
-            raise UsageError(f"--k {wanted[0]}: more than the {images} training images; a smaller k expected")
-        return KnnSettings(few, weights, temperature, backend)
+        def at_most(images: int) -> KnnSettings:
+            few = tuple(k for k in wanted if k <= images)
+            if not few:
+                raise UsageError(f"--k {wanted[0]}: more than the {images} training images; a smaller k expected")
+            return replace(settings, ks=few, backend=backend)
 
-    settings(len(splits.train.labels))  # said before the trunk runs
-    protocol = {
-        "name": "kNN",
-        "similarity": "cosine",
-        "neighbours_from": "training split",
-        "k": wanted,
-        "weights": "uniform" if weights == "uniform" else f"exp(cosine / {temperature})",
-        "backend": backend,
-    }
+        at_most(len(splits.train.labels))  # reported before the forward pass
+        protocol = {
+            "name": "kNN",
+            "similarity": "cosine",
+            "neighbours_from": "training split",
+            "k": wanted,
+            "weights": "uniform" if settings.weights == "uniform" else f"exp(cosine / {settings.temperature})",
+            "backend": backend,
+        }
 
-    def method(pooled: Pooled) -> dict[str, Any]:
-        mine = settings(len(pooled.train.labels))
-        left_out = [k for k in wanted if k not in mine.ks]
-        return knn_figures(pooled, mine) | ({"k_left_out": left_out} if left_out else {})
+        def method(pooled: Pooled) -> dict[str, Any]:
+            mine = at_most(len(pooled.train.labels))
+            left_out = [k for k in wanted if k not in mine.ks]
+            return knn_figures(pooled, mine) | ({"k_left_out": left_out} if left_out else {})
 
-    return measure("knn", asked, splits, protocol, method, started)
+        return evaluate_pooled(evaluation, options, splits, protocol, method, pool)

@@ -1,11 +1,10 @@
-"""A linear classifier on pooled features: L-BFGS with CLIP's search over its strength, or SGD over a grid of rates.
+"""A linear classifier on pooled features: L-BFGS with CLIP's search over C, or SGD over a grid of learning rates.
 
 Legend: N images, B images a step, D width, C classes, G rates of the grid.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.evals.pooled import Asked, Pooled, measure, open_splits, scores_of
+from aimv2.evals.harness import Evaluation
+from aimv2.evals.options import PooledOptions
+from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
 from aimv2.evals.scores import top1
 
-SOLVERS = ("lbfgs", "sgd")
-HELD_OUT = 0.2  # of each class's training images, where a data set has no validation split
+HELD_OUT = 0.2  # of each class's training images, if a data set has no validation split
 # CLIP (Radford et al., 2021, appendix A.3): L-BFGS, at most 1000 iterations, strength between 1e-6 and 1e6 in 96 steps
 PER_DECADE, LAST_STEP, FIRST_STRIDE, ITERATIONS = 8, 96, 16, 1000
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -44,7 +44,7 @@ def logistic(
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told by the result
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the result has it
         model = LogisticRegression(C=c, max_iter=ITERATIONS, fit_intercept=intercept).fit(features, labels)
     return model.predict, int(np.max(model.n_iter_)) < ITERATIONS
 
@@ -81,8 +81,8 @@ def peak(values: Sequence[float]) -> int:
     return int(ties[(len(ties) - 1) // 2])
 
 
-def hold_out(labels: np.ndarray, seed: int, share: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (kept, held out), rising: ``share`` of each class's images is held out, drawn; of a single image none.
+def hold_out(labels: np.ndarray, seed: int, fraction: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (kept, held out), rising: ``fraction`` of each class's images is held out, drawn; of a single image none.
 
     Raises:
         UsageError: no class has images enough.
@@ -91,7 +91,7 @@ def hold_out(labels: np.ndarray, seed: int, share: float = HELD_OUT) -> tuple[np
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        count = max(round(share * len(rows)), 1) if len(rows) > 1 else 0
+        count = max(round(fraction * len(rows)), 1) if len(rows) > 1 else 0
         held[rows[:count]] = True
     if not held.any():
         raise UsageError("--data: no class has two training images; a validation split or more images expected")
@@ -124,7 +124,7 @@ def sgd(
         epochs: over the images.
 
     Returns:
-        weights [D, G, C] and biases [G, C], zero at the start. A rate that is too high may leave NaN, in its part alone.
+        weights [D, G, C] and biases [G, C], zero at the start. A learning rate that is too high may leave NaN, in its part only.
     """
     count, device = len(labels), x_ND.device
     size = min(BATCH, count)
@@ -242,18 +242,12 @@ def linear_figures(pooled: Pooled, solver: str, seed: int) -> dict[str, Any]:
     return figures
 
 
-def measure_linear(asked: Asked, solver: str, started: float | None = None) -> dict[str, Any]:
-    """Opens the data, measures, writes.
-
-    Args:
-        asked: model, data, layers, limits.
-        solver: lbfgs or sgd.
-        started: ``time.perf_counter()`` at the begin of the command.
+def evaluate_linear(options: PooledOptions, solver: str, train_limit: int = 0) -> dict[str, Any]:
+    """The command ``linear``; ``solver``: lbfgs or sgd.
 
     Raises:
-        UsageError: what does not fit.
+        UsageError: options or data that do not fit.
     """
-    started = time.perf_counter() if started is None else started
     protocol: dict[str, Any] = {"name": "linear", "solver": solver, "refit_on": "training and validation images"}
     if solver == "lbfgs":
         protocol |= {"features": "as they are", "C": "1e-6 to 1e6, 8 steps a decade, CLIP's search"}
@@ -261,11 +255,11 @@ def measure_linear(asked: Asked, solver: str, started: float | None = None) -> d
     else:
         protocol |= {"features": "standardised by the training images", "rates": list(RATES), "epochs": EPOCHS}
         protocol |= {"batch_size": BATCH, "momentum": MOMENTUM}
-    return measure(
-        "linear",
-        asked,
-        open_splits(asked),
-        protocol,
-        lambda pooled: linear_figures(pooled, solver, asked.seed),
-        started,
-    )
+    with Evaluation("linear", options.out) as evaluation:
+        return evaluate_pooled(
+            evaluation,
+            options,
+            open_splits(options, train_limit),
+            protocol,
+            lambda pooled: linear_figures(pooled, solver, options.seed),
+        )

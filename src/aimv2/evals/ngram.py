@@ -26,7 +26,7 @@ def unigram_loss(train: Iterable[Sequence[int]], held_out: Iterable[Sequence[int
 
 
 def bigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocab_size: int) -> float:
-    """Cross-entropy under an interpolated bigram; the share of the bigram is the best of a few for the held-out tokens.
+    """Cross-entropy under an interpolated bigram; its weight is the best of a few for the held-out tokens.
 
     Returns:
         nats a token.
@@ -35,13 +35,13 @@ def bigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]
     pairs = Counter(pair for caption in train for pair in zip([START, *caption], caption))
     before = Counter(first for caption in train for first in [START, *caption[:-1]])
     total = sum(single.values()) + vocab_size
-    seen = [pair for caption in held_out for pair in zip([START, *caption], caption)]
+    scored = [pair for caption in held_out for pair in zip([START, *caption], caption)]
 
-    def loss(share: float) -> float:
+    def loss(weight: float) -> float:
         nats = 0.0
-        for first, second in seen:
+        for first, second in scored:
             pair = pairs[first, second] / before[first] if before[first] else 0.0
-            nats -= math.log(share * pair + (1 - share) * (single[second] + 1) / total)
-        return nats / max(len(seen), 1)
+            nats -= math.log(weight * pair + (1 - weight) * (single[second] + 1) / total)
+        return nats / max(len(scored), 1)
 
-    return min(loss(share / 20) for share in range(1, 20))
+    return min(loss(step / 20) for step in range(1, 20))

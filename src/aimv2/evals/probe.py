@@ -1,4 +1,4 @@
-"""The attentive probe on a frozen encoder, every rate and decay of the grid at once (AIMV2, Table A2).
+"""The attentive probe on a frozen encoder, the whole grid of learning rates and decays at once (AIMV2, Table A2).
 
 Legend: N images, I patches, D width, G heads of a sweep, C classes.
 """
@@ -16,23 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aimv2.config.schema import Config
+from aimv2.config.schema import Config, OptimConfig
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
-from aimv2.features.extraction import Cached, cached_features, seen
+from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.io import write_aside
-from aimv2.models.encoder import VisionEncoder
 from aimv2.models.probe_head import ProbeSweep, Trial
+from aimv2.objectives import Objective
 from aimv2.objectives.probe import SweepObjective
+from aimv2.tasks import Task
 from aimv2.train import prepare
 from aimv2.train.log import Log
 from aimv2.train.loop import Stream, Trainer
+from aimv2.train.optim import parameter_groups
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
@@ -44,7 +46,7 @@ ABOUT = "probe.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Everything that decides a probe beside encoder and data; the defaults are the paper's (AIMV2, Table A2).
+    """Everything that decides a probe besides encoder and data; the defaults are the paper's (AIMV2, Table A2).
 
     Attributes:
         protocol: attentive or efficient.
@@ -87,8 +89,33 @@ class SweepLog(Log):
         super().write(step, {key: value / self.heads if key.endswith("loss") else value for key, value in kept.items()})
 
 
+class SweepTask(Task):
+    """Many heads on frozen features, each with its own learning rate, weight decay and gradient norm."""
+
+    def reads_text(self) -> bool:
+        return False
+
+    def objective(self, model: nn.Module) -> Objective:
+        return SweepObjective()
+
+    def parameter_groups(self, model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Weight decay is ``lr * decay``, as PyTorch means it (AIMV2, Table A2)."""
+        assert isinstance(model, ProbeSweep)
+        return [
+            {**group, "weight_decay": decay, "peak": trial.lr, "scale": 1.0}
+            for head, trial in zip(model.heads, model.trials)
+            for group, decay in zip(parameter_groups(head), (trial.weight_decay, 0.0))
+            if group["params"]
+        ]
+
+    def clip(self, model: nn.Module, limit: float) -> Tensor:
+        """Clips each head by itself; the largest norm."""
+        assert isinstance(model, ProbeSweep)
+        return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), limit) for head in model.heads]).max()
+
+
 class ProbeTrainer(Trainer):
-    """The one loop over a sweep: no validation on the way, the heads alone are saved."""
+    """The one loop over a sweep: no validation on the way, only the heads are saved."""
 
     again = ""  # what a user types after an interruption
     saves = True
@@ -97,7 +124,7 @@ class ProbeTrainer(Trainer):
         log = SweepLog(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
         assert isinstance(self.model, ProbeSweep)
         log.heads = len(self.model.heads)
-        self.log, self.peak = log, None  # the arithmetic of heads alone says nothing of a device
+        self.log, self.peak = log, None  # the FLOPs of heads say nothing about a device
         return log
 
     def validate(self, log: Log) -> None:
@@ -135,11 +162,11 @@ def train_sweep(
         stream: of batches of ``settings.batch_size``.
         images: training images, which make an epoch.
         settings: see there.
-        seed: told to the run.
+        seed: of the run.
         run: its folder.
         device: where the heads are trained.
         again: the command that goes on after an interruption.
-        saves: keep checkpoints; not beside other ranks, which would have to take part.
+        saves: keep checkpoints; not with other ranks, which would have to take part.
         title: a line above those of the log.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
@@ -168,7 +195,7 @@ def train_sweep(
         clip=settings.clip,
     )
     world = World(0, 1, device)
-    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, objective=SweepObjective())
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=SweepTask(config))
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
@@ -191,15 +218,15 @@ def fresh_sweep(
     trials = settings.trials()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sweep = ProbeSweep(width, classes, trials, settings.protocol, usual_heads(width, settings), trunk)
+        sweep = ProbeSweep(width, classes, trials, settings.protocol, default_heads(width, settings), trunk)
         first = sweep.heads[0].state_dict()
         for head in sweep.heads:
             head.load_state_dict(first)
     return sweep.to(device)
 
 
-def usual_heads(width: int, settings: ProbeSettings) -> int | None:
-    """Heads that divide the width: about one for 64 values where nothing else is asked for.
+def default_heads(width: int, settings: ProbeSettings) -> int | None:
+    """Heads that divide the width: about one per 64 values by default.
 
     Raises:
         UsageError: heads that do not.
@@ -238,8 +265,8 @@ def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Any]]:
         ]
 
 
-class Seen:
-    """A split seen through the trunk batch by batch, nothing kept; notes which images could be read."""
+class StreamedSplit:
+    """Features of a split, batch by batch, not kept; records which images could be read."""
 
     def __init__(self, frozen: Frozen, data: Labelled, layers: Sequence[str], size: int = 64) -> None:
         self.frozen, self.data, self.layers, self.size = frozen, data, list(layers), size
@@ -248,7 +275,7 @@ class Seen:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         self.rows, self.rejected = [], []
-        for rows, pixels, lost in seen(self.frozen, self.data, size=self.size):
+        for rows, pixels, lost in view_batches(self.frozen, self.data, self.size):
             self.rows += rows
             self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
             if pixels is not None:
@@ -275,8 +302,8 @@ class Outcome:
 
 
 @dataclass
-class Splits:
-    """Where the heads learn, where one of them is chosen, and where it is tested."""
+class SweepSplits:
+    """Where the heads are trained, where one of them is chosen, and where it is tested."""
 
     train: Labelled
     select: Labelled | None  # None: the paper's way, on the test split
@@ -285,7 +312,7 @@ class Splits:
 
 def run_sweep(
     frozen: Frozen,
-    splits: Splits,
+    splits: SweepSplits,
     settings: ProbeSettings,
     seed: int,
     out: Path,
@@ -332,7 +359,7 @@ def run_sweep(
     outcomes = []
     for split in (splits.select, splits.test):
         if split is not None:
-            view = Seen(frozen, split, layers, batch)
+            view = StreamedSplit(frozen, split, layers, batch)
             predicted = predict(sweep, iter(view))
             outcomes.append(Outcome(predicted, split.labels[view.rows], view.rejected))
     return outcomes[0], outcomes[-1]
@@ -357,47 +384,7 @@ def same_work(out: Path, about: dict[str, Any]) -> None:
     write_aside(file, json.dumps(about, indent=1) + "\n")
 
 
-# ---- one head on images in memory: what a training run is followed by ----
-
-
-@torch.no_grad()
-def features(encoder: Any, images: Tensor, size: int = 256, flip: bool = False) -> Tensor:
-    """Frozen post-norm features, bidirectional: uint8 [N, 3, H, W] -> float16 [N, I, D] on the CPU."""
-    device = encoder.mean.device
-    parts = []
-    with torch.compiler.set_stance("force_eager"):
-        for part in images.split(size):
-            pixels = part.to(device)
-            parts.append(encoder(pixels.flip(-1) if flip else pixels).to(torch.float16).cpu())
-    return torch.cat(parts)
-
-
-def attentive_probe(
-    encoder: VisionEncoder,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    epochs: int = 10,
-    lr: float = 1e-3,
-    heads: int | None = None,
-    flip: bool = False,
-    seed: int = 0,
-) -> float:
-    """One attentive probe on images in memory; ``flip``: on the mirrored images too.
-
-    Args:
-        encoder: stays as it is.
-        train, test: (uint8 [N, 3, H, W], int64 labels [N]).
-        epochs, lr, heads, seed: see :func:`train_probe`.
-
-    Returns:
-        top-1 accuracy on ``test``, 0..1.
-    """
-    encoder.eval()
-    views = [features(encoder, train[0])] + ([features(encoder, train[0], flip=True)] if flip else [])
-    test_features = features(encoder, test[0])
-    return train_probe(
-        views, train[1], test_features, test[1], epochs, lr, heads, seed=seed, device=encoder.mean.device
-    )
+# ---- one head: what a training run is followed by ----
 
 
 def train_probe(

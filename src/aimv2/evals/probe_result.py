@@ -1,13 +1,12 @@
-"""The verb ``probe``: splits, sweep, choice, test, baselines, result.
+"""The command ``probe``: splits, sweep, choice, test, baselines, result.
 
 Legend: G heads of a sweep, C classes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,119 +16,109 @@ import numpy as np
 
 from aimv2.data.images.labelled import joined, limit, open_labelled, subset
 from aimv2.errors import UsageError
+from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data
 from aimv2.evals.linear import hold_out
-from aimv2.evals.probe import Outcome, ProbeSettings, Splits, run_sweep, same_work
-from aimv2.evals.result import about_model, check_out, make_result, write_result
+from aimv2.evals.options import ClassifierOptions
+from aimv2.evals.probe import Outcome, ProbeSettings, SweepSplits, run_sweep, same_work
+from aimv2.evals.result import about_model
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
 from aimv2.features.extraction import features_home
-from aimv2.features.frozen import Frozen, open_frozen, random_twin, raw_pixels
-from aimv2.features.pixels import Stats
+from aimv2.features.frozen import Frozen
 
 HELD_OUT = 0.1  # of each class's training images, where a data set has no validation split
-BASELINES = ("random", "pixels")
-SELECT = ("auto", "val", "heldout", "test")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asked for beside the encoder; see :func:`aimv2.api.probe`."""
+class ProbeWork:
+    """What the command ``probe`` is to do; see :class:`aimv2.commands.probe.ProbeOptions`."""
 
-    data: str
-    dataset: str | None
     settings: ProbeSettings
     select: str
     seeds: tuple[int, ...]
-    baselines: tuple[str, ...]
     train_limit: int
     test_limit: int
-    batch_size: int
+    trunk_batch: int
     workers: int
-    out: str | None
-    cache: str | None
+    cache: str | None = None
 
 
-def measure(frozen: Frozen, asked: Asked) -> dict[str, Any]:
-    """Trains, chooses, tests, writes.
+def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any]:
+    """The command ``probe``: trains, chooses, tests, writes.
 
     Raises:
         UsageError: data or options that do not fit, an output folder of something else.
     """
-    started = time.perf_counter()
-    splits, selected_on = find_splits(asked)
-    out = check_out(asked.out, "probe")
-    with tempfile.TemporaryDirectory() as scratch:
-        home = out or Path(scratch)
-        same_work(home, identity(frozen, splits, selected_on, asked))
-        figures = sweep_figures(frozen, splits, selected_on, asked, home)
-        baselines = {}
-        for name in asked.baselines:
-            other = random_twin(frozen, asked.seeds[0]) if name == "random" else raw_pixels(frozen)
-            last = replace(asked, settings=replace(asked.settings, layers=("last",)))
-            at = home / "run" / name
-            baselines[name] = brief(sweep_figures(other, splits, selected_on, last, at))
-        if baselines:
-            figures["baselines"] = baselines
-        if out is not None and len(asked.settings.layers) > 1:
-            plot_layers(figures["by_layer"], frozen.name, out / "layers.png")
-    test = splits.test
-    about = {
-        "name": test.name,
-        "dataset": asked.dataset,
-        "source": test.source,
-        "split": test.split,
-        "train_images": len(splits.train.labels),
-        "test_images": len(test.labels),
-        "classes": len(test.classes),
-    }
-    protocol = {
-        "name": f"{asked.settings.protocol} probe",
-        "features": "augmented" if asked.settings.augmented else "cached",
-        **{key: value for key, value in asdict(asked.settings).items() if key not in ("protocol", "augmented")},
-        "selected_on": selected_on,
-    }
-    seconds = time.perf_counter() - started
-    return write_result(
-        out, make_result("probe", protocol, about_model(frozen), about, figures, seconds, list(asked.seeds))
-    )
+    source = options.source
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("probe: its batch norm sees one process; start it without torchrun", code="unsupported")
+    with Evaluation("probe", options.out) as evaluation:
+        frozen = options.open(options.precision)
+        if frozen.range is not None and work.settings.augmented:
+            raise UsageError(
+                "--image-size native: augmented images are crops of one size; --features cached, or a number of pixels",
+                code="conflict",
+            )
+        layers = tuple(dict.fromkeys(frozen.layer_names(options.layers)))
+        settings = replace(work.settings, layers=layers)
+        work = replace(work, settings=settings, cache=options.cache)
+        splits, selected_on = find_splits(source, options.dataset, work)
+        home = evaluation.open_folder()
+        same_work(home, identity(frozen, splits, selected_on, work))
+        figures = sweep_figures(frozen, splits, selected_on, work, home)
+        last = replace(work, settings=replace(settings, layers=("last",)))
+
+        def baseline(name: str, other: Frozen) -> dict[str, Any]:
+            return brief(sweep_figures(other, splits, selected_on, last, home / "run" / name))
+
+        figures |= baseline_figures(options.baselines, frozen, work.seeds[0], baseline)
+        if evaluation.out is not None and len(layers) > 1:
+            plot_layers(figures["by_layer"], frozen.name, evaluation.out / "layers.png")
+        protocol = {
+            "name": f"{settings.protocol} probe",
+            "features": "augmented" if settings.augmented else "cached",
+            **{key: value for key, value in asdict(settings).items() if key not in ("protocol", "augmented")},
+            "selected_on": selected_on,
+        }
+        data = labelled_data(splits.train, splits.test, options.dataset)
+        return evaluation.result(protocol, about_model(frozen), data, figures, list(work.seeds))
 
 
-def find_splits(asked: Asked) -> tuple[Splits, str]:
+def find_splits(source: str, dataset: str | None, work: ProbeWork) -> tuple[SweepSplits, str]:
     """The three splits, and in words where a head is chosen.
 
     Raises:
-        UsageError: no training or test split; a validation split that is asked for and is not there.
+        UsageError: no training or test split; a validation split that is wanted and does not exist.
     """
-    train = open_labelled(asked.data, "train", asked.dataset)
-    val = open_labelled(asked.data, "val", asked.dataset)
-    test = open_labelled(asked.data, "test", asked.dataset)
+    train = open_labelled(source, "train", dataset)
+    val = open_labelled(source, "val", dataset)
+    test = open_labelled(source, "test", dataset)
     if train is None or test is None:
         missing = "training" if train is None else "test"
         raise UsageError(
-            f"--data {asked.data}: no {missing} split there; a probe needs one to learn on and one to test on"
+            f"--data {source}: no {missing} split there; a probe needs one to train on and one to test on",
+            code="missing",
         )
-    if asked.select == "val" and val is None:
-        raise UsageError(
-            f"--select val: {asked.data} has no validation split; --select heldout holds out training images"
-        )
-    for option, count in (("--train-limit", asked.train_limit), ("--test-limit", asked.test_limit)):
+    if work.select == "val" and val is None:
+        raise UsageError(f"--select val: {source} has no validation split; --select heldout holds out training images")
+    for option, count in (("--train-limit", work.train_limit), ("--test-limit", work.test_limit)):
         if count and count < len(train.classes):
             raise UsageError(f"{option} {count}: at least one image of each of {len(train.classes)} classes expected")
     said = ""
-    if asked.select == "test" and val is not None:  # nothing is chosen on it, so it is learnt from
+    if work.select == "test" and val is not None:  # nothing is chosen on it, so it is trained on
         train, said = joined(train, val), "; learnt from the training and the validation split"
-    train = limit(train, asked.train_limit) if 0 < asked.train_limit < len(train.labels) else train
-    test = limit(test, asked.test_limit) if 0 < asked.test_limit < len(test.labels) else test
-    if asked.select == "test":
-        return Splits(train, None, test), f"test (the best head on the test labels, as the paper reports it{said})"
-    if val is not None and asked.select != "heldout":
-        return Splits(train, val, test), "validation split"
+    train = limit(train, work.train_limit) if 0 < work.train_limit < len(train.labels) else train
+    test = limit(test, work.test_limit) if 0 < work.test_limit < len(test.labels) else test
+    if work.select == "test":
+        return SweepSplits(train, None, test), f"test (the best head on the test labels, as the paper reports it{said})"
+    if val is not None and work.select != "heldout":
+        return SweepSplits(train, val, test), "validation split"
     kept, held = hold_out(train.labels, 0, HELD_OUT)
     select = replace(subset(train, held), split="heldout")
-    return Splits(subset(train, kept), select, test), f"{len(held)} training images, held out"
+    return SweepSplits(subset(train, kept), select, test), f"{len(held)} training images, held out"
 
 
-def identity(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked) -> dict[str, Any]:
-    """What must be the same for an output folder to be gone on with."""
+def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork) -> dict[str, Any]:
+    """What must be the same for an output folder to be continued."""
     return {
         "weights_sha256": frozen.sha256,
         "image_size": frozen.image_size,
@@ -138,28 +127,28 @@ def identity(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked) -> 
         "train_images": len(splits.train.labels),
         "test_images": len(splits.test.labels),
         "selected_on": selected_on,
-        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(asked.settings).items()},
+        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(work.settings).items()},
     }
 
 
-def sweep_figures(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked, home: Path) -> dict[str, Any]:
+def sweep_figures(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork, home: Path) -> dict[str, Any]:
     """The sweep with every seed: the table of its heads, and the chosen one's figures on the test split."""
     again = " ".join(["aimv2", *sys.argv[1:]])
     answers = [
         run_sweep(
             frozen,
             splits,
-            asked.settings,
+            work.settings,
             seed,
             home,
-            features_home(asked.cache, home, frozen),
-            asked.workers,
+            features_home(work.cache, home, frozen),
+            work.workers,
             again,
-            asked.batch_size,
+            work.trunk_batch,
         )
-        for seed in asked.seeds
+        for seed in work.seeds
     ]
-    trials = asked.settings.trials()
+    trials = work.settings.trials()
     chosen = [int(np.argmax(select.top1())) for select, _ in answers]
     tests = [test for _, test in answers]
     tops = [float(test.top1()[head]) for test, head in zip(tests, chosen)]
@@ -182,8 +171,8 @@ def sweep_figures(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked
         "selected_on": selected_on,
         "table": table,
     }
-    if len(asked.settings.layers) > 1:
-        figures["by_layer"] = by_layer(asked.settings.layers, trials, answers)
+    if len(work.settings.layers) > 1:
+        figures["by_layer"] = by_layer(work.settings.layers, trials, answers)
     figures["per_class"] = dict(zip(splits.train.classes, per_class(first.predicted[head], first.labels, classes)))
     figures["confusion"] = confusion(first.predicted[head], first.labels, classes)
     figures["unreadable"] = len(first.rejected)
@@ -193,7 +182,7 @@ def sweep_figures(frozen: Frozen, splits: Splits, selected_on: str, asked: Asked
 def interval(tops: Sequence[float], test: Outcome, head: int) -> list[float]:
     """95% of the top-1 accuracy: over seeds where there are several, else over the test images."""
     if len(tops) > 1:
-        spread = over_seeds(list(tops), share=True)
+        spread = over_seeds(list(tops), fraction=True)
         return [spread["low"], spread["high"]]
     right = int((test.predicted[head] == test.labels).sum())
     return [float(bound) for bound in wilson(right, len(test.labels))]
@@ -233,26 +222,3 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def open_and_measure(
-    model: str,
-    device: str,
-    image_size: int | str | None,
-    precision: str,
-    layers: str,
-    asked: Asked,
-    stats: Stats | None = None,
-) -> dict[str, Any]:
-    """Opens the encoder, turns ``layers`` into names, measures."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("probe: its batch norm sees one process; start it without torchrun")
-    frozen = open_frozen(model, device, image_size, precision, stats)
-    if frozen.range is not None and asked.settings.augmented:
-        raise UsageError(
-            "--image-size native: augmented images are crops of one size; --features cached, or a number of pixels"
-        )
-    settings = replace(asked.settings, layers=tuple(dict.fromkeys(frozen.layer_names(layers))))
-    return measure(frozen, replace(asked, settings=settings))

@@ -150,9 +150,7 @@ def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:
 
 
 def _batch(images: torch.Tensor, labels: np.ndarray) -> Batch:
-    return make_batch(
-        images, [[]] * len(labels), [1] * len(labels), 2, labels=torch.from_numpy(labels.astype(np.int64))
-    )
+    return make_batch(images, [[]] * len(labels), None, 0, labels=torch.from_numpy(labels.astype(np.int64)))
 
 
 def _ignore_signals(number: int) -> None:

@@ -28,7 +28,7 @@ _ALIKE = {
 }
 _SAME = str.maketrans(_ALIKE)
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-# words that keep their full stop; a capital where only the capitalised word is one; then those before a number alone
+# words that keep their full stop; a capital where only the capitalised word is one; then those before a number only
 _ABBREVIATIONS = (
     "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf cie"
     " cmdr co col colo comdr conn corp cos cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri ft ga gen"

@@ -23,7 +23,7 @@ FILE = "result.json"
 
 
 def make_result(
-    verb: str,
+    command: str,
     protocol: dict[str, Any],
     model: dict[str, Any],
     data: dict[str, Any],
@@ -34,17 +34,17 @@ def make_result(
     """A result, ready to be written.
 
     Args:
-        verb: of the command line.
-        protocol: everything that decides the figures beside model and data.
+        command: knn, probe, ...
+        protocol: everything that decides the figures besides model and data.
         model: see :func:`about_model`.
         data: ``name``, ``source``, ``split``, counts.
-        figures: what was measured; shares are 0..1.
+        figures: what was measured; fractions are 0..1.
         seconds: of the whole command.
         seed: or all of them.
     """
     return {
         "format": FORMAT,
-        "verb": verb,
+        "verb": command,
         "model": model,
         "data": data,
         "protocol": protocol,
@@ -82,11 +82,11 @@ def about_model(frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def check_out(out: str | None, verb: str) -> Path | None:
+def check_out(out: str | None, command: str) -> Path | None:
     """The folder of ``--out``, made; None without one.
 
     Raises:
-        UsageError: it holds something else than an evaluation by this verb.
+        UsageError: it holds something else than an evaluation by this command.
     """
     if out is None:
         return None
@@ -94,8 +94,8 @@ def check_out(out: str | None, verb: str) -> Path | None:
     ours = {FILE, "features", "run", "probe.json", "layers.png", "result.png"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
         raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder")
-    if (folder / FILE).is_file() and (other := read_result(folder)["verb"]) != verb:
-        raise UsageError(f"--out {out}: holds a result of `aimv2 {other}`; give each verb a folder of its own")
+    if (folder / FILE).is_file() and (other := read_result(folder)["verb"]) != command:
+        raise UsageError(f"--out {out}: holds a result of `aimv2 {other}`; give each command a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

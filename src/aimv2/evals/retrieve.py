@@ -6,7 +6,6 @@ Legend: N candidate images, M captions of theirs, Q queries, K what they choose 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,33 +17,19 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from aimv2.data.images.captioned import Sample, open_captioned, read_captioned
+from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.sources import Item
+from aimv2.data.images.entries import SourceEntry
 from aimv2.data.prefetch import ahead
 from aimv2.data.text.tokenizer import clean_text
 from aimv2.errors import UsageError
-from aimv2.evals.result import check_out, make_result, write_result
-from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, stacked
+from aimv2.evals.harness import Evaluation
+from aimv2.evals.options import MatchOptions
+from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, open_matcher, stacked
 from aimv2.evals.scores import wilson
 from aimv2.evals.untrained import BASELINE
 
-CANDIDATES = 100  # by likelihood, where nothing else is asked for
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user asked for beside the model; see :func:`aimv2.api.retrieve`."""
-
-    data: str
-    captions: str | None
-    candidates: int | None
-    k: tuple[int, ...]
-    normalize: str
-    seed: int
-    batch_size: int
-    out: str | None
-    baseline: bool = False
+CANDIDATES = 100  # by likelihood, by default
 
 
 @dataclass(frozen=True)
@@ -57,65 +42,67 @@ class Candidates:
     rejected: list[dict[str, str]]
 
 
-def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
-    """Draws candidates, scores every caption of theirs on every image, ranks both ways, writes.
+def evaluate_retrieval(
+    options: MatchOptions, data: str, captions: str | None, candidates: int | None, ks: Sequence[int]
+) -> dict[str, Any]:
+    """The command ``retrieve``: samples candidates, scores every caption of theirs on every image, ranks both ways, writes.
 
     Raises:
         UsageError: data without captions or with too few images, k that says nothing.
     """
-    started = time.perf_counter()
-    items, split = open_captioned(asked.data, asked.captions)
-    likely = matcher.by == "likelihood"
-    exactly = asked.candidates or (CANDIDATES if likely else None)
-    if exactly and len(items) < exactly:
-        raise too_few(asked, f"{len(items)} images", exactly)
-    out = check_out(asked.out, "retrieve")
-    prior = likely and asked.normalize == "prior"
-    drawn = draw(matcher, items, exactly or len(items), PRIOR_IMAGES if prior else 0, asked.seed)
-    count = len(drawn.images)
-    if count < (exactly or 2):
-        raise too_few(asked, f"{count} images with captions could be read", exactly or 2, drawn.rejected)
-    if max(asked.k) >= count:
-        raise UsageError(f"--k {max(asked.k)}: below the number of candidates, {count}, expected")
-    own = relevant(drawn.captions)
+    with Evaluation("retrieve", options.out) as evaluation:
+        matcher = open_matcher(options.model, options.by, options.where, options.stats)
+        items, split = open_captioned(data, captions)
+        likely = matcher.by == "likelihood"
+        exactly = candidates or (CANDIDATES if likely else None)
+        if exactly and len(items) < exactly:
+            raise too_few(data, f"{len(items)} images", exactly)
+        evaluation.open_folder()
+        prior = likely and options.normalize == "prior"
+        drawn = draw(matcher, items, exactly or len(items), PRIOR_IMAGES if prior else 0, options.seed)
+        count = len(drawn.images)
+        if count < (exactly or 2):
+            raise too_few(data, f"{count} images with captions could be read", exactly or 2, drawn.rejected)
+        if max(ks) >= count:
+            raise UsageError(f"--k {max(ks)}: below the number of candidates, {count}, expected")
+        own = relevant(drawn.captions)
 
-    def figures_of(matcher: Matcher) -> tuple[dict[str, Any], str | None]:
-        scores, prior_from = score_all(matcher, drawn, asked)
-        ways = {"text_to_image": recall(scores.T, own.T, asked.k), "image_to_text": recall(scores, own, asked.k)}
-        return ways, prior_from
+        def figures_of(matcher: Matcher) -> tuple[dict[str, Any], str | None]:
+            scores, prior_from = score_all(matcher, drawn, options)
+            ways = {"text_to_image": recall(scores.T, own.T, ks), "image_to_text": recall(scores, own, ks)}
+            return ways, prior_from
 
-    figures, prior_from = figures_of(matcher)
-    if asked.baseline:
-        figures["baselines"] = {BASELINE: figures_of(matcher.untrained(asked.seed))[0]}
-    protocol: dict[str, Any] = {
-        "name": f"retrieval, {matcher.by}",
-        "candidates": count,
-        "view": matcher.view,
-        "captions": "every caption of a candidate; an image is found by any of its own",
-        "equal_captions": "one caption of several images belongs to all of them",
-        "ties": "count against the model",
-    }
-    if likely:
-        protocol |= {"normalize": asked.normalize, "prior_from": prior_from}
-    about = {
-        "name": Path(asked.data).name,
-        "source": asked.data,
-        "split": split,
-        "images": len(items),
-        "captions": own.shape[1],
-        "rejected": drawn.rejected,
-    }
-    seconds = time.perf_counter() - started
-    return write_result(out, make_result("retrieve", protocol, matcher.about(), about, figures, seconds, asked.seed))
+        figures, prior_from = figures_of(matcher)
+        if options.baselines:
+            figures["baselines"] = {BASELINE: figures_of(matcher.untrained(options.seed))[0]}
+        protocol: dict[str, Any] = {
+            "name": f"retrieval, {matcher.by}",
+            "candidates": count,
+            "view": matcher.view,
+            "captions": "every caption of a candidate; an image is found by any of its own",
+            "equal_captions": "one caption of several images belongs to all of them",
+            "ties": "count against the model",
+        }
+        if likely:
+            protocol |= {"normalize": options.normalize, "prior_from": prior_from}
+        about = {
+            "name": Path(data).name,
+            "source": data,
+            "split": split,
+            "images": len(items),
+            "captions": own.shape[1],
+            "rejected": drawn.rejected,
+        }
+        return evaluation.result(protocol, matcher.about(), about, figures, options.seed)
 
 
-def too_few(asked: Asked, there: str, wanted: int, rejected: Sequence[dict[str, str]] = ()) -> UsageError:
-    """What is said where the candidates can't be had; names the first image that was left out."""
+def too_few(data: str, there: str, wanted: int, rejected: Sequence[dict[str, str]] = ()) -> UsageError:
+    """The error if there are not enough candidates; names the first image that was left out."""
     why = "".join(f"; {row['key']}: {row['reason']}" for row in rejected[:1])
-    return UsageError(f"--data {asked.data}: {there}, fewer than the {wanted} candidates (--candidates){why}")
+    return UsageError(f"--data {data}: {there}, fewer than the {wanted} candidates (--candidates){why}")
 
 
-def draw(matcher: Matcher, items: Sequence[Item | Sample], count: int, others: int, seed: int) -> Candidates:
+def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int, seed: int) -> Candidates:
     """Up to ``count`` images that can be read and have captions and up to ``others`` further ones, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     found = Candidates([], [], [], [])
@@ -143,18 +130,18 @@ def draw(matcher: Matcher, items: Sequence[Item | Sample], count: int, others: i
 # ---- scores ----
 
 
-def score_all(matcher: Matcher, drawn: Candidates, asked: Asked) -> tuple[np.ndarray, str | None]:
+def score_all(matcher: Matcher, drawn: Candidates, options: MatchOptions) -> tuple[np.ndarray, str | None]:
     """Every caption on every image, [N, M] float64, and in words what a prior was estimated from."""
     groups = [(text,) for texts in drawn.captions for text in texts]
     others, prior_from = drawn.others, None
-    if matcher.by == "likelihood" and asked.normalize == "prior":
+    if matcher.by == "likelihood" and options.normalize == "prior":
         prior_from = f"{len(others)} images that are no candidates"
         if len(others) < min(PRIOR_IMAGES, len(drawn.images)):
             others, prior_from = drawn.images, "the candidates themselves, too few others being there"
-    scorer = matcher.scorer(groups, asked.normalize, stacked(others, asked.batch_size))
+    scorer = matcher.scorer(groups, options.normalize, stacked(others, options.batch_size))
     console = Console(file=sys.stderr)
-    total = -(-len(drawn.images) // asked.batch_size)
-    batches = stacked(drawn.images, asked.batch_size)
+    total = -(-len(drawn.images) // options.batch_size)
+    batches = stacked(drawn.images, options.batch_size)
     parts = [scorer(images) for images in track(batches, "images", total, console=console, transient=True)]
     return torch.cat(parts).double().numpy(), prior_from
 
@@ -173,7 +160,7 @@ def relevant(captions: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def best_ranks(scores: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How many wrong answers stand before the best right one, equal scores counted as before it: int64 [Q].
+    """How many wrong answers rank before the best right one, equal scores counted as before it: int64 [Q].
 
     Args:
         scores: [Q, K]; own: bool [Q, K], at least one a row.
@@ -192,7 +179,7 @@ def chance(own: np.ndarray, k: int) -> float:
 
 
 def recall(scores: np.ndarray, own: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
-    """Recall at each k, 0..1, with Wilson's interval, beside chance and the interval in which 95% of random orders fall.
+    """Recall at each k, 0..1, with Wilson's interval, with chance and the interval in which 95% of random orders fall.
 
     Both intervals take the queries as independent; captions of one image are less than that.
 

@@ -1,6 +1,6 @@
 """Images against texts: one face for the cosines of a pair and the likelihoods of a decoder.
 
-Legend: B images, G groups of t texts each (a class's prompts, or a caption alone), P width of the shared space.
+Legend: B images, G groups of t texts each (a class's prompts, or one caption), P width of the shared space.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Matcher:
     Attributes:
         name: as the user gave it.
         by: contrastive or likelihood.
-        model: a pair, or an encoder with its decoder, in evaluation mode; with its tokeniser.
+        model: a pair, or an encoder with its decoder, in evaluation mode; with its tokenizer.
         weights: to be hashed again.
         sha256: of the weights.
         see: PIL image -> uint8 [3, H, W].
         view: what ``see`` does, in words.
-        shape: what a result says of the model beside its name and hash.
+        shape: what a result says of the model besides its name and hash.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Matcher:
         return {"name": self.name, "weights_sha256": self.sha256, "unchanged": True, **self.shape}
 
     def untrained(self, seed: int) -> Matcher:
-        """The same with an encoder that has seen nothing.
+        """The same with an untrained encoder.
 
         Raises:
             UsageError: none of ours.
@@ -121,10 +121,10 @@ def open_matcher(
         stats: mean and std of a pair of ``transformers``; None: as its own image processor has it.
 
     Raises:
-        UsageError: nothing to load, an encoder alone, a pair or a decoder where the other is asked for, no tokeniser, weights
+        UsageError: nothing to load, an encoder only, a pair or a decoder where the other is wanted, no tokenizer, weights
             that would be random.
     """
-    from aimv2.api.models import load_model
+    from aimv2.data.text.models import load_model
     from aimv2.interop import load
 
     at = load.locate(source)
@@ -138,14 +138,14 @@ def open_matcher(
     if isinstance(model, LiT):
         _refuse_likelihood(source, by)
         if model.tokenizer is None:
-            raise UsageError(f"MODEL {source}: no tokenizer beside the weights; put CLIP's tokenizer.json there")
+            raise UsageError(f"MODEL {source}: no tokenizer with the weights; put CLIP's tokenizer.json there")
         return _of_ours(source, model, "contrastive", "pair")
     if not isinstance(model, AIMv2):
         raise _no_text(source)
     if not model.decoder.config.text:
         raise UsageError(f"MODEL {source}: its decoder has no text head (it was trained with objective.targets=image)")
     if model.tokenizer is None:
-        raise UsageError(f"MODEL {source}: no tokenizer beside the weights; give the RUN, or the folder that it wrote")
+        raise UsageError(f"MODEL {source}: no tokenizer with the weights; give the RUN, or the folder that it wrote")
     return _of_ours(source, model, "likelihood", "encoder and decoder")
 
 
@@ -169,7 +169,7 @@ def _of_transformers(source: str, folder: Path, by: str, device: str | torch.dev
         settle(source, model, missing, lambda: [pair.encode_image(probe_image(size)), pair.encode_text(["a"])])
     except UsageError:
         raise
-    except Exception as error:  # whatever a pair of another kind, or a tokeniser, says
+    except Exception as error:  # whatever a pair of another kind, or a tokenizer, says
         why = " ".join(str(error).split())[:200]
         raise UsageError(f"MODEL {source}: {type(model).__name__} can't be used as a pair here: {why}") from None
     shape = {"kind": "transformers pair", "architecture": type(model).__name__, "image_size": size}
@@ -186,20 +186,20 @@ def _refuse_likelihood(source: str, by: str) -> None:
 
 def _no_text(source: str) -> UsageError:
     return UsageError(
-        f"MODEL {source}: an encoder alone, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by "
+        f"MODEL {source}: an encoder only, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by "
         "likelihood with a model that kept its decoder: RUN, or a folder of `aimv2 convert --to safetensors`"
     )
 
 
 class TransformersPair:
-    """A pair that ``AutoModel`` opened, with the tokeniser and the image processor of its folder.
+    """A pair that ``AutoModel`` opened, with the tokenizer and the image processor of its folder.
 
     Pillow resizes, wherever it runs. SigLIP was trained on texts in lower case, padded to its full length and without a
-    mask: so they are given; to others as their tokeniser gives them, padded to the longest.
+    mask: so they are given; to others as their tokenizer gives them, padded to the longest.
     """
 
     def __init__(self, model: Any, folder: Path, how: Processing) -> None:
-        """Raises ValueError for a folder without a tokeniser, or whose image processor can't be had here."""
+        """Raises ValueError for a folder without a tokenizer, or whose image processor can't be had here."""
         from transformers import AutoTokenizer
 
         self.model, self.file = model, processor_file(folder)
@@ -208,7 +208,7 @@ class TransformersPair:
             raise ValueError(f"the image processor of its {self.file.name} can't be opened here")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not any((folder / name).is_file() for name in self.tokenizer.vocab_files_names.values()):
-            raise ValueError("no tokenizer beside the weights")  # transformers makes an empty one
+            raise ValueError("no tokenizer with the weights")  # transformers makes an empty one
         self.siglip = model.config.model_type.startswith("siglip")
         reads = ["input_ids"] if self.siglip else inspect.signature(model.get_text_features).parameters
         self.reads = [name for name in self.tokenizer.model_input_names if name in reads]
@@ -248,20 +248,20 @@ class TransformersPair:
             ValueError: towers that do not meet, a processor that does more than is done here or gives several sizes.
         """
         image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
-        seen, turned = self.see(image)[None], self.see(image.transpose(Image.Transpose.ROTATE_90))[None]
-        if seen.shape != turned.shape:
+        view, turned = self.see(image)[None], self.see(image.transpose(Image.Transpose.ROTATE_90))[None]
+        if view.shape != turned.shape:
             raise ValueError("its image processor keeps the sides of an image; one size for all is expected")
         if self.processor is not None and self.how.origin != "options":
             whole = self.processor(image, return_tensors="pt")["pixel_values"]
         else:
-            whole = self.pixels(seen).cpu()
-        if not torch.allclose(self.pixels(seen).cpu(), whole, atol=1e-4):
+            whole = self.pixels(view).cpu()
+        if not torch.allclose(self.pixels(view).cpu(), whole, atol=1e-4):
             raise ValueError("its image processor does more than resize, crop, scale and normalise")
         with eager():
-            vectors = self.encode_image(seen), self.encode_text(["a"])
+            vectors = self.encode_image(view), self.encode_text(["a"])
         if vectors[0].shape != vectors[1].shape:
             raise ValueError(f"features of {list(vectors[0].shape)} for an image, {list(vectors[1].shape)} for a text")
-        return seen.shape[-1]
+        return view.shape[-1]
 
 
 def _unit(found: Any) -> Tensor:
@@ -277,7 +277,7 @@ def by_cosine(model: Pair, groups: Sequence[Sequence[str]]) -> Scorer:
     """Cosine of an image and a group: the group's vector is the normalised mean of its texts' normalised vectors (CLIP).
 
     Args:
-        model: a pair with its tokeniser.
+        model: a pair with its tokenizer.
         groups: G of equally many texts.
     """
     texts = [text for group in groups for text in group]
@@ -305,10 +305,10 @@ def by_likelihood(
     something instead. docs/evaluate.md has both, measured.
 
     Args:
-        model: with text head and tokeniser.
+        model: with text head and tokenizer.
         groups: G of equally many texts.
         normalize: sum, mean or prior.
-        others: batches of other images, uint8 [B, 3, H, W] (prior alone).
+        others: batches of other images, uint8 [B, 3, H, W] (prior only).
 
     Raises:
         UsageError: a prior is wanted and there is no other image.
@@ -329,8 +329,8 @@ def by_likelihood(
     parts = [of_groups(images) for images in others]
     if not parts:
         raise UsageError("--normalize prior: none of the other images could be read; --normalize sum needs none")
-    seen = torch.cat(parts)
-    prior = seen.logsumexp(0) - math.log(len(seen))  # [G]
+    logs = torch.cat(parts)
+    prior = logs.logsumexp(0) - math.log(len(logs))  # [G]
     return lambda images: of_groups(images) - prior
 
 

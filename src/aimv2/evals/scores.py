@@ -14,14 +14,14 @@ import numpy as np
 
 
 def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images whose class was found, 0..1; both int [N], N at least 1."""
+    """Fraction of images whose class was found, 0..1; both int [N], N at least 1."""
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     assert predicted.shape == labels.shape and labels.size > 0
     return float((predicted == labels).mean())
 
 
 def per_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
-    """Share of each class's images that were found, 0..1, in the order of the labels; None: a class without an image."""
+    """Fraction of each class's images that were found, 0..1, in the order of the labels; None: a class without an image."""
     labels = np.asarray(labels)
     count = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[np.asarray(predicted) == labels], minlength=classes)
@@ -35,7 +35,7 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[l
 
 
 def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share (Wilson, JASA 22, 1927), which stays within 0..1 at both ends.
+    """Wilson's interval of a fraction (Wilson, JASA 22, 1927), which stays within 0..1 at both ends.
 
     Args:
         right: successes, 0..n.
@@ -47,19 +47,19 @@ def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """
     assert n > 0 and 0 <= right <= n
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    share, square = right / n, z * z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    rate, square = right / n, z * z
+    middle = (rate + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(rate * (1 - rate) / n + square / (4 * n * n))
     return (0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half)
 
 
-def over_seeds(values: Sequence[float], level: float = 0.95, share: bool = False) -> dict[str, Any]:
+def over_seeds(values: Sequence[float], level: float = 0.95, fraction: bool = False) -> dict[str, Any]:
     """Mean over seeds and Student's t interval of that mean.
 
     Args:
         values: one score a seed, at least one.
         level: of confidence.
-        share: the scores are shares: the interval, which knows no bounds by itself, is cut to 0..1.
+        fraction: the scores are fractions: the interval, which has no bounds by itself, is cut to 0..1.
 
     Returns:
         ``mean``, ``low``, ``high``, floats; one seed has no interval: both bounds None.
@@ -72,4 +72,4 @@ def over_seeds(values: Sequence[float], level: float = 0.95, share: bool = False
 
     half = float(t.ppf(0.5 + level / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     low, high = mean - half, mean + half
-    return {"mean": mean, "low": max(low, 0.0) if share else low, "high": min(high, 1.0) if share else high}
+    return {"mean": mean, "low": max(low, 0.0) if fraction else low, "high": min(high, 1.0) if fraction else high}

@@ -36,30 +36,30 @@ IMAGENET = (
 LISTS = {"default": DEFAULT, "imagenet": IMAGENET}
 
 
-def find_templates(asked: str, dataset: str | None = None) -> tuple[str, ...]:
-    """The templates behind ``--templates``.
+def find_templates(given: str, dataset: str | None = None) -> tuple[str, ...]:
+    """The templates of ``--templates``.
 
     Args:
-        asked: ``default``, ``imagenet``, one template, or a text file with one a line.
+        given: ``default``, ``imagenet``, one template, or a text file with one a line.
         dataset: a registered name; the default of ``imagenet1k`` is ``imagenet``.
 
     Raises:
         UsageError: none of these, a template without ``{}``, an empty file.
     """
-    if asked in LISTS:
-        return LISTS["imagenet" if dataset == "imagenet1k" else asked]
-    if "{}" in asked:
-        return (asked,)
-    file = Path(asked).expanduser()
+    if given in LISTS:
+        return LISTS["imagenet" if dataset == "imagenet1k" else given]
+    if "{}" in given:
+        return (given,)
+    file = Path(given).expanduser()
     if not file.is_file():
         raise UsageError(
-            f"--templates {asked}: {', '.join(LISTS)}, a template with {{}} for the class, or a file of them expected"
-            f"{nearest(asked, LISTS)}"
+            f"--templates {given}: {', '.join(LISTS)}, a template with {{}} for the class, or a file of them expected"
+            f"{nearest(given, LISTS)}"
         )
     found = read_lines(file, "--templates")
     for line in found:
         if "{}" not in line:
-            raise UsageError(f"--templates {asked}: '{line}' has no {{}}, where the class name goes")
+            raise UsageError(f"--templates {given}: '{line}' has no {{}}, where the class name goes")
     return tuple(found)
 
 

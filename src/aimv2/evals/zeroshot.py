@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import EXPECTED, Labelled, Split, open_labelled, subset
 from aimv2.data.prefetch import ahead
 from aimv2.errors import UsageError
-from aimv2.evals.result import check_out, make_result, write_result
-from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, stacked
+from aimv2.evals.harness import Evaluation
+from aimv2.evals.options import ZeroshotData
+from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, open_matcher, stacked
 from aimv2.evals.scores import per_class, top1, wilson
 from aimv2.evals.templates import fill, find_templates, read_lines
 from aimv2.evals.untrained import BASELINE
@@ -33,23 +33,7 @@ NAMELESS = re.compile(r"\d+|n\d{8}")  # numbers and WordNet ids say nothing to a
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asked for beside the model; see :func:`aimv2.api.zeroshot`."""
-
-    data: str
-    dataset: str | None
-    templates: str
-    classes: str | None
-    normalize: str
-    limit: int
-    seed: int
-    batch_size: int
-    out: str | None
-    baseline: bool = False
-
-
-@dataclass(frozen=True)
-class Chosen:
+class ZeroshotImages:
     """Images that are measured, images that a text's prior is estimated from (None: none), and in words where from."""
 
     test: Labelled
@@ -57,81 +41,86 @@ class Chosen:
     others_are: str | None
 
 
-def measure(matcher: Matcher, asked: Asked) -> dict[str, Any]:
-    """Opens the data, scores every class on every image, counts, writes.
+def evaluate_zeroshot(options: ZeroshotData, templates: str, classes: str | None, limit: int) -> dict[str, Any]:
+    """The command ``zeroshot``: scores every class on every image, counts, writes.
 
     Raises:
         UsageError: data, class names or templates that do not fit.
     """
-    started = time.perf_counter()
-    # a decoder reads every text before every image: eighty a class are for pairs
-    templates = find_templates(asked.templates, asked.dataset if matcher.by == "contrastive" else None)
-    prior = matcher.by == "likelihood" and asked.normalize == "prior"
-    chosen = choose(asked, prior)
-    names = class_names(chosen.test, asked.classes)
-    out = check_out(asked.out, "zeroshot")
-    groups = [fill(templates, name) for name in names]
-    rejected: list[dict[str, str]] = []
+    source, dataset = options.source, options.dataset
+    with Evaluation("zeroshot", options.out) as evaluation:
+        matcher = open_matcher(options.model, options.by, options.where, options.stats)
+        # a decoder reads every text before every image: eighty per class are for pairs
+        texts = find_templates(templates, dataset if matcher.by == "contrastive" else None)
+        prior = matcher.by == "likelihood" and options.normalize == "prior"
+        images = choose(source, dataset, limit, options.seed, prior)
+        names = class_names(images.test, classes)
+        evaluation.open_folder()
+        groups = [fill(texts, name) for name in names]
+        rejected: list[dict[str, str]] = []
 
-    def figures_of(matcher: Matcher, rejected: list[dict[str, str]]) -> dict[str, Any]:
-        others = seen(matcher, chosen.others, asked.batch_size, []) if chosen.others else ()
-        scorer = matcher.scorer(groups, asked.normalize, (batch for batch, _ in others))
-        return figures(*guess(matcher, scorer, chosen.test, asked.batch_size, rejected), names)
+        def figures_of(matcher: Matcher, rejected: list[dict[str, str]]) -> dict[str, Any]:
+            others = image_batches(matcher, images.others, options.batch_size, []) if images.others else ()
+            scorer = matcher.scorer(groups, options.normalize, (batch for batch, _ in others))
+            return figures(*guess(matcher, scorer, images.test, options.batch_size, rejected), names)
 
-    found = figures_of(matcher, rejected)
-    if asked.baseline:
-        found["baselines"] = {BASELINE: figures_of(matcher.untrained(asked.seed), [])}
-    protocol: dict[str, Any] = {
-        "name": f"zero-shot, {matcher.by}",
-        "templates": list(templates),
-        "class_names": asked.classes or "of the data set",
-        "view": matcher.view,
-    }
-    if matcher.by == "likelihood":
-        protocol |= {"normalize": asked.normalize, "prior_from": chosen.others_are}
-    about = {
-        "name": chosen.test.name,
-        "dataset": asked.dataset,
-        "source": chosen.test.source,
-        "split": chosen.test.split,
-        "test_images": len(chosen.test.labels) - len(rejected),
-        "classes": len(names),
-        "rejected": rejected,
-    }
-    seconds = time.perf_counter() - started
-    return write_result(out, make_result("zeroshot", protocol, matcher.about(), about, found, seconds, asked.seed))
+        found = figures_of(matcher, rejected)
+        if options.baselines:
+            found["baselines"] = {BASELINE: figures_of(matcher.untrained(options.seed), [])}
+        protocol: dict[str, Any] = {
+            "name": f"zero-shot, {matcher.by}",
+            "templates": list(texts),
+            "class_names": classes or "of the data set",
+            "view": matcher.view,
+        }
+        if matcher.by == "likelihood":
+            protocol |= {"normalize": options.normalize, "prior_from": images.others_are}
+        about = {
+            "name": images.test.name,
+            "dataset": dataset,
+            "source": images.test.source,
+            "split": images.test.split,
+            "test_images": len(images.test.labels) - len(rejected),
+            "classes": len(names),
+            "rejected": rejected,
+        }
+        return evaluation.result(protocol, matcher.about(), about, found, options.seed)
 
 
-def choose(asked: Asked, prior: bool) -> Chosen:
-    """The split to measure, cut to ``limit`` images, and other images where a prior is wanted.
+def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool) -> ZeroshotImages:
+    """The split to evaluate, cut to ``limit`` images, and other images if a prior is wanted.
 
     Raises:
         UsageError: see :func:`aimv2.data.images.labelled.open_labelled`.
     """
     order: tuple[Split, ...] = ("test", "val", "train")
-    data = next((found for split in order if (found := open_labelled(asked.data, split, asked.dataset))), None)
+    data = next((found for split in order if (found := open_labelled(source, split, dataset))), None)
     if data is None:
-        raise UsageError(f"--data {asked.data}: no labelled images there; expected {EXPECTED}")
-    rng = np.random.default_rng(asked.seed)
+        raise UsageError(f"--data {source}: no labelled images there; expected {EXPECTED}")
+    rng = np.random.default_rng(seed)
     rows = rng.permutation(len(data.labels))
-    cut = asked.limit or len(rows)
+    cut = limit or len(rows)
     test, rest = subset(data, np.sort(rows[:cut])), rows[cut:]
     if not prior:
-        return Chosen(test, None, None)
+        return ZeroshotImages(test, None, None)
     if len(rest) >= PRIOR_IMAGES:
-        return Chosen(test, subset(data, rest[:PRIOR_IMAGES]), f"{PRIOR_IMAGES} images of the split, not measured")
+        return ZeroshotImages(
+            test, subset(data, rest[:PRIOR_IMAGES]), f"{PRIOR_IMAGES} images of the split, not measured"
+        )
     for split in order[1:] if data.split == "test" else ("train",) if data.split == "val" else ():
-        if (other := _unlabelled(asked.data, split)) is not None:
+        if (other := _unlabelled(source, split)) is not None:
             count = min(PRIOR_IMAGES, len(other.labels))
             drawn = rng.choice(len(other.labels), count, replace=False)
-            return Chosen(test, subset(other, drawn), f"{count} images of the {split} split, without their labels")
+            return ZeroshotImages(
+                test, subset(other, drawn), f"{count} images of the {split} split, without their labels"
+            )
     count = min(PRIOR_IMAGES, len(test.labels))
     drawn = rng.choice(len(test.labels), count, replace=False)
-    return Chosen(test, subset(test, drawn), f"{count} of the measured images, without their labels")
+    return ZeroshotImages(test, subset(test, drawn), f"{count} of the measured images, without their labels")
 
 
 def _unlabelled(source: str, split: Split) -> Labelled | None:
-    """A further split, for its images alone: one whose labels are refused serves as little as one that is not there."""
+    """A further split, for its images only: one whose labels are refused counts as absent."""
     try:
         return open_labelled(source, split)
     except UsageError:
@@ -139,7 +128,7 @@ def _unlabelled(source: str, split: Split) -> Labelled | None:
 
 
 def class_names(data: Labelled, file: str | None) -> tuple[str, ...]:
-    """What stands in the templates: the names of ``--classes``, else the data set's, underscores as spaces.
+    """What the templates are filled with: the names of ``--classes``, else the data set's, underscores as spaces.
 
     Raises:
         UsageError: not as many names as classes, or names that are numbers.
@@ -158,10 +147,10 @@ def class_names(data: Labelled, file: str | None) -> tuple[str, ...]:
     return found
 
 
-def seen(
+def image_batches(
     matcher: Matcher, data: Labelled, size: int, rejected: list[dict[str, str]]
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Batches of images as the model sees them, with their rows; what can't be read is added to ``rejected``."""
+    """Batches of images as the model sees them, with their rows; what can't be read is appended to ``rejected``."""
     rows: list[int] = []
 
     def read(row: int) -> Tensor | str:
@@ -193,7 +182,9 @@ def guess(
     console = Console(file=sys.stderr)
     best, labels = list[np.ndarray](), list[np.ndarray]()
     total = -(-len(data.labels) // size)
-    for images, rows in track(seen(matcher, data, size, rejected), "images", total, console=console, transient=True):
+    for images, rows in track(
+        image_batches(matcher, data, size, rejected), "images", total, console=console, transient=True
+    ):
         order = np.argsort(-scorer(images).numpy(), axis=1, kind="stable")  # of equals the first class
         best.append(order[:, :BEST])
         labels.append(data.labels[rows])
@@ -203,7 +194,7 @@ def guess(
 
 
 def figures(best: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Top-1 with Wilson's interval, top-5 (None with five classes or fewer), by class, chance; shares 0..1."""
+    """Top-1 with Wilson's interval, top-5 (None with five classes or fewer), by class, chance; fractions 0..1."""
     right = int((best[:, 0] == labels).sum())
     low, high = wilson(right, len(labels))
     return {
@@ -212,6 +203,6 @@ def figures(best: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[
         "top5": float((best == labels[:, None]).any(1).mean()) if len(names) > BEST else None,
         "chance": 1 / len(names),
         "per_class": [
-            {"class": name, "top1": share} for name, share in zip(names, per_class(best[:, 0], labels, len(names)))
+            {"class": name, "top1": found} for name, found in zip(names, per_class(best[:, 0], labels, len(names)))
         ],
     }

@@ -5,10 +5,8 @@ Legend: I patches, h x w patch grid, D width, P width of a pair's shared space.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +17,19 @@ from aimv2.errors import UsageError
 from aimv2.evals.scorer import eager
 from aimv2.explorer.album import Album
 from aimv2.explorer.foreign import ForeignEncoder
-from aimv2.features.embed import ABOUT, one_line_key
-from aimv2.features.fingerprint import weights_hash
+from aimv2.features.embed import ABOUT, list_images, one_line_key, read_parts, view_of
+from aimv2.features.fingerprint import VERSION, architecture, model_fingerprint, weights_hash
+from aimv2.features.store import read_object
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 
 
 class Stored:
-    """What a folder of ``aimv2 embed`` holds; opened without reading the features.
+    """A folder of ``aimv2 embed``, opened without reading the features.
 
     Attributes:
-        source: of the images, as it was embedded.
+        source: the images, as they were given to ``aimv2 embed``.
+        stale: why its features are of no use for any model; "" where they are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,31 +37,49 @@ class Stored:
         Raises:
             UsageError: its description can't be read, or its images are gone.
         """
-        self.folder = folder
+        self.folder, self.about = folder, read_object(folder / ABOUT, "--images")
         try:
-            self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            self.source = str(self.about["source"])
+            self.source, self.format = str(self.about["source"]), str(self.about["format"])
             self.layers, self.pool = [int(layer) for layer in self.about["layers"]], str(self.about["pool"])
-            self.sha256, self.format = str(self.about["weights_sha256"]), str(self.about["format"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(f"--images {folder}: its {ABOUT} can't be read ({error!r})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--images {folder}: its {ABOUT} can't be read ({error!r})", code="unreadable") from None
         if not any(mark in self.source for mark in "*?[{") and not Path(self.source).exists():
-            raise UsageError(f"--images {folder}: holds features of the images in {self.source}, which are not there")
+            raise UsageError(
+                f"--images {folder}: holds features of the images in {self.source}, which are not there",
+                code="not-found",
+            )
         self.numbers: dict[str, int] = {}
         self.same: dict[int, bool] = {}  # by the identity of an encoder
+        self.stale = self._stale()
+
+    def _stale(self) -> str:
+        if self.about.get("fingerprint") != VERSION:
+            return (
+                "The folder was written by an earlier version, so its pictures are read; embed them into a new folder."
+            )
+        if any(self.about.get(key) != value for key, value in list_images(self.source).fingerprint().items()):
+            return "Pictures were replaced or changed since the folder was written, so they are read; embed them into a new folder."
+        return ""
 
     def number(self, album: Album) -> None:
-        """Learns which picture is which."""
+        """Takes over the album's numbers."""
         self.numbers = {one_line_key(name): at for at, (name, _) in enumerate(album.listed)}
 
     def of(self, encoder: VisionEncoder | ForeignEncoder) -> bool:
         """Whether the features are this encoder's."""
         if id(encoder) not in self.same:
-            self.same[id(encoder)] = isinstance(encoder, VisionEncoder) and weights_hash(encoder) == self.sha256
+            self.same[id(encoder)] = not self.stale and isinstance(encoder, VisionEncoder) and self._fits(encoder)
         return self.same[id(encoder)]
 
+    def _fits(self, encoder: VisionEncoder) -> bool:
+        model = model_fingerprint(weights_hash(encoder), architecture(encoder), self.about["precision"])
+        wanted = {**model, "view": view_of(encoder)}
+        return all(self.about.get(key) == value for key, value in wanted.items())
+
     def note(self, encoder: VisionEncoder | ForeignEncoder, pair: bool) -> str:
-        """A sentence for the page: what becomes of the features."""
+        """A sentence for the page: whether the features are used."""
+        if self.stale:
+            return self.stale
         if not self.of(encoder):
             return "The folder holds features of another model, so its pictures themselves are read."
         if self._last(encoder) is None:
@@ -101,29 +119,11 @@ class Stored:
 
     def _rows(self, place: int) -> Iterator[tuple[int, np.ndarray]]:
         """Number and features of the album's pictures."""
-        read = self._parquet if self.format == "parquet" else self._arrays
-        several = len(self.layers) > 1
         try:
-            for key, row in read(place, several):
+            for key, row in read_parts(self.folder, self.layers, place, self.format):
                 if key in self.numbers:
                     yield self.numbers[key], row
         except (ValueError, KeyError, OSError) as error:
-            raise UsageError(f"--images {self.folder}: its features can't be read ({error})") from None
-
-    def _arrays(self, place: int, several: bool) -> Iterator[tuple[str, np.ndarray]]:
-        for path in sorted(self.folder.glob("features-*.npy")):
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            keys = (
-                (self.folder / f"keys-{path.stem.rpartition('-')[2]}.txt").read_text(encoding="utf-8").split("\n")[:-1]
-            )
-            for key, row in zip(keys, rows, strict=True):
-                yield key, np.array(row[place] if several else row)
-
-    def _parquet(self, place: int, several: bool) -> Iterator[tuple[str, np.ndarray]]:
-        import pyarrow.parquet as pq
-
-        column = f"layer_{self.layers[place]}" if several else "features"
-        for path in sorted(self.folder.glob("features-*.parquet")):
-            table = pq.read_table(path, columns=["key", column])
-            for key, row in zip(table["key"].to_pylist(), table[column]):
-                yield key, np.array(row.values)
+            raise UsageError(
+                f"--images {self.folder}: its features can't be read ({error})", code="unreadable"
+            ) from None

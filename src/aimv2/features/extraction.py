@@ -1,4 +1,4 @@
-"""Features of a labelled data set, computed once: on disk where a folder is given, and checked to be this encoder's.
+"""Features of a labelled data set, computed once: in a store where a folder is given, else in a temporary one.
 
 Legend: N images, I patches, D width.
 """
@@ -6,33 +6,30 @@ Legend: N images, I patches, D width.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.prefetch import ahead, batched
 from aimv2.errors import UsageError
 from aimv2.features.contents import contents_of
+from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
-from aimv2.io import write_aside
+from aimv2.features.store import FeatureStore, progress_bar
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
 
-ABOUT = "about.json"
-FLUSH = 20  # batches between two notes of how far it got
+OPTION = "--cache or --out"
+PART_BATCHES = 20  # batches a part
 POOLS = ("mean", "attention", "none")
 
 
@@ -45,8 +42,8 @@ class Cached:
             patches at native: a :class:`aimv2.features.ragged.Ragged`.
         labels: int64 [N].
         keys: N names.
-        rejected: ``{"key", "reason"}`` of the images that could not be read.
-        home: holds the temporary folder, where there is no other.
+        rejected: ``{"key", "reason"}`` of each image that could not be read.
+        home: keeps the temporary folder, where there is one.
     """
 
     features: list[Any]
@@ -66,162 +63,172 @@ def cached_features(
     flip: bool = False,
     contents: str | None = None,
 ) -> Cached:
-    """The trunk runs once over all images; what ``folder`` holds already is read, an interrupted pass goes on.
+    """Runs the trunk once over all images; what ``folder`` holds already is read, an interrupted pass is continued.
 
     Args:
         frozen: the encoder.
         data: the images.
         layers: see :meth:`aimv2.features.frozen.Frozen.__call__`; all in one pass.
-        pool: mean of the patches; attention: the model's pooling head (last layer alone); none: every patch.
-        folder: of the cache; None: a temporary one.
+        pool: mean of the patches; attention: the model's pooling head (last layer only); none: every patch.
+        folder: of the stores; None: a temporary one.
         batch_size: images at once.
-        flip: of the mirrored images.
-        contents: what tells that the images are still the same; None: see :func:`aimv2.features.contents.contents_of`.
+        flip: mirror the images.
+        contents: content identity of the images; None: see :func:`aimv2.features.contents.contents_of`.
 
     Raises:
-        UsageError: a cache of another model, data or view; no image could be read; values too large for float16.
+        UsageError: a store of another model, data or view; no image could be read; values too large for float16.
     """
     home = tempfile.TemporaryDirectory() if folder is None else None
     root = Path(home.name) if home is not None else folder
     assert root is not None
-    keys = hashlib.sha256("\n".join(data.keys).encode()).hexdigest()
+    count, keys = len(data.labels), hashlib.sha256("\n".join(data.keys).encode()).hexdigest()
     which = hashlib.sha256(f"{keys} {' '.join(layers)}".encode()).hexdigest()[:8]
-    at = root / f"{data.split}-{pool}{'-flip' if flip else ''}-{which}"
-    about = {
-        "weights_sha256": weights_of(frozen),
-        "image_size": frozen.image_size,
-        "patches": list(frozen.range) if frozen.range else None,
-        "layers": list(layers),
-        "pool": pool,
-        "precision": frozen.precision,
-        "images": len(data.labels),
+    images = {
+        "split": data.split,
         "source": data.source if "://" in data.source else str(Path(data.source).expanduser().resolve()),
+        "images": count,
         "keys_sha256": keys,
         "contents_sha256": contents or contents_of(data),
     }
-    state = _begin(at, about)
-    if state["done"] < len(data.labels):
-        _run(frozen, data, list(layers), pool, at, state, batch_size, flip)
-    lost = {line["row"] for line in state["rejected"]}
-    rows = np.array([row for row in range(len(data.labels)) if row not in lost], dtype=np.int64)
+    store = FeatureStore(
+        root / f"{data.split}-{pool}{'-flip' if flip else ''}-{which}",
+        fingerprint(frozen.fingerprint(), frozen.view(flip), layers, pool, images),
+        OPTION,
+        noted={"part_images": batch_size * PART_BATCHES},
+    )
+    notes = fill(store, frozen, data, list(layers), pool, batch_size, flip)
+    rejected = [line for note in notes for line in note["rejected"]]
+    lost = {line["row"] for line in rejected}
+    rows = np.array([row for row in range(count) if row not in lost], dtype=np.int64)
     if not len(rows):
-        first = state["rejected"][0]
-        raise UsageError(f"--data: no image could be read; {first['key']}: {first['reason']}")
+        raise UsageError(
+            f"--data: no image could be read; {rejected[0]['key']}: {rejected[0]['reason']}", code="unreadable"
+        )
     if frozen.range is not None and pool == "none":
-        arrays: list[Any] = open_ragged(at, layers, frozen.width, len(rows))
+        arrays: list[Any] = open_ragged(store.folder, layers, frozen.width, len(rows))
     else:
-        arrays = [np.load(at / f"{name}.npy", mmap_mode="r")[: len(rows)] for name in layers]
-    if pool != "none":
-        arrays = [np.array(array) for array in arrays]
-    rejected = [{"key": line["key"], "reason": line["reason"]} for line in state["rejected"]]
+        arrays = [store.read_array(name) for name in layers]
+        if pool != "none":
+            arrays = [array[rows] for array in arrays]
+        elif lost:
+            arrays = [SelectedRows(array, rows) for array in arrays]
+    rejected = [{"key": line["key"], "reason": line["reason"]} for line in rejected]
     return Cached(arrays, data.labels[rows], [data.keys[row] for row in rows], rejected, home)
 
 
-def seen(
-    frozen: Frozen, data: Labelled, first: int = 0, size: int = 64
-) -> Iterator[tuple[list[int], Any, list[dict[str, Any]]]]:
-    """Test views of the images from row ``first`` on, decoded ahead.
+class SelectedRows:
+    """Some rows of a memory-mapped array, read when they are indexed."""
 
-    Returns:
-        batches of (rows that could be read, their pixels uint8 [B, 3, H, W], at native a list of [3, H, W], or None where
-        there are none, and ``{"row", "key", "reason"}`` of the others).
-    """
+    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
+        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
 
-    def read(row: int) -> tuple[int, np.ndarray | str]:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.array[self.rows[index]]
+
+
+View = tuple[int, np.ndarray | str]  # row of an image, and its test view [3, H, W] or why it can't be read
+
+
+def _views(frozen: Frozen, data: Labelled, rows: Iterable[int]) -> Iterator[View]:
+    """Test views of some rows, in order, decoded in threads."""
+
+    def read(row: int) -> View:
         try:
             return row, frozen.see(data.image(row))
         except ImageError as error:
             return row, str(error)
 
-    for batch in batched(ahead(read, range(first, len(data.labels))), size):
-        good = {row: pixels for row, pixels in batch if isinstance(pixels, np.ndarray)}
-        lost = [{"row": row, "key": data.keys[row], "reason": why} for row, why in batch if isinstance(why, str)]
-        if frozen.range is not None and good:
-            yield list(good), [torch.from_numpy(pixels) for pixels in good.values()], lost
-        else:
-            yield list(good), torch.from_numpy(np.stack(list(good.values()))) if good else None, lost
+    return ahead(read, rows)
+
+
+def _stacked(frozen: Frozen, data: Labelled, views: Sequence[View]) -> tuple[list[int], Any, list[dict[str, Any]]]:
+    """Rows that could be read, their pixels, and ``{"row", "key", "reason"}`` of the others; see :func:`view_batches`."""
+    good = {row: pixels for row, pixels in views if isinstance(pixels, np.ndarray)}
+    lost = [{"row": row, "key": data.keys[row], "reason": why} for row, why in views if isinstance(why, str)]
+    if frozen.range is not None and good:
+        return list(good), [torch.from_numpy(pixels) for pixels in good.values()], lost
+    return list(good), torch.from_numpy(np.stack(list(good.values()))) if good else None, lost
+
+
+def view_batches(
+    frozen: Frozen, data: Labelled, size: int = 64
+) -> Iterator[tuple[list[int], Any, list[dict[str, Any]]]]:
+    """Test views of all images, batch by batch.
+
+    Returns:
+        batches of (rows that could be read, their pixels uint8 [B, 3, H, W], at native a list of [3, H, W], or None where
+        there are none, and ``{"row", "key", "reason"}`` of the others).
+    """
+    return (_stacked(frozen, data, batch) for batch in batched(_views(frozen, data, range(len(data.labels))), size))
 
 
 def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "") -> Path:
-    """Where an encoder's features lie: in a cache that several verbs share, by its weights, else below ``home``."""
+    """Folder of an encoder's stores: by its weights in a cache that several commands use, else below ``home``."""
     if cache is None:
         return home / "features" / name
-    weights = frozen.sha256[:12] or weights_of(frozen)
+    weights = frozen.sha256[:12] or frozen.weights_sha256
     return Path(cache).expanduser() / f"{weights}-{frozen.image_size}-{frozen.precision}"
 
 
-def weights_of(frozen: Frozen) -> str:
-    """What makes an encoder: the hash of its weights; of raw pixels the patch, and which images it sees at native."""
-    if frozen.sha256:
-        return frozen.sha256
-    sizes = f"-{frozen.range.low}-{frozen.range.high}" if frozen.range else ""
-    return f"pixels-{math.isqrt(frozen.width // 3)}{sizes}"
-
-
-def _begin(at: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The state of a cache folder; a fresh one where there is none.
-
-    Raises:
-        UsageError: it was made from something else.
-    """
-    file = at / ABOUT
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        different = [key for key in about if stored["about"].get(key) != about[key]]
-        if different:
-            name = different[0]
-            if name not in stored["about"]:
-                raise UsageError(f"--cache or --out: an earlier version made the feature cache {at}; give a new folder")
-            if name == "contents_sha256":
-                raise UsageError(
-                    f"--cache or --out: the images have been replaced or changed since the feature cache {at} was made "
-                    "(sizes and times of their files); give a new folder"
-                )
-            raise UsageError(
-                f"--cache or --out: the feature cache {at} was made by another model or data ({name}: "
-                f"{stored['about'].get(name)}, here {about[name]}); give a new folder"
-            )
-        return stored
-    at.mkdir(parents=True, exist_ok=True)
-    return {"about": about, "done": 0, "written": 0, "rejected": []}
-
-
-def _run(
+def fill(
+    store: FeatureStore,
     frozen: Frozen,
     data: Labelled,
     layers: list[str],
     pool: str,
-    at: Path,
-    state: dict[str, Any],
     batch_size: int,
-    flip: bool,
-) -> None:
-    """Fills the arrays from ``state["done"]`` on; rows of unreadable images are not written."""
-    count = len(data.labels)
-    arrays: list[Any] = []
-    if frozen.range is not None and pool == "none":
-        arrays = [RaggedWriter(at, layers, frozen.width, count, state["written"])]
+    flip: bool = False,
+    extra: Callable[[list[int], list[dict[str, Any]]], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Computes this rank's missing parts of a store; its description says how many images a part has (``part_images``).
 
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"features, {data.split}", total=count, completed=state["done"])
-        for number, (rows, pixels, lost) in enumerate(seen(frozen, data, state["done"], batch_size)):
-            state["rejected"] += lost
-            if pixels is not None:
-                found = _features(frozen, pixels, layers, pool, flip)
-                if arrays and isinstance(arrays[0], RaggedWriter):
-                    arrays[0].append(found)
-                else:
-                    arrays = arrays or _open(at, layers, found, count)
-                    for array, values in zip(arrays, found):
-                        array[state["written"] : state["written"] + len(rows)] = values
-            state["done"] += len(rows) + len(lost)
-            state["written"] += len(rows)
-            if number % FLUSH == FLUSH - 1 or state["done"] == count:
-                for array in arrays:
-                    array.flush()
-                write_aside(at / ABOUT, json.dumps(state) + "\n")
-            progress.advance(task, len(rows) + len(lost))
+    Args:
+        store, frozen, data, layers, pool, batch_size, flip: see :func:`cached_features`.
+        extra: further entries of a part's note, by its rows and its rejected images.
+
+    Returns:
+        the notes of all parts: ``rows`` (their number), and ``rejected``, ``{"row", "key", "reason"}`` of the others.
+    """
+    count, size = len(data.labels), int(store.about["part_images"])
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    missing, ragged = store.missing(len(parts)), None
+    if (
+        missing and frozen.range is not None and pool == "none"
+    ):  # appended: all after the first missing part is done again
+        missing = list(range(missing[0], len(parts)))
+        for part in missing:
+            store.note_file(part).unlink(missing_ok=True)
+        written = sum(note["rows"] for note in store.gather(missing[0]))
+        ragged = RaggedWriter(store.folder, layers, frozen.width, count, written)
+    files: list[Any] = [] if ragged is None else [ragged]
+    views = _views(frozen, data, chain.from_iterable(parts[part] for part in missing))
+    total = sum(len(parts[part]) for part in missing)
+    with progress_bar(f"features, {data.split}", total, shown=store.rank == 0) as advance:
+        for part in missing:
+            good, rejected = list[int](), list[dict[str, Any]]()
+            for batch in batched(islice(views, len(parts[part])), batch_size):
+                rows, pixels, lost = _stacked(frozen, data, batch)
+                if pixels is not None:
+                    found = _features(frozen, pixels, layers, pool, flip)
+                    if ragged is not None:
+                        ragged.append(found)
+                    else:
+                        files = files or [
+                            store.array(name, values.dtype, (count, *values.shape[1:]))
+                            for name, values in zip(layers, found)
+                        ]
+                        for array, values in zip(files, found):
+                            array[rows] = values
+                good, rejected = good + rows, rejected + lost
+                advance(len(batch))
+            note = {"rows": len(good), "rejected": rejected, **(extra(good, rejected) if extra else {})}
+            for file in files:
+                file.flush()
+            store.commit(part, note)
+    return store.gather(len(parts))
 
 
 def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: bool) -> list[Any]:
@@ -235,7 +242,7 @@ def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: b
     if pool == "attention":
         head = frozen.head
         if head is None or layers != [LAST]:
-            raise UsageError(f"--pool attention: {frozen.name} has no pooling head behind these layers; --pool mean")
+            raise UsageError(f"--pool attention: {frozen.name} has no pooling head after these layers; --pool mean")
         with torch.inference_mode():
             found = [torch.cat([head(x[None]) for x in found[0]]) if frozen.range else head(found[0])]
         if found[0].ndim != 2:
@@ -247,24 +254,13 @@ def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: b
 
 
 def _half(values: np.ndarray) -> np.ndarray:
-    """As float16. Raises UsageError where it does not hold a value."""
-    with np.errstate(over="ignore"):  # said below
+    """As float16. Raises UsageError for a value beyond its range."""
+    with np.errstate(over="ignore"):  # reported below
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
         raise UsageError(
-            "--features cached: a feature is larger than float16 holds; --features augmented, or --layers last"
+            "--features cached: a feature is larger than float16 holds; choose other layers, or do not store features "
+            "(--features augmented; no data.features)",
+            code="limit",
         )
     return half
-
-
-def _open(at: Path, layers: list[str], found: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """The files of the arrays, made or opened again."""
-    opened: list[np.ndarray] = []
-    for name, values in zip(layers, found):
-        file = at / f"{name}.npy"
-        if file.is_file():
-            opened.append(np.lib.format.open_memmap(file, mode="r+"))
-        else:
-            shape = (count, *values.shape[1:])
-            opened.append(np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape))
-    return opened

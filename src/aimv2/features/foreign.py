@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError
-from aimv2.features.fingerprint import weights_hash
+from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
 from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor
 from aimv2.interop.shapes import read_json
 
-PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every key
+PREFIXES = ("module.", "_orig_mod.")  # put before every key by DataParallel and torch.compile
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-MASKED = "vit_mae"  # whose encoder masks its own input
+MASKED = "vit_mae"  # its encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds a model of ``transformers`` that is none of AIMV2's."""
+    """Whether a folder holds a model of ``transformers`` other than an AIMV2."""
     kind = read_json(folder / "config.json").get("model_type")
     return kind is not None and not str(kind).startswith("aimv2")
 
@@ -39,16 +39,16 @@ def is_foreign(folder: Path) -> bool:
 
 
 def open_transformers(source: str, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, str]]:
-    """What ``AutoModel`` makes of a folder, in evaluation mode; nothing is unpickled and no code of the folder runs.
+    """Opens a folder with ``AutoModel``, in evaluation mode; nothing is unpickled and no code of the folder runs.
 
     Returns:
-        the model, and the names of its weights that the folder does not hold, each with what it holds instead: they are random
-        (see :func:`settle`).
+        the model, and the names of its weights that the folder lacks (they are random; see :func:`settle`), each with what the
+        folder holds instead.
 
     Raises:
-        UsageError: it can't; the folder holds an adapter, code to fetch, or more blocks than the model has.
+        UsageError: it can't be opened; the folder holds an adapter, code to fetch, or more blocks than the model has.
     """
-    _refuse_what_is_not_read(source, folder)
+    _refuse_adapters(source, folder)
     from transformers import AutoModel
 
     try:
@@ -62,21 +62,22 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
                 output_loading_info=True,
             )
     except Exception as error:  # of the file system, of a configuration, of a package that is missing
-        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(str(error).split())[:200]}") from None
+        found = {"error_msgs": [error]}
     if found["error_msgs"]:
-        raise UsageError(f"MODEL {source}: transformers can't open it: {' '.join(map(str, found['error_msgs']))[:200]}")
+        why = " ".join(" ".join(map(str, found["error_msgs"])).split())[:200]
+        raise UsageError(f"MODEL {source}: transformers can't open it: {why}", code="unreadable")
     left = sorted(found["unexpected_keys"])
-    missing = dict.fromkeys(found["missing_keys"], f"; of no use is {_some(left)}" if left else "")
+    missing = dict.fromkeys(found["missing_keys"], f"; unused: {_some(left)}" if left else "")
     for name, stored, wanted in found["mismatched_keys"]:
         missing[name] = f": {name} is {list(stored)} there, {list(wanted)} by config.json"
     _refuse_left_over(source, model, left, missing)
     return model.eval().to(device), missing
 
 
-def _refuse_what_is_not_read(source: str, folder: Path) -> None:
+def _refuse_adapters(source: str, folder: Path) -> None:
     """
     Raises:
-        UsageError: an adapter, which would be left out or fetch another model; attention code that would be downloaded.
+        UsageError: an adapter, which would be ignored or fetch another model; attention code that would be downloaded.
     """
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
@@ -95,7 +96,7 @@ def _refuse_what_is_not_read(source: str, folder: Path) -> None:
     for name in nested(read_json(folder / "config.json")):
         if name is not None and name not in (*ATTENTION, *installed):
             raise UsageError(
-                f"MODEL {source}: its config.json asks for the attention '{name}', code that is not installed here; "
+                f"MODEL {source}: its config.json requires the attention '{name}', code that is not installed here; "
                 f"one of {', '.join((*ATTENTION, *installed))} expected"
             )
 
@@ -103,7 +104,7 @@ def _refuse_what_is_not_read(source: str, folder: Path) -> None:
 def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping[str, str]) -> None:
     """
     Raises:
-        UsageError: keys with a prefix of training, or of blocks that the model does not have; a head that it lacks is fine.
+        UsageError: keys with a prefix of training, or of blocks that the model lacks; keys of a head that it lacks are fine.
     """
     for prefix in PREFIXES:
         marked = [key for key in left if key.startswith(prefix)]
@@ -122,19 +123,19 @@ def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping
 
 
 def probe_image(size: int, device: str | torch.device = "cpu") -> Tensor:
-    """One image of noise on which a model is tried, the same at each call: uint8 [1, 3, size, size]."""
+    """One image of noise to try a model on, the same at each call: uint8 [1, 3, size, size]."""
     rng = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=rng).to(device)
 
 
 def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: Outputs) -> None:
-    """Makes sure that what is measured depends on stored weights alone; what it does not depend on is left out of the model.
+    """Ensures that the features depend only on stored weights, and removes from the model what they do not depend on.
 
     Args:
         source: for messages.
-        model: in evaluation mode, as a whole.
-        missing: weights of it that are random, each with what there is instead.
-        outputs: runs it on one image (and text) and gives everything that may be measured.
+        model: in evaluation mode.
+        missing: its random weights, each with what the folder holds instead.
+        outputs: runs it on one image (and text) and returns everything that may be measured.
 
     Raises:
         UsageError: a random weight that the outputs depend on; outputs that differ from pass to pass.
@@ -149,7 +150,7 @@ def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: O
         value = getattr(owner, last)
         if isinstance(value, nn.Parameter):
             depends = id(value) in used
-        else:  # statistics, of which no gradient tells
+        else:  # statistics, which have no gradient
             depends = last != "num_batches_tracked" and (
                 id(owner) in owners or not list(owner.parameters(recurse=False))
             )
@@ -168,20 +169,20 @@ def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: O
         _leave_out(model, used, idle, outputs, before)
     if not _same(before, _run(outputs)):
         raise UsageError(
-            f"MODEL {source}: two passes over the same image differ, so that no figure of it can be had again; a model whose "
+            f"MODEL {source}: two passes over the same image differ, so that no result could be reproduced; a model whose "
             "features are a function of the image is expected"
         )
 
 
 class LeftOut(nn.Module):
-    """In the place of a head that the features do not depend on."""
+    """Identity, in place of a head that the features do not depend on."""
 
     def forward(self, x: Any, *_: Any, **__: Any) -> Any:
         return x
 
 
 def _leave_out(model: nn.Module, used: set[int], idle: set[int], outputs: Outputs, wanted: list[Tensor]) -> None:
-    """Takes out what holds the weights ``idle`` and nothing that the outputs depend on, where the model runs without it."""
+    """Removes what holds weights of ``idle`` and none of ``used``, where the model runs without it."""
 
     def tops(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for name, child in module.named_children():
@@ -205,10 +206,10 @@ def _leave_out(model: nn.Module, used: set[int], idle: set[int], outputs: Output
 
 
 def _still(outputs: Outputs, wanted: list[Tensor]) -> bool:
-    """Whether the model still runs and gives the same."""
+    """Whether the model still runs with the same outputs."""
     try:
         return _same(wanted, _run(outputs))
-    except Exception:  # whatever a model does that misses a part
+    except Exception:  # any failure of a model that lacks a part
         return False
 
 
@@ -255,7 +256,7 @@ def _some(names: Iterable[str]) -> str:
 def transformers_frozen(
     source: str, folder: Path, device: torch.device, stats: Stats | None, options: tuple[str, str] = OPTIONS
 ) -> Frozen:
-    """Any vision model that ``AutoModel`` opens; tokens that are no patches (class, registers, detections) are left out."""
+    """Any vision model that ``AutoModel`` opens; class, register and detection tokens are dropped."""
     whole, missing = open_transformers(source, folder, device)
     model = getattr(whole, "vision_model", whole)
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
@@ -303,10 +304,10 @@ def transformers_frozen(
             depth = depth if first in (0, 1) else 0  # else nobody knows which block is which
     except UsageError:
         raise
-    except Exception as error:  # whatever a model says that takes no such images
+    except Exception as error:  # any failure of a model for other input
         why = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"MODEL {source}: {type(model).__name__} can't be measured on RGB images of {size} x {size} px: {why}"
+            f"MODEL {source}: {type(model).__name__} can't be run on RGB images of {size} x {size} px: {why}"
         ) from None
     return _frozen(source, "transformers", size, width, depth, run, model, device, pixels)
 
@@ -315,7 +316,8 @@ def _frozen(
     source: str, kind: str, size: int, width: int, depth: int, run: Any, model: nn.Module, device: torch.device, pixels: Pixels
 ) -> Frozen:  # fmt: skip
     digest = weights_hash(model, str(pixels))
-    return Frozen(source, kind, size, width, depth, digest, run, model, device, pixels=pixels)
+    shape = architecture(model)
+    return Frozen(source, kind, size, width, depth, digest, run, model, device, pixels=pixels, architecture=shape)
 
 
 def _side(size: Any) -> int | None:
@@ -325,7 +327,7 @@ def _side(size: Any) -> int | None:
 
 
 def _unmasked(model: Any, size: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What a masked autoencoder (ViTMAE) is given besides, so that it sees every patch, in order: it masks by sorting noise."""
+    """Extra arguments that turn off the masking of ViTMAE, which sorts patches by noise."""
     config = model.config
     if config.model_type != MASKED:
         return lambda images: {}
@@ -335,7 +337,7 @@ def _unmasked(model: Any, size: int) -> Callable[[Tensor], dict[str, Tensor]]:
 
 
 def _leading(config: Any, tokens: int, size: int) -> int:
-    """How many tokens stand before the patches: what the configuration counts, else what is left of a square."""
+    """Number of tokens before the patches: by the configuration, else what exceeds a square."""
     registers, after = getattr(config, "num_register_tokens", None), getattr(config, "num_detection_tokens", 0)
     if registers is not None:
         return registers + 1
@@ -349,19 +351,19 @@ def _leading(config: Any, tokens: int, size: int) -> int:
 def last_norm(model: nn.Module, forward: Callable[[], Any]) -> nn.Module | None:
     """The norm between the last block and ``last_hidden_state``, whatever its name; None where there is none.
 
-    CLIP's and BEiT's last features have not been through a norm: theirs is of the pooled vector alone.
+    CLIP and BEiT have none there: theirs is applied only to the pooled vector.
     """
-    seen: dict[nn.Module, tuple[Any, Any]] = {}
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
 
-    def note(module: nn.Module, given: Any, made: Any) -> None:
-        seen[module] = given[0], made
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        calls[module] = inputs[0], output
 
     norms = [
         module
         for name, module in model.named_modules()
         if "Norm" in type(module).__name__ and not any(part.isdigit() for part in name.split("."))  # not a block's own
     ]
-    hooks = [module.register_forward_hook(note) for module in norms]
+    hooks = [module.register_forward_hook(record) for module in norms]
     try:
         out = forward()
     finally:
@@ -371,11 +373,11 @@ def last_norm(model: nn.Module, forward: Callable[[], Any]) -> nn.Module | None:
     if not getattr(out, "hidden_states", None):
         return None
 
-    def leads(given: Any, made: Any) -> bool:
-        ends = zip((given, made), (out.hidden_states[-1], out.last_hidden_state))
+    def is_last(x: Any, output: Any) -> bool:
+        ends = zip((x, output), (out.hidden_states[-1], out.last_hidden_state))
         return all(isinstance(x, Tensor) and x.shape == end.shape and torch.equal(x, end) for x, end in ends)
 
-    return next((module for module, (given, made) in seen.items() if leads(given, made)), None)
+    return next((module for module, call in calls.items() if is_last(*call)), None)
 
 
 # ---- timm ----
@@ -389,7 +391,7 @@ def timm_frozen(source: str, device: torch.device, stats: Stats | None) -> Froze
         raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
     try:
         model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
-    except Exception as error:  # an unknown name, no network, no such weights: each an exception of its own
+    except Exception as error:  # an unknown name, no network, no such weights
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"MODEL {source}: timm can't open it ({why})") from None
     about = timm.data.resolve_model_data_config(model)
@@ -406,12 +408,12 @@ def of_timm(source: str, model: Any, size: int, stats: Stats, device: torch.devi
     """
     pixels = Pixels(stats=stats, origin="timm")
     layout = str(getattr(model, "output_fmt", "") or "")
-    layout = layout.rpartition(".")[2].upper()  # what the model says of its maps; NCHW is not said
+    layout = layout.rpartition(".")[2].upper()  # declared by the model; NCHW is not declared
 
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         x = model.forward_features(pixels(images))
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
-            raise UsageError(f"MODEL {source}: {type(model).__name__} gives no features of patches")
+            raise UsageError(f"MODEL {source}: {type(model).__name__} gives no patch features", code="unsupported")
         if x.ndim == 4:
             return [flat(source, x, layout or "NCHW")] * len(layers)
         before = getattr(model, "num_prefix_tokens", None)
@@ -437,7 +439,7 @@ def flat(source: str, x: Tensor, layout: str | None = None) -> Tensor:
     Args:
         source: for messages.
         x: [B, D, h, h] or [B, h, h, D].
-        layout: NCHW or NHWC, where the model says it; None: inferred from equal sides.
+        layout: NCHW or NHWC, as the model declares; None: inferred from equal sides.
 
     Raises:
         UsageError: an ambiguous shape, or one that contradicts the model's layout.

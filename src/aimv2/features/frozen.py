@@ -1,4 +1,4 @@
-"""Frozen encoders of any origin behind one face: images in, patch features out.
+"""Frozen encoders of any origin behind one interface: images in, patch features out.
 
 Legend: B images, N patches, D width.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aimv2.data.stream.transforms import centre_crop_box, crop_resize, native_size, to_pixels
 from aimv2.errors import UsageError
-from aimv2.features.fingerprint import file_hash, weights_hash
+from aimv2.features.fingerprint import architecture, file_hash, model_fingerprint, weights_hash
 from aimv2.features.pixels import OPTIONS, Pixels, Stats
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -27,23 +27,27 @@ from aimv2.models.positions import pixel_patches
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig
 
 LAST, AVERAGE = "last", "avg6"
-CROP = 0.875  # share of the shorter side that the test view keeps of an image larger than the input (the released code)
-NATIVE_SIZE = 224  # of a native model, where nothing else is asked for
+CROP = (
+    0.875  # fraction of the shorter side that the test view keeps of an image larger than the input (the released code)
+)
+NATIVE_SIZE = 224  # of a native model, by default
 NATIVE = "native"  # as an image size: each image at its own
-ROW = 32_768  # patches of images of different sizes in the encoder at once
+ROW = 32_768  # patches of images of different sizes in one forward pass
+PRECISIONS = ("fp32", "bf16")  # that users choose from
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Features(Protocol):
-    """uint8 images [B, 3, H, W] and names of layers -> a tensor [B, N, D] for each.
+class FeatureFunction(Protocol):
+    """uint8 images [B, 3, H, W] and names of layers -> one tensor [B, N, D] a layer.
 
-    At native: a list of uint8 [3, H, W] -> for each layer a list of [N, D].
+    At native: a list of uint8 [3, H, W] -> one list of [N, D] a layer.
     """
 
     def __call__(self, images: Any, layers: Sequence[str]) -> list[Any]: ...
 
 
-class Range(NamedTuple):
-    """What a native model sees: images of ``low`` to ``high`` patches of ``patch`` pixels a side."""
+class PatchRange(NamedTuple):
+    """Input range of a native model: images of ``low`` to ``high`` patches of ``patch`` pixels a side."""
 
     patch: int
     low: int
@@ -52,22 +56,23 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Frozen:
-    """An encoder that is measured.
+    """A frozen encoder.
 
     Attributes:
         name: as the user gave it.
         kind: ours, transformers, timm, openvino, random or pixels.
-        image_size: pixels a side of what it sees; ``native``: each image at its own size.
+        image_size: pixels a side of its input; ``native``: each image at its own size.
         width: D.
-        depth: blocks; 0 where its inside can't be asked for.
-        sha256: of its weights, and of what is done to pixels before a model of another origin.
-        run: see :class:`Features`.
+        depth: blocks; 0 where their outputs are not available.
+        sha256: of its weights, and of the pixel preprocessing of a model of another origin.
+        run: see :class:`FeatureFunction`.
         module: the weights, to be hashed again; None where there are none.
         device: where it runs.
-        precision: of its products, fp32 or bf16 (norms, softmax and what is handed on stay fp32).
-        range: of the sizes that it sees at native; None: squares.
+        precision: of the matmuls, fp32, bf16 or fp16 (norms, softmax and the result stay fp32).
+        range: input sizes at native; None: squares.
         file: that holds the weights, to be hashed again; None where ``module`` does.
-        pixels: what is done to them before a model of another origin; None: the model does it.
+        pixels: preprocessing of a model of another origin; None: the model normalises by itself.
+        architecture: see :func:`aimv2.features.fingerprint.architecture`.
     """
 
     name: str
@@ -76,13 +81,29 @@ class Frozen:
     width: int
     depth: int
     sha256: str
-    run: Features
+    run: FeatureFunction
     module: nn.Module | None
     device: torch.device
     precision: str = "fp32"
-    range: Range | None = None
+    range: PatchRange | None = None
     file: Path | None = None
     pixels: Pixels | None = None
+    architecture: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def weights_sha256(self) -> str:
+        """``sha256``; of raw pixels, which have no weights, their patch and the images that they are of."""
+        sizes = f"-{self.range.low}-{self.range.high}" if self.range else ""
+        return self.sha256 or f"pixels-{math.isqrt(self.width // 3)}{sizes}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its keys of a fingerprint of features."""
+        return model_fingerprint(self.weights_sha256, self.architecture, self.precision, self.pixels)
+
+    def view(self, flip: bool = False) -> dict[str, Any]:
+        """What :meth:`see` does to an image, for a fingerprint."""
+        sizes = self.range._asdict() if self.range else {"crop": CROP}
+        return {"image_size": self.image_size, **sizes, "flip": flip}
 
     @property
     def head(self) -> nn.Module | None:
@@ -94,7 +115,7 @@ class Frozen:
 
     @property
     def side(self) -> int:
-        """Pixels a side of the squares that it sees."""
+        """Pixels a side of its square input."""
         assert isinstance(self.image_size, int), "at native there are no squares"
         return self.image_size
 
@@ -113,7 +134,7 @@ class Frozen:
     def each(self, images: Sequence[Tensor], layers: Sequence[str] = (LAST,)) -> list[list[Tensor]]:
         """Features at native of uint8 images [3, H, W] of any sizes: for each layer one [I, D] an image, on ``device``.
 
-        The images lie in rows without padding, each attending to itself alone: equal to one at a time.
+        Images are packed in rows without padding and attend only to themselves: equal to one at a time.
         """
         assert self.range is not None
         found: list[list[Tensor]] = [[] for _ in layers]
@@ -126,39 +147,41 @@ class Frozen:
 
     @contextlib.contextmanager
     def _as_measured(self) -> Iterator[None]:
-        """Eager, in the precision of the products."""
-        half = self.precision == "bf16"
-        products = torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
-        with torch.compiler.set_stance("force_eager"), products:
+        """Eager, in the precision of the matmuls."""
+        half = HALF.get(self.precision)
+        matmuls = torch.autocast(self.device.type, half) if half else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), matmuls:
             yield
 
     def see(self, image: Image.Image) -> np.ndarray:
         """The test view, uint8 [3, H, W]: the centred square, 0.875 of it where the image is larger than the input.
 
-        At native the whole image, resized to the nearest whole number of patches a side, as in training and in
-        :func:`aimv2.image_transform`; scaled at its own aspect ratio where its patches are too few or too many for the model.
-        (The released code leaves such an image as it is, and its convolution drops what does not fill a patch.)
+        At native the whole image, resized to the nearest whole number of patches a side and, at its own aspect ratio, into the
+        model's range, as in training and in :func:`aimv2.image_transform`. (The released code does not resize it, and its
+        convolution drops what does not fill a patch.)
         """
         if self.range is not None:
             return to_pixels(crop_resize(image, (0, 0, *image.size), native_size(*image.size, *self.range)))
-        share = CROP if min(image.size) > self.side else 1.0
+        kept = CROP if min(image.size) > self.side else 1.0
         left, top, right, bottom = centre_crop_box(*image.size)
-        cut = (1 - share) * (right - left) / 2
+        cut = (1 - kept) * (right - left) / 2
         box = (left + cut, top + cut, right - cut, bottom - cut)
         return to_pixels(crop_resize(image, box, (self.side, self.side)))
 
-    def layer_names(self, asked: str) -> list[str]:
+    def layer_names(self, layers: str) -> list[str]:
         """``last``, ``avg6``, block numbers with commas (negative ones from the end), or ``all``.
 
         Raises:
             UsageError: a layer that the encoder does not have.
         """
-        if asked == "all":
+        if layers == "all":
             if not self.depth:
-                raise UsageError(f"--layers all: {self.name} ({self.kind}) gives its last features alone")
+                raise UsageError(
+                    f"--layers all: {self.name} ({self.kind}) gives only its last features", code="unsupported"
+                )
             return [*map(str, range(self.depth - 1)), LAST]
         names = []
-        for word in str(asked).split(","):
+        for word in str(layers).split(","):
             if word == LAST or (word == AVERAGE and self.depth >= 6):
                 names.append(word)
             elif word.lstrip("-").isdigit() and -self.depth <= int(word) < self.depth:
@@ -178,7 +201,7 @@ class Frozen:
 
 
 def packed_rows(images: Sequence[Tensor], patch: int, most: int = ROW) -> Iterator[list[Tensor]]:
-    """The images [3, H, W] in order, as many at once as have ``most`` patches together, one at least."""
+    """Groups images [3, H, W] in order, each group of at most ``most`` patches but at least one image."""
     row: list[Tensor] = []
     total = 0
     for image in images:
@@ -192,9 +215,6 @@ def packed_rows(images: Sequence[Tensor], patch: int, most: int = ROW) -> Iterat
         yield row
 
 
-PRECISIONS = ("fp32", "bf16")
-
-
 def open_frozen(
     source: str,
     device: str | torch.device = "cpu",
@@ -203,7 +223,7 @@ def open_frozen(
     stats: Stats | None = None,
     options: tuple[str, str] = OPTIONS,
 ) -> Frozen:
-    """An encoder to measure.
+    """Opens an encoder.
 
     Args:
         source: anything of ours or released (:func:`aimv2.load_model`), a folder or hub id of a ``transformers`` vision
@@ -211,19 +231,19 @@ def open_frozen(
         device: where it runs.
         image_size: pixels a side; the learned positions of a model of another size are interpolated. ``native``: each image
             at its own size (native models, 224 by default).
-        precision: of the products: fp32 or bf16.
-        stats: mean and std of a model of ``transformers`` or timm; None: as its own image processor has it.
-        options: that give them, for messages.
+        precision: of the matmuls: fp32 or bf16.
+        stats: mean and std of a model of ``transformers`` or timm; None: those of its image processor.
+        options: that gave them, for messages.
 
     Raises:
-        UsageError: nothing that can be loaded, weights that would be random, no word on how images are normalised, features
-            that differ from pass to pass, an unknown precision, a size that the model does not see.
+        UsageError: nothing that can be loaded, weights that would be random, unknown normalisation of images, features that
+            differ from pass to pass, an unknown precision, a size that the model does not take.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: fp32 or bf16 expected")
     frozen = _open(source, torch.device(device), image_size, stats, options)
     if image_size is not None and image_size != frozen.image_size:  # a model of another origin
-        raise UsageError(f"--image-size {image_size}: {source} ({frozen.kind}) sees {frozen.image_size} px alone")
+        raise UsageError(f"--image-size {image_size}: {source} ({frozen.kind}) takes only {frozen.image_size} px")
     if isinstance(image_size, int) and isinstance(frozen.module, VisionEncoder):
         try:
             frozen.module.config.check_pixels((1, 3, image_size, image_size))
@@ -259,8 +279,8 @@ def refuse_stats(source: str, stats: Stats | None, options: tuple[str, str] = OP
     """Raises UsageError where a mean and std are given for a model that has its own."""
     if stats is not None:
         raise UsageError(
-            f"{' and '.join(options)}: {source} is an AIMV2, which normalises by the mean and std that lie beside its "
-            "weights; leave them out"
+            f"{' and '.join(options)}: {source} is an AIMV2, which normalises by the mean and std of its own "
+            "config.json; leave them out"
         )
 
 
@@ -270,32 +290,34 @@ def of_encoder(name: str, encoder: VisionEncoder, image_size: int | str | None =
     if isinstance(image_size, int) and encoder.config.image_size not in (None, image_size):
         encoder.set_image_size(image_size)
     config = encoder.config
-    size = config.image_size or image_size or usual_side(config)
-    fits = Range(config.patch_size, config.min_patches, config.max_patches) if size == NATIVE else None
+    size = config.image_size or image_size or default_side(config)
+    fits = PatchRange(config.patch_size, config.min_patches, config.max_patches) if size == NATIVE else None
 
     def run(images: Any, layers: Sequence[str]) -> list[Any]:
-        depth = config.depth
-        wanted = sorted({int(name) for name in layers if name not in (LAST, AVERAGE)})
-        if AVERAGE in layers:
-            wanted = sorted({*wanted, *range(depth - 6, depth)})
+        last_six = range(config.depth - 6, config.depth) if AVERAGE in layers else ()
+        wanted = sorted({*last_six, *(int(name) for name in layers if name not in (LAST, AVERAGE))})
         last, kept = encoder(images, layers=wanted)
-        blocks = dict(zip(wanted, kept))
-        one_size = isinstance(images, Tensor)
-        asked: list[list[Tensor]] = []  # of each image, or of all where they are of one size
-        for at in range(1 if one_size else len(images)):
-            of_block = blocks if one_size else {i: kept[at] for i, kept in blocks.items()}
-            found = {LAST: last if one_size else last[at]}
+
+        def pick(last: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+            blocks, found = dict(zip(wanted, kept)), {LAST: last}
             if AVERAGE in layers:
-                found[AVERAGE] = torch.stack([of_block[i] for i in range(depth - 6, depth)]).mean(0)
-            asked.append([found[name] if name in found else encoder.norm(of_block[int(name)]) for name in layers])
-        return asked[0] if one_size else [list(layer) for layer in zip(*asked)]
+                found[AVERAGE] = torch.stack([blocks[i] for i in last_six]).mean(0)
+            return [found[name] if name in found else encoder.norm(blocks[int(name)]) for name in layers]
+
+        if isinstance(images, Tensor):
+            return pick(last, kept)
+        each = [pick(last[at], [block[at] for block in kept]) for at in range(len(images))]
+        return [list(layer) for layer in zip(*each)]
 
     digest = weights_hash(encoder)
-    return Frozen(name, kind, size, config.width, config.depth, digest, run, encoder, encoder.mean.device, range=fits)
+    return Frozen(
+        name, kind, size, config.width, config.depth, digest, run, encoder, encoder.mean.device,
+        range=fits, architecture=architecture(encoder),
+    )  # fmt: skip
 
 
-def usual_side(config: EncoderConfig) -> int:
-    """Pixels a side of the squares that a native model is shown: 224, or the nearest that it sees."""
+def default_side(config: EncoderConfig) -> int:
+    """Pixels a side of the square input of a native model: 224, or the nearest in its range."""
     fewest, most = math.isqrt(config.min_patches - 1) + 1, math.isqrt(config.max_patches)
     return config.patch_size * min(max(NATIVE_SIZE // config.patch_size, fewest), most)
 
@@ -303,7 +325,7 @@ def usual_side(config: EncoderConfig) -> int:
 def check_size(name: str, config: EncoderConfig, image_size: int | str | None) -> None:
     """
     Raises:
-        UsageError: an image size that is no size, or that the model does not see.
+        UsageError: an image size that is no size, or that the model does not take.
     """
     if image_size is None:
         return
@@ -313,7 +335,7 @@ def check_size(name: str, config: EncoderConfig, image_size: int | str | None) -
         )
     if config.image_size is not None and image_size == NATIVE:
         raise UsageError(
-            f"--image-size {NATIVE}: {name} has a fixed grid and sees {config.image_size} px alone; leave the option out, or "
+            f"--image-size {NATIVE}: {name} has a fixed grid and takes only {config.image_size} px; leave the option out, or "
             "give a native model"
         )
     if config.image_size is not None and isinstance(image_size, int) and image_size % config.patch_size:
@@ -323,13 +345,13 @@ def check_size(name: str, config: EncoderConfig, image_size: int | str | None) -
 
 
 def random_twin(frozen: Frozen, seed: int = 0) -> Frozen:
-    """The same encoder with random weights: what architecture and probe know by themselves.
+    """The same encoder with random weights: a baseline for architecture and probe.
 
     Raises:
         UsageError: not one of ours.
     """
     if not isinstance(frozen.module, VisionEncoder):
-        raise UsageError(f"--baselines random: {frozen.name} ({frozen.kind}) is not an AIMV2; its twin can't be drawn")
+        raise UsageError(f"--baselines random: {frozen.name} ({frozen.kind}) is not an AIMV2", code="unsupported")
     encoder = build(frozen.module.config, None, seed).to(frozen.device)
     assert isinstance(encoder, VisionEncoder)
     twin = of_encoder(f"random {frozen.module.config.name} (seed {seed})", encoder, frozen.image_size, "random")
@@ -359,11 +381,12 @@ def raw_pixels(frozen: Frozen) -> Frozen:
         precision="fp32",
         file=None,
         pixels=None,
+        architecture={"patch": patch, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     )
 
 
 def _openvino(source: str, folder: Path) -> Frozen:
-    """What ``aimv2 convert --to openvino`` wrote, int8 too; on the CPU."""
+    """A folder that ``aimv2 convert --to openvino`` wrote, int8 included; on the CPU."""
     from aimv2.interop.openvino import FILE, OpenVINOEncoder
 
     encoder = OpenVINOEncoder(folder)
@@ -377,4 +400,7 @@ def _openvino(source: str, folder: Path) -> Frozen:
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         return [encoder(images)] * len(layers)
 
-    return Frozen(source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"), file=file)
+    shape = {**encoder.about, "graph_sha256": file_hash(folder / FILE)}
+    return Frozen(
+        source, "openvino", size, width, 0, digest, run, None, torch.device("cpu"), file=file, architecture=shape
+    )

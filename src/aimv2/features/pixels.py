@@ -1,4 +1,4 @@
-"""Pixel preprocessing of transformers and timm models: as their image processor does it, or as the user says."""
+"""Pixel preprocessing of transformers and timm models: by their image processor or by the user's mean and std."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD
 
 OPTIONS = "--image-mean", "--image-std"
 EDGES = ("height", "shortest_edge", "longest_edge")
-SIDE = 224  # pixels, where neither the model nor its processor says it
-TRIED = 16  # pixels of the image on which a processor is tried
+SIDE = 224  # pixels, where neither the model nor its processor has a size
+TRIED = 16  # pixels a side of the image that checks a processor
 
-# of a processor, that decide what it makes of an image
+# settings of a processor that decide its output
 KEYS = (
     *("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std", "include_top"),
     *("do_flip_channel_order", "size", "do_center_crop", "crop_size"),
@@ -38,7 +38,7 @@ class Stats(NamedTuple):
 
 @dataclass(frozen=True)
 class Pixels:
-    """uint8 [B, 3, H, W] -> float: ``((x * scale - offset) - mean) / std``, channels turned first where ``bgr``.
+    """uint8 [B, 3, H, W] -> float: ``((x * scale - offset) - mean) / std``, channels reversed first where ``bgr``.
 
     Attributes:
         scale: 1/255 for most.
@@ -62,18 +62,18 @@ class Pixels:
         return (x - mean) / std
 
     def __str__(self) -> str:
-        """What decides the values; the same for the same arithmetic, wherever it was found."""
+        """The arithmetic; ``origin`` is left out."""
         stats = "none" if self.stats is None else " ".join(",".join(f"{v:.6g}" for v in part) for part in self.stats)
         return f"{'bgr' if self.bgr else 'rgb'} * {self.scale:.8g} - {self.offset:g}; {stats}"
 
 
 class Processing(NamedTuple):
-    """What is done to an image before a model.
+    """Preprocessing of an image for a model.
 
     Attributes:
         pixels: the arithmetic.
-        side: pixels a side of the images that it makes.
-        processor: the folder's own, of transformers; None where there is none, or it can't be had here.
+        side: pixels a side of its output.
+        processor: of transformers; None where the folder has none, or it can't be loaded here.
     """
 
     pixels: Pixels
@@ -82,9 +82,9 @@ class Processing(NamedTuple):
 
 
 def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bool = True) -> Stats | None:
-    """Mean and std as a user gives them: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
+    """Parses mean and std: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
 
-    ``unit``: of pixels in 0..1, so that none is above 1; else of pixels that a processor may have left in 0..255.
+    ``unit``: of pixels in 0..1, so that none is above 1; else of pixels that may be in 0..255.
 
     Raises:
         UsageError: one without the other, not one or three numbers, a std of 0 or less.
@@ -93,7 +93,7 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
         return None
     if mean is None or std is None:
         there, absent = options if std is None else options[::-1]
-        raise UsageError(f"{there} without {absent}: give both")
+        raise UsageError(f"{there} without {absent}: give both", code="missing")
     found, most = [], 1.0 if unit else float("inf")
     for option, given in zip(options, (mean, std)):
         words = given if isinstance(given, list | tuple) else str(given).split(",")
@@ -113,24 +113,24 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
 def read_processor(
     source: str, folder: Path, stats: Stats | None, side: int | None, options: tuple[str, str] = OPTIONS
 ) -> Processing:
-    """What the folder's image processor does to an image.
+    """Reads a folder's image processor.
 
     Args:
         source: for messages.
         folder: of the model.
-        stats: mean and std that the user gave, of pixels in 0..1: they decide, whatever the processor says of scale, mean and
-            std; the order of the channels stays its own.
-        side: of the images, by the model's own configuration: it decides where the processor's file is silent.
+        stats: the user's mean and std of pixels in 0..1, in place of the processor's scale, mean and std; its order of the
+            channels is kept.
+        side: of the images by the model's configuration, where the processor's file has none.
         options: of mean and std, for messages.
 
     Raises:
-        UsageError: no processor and no mean and std; one that does more than resize, crop, scale, turn channels and normalise.
+        UsageError: no processor and no mean and std; one that does more than resize, crop, scale, reverse channels and normalise.
     """
     file, either = processor_file(folder), f"give {' and '.join(options)} (red, green, blue, of pixels in 0 to 1)"
     if file is None:
         if stats is None:
             raise UsageError(
-                f"MODEL {source}: no {PROCESSORS[1]} beside the weights says how images are normalised; put it there, or {either}"
+                f"MODEL {source}: no {PROCESSORS[1]} with the weights to say how images are normalised; add it, or {either}"
             )
         return Processing(Pixels(stats=stats, origin="options"), side or SIDE, None)
     stored, processor = read_image_processor(folder), _open(folder)
@@ -138,7 +138,7 @@ def read_processor(
     if processor is not None:
         stored = {**stored, **{key: getattr(processor, key) for key in KEYS if hasattr(processor, key)}}
     elif "auto_map" in stored and stats is None:
-        raise UsageError(f"MODEL {source}: its image processor is code of its own, which is not run; {either}")
+        raise UsageError(f"MODEL {source}: its image processor is custom code, which is not run; {either}")
     size = size or side or _size(stored, file) or SIDE
     bgr = bool(stored.get("do_flip_channel_order"))
     if stats is not None:
@@ -146,9 +146,7 @@ def read_processor(
     times = bool(stored.get("do_normalize", processor is None)), bool(stored.get("include_top"))
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if any(times) and (mean is None or std is None):
-        raise UsageError(
-            f"MODEL {source}: {file.name} normalises images and does not say by which mean and std; {either}"
-        )
+        raise UsageError(f"MODEL {source}: {file.name} normalises images and names no mean and std; {either}")
     if any(times):  # the second time, of EfficientNet's, by the std alone
         given = read_stats(mean, std, (f"{file}: image_mean", f"{file}: image_std"), unit=False)
         assert given is not None
@@ -168,14 +166,14 @@ def read_processor(
 
 
 def former_pixels(folder: Path) -> Pixels:
-    """What versions before 0.2 did to pixels: the file's mean and std, else ImageNet's, over 255, whatever else it says."""
+    """Preprocessing of versions before 0.2: the file's mean and std, else ImageNet's, of pixels over 255."""
     stored = read_image_processor(folder)
     mean, std = stored.get("image_mean") or IMAGENET_MEAN, stored.get("image_std") or IMAGENET_STD
     return Pixels(stats=read_stats(mean, std, unit=False), origin="an earlier version")
 
 
 def _open(folder: Path) -> Any:
-    """The processor, with the defaults of its class; None where it can't be had without torchvision, or is not known."""
+    """The processor, with the defaults of its class; None where it needs torchvision, or is unknown."""
     from transformers import AutoImageProcessor
 
     try:
@@ -183,7 +181,7 @@ def _open(folder: Path) -> Any:
             return AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False, local_files_only=True
             )
-    except Exception:  # the file itself is then all that is known
+    except Exception:  # then only the file is used
         return None
 
 
@@ -191,7 +189,7 @@ def _size(stored: dict[str, Any], file: Path) -> int | None:
     """Pixels a side: of the crop, else of the resized image.
 
     Raises:
-        UsageError: something else in its place.
+        UsageError: not a size.
     """
     size = stored.get("crop_size") if stored.get("do_center_crop", True) else None
     size = size or stored.get("size")
@@ -206,14 +204,14 @@ def _size(stored: dict[str, Any], file: Path) -> int | None:
 
 
 def _differs(processor: Any, pixels: Pixels) -> str:
-    """What the processor makes of an image that has its size already, where that is not what :class:`Pixels` makes; else ""."""
+    """How the output of the processor differs from :class:`Pixels` for an image of the right size; "" where it does not."""
     image = np.random.default_rng(0).integers(0, 256, (TRIED, TRIED, 3), dtype=np.uint8)
     try:
         made = processor(
             Image.fromarray(image), do_resize=False, do_center_crop=False, do_pad=False, return_tensors="pt"
         )
         values = made["pixel_values"]
-    except Exception as error:  # whatever it lacks
+    except Exception as error:
         return f"can't be tried: {' '.join(str(error).split())[:120]}"
     wanted = pixels(torch.from_numpy(image).permute(2, 0, 1)[None])
     if not isinstance(values, Tensor) or values.shape != wanted.shape:
@@ -221,13 +219,15 @@ def _differs(processor: Any, pixels: Pixels) -> str:
             f"gives pixels of {list(values.shape) if hasattr(values, 'shape') else type(values).__name__} for one image"
         )
     return (
-        "" if torch.allclose(values.float(), wanted, atol=1e-3) else "does more than scale, turn channels and normalise"
+        ""
+        if torch.allclose(values.float(), wanted, atol=1e-3)
+        else "does more than scale, reverse channels and normalise"
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without progress bars and reports: what goes wrong is said in one line."""
+    """transformers without progress bars and reports: errors are reported in one line."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -242,7 +242,7 @@ def quiet() -> Iterator[None]:
 
 
 def about(pixels: Pixels | None) -> dict[str, Any]:
-    """What a result says of it; {} of a model that normalises by itself."""
+    """Its entry in a result; {} for a model that normalises by itself."""
     if pixels is None:
         return {}
     stats: Sequence[Any] = pixels.stats or (None, None)

@@ -1,25 +1,23 @@
-"""``data teach``: shards with the features of a teacher beside each image, made once and read in every run after.
+"""``data teach``: shards with a teacher's features stored with each image, made once and read by every later run.
+
+While OUT is not finished it is a feature store, a part for each shard.
 
 Legend: K views, I patches, E width of the teacher.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
@@ -38,20 +36,24 @@ from aimv2.data.stream.samples import image_bytes, sample_rng
 from aimv2.data.stream.teacher_views import EXTENSION, write_views
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
+from aimv2.features.contents import contents_of_files
+from aimv2.features.fingerprint import fingerprint
+from aimv2.features.store import FeatureStore, check_fingerprint, progress_bar, read_object
 
-PLAN = ".teach.json"  # in OUT while it is not finished
-Look = Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] -> patch features [B, I, E]
+PLAN, NOTE = ".teach.json", ".teach-{:06d}.json"  # in OUT while it is not finished
+ViewFeatures = Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] -> patch features [B, I, E]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Which views of each image are shown to the teacher.
+    """The teacher, and the views of each image that it encodes.
 
     Attributes:
-        name, sha256, image_size, grid, width: of the teacher; see :class:`aimv2.objectives.distill.Teacher`.
+        name, sha256, image_size, grid, width: see :class:`aimv2.features.teacher.Teacher`.
         views: K.
         crop_scale, crop_ratio, flip: see :class:`aimv2.config.schema.DataConfig`.
         seed: of crops and flips.
+        model: the teacher's fingerprint; see :func:`aimv2.features.fingerprint.model_fingerprint`.
     """
 
     name: str
@@ -64,18 +66,31 @@ class Lesson:
     crop_ratio: tuple[float, float]
     flip: float
     seed: int
+    model: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "crop_ratio": list(self.crop_ratio)}
+        """What the manifest says of it."""
+        return {key: value for key, value in asdict(self).items() if key != "model"} | {
+            "crop_ratio": list(self.crop_ratio)
+        }
+
+    def fingerprint(self, shards: list[Path]) -> dict[str, Any]:
+        """Of the features of these shards."""
+        view = {key: value for key, value in self.as_json().items() if key not in ("name", "sha256")}
+        images = {
+            "source": [str(shard.resolve()) for shard in shards],
+            "contents_sha256": contents_of_files(shards),
+        }
+        return fingerprint({"weights_sha256": self.sha256, **self.model}, view, (), "none", images)
 
 
 @dataclass
-class Seen:
-    """A sample and what the teacher is shown of it.
+class ViewedSample:
+    """A sample and its views.
 
     Attributes:
         key, parts: of the sample.
-        boxes: [K, 4], shares of width and height.
+        boxes: [K, 4], fractions of width and height.
         flips: [K].
         images: uint8 [K, 3, S, S]; None where the image can't be read.
     """
@@ -87,14 +102,14 @@ class Seen:
     images: np.ndarray | None
 
 
-def teach(source: str, out: str, lesson: Lesson, look: Look, batch_size: int) -> dict[str, Any]:
+def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: int) -> dict[str, Any]:
     """Writes ``OUT/train-NNNNNN.tar``, one for each training tar of the source, and copies its other splits.
 
     Args:
         source: folder, glob, brace pattern or one tar.
         out: a new folder, or one that the same call began.
         lesson: teacher and views.
-        look: the teacher.
+        run: the teacher.
         batch_size: views at once.
 
     Returns:
@@ -105,42 +120,47 @@ def teach(source: str, out: str, lesson: Lesson, look: Look, batch_size: int) ->
     """
     shards, folder = find_shards(source, "train", option="DATA"), Path(out).expanduser()
     if not shards:
-        raise UsageError(f"DATA {source}: validation shards only (val-*, test-*); train-* are expected")
+        raise UsageError(
+            f"DATA {source}: validation shards only (val-*, test-*); train-* are expected", code="not-found"
+        )
     if folder.resolve() in {shard.resolve().parent for shard in shards}:
-        raise UsageError(f"OUT {out} is the folder of DATA itself; give another one")
-    plan = open_plan(folder, out, {"teacher": lesson.as_json(), "source": [str(shard.resolve()) for shard in shards]})
-    if "summary" in plan:
-        return plan["summary"]
-    done: dict[str, dict[str, int]] = plan["done"]
+        raise UsageError(f"OUT {out} is the folder of DATA itself; give another one", code="conflict")
+    wanted = lesson.fingerprint(shards)
+    if (folder / MANIFEST).is_file():
+        finished = read_object(folder / MANIFEST, "OUT").get("taught")
+        if finished is None:
+            raise UsageError(f"OUT {out}: holds other shards; give a new folder", code="exists")
+        check_fingerprint(finished, wanted, f"OUT {out}")
+        return finished["summary"]
+    store = FeatureStore(folder, wanted, "OUT", about=PLAN, note=NOTE)
     a_view = lesson.grid**2 * (lesson.width + 2)
-    say(f"{lesson.views} views of {lesson.grid} x {lesson.grid} patches, {lesson.width} values each: about "
-        f"{lesson.views * a_view / 1e3:,.1f} kB a sample")  # fmt: skip
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Teaching shards", total=len(shards), completed=len(done))
-        for number, shard in enumerate(shards):
-            name = f"train-{number:06d}.tar"
-            if name in done and (folder / name).is_file():
-                continue
+    line = (
+        f"{lesson.views} views of {lesson.grid} x {lesson.grid} patches, {lesson.width} values each: about "
+        f"{lesson.views * a_view / 1e3:,.1f} kB a sample"
+    )
+    print(line, file=sys.stderr, flush=True)
+    missing = store.missing(len(shards))
+    with progress_bar("shards", len(shards), len(shards) - len(missing)) as advance:
+        for part in missing:
             counts = {"samples": 0, "unreadable": 0, "teacher_bytes": 0, "image_bytes": 0}
-            write_shard(folder / name, taught(shard, lesson, look, batch_size, counts))
-            done[name] = counts
-            write_aside(folder / PLAN, plan)
-            progress.advance(task)
-    copied = copy_splits(source, folder)
-    return finish(folder, out, lesson, done, copied, plan)
+            samples = with_features(shards[part], lesson, run, batch_size, counts)
+            write_shard(folder / f"train-{part:06d}.tar", samples)
+            store.commit(part, counts)
+            advance(1)
+    return finish(store, out, lesson, store.gather(len(shards)), copy_splits(source, folder))
 
 
-def taught(
-    shard: Path, lesson: Lesson, look: Look, batch_size: int, counts: dict[str, int]
+def with_features(
+    shard: Path, lesson: Lesson, run: ViewFeatures, batch_size: int, counts: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a shard with their KEY.teacher; one that can't be read goes on without. Adds to ``counts``."""
+    """The samples of a shard with their KEY.teacher; one that can't be read has none. Adds to ``counts``."""
     together = max(batch_size // lesson.views, 1)
-    seen = ahead(lambda sample: show(*sample, lesson), read_samples(shard))
-    for group in batched(seen, together):
+    views = ahead(lambda sample: draw_views(*sample, lesson), read_samples(shard))
+    for group in batched(views, together):
         pictures = [one.images for one in group if one.images is not None]
         features = iter(())
         if pictures:
-            found = [look(part).float().cpu() for part in torch.from_numpy(np.concatenate(pictures)).split(batch_size)]
+            found = [run(part).float().cpu() for part in torch.from_numpy(np.concatenate(pictures)).split(batch_size)]
             features = iter(torch.cat(found).split(lesson.views))
         for one in group:
             counts["samples"] += 1
@@ -155,7 +175,7 @@ def taught(
             yield one.key, parts
 
 
-def show(key: str, parts: dict[str, bytes], lesson: Lesson) -> Seen:
+def draw_views(key: str, parts: dict[str, bytes], lesson: Lesson) -> ViewedSample:
     """Draws the views of a sample as training draws them: functions of (seed, key, number of the view)."""
     size = lesson.image_size
     boxes, flips = np.zeros((lesson.views, 4), np.float32), np.zeros(lesson.views, np.uint8)
@@ -163,7 +183,7 @@ def show(key: str, parts: dict[str, bytes], lesson: Lesson) -> Seen:
         draft = math.ceil(1.2 * size / math.sqrt(lesson.crop_scale))
         image = decode_image(image_bytes(parts), draft_size=draft)
     except ImageError:
-        return Seen(key, parts, boxes, flips, None)
+        return ViewedSample(key, parts, boxes, flips, None)
     images = np.zeros((lesson.views, 3, size, size), np.uint8)
     for view in range(lesson.views):
         rng = sample_rng(lesson.seed, key, 0, view)
@@ -174,46 +194,7 @@ def show(key: str, parts: dict[str, bytes], lesson: Lesson) -> Seen:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         boxes[view] = np.array(box) / np.array(image.size * 2)
         images[view] = to_pixels(crop)
-    return Seen(key, parts, boxes, flips, images)
-
-
-# ---- the folder ----
-
-
-def open_plan(folder: Path, out: str, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What is done in OUT already: ``{"teacher", "source", "done"}``, or with ``summary`` where all of it is.
-
-    Raises:
-        UsageError: the folder holds something else, or can't be written.
-    """
-    for name in (MANIFEST, PLAN):
-        try:
-            held = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            continue
-        stored = held.get("taught", held) if name == MANIFEST else held
-        if {key: stored.get(key) for key in wanted} == wanted:
-            return stored
-        raise UsageError(
-            f"OUT {out} holds {'' if name == MANIFEST else 'a part of '}other shards (another teacher, other views or other "
-            "DATA); give another folder, or the same options to go on"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"OUT {out}: something is there already; give a new folder, or an empty one")
-    plan = {**wanted, "done": {}}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / PLAN, plan)
-    except OSError as error:
-        raise UsageError(f"OUT {out} can't be written: {error.strerror}") from None
-    return plan
-
-
-def write_aside(path: Path, value: dict[str, Any]) -> None:
-    """JSON that is whole or as it was."""
-    aside = path.with_name(f"{path.name}.aside")
-    aside.write_text(json.dumps(value))
-    os.replace(aside, path)
+    return ViewedSample(key, parts, boxes, flips, images)
 
 
 def copy_splits(source: str, folder: Path) -> dict[str, int]:
@@ -231,19 +212,18 @@ def copy_splits(source: str, folder: Path) -> dict[str, int]:
 
 
 def finish(
-    folder: Path,
-    out: str,
-    lesson: Lesson,
-    done: dict[str, dict[str, int]],
-    copied: dict[str, int],
-    plan: dict[str, Any],
+    store: FeatureStore, out: str, lesson: Lesson, notes: list[dict[str, Any]], copied: dict[str, int]
 ) -> dict[str, Any]:
-    """Writes the manifest, removes the plan; sizes and counts."""
-    total = {key: sum(counts[key] for counts in done.values()) for key in next(iter(done.values()))}
+    """Writes the manifest and removes the store's own files.
+
+    Returns:
+        sizes and counts.
+    """
+    total = {key: sum(counts[key] for counts in notes) for key in notes[0]}
     samples = max(total["samples"], 1)
     summary = {
         "out": out,
-        "shards": len(done),
+        "shards": len(notes),
         "samples": total["samples"],
         "unreadable": total["unreadable"],
         "views": lesson.views,
@@ -254,13 +234,12 @@ def finish(
         "teacher_gb": total["teacher_bytes"] / 1e9,
         "image_gb": total["image_bytes"] / 1e9,
     }
+    done = {f"train-{part:06d}.tar": counts for part, counts in enumerate(notes)}
     write_manifest(
-        folder, {"train": total["samples"], **copied}, teacher=lesson.as_json(), taught={**plan, "summary": summary}
+        store.folder,
+        {"train": total["samples"], **copied},
+        teacher=lesson.as_json(),
+        taught={**store.about, "teacher": lesson.as_json(), "done": done, "summary": summary},
     )
-    (folder / PLAN).unlink(missing_ok=True)
+    store.discard(len(notes))
     return summary
-
-
-def say(line: str) -> None:
-    """A line for the user, on standard error."""
-    print(line, file=sys.stderr, flush=True)

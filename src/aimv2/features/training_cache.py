@@ -1,7 +1,6 @@
 """The frozen encoder's features of every training image, computed once and read at each visit instead of the image.
 
-A cache is a folder: ``features.npy`` float16 [N, I, D] of the centre views, ``state.npy`` uint8 [N] (0 not there yet, 1 there, 2
-can't be used), ``captions-RANK.jsonl``, and ``about.json`` with what it was made from. An interrupted pass goes on.
+A store of ``last.npy`` float16 [N, I, D] of the centre views; the notes hold the captions and the rejected samples.
 
 Legend: N samples in the order of the shards, I patches, D width, B pairs of a rank's batch.
 """
@@ -9,27 +8,20 @@ Legend: N samples in the order of the shards, I patches, D width, B pairs of a r
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import sys
-import tarfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
+from PIL import Image
 
 from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import DataConfig
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.prefetch import ahead, batched
+from aimv2.data.images.labelled import Labelled
 from aimv2.data.shards.format import captions_of, read_sample, scan_shard
 from aimv2.data.stream.samples import (
     draw_caption,
@@ -39,18 +31,22 @@ from aimv2.data.stream.samples import (
     training_shards,
     training_sources,
 )
-from aimv2.data.stream.transforms import centre_crop_box, crop_resize, to_pixels
+from aimv2.data.stream.transforms import centre_crop_box, crop_resize
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
+from aimv2.features.contents import contents_of_files
+from aimv2.features.extraction import fill
+from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
+from aimv2.features.frozen import LAST, of_encoder
+from aimv2.features.store import FeatureStore
 from aimv2.models.encoder import VisionEncoder
 
-ABOUT, FEATURES, STATE = "about.json", "features.npy", "state.npy"
-GOOD, BAD = 1, 2
-SIZE = 64  # images in the encoder at once
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH = 64  # images per forward pass
+PART_BATCHES = 16  # batches a part
+Captions = dict[str, list[str]]  # by field
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """A training sample: its key, its source in the mixture, and where it lies."""
 
     key: str
@@ -59,297 +55,177 @@ class Row(NamedTuple):
     start: int
     end: int
 
-
-class Seen(NamedTuple):
-    """A sample as the encoder sees it: uint8 [3, S, S] and captions by field; or why it can't be used."""
-
-    row: int
-    pixels: np.ndarray | None
-    captions: dict[str, list[str]]
-    reason: str
+    def __str__(self) -> str:
+        return f"{self.shard.name}/{self.key}"
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among all, and how they wait for each other."""
-
-    rank: int
-    size: int
-    wait: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Features:
-    """A complete cache.
+class TrainingFeatures:
+    """Features of all training samples.
 
     Attributes:
         features: float16 [N, I, D], memory-mapped.
         rows: N samples.
         good: int64, for each source the rows that can be used.
-        captions: by row, the captions of those.
+        captions: of those, by row.
     """
 
     features: np.ndarray
-    rows: list[Row]
+    rows: list[TrainingRow]
     good: list[np.ndarray]
-    captions: dict[int, dict[str, list[str]]]
+    captions: dict[int, Captions]
 
 
-def cached_features(
-    config: DataConfig, encoder: VisionEncoder, device: torch.device, precision: str, ranks: Ranks
-) -> Features:
-    """The cache in ``config.features``; the encoder runs over what is not there yet, each rank over its part.
+def training_features(
+    config: DataConfig, encoder: VisionEncoder, device: torch.device, precision: str, rank: int = 0, ranks: int = 1
+) -> TrainingFeatures:
+    """The features in ``config.features``; each rank computes its part of what is missing.
 
     Args:
         config: of the data.
         encoder: frozen, with its weights; it is moved to the device.
         device: where it runs.
-        precision: of its products: fp32, bf16 or fp16.
-        ranks: all processes; they share the folder.
+        precision: of the matmuls: fp32, bf16 or fp16.
+        rank, ranks: this process among those that share the folder.
 
     Raises:
-        UsageError: a cache of another encoder or other data, no room, a folder that can't be written, features too large for
+        UsageError: features of another encoder or other data, no room, a folder that can't be written, values too large for
             float16, more unusable samples than ``data.max_bad``.
     """
     assert config.features is not None
-    folder = Path(config.features)
-    rows, data = training_rows(config)
-    about = describe(encoder, data, len(rows), precision)
-    shape = (len(rows), encoder.config.patches, encoder.config.width)
-    if ranks.rank == 0 and not (folder / ABOUT).is_file():
-        create(folder, about, shape)
-    ranks.wait()
-    check(folder, about)
+    rows, contents = training_rows(config)
+    store_about = fingerprint(
+        trunk_fingerprint(encoder, precision),
+        {"image_size": encoder.config.image_size, "crop": "centre", "max_pixels": config.max_pixels},
+        [LAST],
+        "none",
+        {"images": len(rows), "contents_sha256": contents},
+    )
+    store = FeatureStore(
+        Path(config.features),
+        store_about,
+        "data.features",
+        noted={"part_images": BATCH * PART_BATCHES},
+        rank=rank,
+        ranks=ranks,
+    )
+    frozen = replace(of_encoder("data.features", encoder.to(device)), precision=precision)
+    captions, bad = dict[int, Captions](), list[str]()
+
+    def centre_view(row: int) -> Image.Image:
+        """As validation sees it."""
+        at = rows[row]
+        parts = read_sample(at.shard, at.start, at.end)
+        captions[row] = captions_of(parts)
+        if not any(captions[row].values()):
+            raise ImageError("no caption")
+        image = decode_image(image_bytes(parts), config.max_pixels)
+        return crop_resize(image, centre_crop_box(*image.size), (frozen.side, frozen.side))
+
+    def extra(good: list[int], rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        bad.extend(f"{rows[line['row']]} ({line['reason']})" for line in rejected)
+        if len(bad) > config.max_bad:
+            raise RankError(too_many_bad(bad, config.max_bad), code="limit")
+        return {"captions": {row: captions.pop(row) for row in good}}
+
+    images = Labelled("", "", "train", (), [row.key for row in rows], np.zeros(len(rows), np.int64), centre_view)
     try:
-        fill(folder, config, encoder.to(device), rows, precision, ranks)
+        store.array(LAST, np.float16, (len(rows), encoder.config.patches, encoder.config.width))
+        notes = fill(store, frozen, images, [LAST], "none", BATCH, extra=extra)
     except OSError as error:
-        raise UsageError(f"data.features {folder} can't be written: {error.strerror or error}") from None
-    ranks.wait()
-    state = np.load(folder / STATE)
-    captions = read_captions(folder, state)
-    return Features(np.load(folder / FEATURES, mmap_mode="r"), rows, good_rows(config, rows, state, captions), captions)
+        message = f"data.features {store.folder}: can't be written: {error.strerror or error}; give another folder"
+        raise UsageError(message, code="unreadable") from None
+    captions = {int(row): found for note in notes for row, found in note["captions"].items()}
+    return TrainingFeatures(store.read_array(LAST), rows, good_rows(config, rows, captions), captions)
 
 
-def training_rows(config: DataConfig) -> tuple[list[Row], str]:
+def trunk_fingerprint(encoder: VisionEncoder, precision: str) -> dict[str, Any]:
+    """Of an encoder without its pooling head, which is trained."""
+    shape = {key: value for key, value in architecture(encoder).items() if key != "pool_heads"}
+    return model_fingerprint(weights_hash(encoder, without="head."), shape, precision)
+
+
+def training_rows(config: DataConfig) -> tuple[list[TrainingRow], str]:
     """Every training sample, source by source, by the headers of the shards.
 
     Returns:
-        the samples, and a hash of their places, of the sizes of their files and of their captions: other captions beside the
-        same images are other data. The images are not read; a file of another picture has another size as a rule.
+        the samples, and a hash of the shards' places in the mixture, names, sizes and modification times.
     """
-    found, data = list[Row](), hashlib.sha256()
+    found, contents = list[TrainingRow](), hashlib.sha256()
     for source, shards in enumerate(training_shards(config)):
         for shard in shards:
-            with shard.open("rb") as file:
-                scan = scan_shard(shard, met=partial(add_member, data, file))
-            rows = [Row(key, source, shard, *span) for key, *span in zip(scan.keys, scan.offsets, scan.offsets[1:])]
-            data.update(f"{source} {shard.name} {len(rows)}\n".encode())
-            found += rows
-    return found, data.hexdigest()
+            scan = scan_shard(shard)
+            found += [
+                TrainingRow(key, source, shard, *span) for key, *span in zip(scan.keys, scan.offsets, scan.offsets[1:])
+            ]
+            contents.update(f"{source} {shard.name} {len(scan.keys)} {contents_of_files([shard])}\n".encode())
+    return found, contents.hexdigest()
 
 
-def add_member(data: Any, file: BinaryIO, member: tarfile.TarInfo) -> None:
-    """Adds a file of a shard to the hash ``data``: name, place and size, and what is in it where it may hold captions."""
-    data.update(f"{member.name} {member.offset_data} {member.size}\n".encode())
-    if member.name.lower().endswith((".txt", ".json")):
-        file.seek(member.offset_data)
-        data.update(file.read(member.size))
-
-
-def good_rows(
-    config: DataConfig, rows: Sequence[Row], state: np.ndarray, captions: dict[int, dict[str, list[str]]]
-) -> list[np.ndarray]:
-    """For each source the rows that are there and have a caption in a field that the mixture asks for.
+def good_rows(config: DataConfig, rows: Sequence[TrainingRow], captions: dict[int, Captions]) -> list[np.ndarray]:
+    """For each source the rows that have a caption in a field of the mixture.
 
     Raises:
         UsageError: a source without any, or more others than ``data.max_bad``.
     """
-    good = []
-    for number, source in enumerate(training_sources(config)):
-        fields = source.captions and {name for name, weight in source.captions.items() if weight > 0}
-        own = [row for row in np.flatnonzero(state == GOOD).tolist() if rows[row].source == number]
-        kept = [
-            row for row in own if any(text and (not fields or name in fields) for name, text in captions[row].items())
-        ]
+    sources = training_sources(config)
+    fields = [{name for name, weight in (source.captions or {}).items() if weight > 0} for source in sources]
+    good: list[list[int]] = [[] for _ in sources]
+    for row, found in sorted(captions.items()):
+        source = rows[row].source
+        if any(texts and (not fields[source] or name in fields[source]) for name, texts in found.items()):
+            good[source].append(row)
+    for one, kept in zip(sources, good):
         if not kept:
-            raise UsageError(f"data.train: {source.name or source.path} has no image with a caption that can be read")
-        good.append(np.array(kept))
-    bad = sorted(set(range(len(rows))) - {row for part in good for row in part.tolist()})
-    if len(bad) > config.max_bad:
-        raise UsageError(too_many_bad([f"{rows[row].shard.name}/{rows[row].key}" for row in bad], config.max_bad))
-    return good
+            raise UsageError(f"data.train: {one.name or one.path} has no image with a caption that can be read")
+    if len(bad := sorted(set(range(len(rows))) - set(chain(*good)))) > config.max_bad:
+        raise UsageError(too_many_bad([str(rows[row]) for row in bad], config.max_bad), code="limit")
+    return [np.array(kept) for kept in good]
 
 
-def describe(encoder: VisionEncoder, data: str, samples: int, precision: str) -> dict[str, Any]:
-    """What a cache was made from: the trunk's weights, the samples (``data``: their hash), and how it was computed."""
-    trunk = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        if not name.startswith("head."):
-            trunk.update(f"{name} {tuple(value.shape)}\n".encode())
-            trunk.update(value.detach().cpu().float().contiguous().numpy().data)
-    return {
-        "encoder": trunk.hexdigest(),
-        "data": data,
-        "samples": samples,
-        "image_size": encoder.config.image_size,
-        "mean_std": [list(encoder.config.mean), list(encoder.config.std)],
-        "precision": precision,
-        "view": "centre",
-    }
-
-
-def create(folder: Path, about: dict[str, Any], shape: tuple[int, int, int]) -> None:
-    """An empty cache.
-
-    Raises:
-        UsageError: something else in the folder, no room, not writable.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UsageError(f"data.features {folder}: something else is there; give a new folder, or an empty one")
-        need, free = 2 * int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(folder).free
-        if need > free:
-            raise UsageError(
-                f"data.features {folder}: features of {shape[0]} images take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-                "free there; leave data.features out"
-            )
-        for name, kind, dims in ((FEATURES, np.float16, shape), (STATE, np.uint8, shape[:1])):
-            np.lib.format.open_memmap(folder / name, mode="w+", dtype=kind, shape=dims)
-        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"data.features {folder} can't be written: {error.strerror}") from None
-
-
-def check(folder: Path, about: dict[str, Any]) -> None:
-    """Raises UsageError where a cache was made from something else."""
-    try:
-        stored = json.loads((folder / ABOUT).read_text())
-        different = [key for key in about if stored.get(key) != about[key]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"data.features {folder / ABOUT} can't be read: {error!r}") from None
-    if different:
-        raise UsageError(
-            f"data.features {folder}: a cache of other features (another {', '.join(different)} than here); give a new "
-            "folder, or the model and data that it was made from"
-        )
-
-
-def fill(
-    folder: Path, config: DataConfig, encoder: VisionEncoder, rows: Sequence[Row], precision: str, ranks: Ranks
-) -> None:
-    """Computes what is not there yet; rank r takes every size-th batch of rows from the r-th on."""
-    state = np.lib.format.open_memmap(folder / STATE, mode="r+")
-    features = np.lib.format.open_memmap(folder / FEATURES, mode="r+")
-    places = [range(at, min(at + SIZE, len(rows))) for at in range(0, len(rows), SIZE)][ranks.rank :: ranks.size]
-    missing = [row for place in places for row in place if not state[row]]
-    if not missing:
-        return
-    size, bad = encoder.config.image_size or 0, list[str]()
-    seen = ahead(lambda row: see(row, rows[row], config, size), missing)
-    total = -(-len(missing) // SIZE)
-    console = Console(file=sys.stderr)
-    shown = track(
-        batched(seen, SIZE), "features", total, console=console, transient=True, disable=ranks.rank > 0 or not console.is_terminal
-    )  # fmt: skip
-    with (folder / f"captions-{ranks.rank:05d}.jsonl").open("a", encoding="utf-8") as captions:
-        captions.write("\n")  # behind a line that was cut
-        for batch in shown:
-            bad += [f"{rows[one.row].shard.name}/{rows[one.row].key} ({one.reason})" for one in batch if one.reason]
-            if len(bad) > config.max_bad:
-                raise RankError(too_many_bad(bad, config.max_bad))
-            good = [one for one in batch if one.pixels is not None]
-            if good:
-                pixels = torch.from_numpy(np.stack([one.pixels for one in good if one.pixels is not None]))
-                features[[one.row for one in good]] = run(encoder, pixels, precision)
-            # a row counts as done after everything of it is written
-            captions.write("".join(json.dumps({"row": one.row, "captions": one.captions}) + "\n" for one in good))
-            captions.flush()
-            features.flush()
-            state[[one.row for one in batch]] = [BAD if one.reason else GOOD for one in batch]
-            state.flush()
-
-
-def see(row: int, at: Row, config: DataConfig, size: int) -> Seen:
-    """The centre view of a sample, as validation sees it."""
-    parts = read_sample(at.shard, at.start, at.end)
-    captions = captions_of(parts)
-    if not any(captions.values()):
-        return Seen(row, None, {}, "no caption")
-    try:
-        image = decode_image(image_bytes(parts), config.max_pixels)
-    except ImageError as error:
-        return Seen(row, None, {}, str(error))
-    view = crop_resize(image, centre_crop_box(*image.size), (size, size))
-    return Seen(row, to_pixels(view), captions, "")
-
-
-@torch.inference_mode()
-def run(encoder: VisionEncoder, pixels: Tensor, precision: str) -> np.ndarray:
-    """uint8 [B, 3, S, S] -> float16 [B, I, D].
-
-    Raises:
-        UsageError: a feature that float16 can't hold.
-    """
-    device = encoder.mean.device
-    half = nullcontext() if precision == "fp32" else torch.autocast(device.type, HALF[precision])
-    with half, torch.compiler.set_stance("force_eager"):
-        found = encoder(pixels.to(device)).half()
-    if not bool(torch.isfinite(found).all()):
-        raise UsageError("data.features: a feature is larger than float16 holds; leave data.features out")
-    return found.cpu().numpy()
-
-
-def read_captions(folder: Path, state: np.ndarray) -> dict[int, dict[str, list[str]]]:
-    """Captions of the rows that are there; half-written lines belong to rows that were done again."""
-    found: dict[int, dict[str, list[str]]] = {}
-    for file in sorted(folder.glob("captions-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                stored = json.loads(line)
-                found[stored["row"]] = stored["captions"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    if lost := [row for row in np.flatnonzero(state == GOOD).tolist() if row not in found]:
-        raise UsageError(f"data.features {folder}: the captions of {len(lost)} images are missing; give a new folder")
-    return found
-
-
-class FeatureStream:
+class CachedPairStream:
     """Endless batches of cached features and captions, restorable.
 
-    What is drawn is a pure function of (seed, step, how often each source was drawn from), whatever the ranks. Every source is
-    a permutation anew in each of its epochs.
+    A global batch is a pure function of (seed, step, how often each source was drawn from), whatever the ranks. Each source is
+    permuted anew in each of its epochs.
     """
 
     def __init__(
-        self, found: Features, config: DataConfig, tokenizer: Tokenizer, batch_size: int, seed: int, ranks: Ranks
+        self,
+        found: TrainingFeatures,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
     ) -> None:
         """``batch_size`` is global. Raises UsageError where there are fewer samples than that."""
-        self.found, self.tokenizer, self.ranks, self.seed = found, tokenizer, ranks, seed
+        self.found, self.tokenizer, self.rank, self.ranks, self.seed = found, tokenizer, rank, ranks, seed
         self.batch_size, self.max_tokens = batch_size, config.max_tokens
         self.sources = training_sources(config)
         self.samples = sum(len(part) for part in found.good)
         if self.samples < batch_size:
             raise UsageError(
                 f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
-                "give more data or a smaller batch"
+                "give more data or a smaller batch",
+                code="limit",
             )
-        shares = np.array([source.weight for source in self.sources])
-        self.shares = shares / shares.sum()
+        weights = np.array([source.weight for source in self.sources])
+        self.weights = weights / weights.sum()
         self.step, self.taken = 0, [0] * len(self.sources)
         self.orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __next__(self) -> Batch:
-        drawn = np.random.default_rng([self.seed, self.step]).choice(len(self.sources), self.batch_size, p=self.shares)
+        drawn = np.random.default_rng([self.seed, self.step]).choice(len(self.sources), self.batch_size, p=self.weights)
         rows = [self._next_of(int(source)) for source in drawn]
-        share = self.batch_size // self.ranks.size
-        own = range(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        size = self.batch_size // self.ranks
+        own = range(self.rank * size, (self.rank + 1) * size)
         tokens = [self._tokens(rows[at], self.step * self.batch_size + at) for at in own]
         chosen = [rows[at] for at in own]
         self.step += 1
         features = torch.from_numpy(self.found.features[chosen])
-        return make_batch(features, tokens, [1] * share, 2, [self.found.rows[row].key for row in chosen])
+        return make_batch(features, tokens, None, 0, [self.found.rows[row].key for row in chosen])
 
     def _next_of(self, source: int) -> int:
         """The next row of a source."""

@@ -5,71 +5,18 @@ Legend: B pairs, I patches, D width of the student, E width of the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
 from aimv2.config.schema import ObjectiveConfig
+from aimv2.features.teacher import Teacher
 from aimv2.models.decoder import Prediction
+from aimv2.objectives import Terms
 from aimv2.objectives.pretrain import PretrainObjective
 
-Terms = dict[str, tuple[Tensor, Tensor]]
 NORM_EPS = 1e-6  # of the layer normalisation of a teacher's features
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen model as the objective knows it.
-
-    Attributes:
-        name: as the user gave it.
-        sha256: of its weights.
-        image_size: pixels a side of what it sees.
-        grid: patches a side.
-        width: E.
-        run: uint8 images [B, 3, image_size, image_size] -> patch features [B, I, E], normalising with its own mean and
-            std; None: the features come with the batch.
-        flops: of one image, forward; 0: not known, or nothing runs here.
-        former: what versions before 0.2 noted as ``sha256``, of the same model; "": the same.
-        changed: why its features are no longer those of such a version; "": they are.
-    """
-
-    name: str
-    sha256: str
-    image_size: int
-    grid: int
-    width: int
-    run: Callable[[Tensor], Tensor] | None
-    flops: float = 0.0
-    former: str = ""
-    changed: str = ""
-
-    def features(self, batch: Batch) -> Tensor:
-        """What it says of a batch's images: fp32 [B, I, E], without gradient."""
-        if self.run is None:
-            return stored_features(batch)
-        images = resize(batch.images, self.image_size)
-        with torch.inference_mode():
-            found = self.run(images)
-        return found.float().clone()  # what inference made can't be kept for a backward pass, its copy can
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] -> uint8 [B, 3, size, size], bicubic, antialiased."""
-    if images.shape[-2:] == (size, size):
-        return images
-    x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return x.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def stored_features(batch: Batch) -> Tensor:
-    """The features that a batch brings along: fp32 [B, I, E]."""
-    assert batch.teacher is not None and batch.teacher_scale is not None
-    return batch.teacher.float() * batch.teacher_scale[..., None].float()
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""CHAIN.yaml -> jobs in the order in which they run, every one a checked command line.
+"""CHAIN.yaml -> jobs in the order in which they run, each a checked command.
 
-A stage is one verb of the command line; with several seeds it is one job a seed. No torch here.
+A stage is one command; with several seeds it is one job per seed. No torch here.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -16,14 +15,16 @@ from typing import Any
 
 import yaml
 
+from aimv2.commands.parse import option_fields, read
+from aimv2.commands.table import COMMANDS, command_name, function_name
 from aimv2.errors import UsageError, nearest
 
 TOP = ("out", "data", "seeds", "stages", "report")
-KEYS = ("verb", "options", "needs", "title", "seeds")  # of every stage, beside the words of its verb
+KEYS = ("verb", "options", "needs", "title", "seeds")  # of every stage, besides the positional arguments of its command
 NAME = re.compile(r"[A-Za-z][\w-]*")
-REFERENCE = re.compile(r"\{([A-Za-z][\w-]*)\}")  # not {}, {a,b} or {000..004}, which verbs read themselves
-WORDS_OF_A_CHAIN = ("data", "seed")  # what {...} may name beside the stages
-WRITTEN_BY_US = ("out", "run", "resume", "overwrite")  # decided by the chain, whoever asks
+REFERENCE = re.compile(r"\{([A-Za-z][\w-]*)\}")  # not {}, {a,b} or {000..004}, which commands read themselves
+WORDS_OF_A_CHAIN = ("data", "seed")  # what {...} may name besides the stages
+WRITTEN_BY_US = ("out", "run", "resume", "overwrite")  # decided by the chain
 NEEDS_DATA = ("probe", "knn", "linear", "fewshot", "segment", "depth", "zeroshot", "retrieve")
 
 
@@ -34,10 +35,10 @@ class Stage:
     Attributes:
         name: its key.
         verb: a function of aimv2.api.
-        values: everything that decides what it does, as written: the verb's words and its options by key.
+        values: everything that decides what it does, as written: positional arguments and options by key.
         needs: stages that come before it, in the order of the file.
         title: for the report.
-        seeded: runs once a seed.
+        seeded: runs once per seed.
     """
 
     name: str
@@ -54,11 +55,11 @@ class Job:
 
     Attributes:
         name: of its folder.
-        folder: that its verb writes into.
+        folder: that its command writes into.
         needs: stage -> name of the job that gives it.
         asked: the values as written, with the seed in them; what is compared when the chain runs again.
-        values: the values that the verb gets.
-        command: words of the command line behind ``aimv2``.
+        values: the values that the command gets.
+        command: words of the command line after ``aimv2``.
         recipe: of pretrain: the values of its recipe.
     """
 
@@ -80,9 +81,9 @@ class Chain:
     Attributes:
         path: of the file.
         out: folder of all stages.
-        data: what {data} stands for.
+        data: value of {data}.
         seeds: () runs every stage once, with its own seed.
-        report: title -> [stage or "", figure]; {}: the usual figures.
+        report: title -> [stage or "", figure]; {}: the default figures.
         jobs: in the order in which they run.
     """
 
@@ -95,12 +96,12 @@ class Chain:
 
 
 def read_chain(path: str, out: str | None = None, data: str | None = None) -> Chain:
-    """Reads a chain and checks everything that can be known before a stage runs, inputs excepted.
+    """Reads a chain and checks everything that can be known before a stage runs, except inputs.
 
     Args:
         path: of the file.
-        out: over the file's ``out``.
-        data: over the file's ``data``.
+        out: overrides the file's ``out``.
+        data: overrides the file's ``data``.
 
     Raises:
         UsageError: in one line, naming the stage.
@@ -151,12 +152,12 @@ def _check_twice(node: yaml.Node | None) -> None:
         for item in node.value:
             _check_twice(item)
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        known = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+                if key.value in known:
                     raise yaml.YAMLError(f"'{key.value}' is given twice, line {key.start_mark.line + 1}")
-                seen.add(key.value)
+                known.add(key.value)
             _check_twice(value)
 
 
@@ -221,7 +222,7 @@ def _read_stage(name: str, entry: Any, names: list[str], path: str) -> Stage:
     where = f"CHAIN {path}: stage '{name}'"
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: keys such as verb and options expected, got {entry!r}")
-    verb = _verb(entry.get("verb"), where)
+    verb = _command(entry.get("verb"), where)
     words = own_words(verb)
     _check_stage_keys(entry, words, verb, where)
     values = {word: entry[word] for word in words if entry.get(word) is not None}
@@ -233,7 +234,7 @@ def _read_stage(name: str, entry: Any, names: list[str], path: str) -> Stage:
         if plain in WRITTEN_BY_US:
             raise UsageError(f"{where}: options.{key}: the chain decides it; leave it out")
         if plain in words:
-            raise UsageError(f"{where}: options.{key}: a key of the stage itself; write `{plain}:` beside verb")
+            raise UsageError(f"{where}: options.{key}: a key of the stage itself; write `{plain}:` next to verb")
         values[plain] = value
     for word in ("init", "model", "teacher", "objective.teacher"):
         if str(values.get(word)).partition("@")[0] in names:
@@ -254,40 +255,31 @@ def _read_stage(name: str, entry: Any, names: list[str], path: str) -> Stage:
     return Stage(name, verb, values, tuple(n for n in names if n in named), str(entry.get("title") or ""), seeded)
 
 
-def _verb(given: Any, where: str) -> str:
-    """The api function of a verb written as ``data_shapes`` or ``data shapes``."""
-    from aimv2.cli.dispatch import VERBS
-
-    known = [verb.function for verb in VERBS.values() if verb.function != "run"]
+def _command(given: Any, where: str) -> str:
+    """The command that a stage names as ``data_shapes`` or ``data shapes``, in the first form."""
+    known = [function_name(name) for name in COMMANDS if name != "run"]
     if given is None:
-        raise UsageError(f"{where}: verb is missing (one of {', '.join(known)})")
-    verb = str(given).replace(" ", "_")
+        raise UsageError(f"{where}: verb is missing (one of {', '.join(known)})", code="missing")
+    verb = function_name(str(given))
     if verb not in known:
-        raise UsageError(f"{where}: unknown verb '{given}'{nearest(verb, known)} (one of {', '.join(known)})")
+        raise UsageError(
+            f"{where}: unknown verb '{given}'{nearest(verb, known)} (one of {', '.join(known)})", code="unknown"
+        )
     return verb
 
 
-def spelled(verb: str) -> str:
-    """``data_shapes`` -> ``data shapes``, as the command line has it."""
-    from aimv2.cli.dispatch import VERBS
-
-    return next(name for name, known in VERBS.items() if known.function == verb)
-
-
 def own_words(verb: str) -> tuple[str, ...]:
-    """Keys of a stage that are its verb's own: config and init of pretrain, else the words of the command line."""
-    from aimv2.cli.dispatch import VERBS
-
+    """Keys of a stage that are its command's own: config and init of pretrain, else its positional arguments."""
     if verb == "pretrain":
         return ("config", "init")
-    return tuple(word.rstrip("*") for word in VERBS[spelled(verb)].words if word != "out")
+    return tuple(word.rstrip("*") for word in COMMANDS[command_name(verb)].words if word != "out")
 
 
 def _check_stage_keys(entry: dict[Any, Any], words: tuple[str, ...], verb: str, where: str) -> None:
     for key in entry:
         if key not in (*KEYS, *words):
             known = (*KEYS, *words)
-            option = "" if nearest(str(key), known) else "; options of the verb go below `options:`"
+            option = "" if nearest(str(key), known) else "; options of the command go below `options:`"
             raise UsageError(
                 f"{where}: unknown key '{key}'{nearest(str(key), known)}{option} (keys of {verb}: {', '.join(known)})"
             )
@@ -326,7 +318,7 @@ def fill(value: Any, meaning: Callable[[str], str | None]) -> Any:
 
 
 def order(stages: dict[str, Stage], path: str) -> list[Stage]:
-    """The stages, each behind what it needs, else as in the file.
+    """The stages, each after what it needs, else as in the file.
 
     Raises:
         UsageError: a cycle, named.
@@ -355,24 +347,25 @@ def make_job(stage: Stage, stages: dict[str, Stage], out: Path, seed: int | None
     where = f"CHAIN {path}: stage '{stage.name}'"
     named = references(stage.values)
     if "data" in named and data is None:
-        raise UsageError(f"{where}: {{data}} stands for nothing: `data: PATH` in the chain, or --data PATH, is missing")
+        raise UsageError(f"{where}: {{data}} is undefined: set `data:` in the chain file or pass --data PATH")
     if "seed" in named and seed is None:
         why = "the chain names no seeds" if stage.seeded else "it has seeds: false"
-        raise UsageError(f"{where}: {{seed}} stands for nothing: {why}")
+        raise UsageError(f"{where}: {{seed}} is undefined: {why}")
     for other in stage.needs:
         if seed is None and stages[other].seeded and not stage.seeded:
-            raise UsageError(f"{where}: it has seeds: false and needs '{other}', which runs once a seed")
+            raise UsageError(f"{where}: it has seeds: false and needs '{other}', which runs once per seed")
     needs = {other: _job_name(other, seed if stages[other].seeded else None) for other in stage.needs}
     asked = {**fill(stage.values, {"seed": str(seed)}.get), **_seed_option(stage, seed)}
     meaning = {other: str(out / job) for other, job in needs.items()} | ({} if data is None else {"data": data})
     values = fill(asked, meaning.get)
     name = _job_name(stage.name, seed)
-    command = command_words(stage.verb, values, out / name)
     try:
-        recipe = check_words(stage.verb, command)
+        recipe = check_values(stage.verb, values, out / name)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    return Job(stage, seed, name, out / name, needs, asked, values, command, recipe)
+        raise UsageError(f"{where}: {error}", option=error.option, code=error.code) from None
+    return Job(
+        stage, seed, name, out / name, needs, asked, values, command_words(stage.verb, values, out / name), recipe
+    )
 
 
 def _job_name(stage: str, seed: int | None) -> str:
@@ -380,30 +373,30 @@ def _job_name(stage: str, seed: int | None) -> str:
 
 
 def _seed_option(stage: Stage, seed: int | None) -> dict[str, Any]:
-    """The option by which the verb takes a seed, unless the stage gives it itself."""
-    from aimv2 import api
-
-    known = ("seed",) if stage.verb == "pretrain" else inspect.signature(getattr(api, stage.verb)).parameters
+    """The option by which the command takes a seed, unless the stage gives it itself."""
+    known = ("seed",) if stage.verb == "pretrain" else option_fields(command_name(stage.verb))
     key = "seed" if "seed" in known else "seeds" if "seeds" in known else None
     return {} if seed is None or key is None or key in stage.values else {key: seed}
 
 
-def command_words(verb: str, values: dict[str, Any], folder: Path) -> list[str]:
-    """The words of the command line behind ``aimv2``."""
-    from aimv2 import api
-    from aimv2.cli.dispatch import VERBS
-
-    name = spelled(verb)
-    words = name.split()
-    rest = dict(values)
-    for word in VERBS[name].words:
-        given = str(folder) if word == "out" else rest.pop(word.rstrip("*"), [])
-        words += [_as_word(item) for item in (given if isinstance(given, list) else [given])]
-    bare = verb == "caption" and not rest.get("score")  # captions alone are the result
+def with_folder(verb: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a stage, and its folder where its command takes one."""
     if verb == "pretrain":
-        words.append(f"--run={folder}")
-    elif "out" in inspect.signature(getattr(api, verb)).parameters and "out" not in VERBS[name].words and not bare:
-        words.append(f"--out={folder}")
+        return {**values, "run": str(folder)}
+    captions_only = verb == "caption" and not values.get("score")  # they are the result
+    takes = "out" in option_fields(command_name(verb)) and not captions_only
+    return {**values, "out": str(folder)} if takes else dict(values)
+
+
+def command_words(verb: str, values: dict[str, Any], folder: Path) -> list[str]:
+    """The words of the command line after ``aimv2``."""
+    name = command_name(verb)
+    words, rest = name.split(), with_folder(verb, values, folder)
+    for word in COMMANDS[name].words:
+        given = rest.pop(word.rstrip("*"), [])
+        words += [_as_word(item) for item in (given if isinstance(given, list) else [given])]
+    for key in ("run", "out"):  # first
+        words += [f"--{key}={rest.pop(key)}"] if key in rest else []
     return words + [f"--{key}={_as_word(value)}" for key, value in rest.items()]
 
 
@@ -411,8 +404,8 @@ def _as_word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def check_words(verb: str, command: list[str]) -> dict[str, Any]:
-    """What the command line itself would say of the words; nothing runs.
+def check_values(verb: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the command itself would say of a stage's values; nothing runs.
 
     Returns:
         of pretrain: the values of its recipe.
@@ -420,27 +413,32 @@ def check_words(verb: str, command: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: an unknown option, a value of another type or out of range, no data.
     """
-    from aimv2.cli.dispatch import read_options, read_words
     from aimv2.config.load import check_keys, parse, read_recipe
 
-    name = spelled(verb)
-    words = command[len(name.split()) :]
     if verb != "pretrain":
-        read_words(name, words)
+        read(command_name(verb), configured(verb, with_folder(verb, values, folder)))
         return {}
-    path, given, _ = read_options(words)
+    given = {key: value for key, value in values.items() if key != "config"}
     check_keys(given, "in its options")
-    recipe = read_recipe(path) if path else {}
+    recipe = read_recipe(values["config"]) if values.get("config") else {}
     config = parse({**recipe, **given})
-    goes_on = config.optim.schedule == "cooldown" and config.init is not None  # with the data of the run it finishes
-    if config.data.train is None and not goes_on and not os.environ.get("AIMV2_DATA"):
-        raise UsageError("pretrain needs `data.train:` in its options (or $AIMV2_DATA)")
+    continued = config.optim.schedule == "cooldown" and config.init is not None  # with the data of the run it finishes
+    if config.data.train is None and not continued and not os.environ.get("AIMV2_DATA"):
+        raise UsageError("pretrain needs `data.train:` in its options (or $AIMV2_DATA)", code="missing")
     return recipe
+
+
+def configured(verb: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Values by option; those of a configuration among the options of ``data browse`` below ``options``."""
+    known = option_fields(command_name(verb))
+    if "options" not in known:
+        return {key.replace("-", "_"): value for key, value in values.items()}
+    own = {key: value for key, value in values.items() if key in known}
+    return {**own, "options": {key: value for key, value in values.items() if key not in known}}
 
 
 def check_steps(job: Job, jobs: dict[str, Job], path: str) -> None:
     """Raises UsageError where ``{stage}@STEP`` names a checkpoint that the stage will not keep."""
-    from aimv2.cli.dispatch import read_options
     from aimv2.config.load import parse
 
     for text in strings(job.asked):
@@ -450,7 +448,8 @@ def check_steps(job: Job, jobs: dict[str, Job], path: str) -> None:
         other, step = jobs[job.needs[found[1]]], int(found[2])
         if other.stage.verb != "pretrain":
             raise UsageError(f"CHAIN {path}: stage '{job.stage.name}': {text}: '{found[1]}' is no pretrain stage")
-        train = parse({**other.recipe, **read_options(other.command[1:])[1]}).train
+        given = {key: value for key, value in other.values.items() if key != "config"}
+        train = parse({**other.recipe, **given}).train
         saved = {*range(0, train.steps, train.save_every or train.steps), train.steps} - {0}
         kept = sorted(saved)[-train.keep :] if train.keep else sorted(saved)
         if step not in kept:

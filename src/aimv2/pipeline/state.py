@@ -1,6 +1,6 @@
 """What of a chain is done, and what no longer holds: every stage keeps what went into it by hash.
 
-A finished stage has OUT/STAGE/stage.json. One that began has OUT/.started/STAGE.json until then: many verbs refuse a
+A finished stage has OUT/STAGE/stage.json. One that began has OUT/.started/STAGE.json until then: many commands refuse a
 folder with something of others in it.
 """
 
@@ -23,7 +23,7 @@ from aimv2.pipeline.read import Chain, Job, fill, strings
 FORMAT = "aimv2 stage 1"
 RECORD, STARTED = "stage.json", ".started"
 DONE, STALE, INTERRUPTED, FAILED, TO_DO = "done", "stale", "interrupted", "failed", "to do"
-BY_CONTENT = 16 * 2**20  # bytes; larger files are told apart by size and time
+BY_CONTENT = 16 * 2**20  # bytes; larger files are compared by size and time
 NOT_READ = ("cache", "features", "plot", "index_dir", "config", "name")  # written there, or compared by its values
 DATA_KEYS = ("train", "val", "data", "images", "results", "source", "path", "val_list")
 MODEL_KEYS = ("init", "model", "teacher")
@@ -49,7 +49,7 @@ class Status:
 
 
 def look(chain: Chain, jobs: Iterable[Job]) -> list[Status]:
-    """The state of every job, in order; a job stands behind what it needs.
+    """The state of every job, in order; a job comes after what it needs.
 
     Raises:
         UsageError: an input that is not there, a folder in the way that no chain wrote.
@@ -223,7 +223,7 @@ def paths_of(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def is_far(text: str, model: bool = False) -> bool:
-    """Whether a name means something on the hub, a model of another library, or a teacher's features beside the data."""
+    """Whether a name means something on the hub, a model of another library, or a teacher's features with the data."""
     from aimv2.interop.hub import RELEASED, is_hub_id
 
     if model and (text in RELEASED or ":" in text or text == "stored"):
@@ -232,7 +232,7 @@ def is_far(text: str, model: bool = False) -> bool:
 
 
 def matches(text: str, model: bool = False) -> list[Path]:
-    """The files or folders behind a path, a glob, a brace pattern or RUN@STEP; [] where there is nothing."""
+    """The files or folders that match a path, a glob, a brace pattern or RUN@STEP; [] where there is nothing."""
     path = Path(text).expanduser()
     run, at, step = text.rpartition("@")
     if path.exists():

@@ -35,7 +35,7 @@ from aimv2.pipeline.state import (
 )
 from aimv2.train.interrupt import Interrupted
 
-# verbs that go on in a folder where they were interrupted; others start again in an empty one
+# commands that resume in a folder where they were interrupted; others start again in an empty one
 GO_ON = ("pretrain", "data_import", "data_teach", "embed", "probe", "knn", "linear", "fewshot")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 
@@ -72,9 +72,9 @@ def run_chain(
             with worker.listening():
                 run_jobs(chain, jobs, worker)
         finally:
-            told = report.make_report(chain, look(chain, chain.jobs))
-            report.write(told, chain.out)
-    return told
+            made = report.make_report(chain, look(chain, chain.jobs))
+            report.write(made, chain.out)
+    return made
 
 
 def _words(path: str, out: str | None, data: str | None, only: str | None) -> Iterator[str]:
@@ -104,7 +104,7 @@ def chosen(chain: Chain, only: str | None) -> list[Job]:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """The chain's folder, made, for this process alone; a stage that outlives its chain keeps the lock."""
+    """The chain's folder, made, for this process only; a stage that outlives its chain keeps the lock."""
     import fcntl
 
     try:
@@ -215,7 +215,7 @@ class Worker:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals are handed on to the stage, which saves; a terminal's Ctrl-C reaches it through us alone."""
+        """Signals are passed on to the stage, which saves; a terminal's Ctrl-C reaches it through us only."""
         before = {number: signal.signal(number, self._note) for number in CODES}
         try:
             yield
@@ -252,7 +252,7 @@ class Worker:
         )  # fmt: skip
         if self.code:
             self._hand_on()
-        said = Said(child, job.name)
+        relay = StderrRelay(child, job.name)
         try:
             assert child.stdout is not None
             printed = child.stdout.read()
@@ -260,11 +260,11 @@ class Worker:
         finally:
             if child.poll() is None:
                 child.terminate()
-            said.join()
+            relay.join()
             self.child = None
         if code:
             self.leave_if_asked(job.name)
-            last = said.last.removeprefix("error: ")
+            last = relay.last.removeprefix("error: ")
             raise UsageError(
                 f"stage '{job.name}' failed ({shlex.join(['aimv2', *words])}): {last or f'exit code {code}'}"
             )
@@ -274,7 +274,7 @@ class Worker:
             raise UsageError(f"stage '{job.name}' gave no result: {printed[:200]!r}") from None
 
 
-class Said(threading.Thread):
+class StderrRelay(threading.Thread):
     """Shows what a process says on standard error as it says it; its error line is kept for the end.
 
     Attributes:

@@ -1,20 +1,15 @@
-"""The forms in which labelled images lie about: class folders, WebDataset shards, CSV lists.
+"""The forms of labelled images: class folders, WebDataset shards, CSV lists, what the library `datasets` reads.
 
-Each function looks at a source and says which splits it has (:class:`Form`); a split is listed when it is asked for
-(:class:`Listed`: names, labels, and what reads an image), and an image is read when *it* is asked for.
+Each function looks at a source and returns the splits that it has (:class:`Form`); a split is listed when it is needed
+(:class:`Listed`: names, labels, and what reads an image), and an image is read when *it* is needed.
 
 Legend: N images, C classes.
 """
 
 from __future__ import annotations
 
-import csv
-import logging
-import mmap
 import os
 import re
-import tarfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,20 +20,20 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.images.caption_files import are_classes
-from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.pictures import walk
-from aimv2.data.images.sources import IMAGE_COLUMNS
-from aimv2.data.shards.format import find_shards, image_of, label_of, read_sample, scan_shard, split_shards
+from aimv2.data.images.catalogue import find_column, walk
+from aimv2.data.images.entries import first_line
+from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
+from aimv2.data.images.tables import encoded_images, hub_library, types_of
+from aimv2.data.images.text_tables import read_delimited
+from aimv2.data.shards.format import find_shards, split_shards
+from aimv2.data.shards.listing import list_shard
 from aimv2.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 SPLITS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
 }
 NAMES_FILES = ("classes.txt", "classnames.txt")  # ours, CLIP_benchmark's
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "category")
 LISTS = (".csv", ".tsv")
 
 
@@ -59,7 +54,7 @@ class Form:
     Attributes:
         kind: in words.
         splits: train, val, test -> what lists it.
-        dataset: the registered set that alone has this form.
+        dataset: the only registered set with this form.
     """
 
     kind: str
@@ -124,33 +119,29 @@ def read_matrix(path: Path, source: str) -> dict[str, Any]:
         raise wrong(source, f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """Images by their paths, relative to ``root`` or absolute."""
-
-    root: Path
-    names: Sequence[str]
-
-    def __call__(self, row: int) -> Image.Image:
-        return decode_image(self.root / self.names[row])
-
-
 # ---- class folders ----
 
 
-def class_folders(root: Path, source: str, split: bool) -> Form | None:
-    """``ROOT/SPLIT/CLASS/*`` (``split``), or ``ROOT/CLASS/*``, which is training data; labels in order of names.
+def split_folders(root: Path, source: str) -> Form | None:
+    """``ROOT/SPLIT/CLASS/*``; labels in order of names.
 
     classnames.txt in ROOT may name the classes: one line a folder, in the order of the folders' names; or the
     folders' own names in another order, which then is the labels' order.
     """
-    here = [root / name for name in _folders(root)]
-    # a folder `train` of images alone is a class of vehicles
-    parts = _by_split((path for path in here if _folders(path)), source) if split else {"train": root} if here else {}
-    if not parts:
-        return None
-    listing = partial(_list_class_folders, root, parts, source)
-    return Form("class folders", {name: partial(listing, name) for name in parts})
+    # a folder `train` with nothing but images is a class of vehicles
+    return _folder_form(
+        root, _by_split((root / name for name in _folders(root) if _folders(root / name)), source), source
+    )
+
+
+def class_folders(root: Path, source: str) -> Form | None:
+    """``ROOT/CLASS/*``, which is training data; see :func:`split_folders`."""
+    return _folder_form(root, {"train": root} if _folders(root) else {}, source)
+
+
+def _folder_form(root: Path, parts: dict[str, Path], source: str) -> Form | None:
+    listed = {split: partial(_list_class_folders, root, parts, source, split) for split in parts}
+    return Form("class folders", listed) if listed else None
 
 
 def _folders(folder: Path) -> list[str]:
@@ -188,45 +179,30 @@ def _list_class_folders(root: Path, parts: dict[str, Path], source: str, split: 
 # ---- shards ----
 
 
-@dataclass(frozen=True)
-class ShardImages:
-    """Samples of tars: which tar, first byte, end; each [N]."""
-
-    tars: Sequence[Path]
-    which: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-    def __call__(self, row: int) -> Image.Image:
-        try:
-            parts = read_sample(self.tars[self.which[row]], int(self.starts[row]), int(self.ends[row]))
-        except (OSError, tarfile.TarError) as error:
-            raise ImageError(f"cannot be read: {error}") from None
-        found = image_of(parts)
-        if found is None:
-            raise ImageError("no image in its sample")
-        return decode_image(found[1])
+def shard_folder(root: Path, source: str) -> Form | None:
+    """Tars of samples: named by split, or in folders of splits (CLIP_benchmark's)."""
+    if any(root.glob("*.tar")):
+        groups = split_shards(root, option="--data")
+    else:
+        inner = _by_split((path for path in root.iterdir() if path.is_dir() and any(path.glob("*.tar"))), source)
+        groups = {split: sorted(path.glob("*.tar")) for split, path in inner.items()}
+    return _shard_form(groups, [root], source)
 
 
-def shard_form(source: str) -> Form | None:
-    """Tars of samples: named by split, in folders of splits (CLIP_benchmark's), or given by a pattern.
+def shard_pattern(path: Path, source: str) -> Form | None:
+    """The tars of a pattern, or one.
 
     Raises:
         UsageError: a pattern that fits nothing.
     """
-    root = Path(source).expanduser()
-    if root.is_dir():
-        if any(root.glob("*.tar")):
-            groups, homes = split_shards(root, option="--data"), [root]
-        else:
-            inner = _by_split((path for path in root.iterdir() if path.is_dir() and any(path.glob("*.tar"))), source)
-            groups, homes = {split: sorted(path.glob("*.tar")) for split, path in inner.items()}, [root]
-    elif root.suffix.lower() == ".tar" or any(mark in source for mark in "*?[{"):
-        tars = find_shards(source, "train", option="--data")
-        groups = {split: [tar for tar in tars if _split_of(tar) == split] for split in ("train", "val", "test")}
-        homes = [tars[0].parent, *([tars[0].parent.parent] if tars[0].parent.name.lower() in SPLITS else [])]
-    else:
-        return None
+    tars = find_shards(source, "train", option="--data")
+    groups = {split: [tar for tar in tars if _split_of(tar) == split] for split in ("train", "val", "test")}
+    folder = tars[0].parent
+    return _shard_form(groups, [folder, *([folder.parent] if folder.name.lower() in SPLITS else [])], source)
+
+
+def _shard_form(groups: Mapping[str, list[Path]], homes: list[Path], source: str) -> Form | None:
+    """``homes``: folders that may hold class names."""
     listed = {split: partial(_list_shards, tars, homes, source) for split, tars in groups.items() if tars}
     return Form("WebDataset shards", listed) if listed else None
 
@@ -253,94 +229,35 @@ def _list_shards(tars: list[Path], homes: list[Path], source: str) -> Listed:
     return Listed(keys, np.concatenate(labels), names_beside(*homes), images)
 
 
-def list_shard(tar: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The samples of a tar: keys (N), byte offsets int64 [N + 1], and labels int64 [N], -1 where there is none."""
-    if quick := _read_plain_headers(tar):
-        keys, offsets, labels = quick
-    else:
-        marks: list[tuple[int, int]] = []  # places of the labels
-        scan = scan_shard(tar, met=partial(_mark_label, marks))
-        if scan.cut:
-            log.warning("%s: %s; its whole samples are used", tar, scan.cut)
-        keys, offsets, labels = scan.keys, list(scan.offsets), [-1] * len(scan.keys)
-        with tar.open("rb") as file:
-            for at, size in marks:
-                row = bisect_right(offsets, at) - 1
-                if row < len(labels):  # else of a sample that the file's end cuts
-                    file.seek(at)
-                    labels[row] = label_of({"cls": file.read(size)})
-    return keys, np.array(offsets or [0], np.int64), np.array(labels, np.int64)
-
-
-def _mark_label(marks: list[tuple[int, int]], member: tarfile.TarInfo) -> None:
-    """Notes where the content of a label lies, and its bytes."""
-    if member.name.rpartition("/")[2].partition(".")[2].lower() == "cls":
-        marks.append((member.offset_data, member.size))
-
-
-def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | None:
-    """Keys, offsets and labels of a tar of plain files; None if it has anything else, which `scan_shard` knows.
-
-    Several times as fast as the standard library, which makes an object of every header.
-    """
-    keys, offsets, labels = list[str](), list[int](), list[int]()
-    size = tar.stat().st_size
-    at, start = 0, -1
-    if size < 512:
-        return None
-    with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-        while True:
-            header = memory[at : at + 512]
-            if not header.strip(b"\0") and len(header) == 512:
-                return keys, [*offsets, at], labels
-            digits = header[124:136].strip(b"\0 ")
-            # longer names, sparse files, links, folders: all of them rare in shards
-            if header[257:262] != b"ustar" or header[345:500].strip(b"\0") or not digits.isdigit():
-                return None
-            body, length = at + 512, int(digits, 8)
-            kind, name = header[156:157], header[:100].rstrip(b"\0")
-            if body + length > size:
-                return None
-            start, at = (at if start < 0 else start), body + (length + 511) // 512 * 512
-            if kind == b"x":  # webdataset's writer puts the time with its fractions here
-                if re.search(rb" (path|size|GNU[^=]*)=", memory[body : body + length]):
-                    return None
-                continue
-            base, dot, extension = name.rpartition(b"/")[2].partition(b".")
-            if kind not in (b"0", b"\0") or not base or not dot or name.startswith(b"__") or not name.isascii():
-                return None
-            key = name[: len(name) - len(extension) - 1].decode()
-            if not keys or key != keys[-1]:
-                keys.append(key)
-                offsets.append(start)
-                labels.append(-1)
-            if extension.lower() == b"cls":
-                labels[-1] = label_of({"cls": memory[body : body + length]})
-            start = -1
-
-
 # ---- lists ----
 
 
-def list_form(path: Path, source: str) -> Form | None:
-    """CSV or TSV files of paths and labels: a folder's ``train.csv``, ``test.csv``, ..., or one file and its siblings.
+def list_folder(root: Path, source: str) -> Form | None:
+    """CSV or TSV files of paths and labels: ``train.csv``, ``test.csv``, ...
 
-    Paths are relative to the list's folder. Labels are numbers from 0, or names: then classes.txt beside, or the
+    Paths are relative to the list's folder. Labels are numbers from 0, or names: then classes.txt next to the list, or the
     order of the alphabet in the training list, numbers them.
     """
-    if path.is_dir():
-        files = _by_split((p for p in path.iterdir() if p.suffix.lower() in LISTS and p.is_file()), source)
-    elif path.suffix.lower() in LISTS and path.is_file():
-        named = path.stem.lower() in SPLITS
-        siblings = [p for p in path.parent.iterdir() if p.suffix.lower() == path.suffix.lower()] if named else []
-        files = _by_split(siblings, source) if named else {"train": path}
-    else:
+    lists = (path for path in root.iterdir() if path.suffix.lower() in LISTS and path.is_file())
+    return _list_form(_by_split(lists, source), source)
+
+
+def list_file(path: Path, source: str) -> Form | None:
+    """One such file; named like a split, with its siblings."""
+    if path.suffix.lower() not in LISTS:
         return None
-    listed = {split: partial(_list_rows, files, split, source) for split in files}
+    if path.stem.lower() not in SPLITS:
+        return _list_form({"train": path}, source)
+    siblings = (other for other in path.parent.iterdir() if other.suffix.lower() == path.suffix.lower())
+    return _list_form(_by_split(siblings, source), source)
+
+
+def _list_form(files: dict[str, Path], source: str) -> Form | None:
+    listed = {split: partial(_list_file, files, split, source) for split in files}
     return Form("lists", listed) if listed else None
 
 
-def _list_rows(files: dict[str, Path], split: str, source: str) -> Listed:
+def _list_file(files: dict[str, Path], split: str, source: str) -> Listed:
     file = files[split]
     keys, words = _read_list(file, source)
     first = file.parent / keys[0]
@@ -356,30 +273,27 @@ def _list_rows(files: dict[str, Path], split: str, source: str) -> Listed:
 def _read_list(file: Path, source: str) -> tuple[list[str], list[str]]:
     """Paths and labels, as they are written."""
     try:
-        text = file.read_text("utf-8-sig")
+        rows = [[cell.strip() for cell in row] for _, row in read_delimited(file) if any(row)]
     except (OSError, UnicodeDecodeError) as error:
         raise wrong(source, f"{file.name} cannot be read as UTF-8 text: {error}") from None
-    first = text.partition("\n")[0]
-    mark = "\t" if file.suffix.lower() == ".tsv" or "\t" in first else ";" if ";" in first else ","
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=mark) if any(row)]
     if not rows:
         raise wrong(source, f"{file.name} is empty; path,label a line expected")
-    header = [cell.lower() for cell in rows[0]]
-    image = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
-    label = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
-    if image is None and label is None and len(header) >= 2 and "." in header[0]:
-        image, label = 0, 1  # no header
-    elif image is None or label is None:
-        lacks = "labels" if image is not None else "images"
-        raise wrong(source, f"no column of {lacks} among {', '.join(rows[0])} of {file.name}; path,label expected")
-    else:
+    header = rows[0]
+    image, label = (find_column(header, kind) for kind in ("image", "label"))
+    if image is not None and label is not None:
+        places = header.index(image), header.index(label)
         rows = rows[1:]
-    short = next((number for number, row in enumerate(rows, 1) if len(row) <= max(image, label)), None)
+    elif image is None and label is None and len(header) >= 2 and "." in header[0]:
+        places = 0, 1  # no header
+    else:
+        lacks = "labels" if image is not None else "images"
+        raise wrong(source, f"no column of {lacks} among {', '.join(header)} of {file.name}; path,label expected")
+    short = next((number for number, row in enumerate(rows, 1) if len(row) <= max(places)), None)
     if short is not None:
         raise wrong(source, f"row {short} of {file.name} has {len(rows[short - 1])} cells; path,label expected")
     if not rows:
         raise wrong(source, f"{file.name} has a header and no row")
-    return [row[image] for row in rows], [row[label] for row in rows]
+    return [row[places[0]] for row in rows], [row[places[1]] for row in rows]
 
 
 def number_labels(
@@ -404,3 +318,74 @@ def number_labels(
     if strange := next((word for word in words if word not in numbers), None):
         raise wrong(source, f"label {strange}: not among the {len(names)} classes ({', '.join(names[:3])}, ...)")
     return np.array([numbers[word] for word in words], np.int64), names
+
+
+# ---- the library `datasets`: from the hub, saved to disk, or a folder of Parquet ----
+
+
+def saved_form(root: Path, source: str) -> Form | None:
+    """A folder that ``save_to_disk`` wrote, or one of Parquet files (of which `datasets` makes a copy in its cache)."""
+    saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if not saved and not any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
+        return None
+    import datasets
+
+    try:
+        return _dataset_form((datasets.load_from_disk if saved else datasets.load_dataset)(str(root)), source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise wrong(source, f"`datasets` can't load it: {first_line(error)}") from None
+
+
+def hub_form(path: Path, source: str) -> Form:
+    """A data set of the hub, downloaded by `datasets` into its own cache.
+
+    Raises:
+        UsageError: no such data set, or the hub can't be reached.
+    """
+    with hub_library(source, "--data") as datasets:
+        tables = datasets.load_dataset(source)
+    return _dataset_form(tables, source)
+
+
+def _dataset_form(tables: Any, source: str) -> Form:
+    parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
+    found = {split: rows for name, rows in parts.items() if (split := SPLITS.get(str(name).lower()))}
+    if not found:
+        raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
+    labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
+    found = labelled or found
+    return Form("`datasets`", {split: partial(_list_dataset, found, split, source) for split in found})
+
+
+def _column(rows: Any, kind: str) -> str | None:
+    return find_column(rows.column_names, kind, types_of(rows))
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+
+
+def _is_unlabelled(rows: Any) -> bool:
+    label = _column(rows, "label")
+    return label is None or all(value in (-1, None) for value in _values(rows, label))
+
+
+def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
+    rows = parts[split]
+    image, label = _column(rows, "image"), _column(rows, "label")
+    if image is None or label is None:
+        lacks = "labels" if image is not None else "images"
+        raise wrong(source, f"no column of {lacks} among {', '.join(rows.column_names)}; image and label expected")
+    values = _values(rows, label)
+    classes = getattr(rows.features[label], "names", None)
+    if any(isinstance(value, str) for value in values):
+        words = ["" if value is None else str(value) for value in values]
+        train = words if "train" not in parts else [str(value or "") for value in _values(parts["train"], label)]
+        labels, classes = number_labels(words, train, None, source)
+    else:
+        labels = np.array([-1 if value is None else value for value in values], np.int64)
+    keys = [f"{split}-{row:08d}" for row in range(len(rows))]
+    images = TableImages(encoded_images(rows, image).select_columns([image]), image)
+    return Listed(keys, labels, tuple(classes) if classes else None, images)

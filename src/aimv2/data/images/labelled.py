@@ -1,7 +1,7 @@
 """Labelled images of any form, opened by split and checked; the fourteen data sets of the paper by name.
 
 A source is a class-folder tree, WebDataset shards, CSV lists, a hub data set or the own form of a known set. Opening
-it lists names, places and labels; an image is decoded when it is asked for, from as many threads as ask.
+it lists names, places and labels; an image is decoded when it is needed, in any number of threads.
 
 Legend: N images, C classes.
 """
@@ -9,7 +9,6 @@ Legend: N images, C classes.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,10 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.datasets.registry import Registered, known_form, registered
-from aimv2.data.images.forms import Form, Listed, class_folders, list_form, shard_form, wrong
-from aimv2.data.images.hub import hub_form, saved_form
+from aimv2.data.images import forms
+from aimv2.data.images.catalogue import kind_of
+from aimv2.data.images.forms import Form, Listed, wrong
+from aimv2.data.images.readers import ChosenImages, JoinedImages
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labe
         source: a folder, a tar or pattern of tars, a list, or a hub data set ``OWNER/NAME``.
         split: which.
         dataset: one of :data:`aimv2.data.datasets.registry.DATASETS`: then the numbers of images and classes must be those of
-            AIMV2, Table B1. None: any data set; where the form tells which of them it is, other numbers are warned of.
+            AIMV2, Table B1. None: any data set; where the form tells which of them it is, other numbers give a warning.
 
     Returns:
         None if the data set has no such split.
@@ -100,7 +101,7 @@ def require_labelled(source: str, split: Split, dataset: str | None = None) -> L
     """As :func:`open_labelled`, where the caller can't do without the split.
 
     Raises:
-        UsageError: as there, or it has no such split: the message says how to give one.
+        UsageError: as there, or it has no such split: the message explains how to give one.
     """
     data = open_labelled(source, split, dataset)
     if data is not None:
@@ -109,10 +110,19 @@ def require_labelled(source: str, split: Split, dataset: str | None = None) -> L
     has = ", ".join(form.splits)
     how = {
         "class folders": f"ROOT/train/CLASS/* and ROOT/{split}/CLASS/* give both",
-        "lists": f"{split}.csv beside train.csv gives one",
-        "WebDataset shards": f"{split}-*.tar beside train-*.tar give one",
+        "lists": f"{split}.csv next to train.csv gives one",
+        "WebDataset shards": f"{split}-*.tar next to train-*.tar give one",
     }.get(form.kind, f"a split named {split} expected")
     raise wrong(source, f"no {split} split ({form.kind}, {has} only); {how}")
+
+
+FOLDER_FORMS: tuple[Callable[[Path, str], Form | None], ...] = (  # in the order in which they are tried
+    *(forms.shard_folder, known_form, forms.split_folders),
+    *(forms.list_folder, forms.saved_form, forms.class_folders),
+)
+OTHER_FORMS: dict[str, Callable[[Path, str], Form | None]] = {
+    **{"tars": forms.shard_pattern, "file": forms.list_file, "hub": forms.hub_form},
+}
 
 
 def find_form(source: str) -> Form:
@@ -121,34 +131,15 @@ def find_form(source: str) -> Form:
     Raises:
         UsageError: nothing there, or nothing with labels.
     """
-    path = Path(source).expanduser()
+    kind, path = kind_of(source)
+    tried = FOLDER_FORMS if kind == "folder" else [OTHER_FORMS[kind]] if kind in OTHER_FORMS else []
     try:
-        if form := shard_form(source):
-            return form
-        if path.is_dir():
-            return _folder_form(path, source)
-        if form := list_form(path, source):
+        if form := next((form for find in tried if (form := find(path, source))), None):
             return form
     except OSError as error:
         raise wrong(source, f"cannot be read: {error.strerror or error}") from None
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not path.parent.exists():
-        return hub_form(source)
-    what = "not a data set" if path.exists() else "does not exist"
+    what = {"folder": "no labels there", "missing": "does not exist"}.get(kind, "not a data set")
     raise wrong(source, f"{what}; expected {EXPECTED}")
-
-
-def _folder_form(root: Path, source: str) -> Form:
-    finders: list[Callable[[], Form | None]] = [
-        lambda: known_form(root, source),
-        lambda: class_folders(root, source, split=True),
-        lambda: list_form(root, source),
-        lambda: saved_form(root, source),
-        lambda: class_folders(root, source, split=False),
-    ]
-    for find in finders:
-        if form := find():
-            return form
-    raise wrong(source, f"no labels there; expected {EXPECTED}")
 
 
 def _name(source: str) -> str:
@@ -167,11 +158,7 @@ def _roles(form: Form, about: Registered | None) -> dict[str, Callable[[], Liste
 
 
 def _with_classes(
-    listed: Listed,
-    splits: dict[str, Callable[[], Listed]],
-    split: str,
-    about: Registered | None,
-    source: str,
+    listed: Listed, splits: dict[str, Callable[[], Listed]], split: str, about: Registered | None, source: str
 ) -> Listed:
     """Where no file names the classes: their numbers, as many as the training split (or the registered set) has."""
     if not len(listed.labels):
@@ -182,9 +169,7 @@ def _with_classes(
         return replace(listed, classes=tuple(map(str, range(about.classes))))
     train = splits["train"]() if split != "train" and "train" in splits else listed
     count = int(train.labels.max(initial=-1)) + 1
-    if count > max(
-        len(train.labels), MOST_CLASSES
-    ):  # identifiers, not classes: their names alone would fill the memory
+    if count > max(len(train.labels), MOST_CLASSES):  # identifiers: names for all of them would fill the memory
         key = train.keys[int(train.labels.argmax())]
         raise wrong(source, f"label {count - 1} of {key}: {len(train.labels):,} images have no {count:,} classes")
     return replace(listed, classes=tuple(map(str, range(count))))
@@ -218,78 +203,43 @@ def _check(listed: Listed, split: str, source: str) -> None:
 
 
 def _compare(
-    about: Registered,
-    listed: Listed,
-    splits: dict[str, Callable[[], Listed]],
-    split: str,
-    source: str,
-    strict: bool,
+    about: Registered, listed: Listed, splits: dict[str, Callable[[], Listed]], split: str, source: str, strict: bool
 ) -> None:
     """The numbers against AIMV2, Table B1; a validation split may be part of the training images that it counts.
 
     Raises:
-        UsageError: they differ, and the user said which data set it is.
+        UsageError: they differ, and the user named the data set.
     """
-    assert listed.classes is not None
-    found, images = len(listed.labels), {"train": about.train, "test": about.test}.get(split)
-    wrongs = []
-    if len(listed.classes) != about.classes:
-        wrongs.append(f"{about.classes:,} classes expected, {len(listed.classes):,} found")
-    if images is not None and found != images:
+    found, wanted = len(listed.labels), {"train": about.train, "test": about.test}.get(split)
+    differ = []
+    if listed.classes is not None and len(listed.classes) != about.classes:
+        differ.append(f"{about.classes:,} classes expected, {len(listed.classes):,} found")
+    if wanted is not None and found != wanted:
         more = len(splits["val"]().labels) if split == "train" and "val" in splits else 0
-        if found + more != images:
+        if found + more != wanted:
             with_val = f" ({found + more:,} with val)" if more else ""
-            wrongs.append(f"{images:,} {split} images expected, {found:,} found{with_val}")
-    if wrongs and strict:
+            differ.append(f"{wanted:,} {split} images expected, {found:,} found{with_val}")
+    words = "; ".join(differ)
+    if differ and strict:
         raise UsageError(
-            f"--dataset {about.name}: {'; '.join(wrongs)} in {source}; without --dataset it is read as it is"
+            f"--dataset {about.name}: {words} in {source}; without --dataset it is read as it is", code="mismatch"
         )
-    if wrongs:
-        log.warning("%s: %s in AIMV2's %s", source, "; ".join(wrongs), about.column)
+    if differ:
+        log.warning("%s: %s in AIMV2's %s", source, words, about.column)
 
 
 def subset(data: Labelled, rows: np.ndarray) -> Labelled:
     """The given rows (int [M]) in their order; classes stay."""
     rows = np.asarray(rows, np.int64)
-    return replace(
-        data,
-        keys=[data.keys[row] for row in rows],
-        labels=data.labels[rows],
-        image=_Chosen(data.image, rows),
-    )
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Images by their places in ``rows``."""
-
-    image: Callable[[int], Image.Image]
-    rows: np.ndarray
-
-    def __call__(self, row: int) -> Image.Image:
-        return self.image(int(self.rows[row]))
+    keys = [data.keys[row] for row in rows]
+    return replace(data, keys=keys, labels=data.labels[rows], image=ChosenImages(data.image, rows))
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:
     """The images of both splits of a data set, under the name of the first."""
-    return replace(
-        first,
-        keys=[*first.keys, *second.keys],
-        labels=np.concatenate([first.labels, second.labels]),
-        image=_Joined(first, second),
-    )
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Images of one split, then those of another."""
-
-    first: Labelled
-    second: Labelled
-
-    def __call__(self, row: int) -> Image.Image:
-        count = len(self.first.labels)
-        return self.first.image(row) if row < count else self.second.image(row - count)
+    labels = np.concatenate([first.labels, second.labels])
+    images = JoinedImages((first.image, len(first.labels)), (second.image, len(second.labels)))
+    return replace(first, keys=[*first.keys, *second.keys], labels=labels, image=images)
 
 
 def limit(data: Labelled, count: int, seed: int = 0) -> Labelled:

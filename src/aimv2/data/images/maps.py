@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from aimv2.data.images.catalogue import walk
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
-from aimv2.data.images.pictures import walk
 from aimv2.data.prefetch import ahead
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.errors import UsageError
@@ -29,14 +29,14 @@ MASKS = ("masks", "annotations", "labels")
 DEPTHS = ("depth", "depths")
 TRAIN = ("train", "training")
 VAL = ("val", "validation", "test")
-VAL_LIST = "val.txt"  # beside the images folder
+VAL_LIST = "val.txt"  # next to the images folder
 FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
 _ORIENTATION_TAG = 0x0112
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Pair:
+class MappedImage:
     """An image and its map; ``key`` is the image's path in its folder."""
 
     key: str
@@ -45,7 +45,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Kind:
+class MapKind:
     """What the maps hold.
 
     Attributes:
@@ -62,13 +62,13 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Scan:
+class MapScan:
     """What a pass over the maps found.
 
     Attributes:
         largest: value, and the file that holds it.
         empty: maps without any value that counts.
-        maps: [N, S, S], memory-mapped; None where none was asked for.
+        maps: [N, S, S], memory-mapped; None where none was wanted.
     """
 
     largest: tuple[float, Path]
@@ -76,19 +76,19 @@ class Scan:
     maps: np.ndarray | None
 
 
-def masks(ignore: int = 255, reduce_zero: bool = False) -> Kind:
+def masks(ignore: int = 255, reduce_zero: bool = False) -> MapKind:
     """Class ids, int16 [H, W], -1 where ignored: value ``ignore``, and 0 with ``reduce_zero``, which shifts ids by one."""
-    return Kind("mask", MASKS, partial(read_ids, ignore=ignore, reduce_zero=reduce_zero), -1)
+    return MapKind("mask", MASKS, partial(read_ids, ignore=ignore, reduce_zero=reduce_zero), -1)
 
 
-def depths(scale: float = 1000.0) -> Kind:
+def depths(scale: float = 1000.0) -> MapKind:
     """Metres, float32 [H, W], 0 where there is no value; ``scale`` is units of the file per metre."""
-    return Kind("depth", DEPTHS, partial(read_depth, scale=scale), 0)
+    return MapKind("depth", DEPTHS, partial(read_depth, scale=scale), 0)
 
 
 def open_pairs(
-    source: str, kind: Kind, val_list: str | None = None, val_fraction: float = 0.0
-) -> tuple[list[Pair], list[Pair], str]:
+    source: str, kind: MapKind, val_list: str | None = None, val_fraction: float = 0.0
+) -> tuple[list[MappedImage], list[MappedImage], str]:
     """Training pairs, test pairs, and the name of the test split.
 
     Args:
@@ -104,63 +104,49 @@ def open_pairs(
     """
     root = Path(source).expanduser()
     if not root.is_dir():
-        raise UsageError(f"--data {source}: no such folder")
+        raise UsageError(f"--data {source}: no such folder", code="not-found")
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction}: 0 to 1 expected")
     train, val = _split(root, TRAIN, kind), _split(root, VAL, kind)
+    forms = FORMS.format(kind.folders[0])
     if train is None and val is not None:
-        raise UsageError(f"--data {source}: a test split but no training split ({' or '.join(TRAIN)}); {_forms(kind)}")
+        raise UsageError(f"--data {source}: a test split but no training split ({' or '.join(TRAIN)}); {forms}")
     if val is not None and (val_list or val_fraction):
         option = "--val-list" if val_list else "--val-fraction"
         raise UsageError(f"{option}: {source} has a test split of its own, {val[2]}; leave the option out")
+    train = train or _split(root, (".",), kind)
     if train is None:
-        images = _find(root, IMAGES)
-        if images is None:
-            raise UsageError(f"--data {source}: no images folder there; {_forms(kind)} expected")
-        train = images, _needed(root, kind), "all"
+        raise UsageError(f"--data {source}: no images folder there; {forms} expected", code="not-found")
     pairs = _match(train[0], train[1], kind)
     if val is not None:
         return pairs, _match(val[0], val[1], kind), val[2]
     return _cut(pairs, root, val_list, val_fraction)
 
 
-def _forms(kind: Kind) -> str:
-    return FORMS.format(kind.folders[0])
+def _find(folder: Path | None, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None) if folder else None
 
 
-def _find(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
-
-
-def _needed(folder: Path, kind: Kind) -> Path:
-    found = _find(folder, kind.folders)
-    if found is None:
-        raise UsageError(f"--data: no {kind.word} folder ({', '.join(kind.folders)}) in {folder}, beside its images")
-    return found
-
-
-def _split(root: Path, names: Sequence[str], kind: Kind) -> tuple[Path, Path, str] | None:
+def _split(root: Path, names: Sequence[str], kind: MapKind) -> tuple[Path, Path, str] | None:
     """Folders of images and maps of a split and its name; None: the data don't have it.
 
     Raises:
         UsageError: images whose maps have no folder.
     """
     part = _find(root, names)
-    images = _find(part, IMAGES) if part else None
-    if part and images:
-        return images, _needed(part, kind), part.name
-    outer = _find(root, IMAGES)
-    inner = _find(outer, names) if outer else None
-    if inner is None:
+    if part and (images := _find(part, IMAGES)):  # ROOT/SPLIT/images
+        maps, wanted = _find(part, kind.folders), f"({', '.join(kind.folders)}) in {part}, next to its images"
+    elif images := _find(_find(root, IMAGES), names):  # ROOT/images/SPLIT
+        maps = _find(_find(root, kind.folders), names)
+        wanted = f"({', '.join(kind.folders)}) in {root} with {' or '.join(names)}, though {images} is there"
+    else:
         return None
-    maps = _needed(root, kind)
-    found = _find(maps, names)
-    if found is None:
-        raise UsageError(f"--data: no {kind.word} folder {' or '.join(names)} in {maps}, though {inner} is there")
-    return inner, found, inner.name
+    if maps is None:
+        raise UsageError(f"--data: no {kind.word} folder {wanted}", code="not-found")
+    return images, maps, part.name if images.parent == part else images.name
 
 
-def _match(images: Path, maps: Path, kind: Kind) -> list[Pair]:
+def _match(images: Path, maps: Path, kind: MapKind) -> list[MappedImage]:
     """Every image with the map of its name.
 
     Raises:
@@ -176,7 +162,7 @@ def _match(images: Path, maps: Path, kind: Kind) -> list[Pair]:
         elif found.suffix.lower() != ".png":
             raise UsageError(f"--data: {found} is not a PNG; a {kind.word} is a PNG file")
         else:
-            pairs.append(Pair(name, images / name, found))
+            pairs.append(MappedImage(name, images / name, found))
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UsageError(
@@ -188,8 +174,8 @@ def _match(images: Path, maps: Path, kind: Kind) -> list[Pair]:
 
 
 def _cut(
-    pairs: list[Pair], root: Path, val_list: str | None, val_fraction: float
-) -> tuple[list[Pair], list[Pair], str]:
+    pairs: list[MappedImage], root: Path, val_list: str | None, val_fraction: float
+) -> tuple[list[MappedImage], list[MappedImage], str]:
     """Pairs without a test split, cut in two by a list or at random."""
     listed = Path(val_list).expanduser() if val_list else root / VAL_LIST
     if val_list and val_fraction:
@@ -208,7 +194,7 @@ def _cut(
     return kept, [pair for pair in pairs if pair.key in test], name
 
 
-def _listed(pairs: list[Pair], file: Path) -> set[str]:
+def _listed(pairs: list[MappedImage], file: Path) -> set[str]:
     """Keys that a list names."""
     try:
         words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -263,7 +249,9 @@ def _read_png(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
         raise UsageError(f"--data: {path} is not a PNG that can be read ({words})") from None
 
 
-def scan_maps(pairs: Sequence[Pair], kind: Kind, size: int | None = None, file: Path | None = None) -> Scan:
+def scan_maps(
+    pairs: Sequence[MappedImage], kind: MapKind, size: int | None = None, file: Path | None = None
+) -> MapScan:
     """Reads every map once: all are proven good before an encoder runs.
 
     Args:
@@ -286,7 +274,7 @@ def scan_maps(pairs: Sequence[Pair], kind: Kind, size: int | None = None, file: 
             if kept is None:
                 kept = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=(len(pairs), size, size))
             kept[row] = nearest_map(values, size)
-    return Scan((largest, where), empty, kept)
+    return MapScan((largest, where), empty, kept)
 
 
 def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
@@ -295,7 +283,7 @@ def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
     return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _read_checked(kind: Kind, pair: Pair) -> np.ndarray:
+def _read_checked(kind: MapKind, pair: MappedImage) -> np.ndarray:
     values = kind.read(pair.map)
     try:
         with Image.open(pair.image, formats=FORMATS) as image:
@@ -317,8 +305,8 @@ def nearest_map(values: np.ndarray, size: int) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
-def whole_images(source: str, split: str, pairs: Sequence[Pair], size: int) -> Labelled:
-    """The images, each all of it squeezed to S x S, in the form that features are computed from; labels say nothing."""
+def whole_images(source: str, split: str, pairs: Sequence[MappedImage], size: int) -> Labelled:
+    """The images, each all of it squeezed to S x S, in the form that features are computed from; labels mean nothing."""
 
     def image(row: int) -> Image.Image:
         picture = decode_image(pairs[row].image)

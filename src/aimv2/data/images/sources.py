@@ -1,322 +1,280 @@
-"""What people bring: captions files, sidecars, COCO, class folders. Each becomes a list of samples to import.
+"""What people bring to `data import`: tars, tables, captions files, sidecars, class folders; each becomes a list of entries.
 
-A source is planned without opening an image: items in a stable order, each with the place where its reader
-finds the bytes later, in another process. Tables and tars, whose plan is only positions, are in `tables`.
+A source is listed without opening an image, in a stable order. :data:`FILE_FORMS` and :data:`FOLDER_FORMS` are the forms.
 """
 
-import csv
-import json
-import os
+from __future__ import annotations
+
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
-from aimv2.data.shards.format import IMAGE_EXTENSIONS, captions_of, clean_captions, json_of, safe_key
+from aimv2.data.images.catalogue import Columns, is_image, kind_of, stem, walk_files
+from aimv2.data.images.entries import (
+    NOT_UTF8,
+    UNREAD,
+    Captions,
+    FileReader,
+    PlannedSource,
+    Reject,
+    SourceEntry,
+    tar_entries,
+)
+from aimv2.data.images.tables import open_hub, open_tables, tables_in
+from aimv2.data.images.text_tables import caption_rows
+from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.errors import UsageError
 
-IMAGE_COLUMNS = (
-    *("image", "file", "filename", "file_name", "path", "filepath", "image_path", "image_name"),
-    *("image_file", "img", "jpg", "image_id"),
-)
-CAPTION_COLUMNS = (
-    *("caption", "captions", "text", "alt", "alt_text", "title", "description", "comment", "sentence"),
-    *("sentences",),
-)
 EXPECTED = (
     "a folder (images with a captions file, .txt/.json sidecars or class folders; Parquet, Arrow or tars), "
     "one such file, or a hub data set id"
 )
-NOT_UTF8 = "is not UTF-8"
-
-Captions = dict[str, list[str]]
-
-
-class Item(NamedTuple):
-    """One sample to import.
-
-    Attributes:
-        image: Its name as the source gives it, for messages.
-        where: What the source's reader needs to find it.
-    """
-
-    key: str
-    image: str
-    where: tuple[Any, ...]
-    captions: Captions
-    label: str | None = None
-    about: dict[str, Any] = {}  # noqa: RUF012  never written to
-
-
-class Reject(NamedTuple):
-    """One sample that cannot be imported, and why, in words."""
-
-    key: str
-    image: str
-    reason: str
-
-
-class Loaded(NamedTuple):
-    """What a reader found for an item: the encoded image and the rest of the sample."""
-
-    data: bytes
-    captions: Captions
-    label: str | None
-    about: dict[str, Any]
-
-
-class Reader(Protocol):
-    """Finds the items' bytes; picklable and light, since it goes to other processes."""
-
-    def load(self, items: Sequence[Item]) -> Iterator[Loaded | Reject]:
-        """One result for each item, in order."""
-
-
-@dataclass
-class Source:
-    """A planned source.
-
-    Attributes:
-        total: Number of items, if known before they are listed.
-        classes: Class names in label order, if it is a class-folder tree.
-        unique_keys: The items' keys cannot repeat, so nobody needs to remember them.
-    """
-
-    kind: str
-    items: Iterable[Item | Reject]
-    reader: Reader
-    total: int | None = None
-    classes: list[str] = field(default_factory=list)
-    unique_keys: bool = False
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns the user named; None finds them by their usual names."""
+class SourceOptions:
+    """How a source is read.
 
-    image: str | None = None
-    captions: tuple[str, ...] | None = None
+    Attributes:
+        captions: the captions file, relative to the folder or to the working folder; None finds it.
+        columns: of tables and captions files.
+        template: caption of a class-folder tree, ``{}`` standing for the class.
+        split: of a hub data set, or of a folder of tables.
+        skip: a folder inside the source that is not part of it (the output).
+        class_folders: the user states that the folders are classes, whatever else lies there.
+    """
 
-    def find(self, names: Iterable[str], source: str) -> tuple[str, dict[str, str]]:
-        """(image column, {caption column: field}) among ``names``.
-
-        A single caption column is field ``caption``; several are fields of their own names.
-
-        Raises:
-            UsageError: a column is missing.
-        """
-        known = {name.strip().lower(): name for name in names}
-        listed = ", ".join(known.values())
-        image = self.image or next((name for name in IMAGE_COLUMNS if name in known), "")
-        if image.lower() not in known:
-            wanted = f"{image!r}" if image else "of the usual names (image, file_name, path, ...)"
-            raise UsageError(f"{source}: no image column {wanted} among {listed}; give --image-column")
-        captions = self.captions or tuple(name for name in CAPTION_COLUMNS if name in known and name != image.lower())
-        for name in captions:
-            if name.lower() not in known:
-                raise UsageError(f"{source}: no column {name!r} among {listed}; change --caption-column")
-        if not captions:
-            raise UsageError(f"{source}: captions missing: no caption column among {listed}; give --caption-column")
-        fields = {known[name.lower()]: name if len(captions) > 1 else "caption" for name in captions}
-        return known[image.lower()], fields
+    captions: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    template: str = "{}"
+    split: str | None = None
+    skip: Path | None = None
+    class_folders: bool = False
 
 
-class FileReader:
-    """Reads image files; ``where`` is the path, then paths of a .txt and a .json sidecar ("" for none)."""
+class ImageFolder:
+    """A folder, and the files below it: listed once, when they are needed."""
 
-    def load(self, items: Sequence[Item]) -> Iterator[Loaded | Reject]:
-        for item in items:
-            path, *sidecars = item.where
-            try:
-                data = Path(path).read_bytes()
-                captions, about = self._sidecars(*sidecars) if sidecars else (item.captions, item.about)
-            except ValueError as error:
-                yield Reject(item.key, item.image, str(error))
+    def __init__(self, root: Path, options: SourceOptions) -> None:
+        self.root, self.options = root, options
+
+    @cached_property
+    def files(self) -> list[str]:
+        """All files as relative POSIX paths, sorted; folders that can't be read are left out."""
+        return sorted(name for name, error in walk_files(self.root, skip=self.options.skip) if error is None)
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The images among the files."""
+        return [name for name in self.files if is_image(name)]
+
+    @cached_property
+    def captions_files(self) -> tuple[list[str], dict[str, str]]:
+        """Files that read like captions of images, and why others that were tried do not."""
+        sidecars = {*map(stem, self.images), *self.images}  # a.txt and a.jpg.txt
+        found, refused = [], dict[str, str]()
+        for name in self.files:
+            kind, here, path = name.rpartition(".")[2].lower(), "/" not in name, self.root / name
+            if stem(name) in sidecars:
                 continue
-            except OSError as error:
-                yield Reject(item.key, item.image, f"cannot be read: {error.strerror or error}")
-                continue
-            yield Loaded(data, captions, item.label, about)
-
-    def _sidecars(self, text: str, record: str) -> tuple[Captions, dict[str, Any]]:
-        """Raises ValueError for a file that is no text in UTF-8, or no JSON."""
-        raw = Path(record).read_bytes() if record else b"{}"
-        parts = {"json": raw}
-        captions = captions_of(parts)
-        if not captions and record:
-            try:
-                captions = clean_captions(json.loads(raw))  # a bare list of captions
-            except ValueError as error:
-                what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
-                raise ValueError(f"{Path(record).name} {what}") from None
-        if not captions and text:
-            try:
-                captions = clean_captions(Path(text).read_text("utf-8-sig").splitlines())
-            except UnicodeDecodeError:
-                raise ValueError(f"{Path(text).name} {NOT_UTF8}") from None
-        return captions, json_of(parts)
+            if kind in ("csv", "tsv", "txt", "jsonl", "ndjson") and here:
+                try:
+                    row = next(iter(caption_rows(path, self.options.columns)), None)
+                except UsageError as error:
+                    refused[name] = str(error).removeprefix(f"{path}").lstrip(": ").removeprefix("captions missing: ")
+                    continue
+                if row is not None and not isinstance(row, Reject):
+                    found.append(name)
+            elif kind == "json" and (here or (name.startswith("annotations/") and "caption" in name.lower())):
+                with open(path, "rb") as file:
+                    head = file.read(65536)
+                if re.search(rb'"(annotations|images|captions?|file_name)"\s*:', head):
+                    found.append(name)
+        return found, refused
 
 
-# ---- folders ----
+# ---- forms of folders: each plans a folder, or returns None where the folder does not have the form ----
 
 
-def open_folder(
-    root: Path,
-    captions: str | None,
-    columns: Columns,
-    template: str,
-    skip: Path | None = None,
-    class_folders: bool = False,
-) -> Source:
-    """Plan a folder of image files.
+def _stated_classes(folder: ImageFolder) -> PlannedSource | None:
+    return _class_source(folder) if folder.options.class_folders else None
 
-    Args:
-        captions: The captions file, relative to the folder or to the working folder; None finds it.
-        template: Caption of a class-folder tree, ``{}`` standing for the class.
-        skip: A folder inside ``root`` that is not part of it (the output).
-        class_folders: The user says that the folders are classes, whatever else lies there.
+
+def _stated_captions(folder: ImageFolder) -> PlannedSource | None:
+    captions = folder.options.captions
+    if captions is None:
+        return None
+    file = next((path for path in (folder.root / captions, Path(captions).expanduser()) if path.is_file()), None)
+    if file is None:
+        raise UsageError(f"--captions {captions}: no such file, neither in {folder.root} nor here", code="not-found")
+    return _captions_source(file, folder)
+
+
+def _tar_folder(folder: ImageFolder) -> PlannedSource | None:
+    """A folder of tars, all of one split.
+
+    Raises:
+        UsageError: tars of several splits, which would end up mixed.
+    """
+    if not any(folder.root.glob("*.tar")):
+        return None
+    groups = {split: tars for split, tars in split_shards(folder.root, option="SRC").items() if tars}
+    if len(groups) > 1:
+        raise UsageError(
+            f"SRC: {folder.root} holds the splits {', '.join(groups)}; import one at a time, such as"
+            f" '{folder.root}/{next(iter(groups))}-*.tar'"
+        )
+    return _tar_source(next(iter(groups.values())))
+
+
+def _table_folder(folder: ImageFolder) -> PlannedSource | None:
+    tables = tables_in(folder.root, folder.options.split)
+    return open_tables(tables, folder.root, folder.options.columns) if tables else None
+
+
+def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
+    """Images and one captions file.
+
+    Raises:
+        UsageError: several captions files to choose from.
+    """
+    candidates, refused = folder.captions_files
+    several = f"{folder.root} has several captions files: "
+    if len(candidates) > 1:
+        raise UsageError(f"{several}{', '.join(candidates)}; choose one with --captions FILE", code="conflict")
+    if not candidates:
+        return None
+    for name, why in refused.items():
+        if why.startswith(NOT_UTF8) and names_images(folder.root / name, folder.images):
+            raise UsageError(
+                f"{several}{candidates[0]}, and {name}, which {why}; choose one with --captions FILE",
+                code="conflict",
+            )
+    return _captions_source(folder.root / candidates[0], folder)
+
+
+def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
+    """Captions in a text or JSON file next to each image."""
+    known, planned, reader = set(folder.files), list[SourceEntry | Reject](), FileReader()
+    for name in folder.images:
+        found = [f"{stem(name)}.{kind}" for kind in ("txt", "json")]
+        paths = [str(folder.root / side) if side in known else "" for side in found]
+        if any(paths):
+            where = (str(folder.root / name), *paths)
+            planned.append(SourceEntry(safe_key(name), name, where, UNREAD, None, UNREAD, reader))
+        else:
+            planned.append(Reject(safe_key(name), name, "no caption"))
+    total = sum(isinstance(item, SourceEntry) for item in planned)
+    return PlannedSource("sidecar captions", planned, total) if total else None
+
+
+def _class_folder(folder: ImageFolder) -> PlannedSource:
+    """Class folders, where nothing else may hold captions.
+
+    Raises:
+        UsageError: files that may hold captions and are not understood, or no captions at all.
+    """
+    root, images = folder.root, folder.images
+    if not images:
+        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")
+    folders = sorted({name.partition("/")[0] for name in images if "/" in name})
+    in_folders = all("/" in name for name in images)
+    others = may_hold_captions(root, folder.files, images)
+    if in_folders and not others and (are_classes(folders) or are_splits(folders)):
+        return _class_source(folder)
+    why = why_no_captions(others, folder.captions_files[1], folders if in_folders else [])
+    raise UsageError(f"{root}: captions missing: {why}", code="missing")
+
+
+FolderForm = Callable[[ImageFolder], PlannedSource | None]
+FOLDER_FORMS: tuple[FolderForm, ...] = (
+    _stated_classes,
+    _stated_captions,
+    _tar_folder,
+    _table_folder,
+    _captions_folder,
+    _sidecar_folder,
+    _class_folder,
+)
+IMAGE_FORMS = tuple(form for form in FOLDER_FORMS if form not in (_tar_folder, _table_folder))
+
+
+def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...] = FOLDER_FORMS) -> PlannedSource:
+    """Plan a folder by the first of the forms that it has.
 
     Raises:
         UsageError: no image, no captions, several captions files to choose from, or files that may hold captions and are
             not understood.
     """
-    files = _list_files(root, skip)
-    images = [name for name in files if _is_image(name)]
-    if captions is not None:
-        file = next((path for path in (root / captions, Path(captions).expanduser()) if path.is_file()), None)
-        if file is None:
-            raise UsageError(f"--captions {captions}: no such file, neither in {root} nor here")
-        return open_captions(file, root, images, columns)
-    if class_folders:
-        return _class_source(root, images, template)
-    candidates, refused = _captions_candidates(root, files, images, columns)
-    if len(candidates) > 1:
-        raise UsageError(f"{root} has several captions files: {', '.join(candidates)}; choose one with --captions FILE")
-    if candidates:
-        for name, why in refused.items():
-            if why.startswith(NOT_UTF8) and names_images(root / name, images):
-                raise UsageError(
-                    f"{root} has several captions files: {candidates[0]}, and {name}, which {why}; choose one with "
-                    "--captions FILE"
-                )
-        return open_captions(root / candidates[0], root, images, columns)
-    if not images:
-        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}")
-    known = set(files)
-    if any(f"{_stem(name)}.{kind}" in known for name in images for kind in ("txt", "json")):
-        return _sidecar_source(root, images, known)
-    folders = sorted({name.partition("/")[0] for name in images if "/" in name})
-    in_folders = all("/" in name for name in images)
-    others = may_hold_captions(root, files, images)
-    if in_folders and not others and (are_classes(folders) or are_splits(folders)):
-        return _class_source(root, images, template)
-    raise UsageError(f"{root}: captions missing: {why_no_captions(others, refused, folders if in_folders else [])}")
+    folder = ImageFolder(root, options)
+    return next(planned for form in forms if (planned := form(folder)))
 
 
-def open_captions(file: Path, root: Path, images: list[str], columns: Columns) -> Source:
-    """Plan the images that a captions file names, looked up under ``root`` (its listing: ``images``)."""
-    finder = _ImageFinder(root, file.parent, images)
-    captions = dict[str, Captions]()
-    about = dict[str, dict[str, Any]]()
-    planned: list[Item | Reject] = []
-    for row in _rows(file, columns):
+def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
+    """The images that a captions file names, looked up in the folder."""
+    images, reader = folder.images, FileReader()
+    finder = _ImageFinder(folder.root, file.parent, images)
+    named = dict[str, tuple[Captions, dict[str, Any]]]()
+    planned: list[SourceEntry | Reject] = []
+    for row in caption_rows(file, folder.options.columns):
         if isinstance(row, Reject):
             planned.append(row)
             continue
-        name, found, more = row
-        merged = captions.setdefault(name, {})
-        for column, more_texts in found.items():
-            merged.setdefault(column, []).extend(more_texts)
-        about.setdefault(name, more)
+        name, found, about = row
+        captions = named.setdefault(name, ({}, about))[0]
+        for column, texts in found.items():
+            captions.setdefault(column, []).extend(texts)
     used = set[str]()
-    for name, texts in captions.items():
+    for name, (captions, about) in named.items():
         path, reason = finder.find(name)
         used.add(path)
-        if not reason and not texts:
-            reason = "no caption"
-        if reason:
-            planned.append(Reject(safe_key(name), name, reason))
+        if reason or not captions:
+            planned.append(Reject(safe_key(name), name, reason or "no caption"))
         else:
-            planned.append(Item(safe_key(name), name, (path,), texts, None, about[name]))
-    if not images and not any(isinstance(item, Item) for item in planned):
-        raise UsageError(f"SRC: no image in {root}, and none where {file.name} points; expected its images there")
-    planned += [Reject(safe_key(name), name, "no caption") for name in images if str(root / name) not in used]
-    total = sum(isinstance(item, Item) for item in planned)
-    return Source(f"captions file {file.name}", planned, FileReader(), total)
-
-
-def _sidecar_source(root: Path, images: list[str], known: set[str]) -> Source:
-    planned: list[Item | Reject] = []
-    for name in images:
-        found = [f"{_stem(name)}.{kind}" for kind in ("txt", "json")]
-        paths = [str(root / side) if side in known else "" for side in found]
-        if any(paths):
-            planned.append(Item(safe_key(name), name, (str(root / name), *paths), {}))
-        else:
-            planned.append(Reject(safe_key(name), name, "no caption"))
-    return Source("sidecar captions", planned, FileReader(), sum(isinstance(i, Item) for i in planned))
-
-
-def _class_source(root: Path, images: list[str], template: str) -> Source:
-    if loose := [name for name in images if "/" not in name]:
+            planned.append(SourceEntry(safe_key(name), name, (path,), captions, None, about, reader))
+    total = sum(isinstance(item, SourceEntry) for item in planned)
+    if not images and not total:
         raise UsageError(
-            f"--class-folders: {root / loose[0]} lies in no class folder; move it, or leave the option out"
+            f"SRC: no image in {folder.root}, and none where {file.name} points; expected its images there"
         )
+    planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
+    return PlannedSource(f"captions file {file.name}", planned, total)
+
+
+def _class_source(folder: ImageFolder) -> PlannedSource:
+    root, images, reader = folder.root, folder.images, FileReader()
+    if loose := [name for name in images if "/" not in name]:
+        raise UsageError(f"--class-folders: {root / loose[0]} is in no class folder; move it, or leave the option out")
     classes = sorted({name.split("/", 1)[0] for name in images})
     if not images:
-        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}")
+        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")
     if are_splits(classes):
         raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
-    planned: list[Item | Reject] = []
+    planned: list[SourceEntry | Reject] = []
     for name in images:
         kind = name.split("/", 1)[0]
-        caption = template.replace("{}", kind.replace("_", " "))
-        item = Item(safe_key(name), name, (str(root / name),), {"caption": [caption]}, labels[kind], {"class": kind})
-        planned.append(item)
-    return Source("class folders", planned, FileReader(), len(planned), classes)
-
-
-def _list_files(root: Path, skip: Path | None) -> list[str]:
-    """All files under a folder as relative POSIX paths, sorted; links followed, nothing hidden."""
-    found: list[str] = []
-    visited = set[str]()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        here = Path(folder)
-        if (real := os.path.realpath(folder)) in visited:  # a link to a folder above would never end
-            inner.clear()
-            continue
-        visited.add(real)
-        inner[:] = [
-            name
-            for name in inner
-            if not name.startswith((".", "__MACOSX")) and (skip is None or (here / name).resolve() != skip)
-        ]
-        found += [(here / name).relative_to(root).as_posix() for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+        captions = {"caption": [folder.options.template.replace("{}", kind.replace("_", " "))]}
+        where = (str(root / name),)
+        planned.append(SourceEntry(safe_key(name), name, where, captions, labels[kind], {"class": kind}, reader))
+    return PlannedSource("class folders", planned, len(planned), classes)
 
 
 class _ImageFinder:
     """Finds the file that a captions file means by a name."""
 
-    def __init__(self, root: Path, beside: Path, images: list[str]) -> None:
-        self.root, self.beside, self.images = root, beside, set(images)
+    def __init__(self, root: Path, home: Path, images: list[str]) -> None:
+        self.root, self.home, self.images = root, home, set(images)
         self.by_name, self.by_stem = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
         for image in images:
             name = image.rpartition("/")[2]
             self.by_name[name].append(image)
-            self.by_stem[_stem(name)].append(image)
+            self.by_stem[stem(name)].append(image)
 
     def find(self, name: str) -> tuple[str, str]:
         """(path, "") or ("", reason)."""
@@ -324,8 +282,8 @@ class _ImageFinder:
         for inner in (name, f"images/{name}"):
             if inner in self.images:
                 return str(self.root / inner), ""
-        for folder in (self.root, self.beside):
-            if ("/" in name or _is_image(name)) and (folder / name).is_file():
+        for folder in (self.root, self.home):
+            if ("/" in name or is_image(name)) and (folder / name).is_file():
                 return str(folder / name), ""
         last = name.rpartition("/")[2]
         found = self.by_name.get(last) or self.by_stem.get(last) or []
@@ -334,155 +292,55 @@ class _ImageFinder:
         return (str(self.root / found[0]), "") if found else ("", "no such image")
 
 
-# ---- captions files ----
+# ---- forms of files ----
 
 
-def _captions_candidates(
-    root: Path, files: list[str], images: list[str], columns: Columns
-) -> tuple[list[str], dict[str, str]]:
-    """Files of a folder that read like captions of images, and why others that were tried do not."""
-    sidecars = {*map(_stem, images), *images}  # a.txt and a.jpg.txt
-    found, refused = [], dict[str, str]()
-    for name in files:
-        kind = name.rpartition(".")[2].lower()
-        here = "/" not in name
-        if _stem(name) in sidecars:
-            continue
-        if kind in ("csv", "tsv", "txt", "jsonl", "ndjson") and here:
-            try:
-                row = next(iter(_rows(root / name, columns)), None)
-            except UsageError as error:
-                refused[name] = (
-                    str(error).removeprefix(f"{root / name}").lstrip(": ").removeprefix("captions missing: ")
-                )
-                continue
-            if row is not None and not isinstance(row, Reject):
-                found.append(name)
-        elif kind == "json" and (here or (name.startswith("annotations/") and "caption" in name.lower())):
-            with open(root / name, "rb") as file:
-                head = file.read(65536)
-            if re.search(rb'"(annotations|images|captions?|file_name)"\s*:', head):
-                found.append(name)
-    return found, refused
+def _tar_source(tars: list[Path]) -> PlannedSource:
+    """The samples of WebDataset tars, to shard them again."""
+
+    def items() -> Iterator[SourceEntry | Reject]:
+        for tar in tars:
+            scan, entries = tar_entries(tar)
+            for entry in entries:
+                yield entry._replace(image=f"{tar.name}/{entry.image}")
+            if scan.cut:
+                yield Reject("", tar.name, scan.cut)
+
+    return PlannedSource("WebDataset tars", items())
 
 
-Row = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known
+def _table_file(file: Path, options: SourceOptions) -> PlannedSource:
+    return open_tables([file], file.parent, options.columns)
 
 
-def _rows(file: Path, columns: Columns) -> Iterator[Row | Reject]:
-    """Rows of any captions file.
+def _captions_file(file: Path, options: SourceOptions) -> PlannedSource:
+    return _captions_source(file, ImageFolder(file.parent, options))
+
+
+FILE_FORMS: dict[str, Callable[[Path, SourceOptions], PlannedSource]] = {
+    **dict.fromkeys((".parquet", ".arrow"), _table_file),
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json"), _captions_file),
+}
+
+
+def open_source(source: str, options: SourceOptions) -> PlannedSource:
+    """Find out what a source is and plan it.
 
     Raises:
-        UsageError: it is not one, or its columns are not found.
+        UsageError: it is nothing that can be imported.
     """
-    kind = file.suffix.lower()
-    try:
-        if kind in (".jsonl", ".ndjson"):
-            yield from _json_lines(file, columns)
-        elif kind == ".json":
-            yield from _json_file(file, columns)
-        else:
-            yield from _delimited(file, columns)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} {NOT_UTF8} ({error.reason} at byte {error.start}); convert it first") from error
-
-
-def _delimited(file: Path, columns: Columns) -> Iterator[Row | Reject]:
-    """CSV and its kin. A caption in the last column may hold the delimiter unquoted."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        first = lines.readline()
-        mark = _delimiter(first, file)
-        lines.seek(0)
-        rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|")
-        try:
-            header = [cell.strip() for cell in next(rows, [])]
-        except csv.Error as error:
-            raise UsageError(f"{file} line 1: {error}; expected a CSV row") from error
-        if len(header) > 1 and _is_image(header[0].partition("#")[0]) and columns == Columns():
-            lines.seek(0)  # no header: image, caption
-            header = ["image", "caption"]
-        image, fields = columns.find(header, str(file))
-        try:
-            for row in rows:
-                if not row:
-                    continue
-                if len(row) > len(header):
-                    row[len(header) - 1 :] = [mark.join(row[len(header) - 1 :])]
-                cells = dict(zip(header, row))
-                name = re.sub(r"#\d+$", "", cells.get(image, "").strip())  # Flickr's NAME.jpg#0
-                if not name:
-                    yield Reject("", f"{file.name} line {rows.line_num}", "no image name")
-                    continue
-                yield name, _by_field(cells, fields), {}
-        except csv.Error as error:
-            raise UsageError(f"{file} line {rows.line_num}: {error}; expected a CSV row") from error
-
-
-def _delimiter(first: str, file: Path) -> str:
-    if "\t" in first or file.suffix.lower() == ".tsv":
-        return "\t"
-    return next((mark for mark in (",", "|", ";") if mark in first), ",")
-
-
-def _by_field(row: dict[str, Any], fields: dict[str, str]) -> Captions:
-    """Captions of a row by field; a cell may be one caption, a list, or {field: captions}."""
-    found: Captions = {}
-    for column, name in fields.items():
-        value = row.get(column)
-        found |= clean_captions(value if isinstance(value, dict) else {name: value})
-    return found
-
-
-def _json_lines(file: Path, columns: Columns) -> Iterator[Row | Reject]:
-    def objects(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError:
-                    yield number, None
-
-    with open(file, encoding="utf-8-sig") as lines:
-        yield from _json_rows(objects(lines), columns, f"{file.name} line")
-
-
-def _json_rows(rows: Iterable[tuple[int, Any]], columns: Columns, place: str) -> Iterator[Row | Reject]:
-    """Rows that are objects; the first one decides about the columns, later ones may lack some."""
-    found: tuple[str, dict[str, str]] | None = None
-    for number, row in rows:
-        if not isinstance(row, dict):
-            yield Reject("", f"{place} {number}", "not a JSON object")
-            continue
-        if found is None:
-            found = columns.find(row, f"{place} {number}")
-        image, fields = found
-        name = str("" if row.get(image) is None else row[image]).strip()
-        if not name:
-            yield Reject("", f"{place} {number}", "no image name")
-            continue
-        about = {key: value for key, value in row.items() if key != image and key not in fields}
-        yield name, _by_field(row, fields), about
-
-
-def _json_file(file: Path, columns: Columns) -> Iterator[Row | Reject]:
-    """COCO captions, or a list of rows."""
-    try:
-        record = json.loads(file.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
-    if isinstance(record, list):
-        yield from _json_rows(enumerate(record, 1), columns, f"{file.name} entry")
-        return
-    if not isinstance(record, dict) or not {"images", "annotations"} <= record.keys():
-        raise UsageError(
-            f"{file}: expected COCO captions (images, annotations) or a list of rows; choose another with --captions FILE"
-        )
-    texts = defaultdict[Any, list[str]](list)
-    for annotation in record["annotations"]:
-        if "caption" in annotation:
-            texts[annotation.get("image_id")].append(annotation["caption"])
-    if record["annotations"] and not texts:
-        raise UsageError(f"{file}: captions missing: its annotations have no `caption`; choose with --captions FILE")
-    for image in record["images"]:
-        name = str(image.get("file_name") or image.get("id"))
-        yield name, clean_captions(texts[image.get("id")]), {"image_id": image.get("id")}
+    kind, path = kind_of(source)
+    if options.class_folders and (options.captions is not None or kind != "folder"):
+        other = f"--captions {options.captions}" if options.captions is not None else f"{source}, which is no folder"
+        raise UsageError(f"--class-folders: got {other} too; a folder of class folders, and no captions file, expected")
+    if kind == "folder":
+        return open_folder(path, options)
+    if kind == "tars":
+        return _tar_source(find_shards(source, "train", option="SRC"))
+    if kind == "hub":
+        return open_hub(source, options.split, options.columns)
+    if kind == "missing":
+        raise UsageError(f"SRC: {source} does not exist; expected {EXPECTED}", code="not-found")
+    if form := FILE_FORMS.get(path.suffix.lower()):
+        return form(path, options)
+    raise UsageError(f"SRC: {source} is a {path.suffix.lower() or 'nameless'} file; expected {EXPECTED}")

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import iadd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,20 +27,23 @@ QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 @dataclass
 class ShardReport:
-    """What one tar holds; a sample is named ``KEY`` and where it matters ``TAR/KEY``."""
+    """What tars hold; a sample is named ``TAR/KEY``."""
 
     samples: int = 0
+    labels: int = 0
+    image_bytes: int = 0
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
-    image_bytes: int = 0
-    captions: list[list[str]] = field(default_factory=list)
-    per_image: list[int] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)  # of each sample
     digests: list[tuple[bytes, str]] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     tiny: list[str] = field(default_factory=list)
     uncaptioned: list[str] = field(default_factory=list)
-    labels: int = 0
-    cut: str = ""
+    cut: list[str] = field(default_factory=list)
+
+    def add(self, other: "ShardReport") -> None:
+        for each in fields(self):  # in place: lists may be long
+            setattr(self, each.name, iadd(getattr(self, each.name), getattr(other, each.name)))
 
 
 def check_data(
@@ -67,65 +71,59 @@ def check_data(
     Raises:
         UsageError: no shards, or no sample in them.
     """
-    groups = _groups(source, split)
+    groups = {name: tars for name, tars in _groups(source, split).items() if tars}
     tars = [(name, tar) for name, group in groups.items() for tar in group]
-    count = min(os.cpu_count() or 1, 8) if workers is None else max(1, workers)
-    reports: list[tuple[str, Path, ShardReport]] = []
-    lengths: list[int] = []
-    with ThreadPoolExecutor(count) as pool:  # decoding and hashing leave Python's lock
+    splits = {name: {"samples": 0, "shards": len(group)} for name, group in groups.items()}
+    threads = min(os.cpu_count() or 1, 8) if workers is None else max(1, workers)
+    count_tokens = tokenizer or (lambda text: len(text.split()))
+    total, lengths, per_image = ShardReport(), list[int](), list[int]()
+    with ThreadPoolExecutor(threads) as pool:  # decoding and hashing release Python's lock
         done: Any = pool.map(lambda named: check_shard(named[1], min_side), tars)
         if progress:
             done = track(done, "Checking shards", total=len(tars), console=Console(stderr=True))
-        for (name, tar), report in zip(tars, done):
-            # Tokenizers are not all safe in threads, so captions are counted here.
-            count_tokens = tokenizer or (lambda text: len(text.split()))
+        for (name, _), report in zip(tars, done):
+            # not all tokenizers are safe in threads, so captions are counted here
             lengths += [count_tokens(text) for texts in report.captions for text in texts]
-            report.per_image = [len(texts) for texts in report.captions]
+            per_image += map(len, report.captions)
             report.captions = []  # a large data set's captions would not fit
-            reports.append((name, tar, report))
-    if not any(report.samples for _, _, report in reports):
+            splits[name]["samples"] += report.samples
+            total.add(report)
+    if not total.samples:
         raise UsageError(f"empty data set: no sample in {source}")
-    splits = {
-        name: {
-            "samples": sum(report.samples for found, _, report in reports if found == name),
-            "shards": len(group),
-        }
-        for name, group in groups.items()
-        if group
-    }
     return {
         "source": str(source),
-        "samples": sum(each["samples"] for each in splits.values()),
+        "samples": total.samples,
         "shards": len(tars),
         "bytes": sum(tar.stat().st_size for _, tar in tars),
         "splits": splits,
-        **_summary([report for _, _, report in reports], lengths, "tokens" if tokenizer else "words"),
+        **_summary(total, lengths, per_image, "tokens" if tokenizer else "words"),
         "min_side": min_side,
-        "cut": _listed([f"{tar.name}: {report.cut}" for _, tar, report in reports if report.cut]),
+        "cut": _listed(total.cut),
     }
 
 
 def check_shard(tar: Path, min_side: int) -> ShardReport:
     """Read one tar; every image is decoded, at 1/8 scale where its format can."""
-    report = ShardReport(cut=scan_shard(tar, keep_keys=False).cut)
+    report = ShardReport()
+    if cut := scan_shard(tar, keep_keys=False).cut:
+        report.cut.append(f"{tar.name}: {cut}")
     for key, parts in read_samples(tar):
         name = f"{tar.name}/{key}"
         report.samples += 1
         report.labels += "cls" in parts
-        texts = [text for each in captions_of(parts).values() for text in each]
-        report.captions.append(texts)
-        if not texts:
+        report.captions.append([text for each in captions_of(parts).values() for text in each])
+        if not report.captions[-1]:
             report.uncaptioned.append(name)
         image = image_of(parts)
         if image is None:
-            report.unreadable.append((name, "no image"))
+            report.unreadable.append(f"{name}: no image")
             continue
         report.digests.append((hashlib.sha1(image[1]).digest(), name))
         report.image_bytes += len(image[1])
         try:
             width, height = image_size(image[1])
         except ImageError as error:
-            report.unreadable.append((name, str(error)))
+            report.unreadable.append(f"{name}: {error}")
             continue
         report.widths.append(width)
         report.heights.append(height)
@@ -148,14 +146,11 @@ def _groups(source: str | Path, split: str) -> dict[str, list[Path]]:
     return {split: groups[split]}
 
 
-def _summary(reports: list[ShardReport], lengths: list[int], unit: str) -> dict[str, Any]:
-    widths = np.array([width for report in reports for width in report.widths])
-    heights = np.array([height for report in reports for height in report.heights])
-    per_image = [number for report in reports for number in report.per_image]
+def _summary(report: ShardReport, lengths: list[int], per_image: list[int], unit: str) -> dict[str, Any]:
+    widths, heights = np.array(report.widths), np.array(report.heights)
     same = defaultdict[bytes, list[str]](list)
-    for report in reports:
-        for digest, name in report.digests:
-            same[digest].append(name)
+    for digest, name in report.digests:
+        same[digest].append(name)
     duplicates = [names for names in same.values() if len(names) > 1]
     over = sum(length > MAX_TOKENS for length in lengths)
     return {
@@ -163,7 +158,7 @@ def _summary(reports: list[ShardReport], lengths: list[int], unit: str) -> dict[
             "width": _quantiles(widths),
             "height": _quantiles(heights),
             "aspect": _quantiles(widths / heights if len(widths) else widths),
-            "bytes": sum(report.image_bytes for report in reports),
+            "bytes": report.image_bytes,
         },
         "captions": {
             "total": len(lengths),
@@ -171,20 +166,16 @@ def _summary(reports: list[ShardReport], lengths: list[int], unit: str) -> dict[
             "length": _quantiles(np.array(lengths)),
             "unit": unit,
             f"over_{MAX_TOKENS}": over / len(lengths) if lengths else 0.0,
-            "missing": _listed(_chain(report.uncaptioned for report in reports)),
+            "missing": _listed(report.uncaptioned),
         },
-        "labels": sum(report.labels for report in reports),
+        "labels": report.labels,
         "duplicates": {
             "number": sum(len(names) - 1 for names in duplicates),
             "examples": [names[:EXAMPLES] for names in duplicates[:EXAMPLES]],
         },
-        "unreadable": _listed([f"{n}: {why}" for report in reports for n, why in report.unreadable]),
-        "tiny": _listed(_chain(report.tiny for report in reports)),
+        "unreadable": _listed(report.unreadable),
+        "tiny": _listed(report.tiny),
     }
-
-
-def _chain(lists: Iterator[list[str]]) -> list[str]:
-    return [name for each in lists for name in each]
 
 
 def _listed(names: list[str]) -> dict[str, Any]:
@@ -223,15 +214,13 @@ def render_check(result: dict[str, Any]) -> RenderableType:
         table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
 
     lines: list[RenderableType] = [head, Text(facts), Text(), table]
-    share = captions[f"over_{MAX_TOKENS}"]
-    lines.append(Text(f"captions over {MAX_TOKENS} {captions['unit']}: {share:.1%}"))
-    lines.append(Text())
-    lines += _findings(result)
+    over = captions[f"over_{MAX_TOKENS}"]
+    lines += [Text(f"captions over {MAX_TOKENS} {captions['unit']}: {over:.1%}"), Text(), *_findings(result)]
     return Group(*lines)
 
 
 def _findings(result: dict[str, Any]) -> list[RenderableType]:
-    """One line for each kind of trouble, with its first examples."""
+    """One line for each kind of fault, with its first examples."""
     kinds = {
         "unreadable images": result["unreadable"],
         f"tiny images (below {result['min_side']} pixels)": result["tiny"],

@@ -1,9 +1,8 @@
-"""WebDataset shards: find them, read them, write them; `shard_index` makes what energon needs beside them.
+"""WebDataset shards: find them, read them, write them; `index` makes what energon needs to open them.
 
 A shard is a tar of samples, a sample is consecutive members with one base name.
 """
 
-import contextlib
 import glob
 import io
 import json
@@ -50,7 +49,7 @@ def find_shards(source: str | Path, split: Split, *, option: str = "data.train")
     every tar is training data. A glob, a brace pattern or one tar is exactly those tars, whatever the split.
 
     Args:
-        option: What the error should tell the user to change.
+        option: the option that an error names.
 
     Raises:
         UsageError: nothing there, or no tar among what is there.
@@ -129,7 +128,7 @@ def _how_to_import(source: str | Path) -> str:
 
 @dataclass
 class ShardScan:
-    """What the headers of a tar say.
+    """What the headers of a tar hold.
 
     Attributes:
         keys: Base name of each whole sample.
@@ -149,7 +148,7 @@ class ShardScan:
 
 
 def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInfo], None] | None = None) -> ShardScan:
-    """Read a tar's headers, skipping over the bodies; ``met`` is shown each. A sample that the file's end cuts is left out."""
+    """Read a tar's headers, skipping over the bodies; ``met`` is called with each. A sample that the file's end cuts is left out."""
     scan, last_name, end = ShardScan(), None, 0
     for member, name, _ in _members(path, scan):
         if met is not None:
@@ -248,7 +247,7 @@ def clean_captions(value: Any) -> dict[str, list[str]]:
 
 
 def _members(path: Path, scan: ShardScan) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Whole members of samples with base name and extension; ``scan.cut`` tells what stopped it early."""
+    """Whole members of samples with base name and extension; ``scan.cut`` is what stopped it early."""
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as archive:
@@ -298,81 +297,29 @@ def safe_key(name: str) -> str:
     return key
 
 
-class _TarFile:
-    """One tar, written aside and renamed when it is whole; the same samples give the same bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        self._tar = tarfile.open(self._aside, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-
-    def add(self, key: str, parts: Parts) -> None:
-        for extension, content in parts.items():
-            member = tarfile.TarInfo(f"{key}.{extension}")  # uid, gid and time 0, mode 0644
-            member.size = len(content)
-            self._tar.addfile(member, io.BytesIO(content))
-        self.count += 1
-
-    def finish(self) -> None:
-        self._tar.close()
-        os.replace(self._aside, self.path)
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):
-            self._tar.close()
-        self._aside.unlink(missing_ok=True)
-
-
 def write_shard(path: Path, samples: Iterable[tuple[str, Parts]]) -> int:
-    """Write a tar of (key, {extension: content}) samples, whole or not at all; returns how many."""
-    tar = _TarFile(path)
-    try:
-        for key, parts in samples:
-            tar.add(key, parts)
-        tar.finish()
-    except BaseException:
-        tar.discard()
-        raise
-    return tar.count
+    """Write a tar of (key, {extension: content}) samples, whole or not at all; returns how many.
 
-
-class ShardWriter:
-    """Writes samples to ``out/SPLIT-NNNNNN.tar``, ``shard_size`` samples each; a context manager.
-
-    Left by an exception, it keeps the shards that were whole and discards the one begun.
+    The same samples give the same bytes.
     """
-
-    def __init__(self, out: Path, split: str = "train", shard_size: int = 1000) -> None:
-        self.out, self.split, self.shard_size = out, split, shard_size
-        self.count = self.shards = 0
-        self._tar: _TarFile | None = None
-        out.mkdir(parents=True, exist_ok=True)
-
-    def add(self, key: str, parts: Parts) -> None:
-        if self._tar is None:
-            self._tar = _TarFile(self.out / f"{self.split}-{self.shards:06d}.tar")
-        self._tar.add(key, parts)
-        self.count += 1
-        if self._tar.count == self.shard_size:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._tar is not None:
-            self._tar.finish()
-            self._tar, self.shards = None, self.shards + 1
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        elif self._tar is not None:
-            self._tar.discard()
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    count = 0
+    try:
+        with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as tar:
+            for key, parts in samples:
+                count += 1
+                for extension, content in parts.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")  # uid, gid and time 0, mode 0644
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return count
 
 
 def write_manifest(out: Path, counts: dict[str, int], **about: Any) -> None:
-    """Mark a folder as finished shards of ours: ``aimv2.json`` with samples per split and their story."""
+    """Mark a folder as finished shards of ours: ``aimv2.json`` with samples per split and where they are from."""
     aside = out / f".{MANIFEST}.tmp-{os.getpid()}"
     text = json.dumps({"format": MANIFEST_FORMAT, "counts": counts, **about}, indent=2, ensure_ascii=False)
     aside.write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """`aimv2 data import`: whatever people have, to shards, in several processes, resumable to the same bytes.
 
-The plan is fixed by the source alone: item i of a split goes to shard i // shard_size, whether or not it
+The plan is fixed by the source: item i of a split goes to shard i // shard_size, whether or not it
 turns out readable. So each shard is a job of its own: any process may write it, in any order, and a shard
 that is there is done. OUT/.import holds the options and a note for each shard (its count, its rejects) until
 all are done.
@@ -15,10 +15,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,19 +25,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
-from aimv2.data.images.sources import (
-    EXPECTED,
-    Columns,
-    Item,
-    Loaded,
-    Reader,
-    Reject,
-    Source,
-)
-from aimv2.data.images.tables import open_source
+from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
+from aimv2.data.images.sources import EXPECTED, SourceOptions, open_source
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
 from aimv2.errors import UsageError
+from aimv2.io import write_aside
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +47,19 @@ class ImageOptions(NamedTuple):
     quality: int
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """One shard to write."""
 
     name: str
-    items: list[Item]
+    items: list[SourceEntry]
 
     def digest(self) -> str:
         """Changes when the source would put something else into this shard."""
-        text = json.dumps([list(item) for item in self.items], sort_keys=True, default=str)
+        text = json.dumps([list(item[:6]) for item in self.items], sort_keys=True, default=str)  # all but the reader
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Note(NamedTuple):
+class ShardNote(NamedTuple):
     """What became of a shard."""
 
     digest: str
@@ -93,7 +86,7 @@ def import_data(
     quality: int = 95,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it goes on.
+    """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
 
     Args:
         source: A folder, a captions file, Parquet, Arrow, tars (a folder, glob or brace pattern of them) or a
@@ -104,13 +97,13 @@ def import_data(
         template: Caption of class folders, ``{}`` standing for the class.
         class_folders: The sub-folders are classes, whatever other files lie there.
         split: Which split, where a hub data set or a folder of Parquet files has several.
-        val_fraction: Share of keys, chosen by their hash, that goes to ``val``.
+        val_fraction: Fraction of keys, chosen by their hash, that goes to ``val``.
         val_list: File with one key or image name a line that go to ``val``.
         max_side: Shrink images whose longest side has more pixels than this.
         shard_size: Planned samples a shard.
         workers: Processes; 0 and 1 work in this one, None means one a core, at most 8.
         max_pixels: Refuse larger images.
-        quality: Of the JPEGs that are encoded anew.
+        quality: of the JPEGs that are encoded here.
 
     Returns:
         out, train, val, rejected, shards (numbers of each), seconds.
@@ -119,23 +112,27 @@ def import_data(
         UsageError: nothing to import, or no place for it.
     """
     started = time.monotonic()
-    _check_options(source, template, val_fraction, val_list, max_side, shard_size, quality)
     out = Path(out).expanduser()
     named = [caption_column] if isinstance(caption_column, str) else caption_column
-    columns = Columns(image_column, tuple(named) if named else None)
     image_options = ImageOptions(max_side, max_pixels, quality)
     options = {
         "source": _stable_name(source),
         **{"captions": captions, "image_column": image_column, "caption_column": named, "template": template},
         **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
-        "val_list": hashlib.sha256(_read(val_list)).hexdigest() if val_list else None,
+        "val_list": None,
         **image_options._asdict(),
-        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version goes on
+        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version resumes
     }
+    _check_options(source, val_list, options)
+    val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
+    if val_list:
+        options["val_list"] = hashlib.sha256(val_text).hexdigest()
     _check_out(source, out)
-    opened = open_source(source, captions, columns, template, split, out.resolve(), class_folders)
+    columns = Columns(image_column, tuple(named) if named else None)
+    opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders))
     _prepare(out, options)
-    chooser = ValChooser(val_fraction, _val_names(val_list))
+    lines = val_text.decode("utf-8", "replace").splitlines()
+    chooser = ValChooser(val_fraction, {line.strip() for line in lines if line.strip()})
     if val_list is not None and not chooser.names:
         raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
     plan = Plan(opened, chooser, shard_size)
@@ -163,7 +160,7 @@ class ValChooser:
     names: set[str]
     matched: set[str] = field(default_factory=set)
 
-    def __call__(self, item: Item) -> bool:
+    def __call__(self, item: SourceEntry) -> bool:
         if self.names:
             file = item.image.rpartition("/")[2]
             found = self.names & {item.key, item.image, file, file.rpartition(".")[0]}
@@ -175,43 +172,43 @@ class ValChooser:
 
 @dataclass
 class Plan:
-    """Iterates the jobs of a source, in an order that depends on the source and the options alone.
+    """Iterates the jobs of a source, in an order that depends only on the source and the options.
 
     Attributes:
         rejects: What needed no reading to be refused; complete after the iteration.
     """
 
-    source: Source
+    source: PlannedSource
     is_val: ValChooser
     shard_size: int
     rejects: list[Reject] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Job]:
-        waiting: dict[str, list[Item]] = {"train": [], "val": []}
+    def __iter__(self) -> Iterator[ShardJob]:
+        waiting: dict[str, list[SourceEntry]] = {"train": [], "val": []}
         numbers = {"train": 0, "val": 0}
-        seen = set[str]()
+        used = set[str]()
         for item in self.source.items:
             if isinstance(item, Reject):
                 self.rejects.append(item)
                 continue
             if not self.source.unique_keys:
-                item = item._replace(key=_unused(item.key, seen))
+                item = item._replace(key=_unused(item.key, used))
             split = "val" if self.is_val(item) else "train"
             waiting[split].append(item)
             if len(waiting[split]) == self.shard_size:
-                yield Job(f"{split}-{numbers[split]:06d}", waiting[split])
+                yield ShardJob(f"{split}-{numbers[split]:06d}", waiting[split])
                 waiting[split] = []
                 numbers[split] += 1
         for split, items in waiting.items():
             if items:
-                yield Job(f"{split}-{numbers[split]:06d}", items)
+                yield ShardJob(f"{split}-{numbers[split]:06d}", items)
 
 
-def _unused(key: str, seen: set[str]) -> str:
+def _unused(key: str, used: set[str]) -> str:
     number, found = 2, key
-    while found in seen:
+    while found in used:
         found, number = f"{key}-{number}", number + 1
-    seen.add(found)
+    used.add(found)
     return found
 
 
@@ -222,7 +219,7 @@ _stop: Any = None  # an event shared with the parent, in a worker process
 
 
 def _start_worker(stop: Any) -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent answers it, and tells by ``stop``."""
+    """Ctrl-C reaches every process of the terminal; only the parent handles it, and sets ``stop``."""
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -237,12 +234,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Note:
+def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
     """Write one shard and its note; both whole or not at all."""
     rejects: list[Reject] = []
 
     def samples() -> Iterator[tuple[str, Parts]]:
-        for item, loaded in zip(job.items, reader.load(job.items)):
+        for item, loaded in zip(job.items, job.items[0].reader.load(job.items)):
             if _stop is not None and _stop.is_set():
                 raise KeyboardInterrupt
             sample = loaded if isinstance(loaded, Reject) else _sample(item, loaded, options)
@@ -255,12 +252,12 @@ def write_job(job: Job, reader: Reader, out: Path, options: ImageOptions) -> Not
     written = write_shard(path, samples())
     if not written:
         path.unlink()
-    note = Note(job.digest(), written, rejects)
-    _write_json(out / WORK / f"{job.name}.json", note._asdict())
+    note = ShardNote(job.digest(), written, rejects)
+    write_aside(out / WORK / f"{job.name}.json", json.dumps(note._asdict()))
     return note
 
 
-def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
+def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
     if not loaded.captions and loaded.label is None:
         return Reject(item.key, item.image, "no caption")
     try:
@@ -282,54 +279,56 @@ def _sample(item: Item, loaded: Loaded, options: ImageOptions) -> Parts | Reject
 # ---- run ----
 
 
-def _run(plan: Plan, source: Source, out: Path, options: ImageOptions, workers: int, progress: bool) -> dict[str, Note]:
+def _run(
+    plan: Plan, source: PlannedSource, out: Path, options: ImageOptions, workers: int, progress: bool
+) -> dict[str, ShardNote]:
     """Do all jobs that are not done yet; a note for each shard, by name."""
-    notes: dict[str, Note] = {}
+    notes: dict[str, ShardNote] = {}
     bar = Progress(
         TextColumn("{task.description}"),
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
         console=Console(stderr=True),
         disable=not progress,
     )
-    if workers > 1 and source.total is not None and source.total <= plan.shard_size:
+    if source.total is not None and source.total <= plan.shard_size:
         workers = 1  # one shard: starting processes would take longer
-    with ExitStack() as stack:
-        stack.enter_context(bar)
+    with bar:
         task = bar.add_task(f"Importing {source.kind}", total=source.total)
 
-        def done(job: Job, note: Note) -> None:
+        def done(job: ShardJob, note: ShardNote) -> None:
             notes[job.name] = note
             bar.advance(task, len(job.items))
 
-        todo = _not_done(plan, out, done)
-        if workers <= 1:
-            for job in todo:
-                done(job, write_job(job, source.reader, out, options))
+        def todo() -> Iterator[ShardJob]:
+            for job in plan:
+                if note := _read_note(out, job):
+                    done(job, note)
+                else:
+                    yield job
+
+        if workers > 1:
+            _run_in_processes(todo(), out, options, workers, done)
         else:
-            _run_in_processes(todo, source.reader, out, options, workers, done)
+            for job in todo():
+                done(job, write_job(job, out, options))
     return notes
 
 
-def _not_done(plan: Plan, out: Path, done: Any) -> Iterator[Job]:
-    for job in plan:
-        note = _read_note(out, job)
-        if note is None:
-            yield job
-        else:
-            done(job, note)
-
-
 def _run_in_processes(
-    todo: Iterator[Job], reader: Reader, out: Path, options: ImageOptions, workers: int, done: Any
+    todo: Iterator[ShardJob],
+    out: Path,
+    options: ImageOptions,
+    workers: int,
+    done: Callable[[ShardJob, ShardNote], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
     stop = context.Event()
-    running: dict[Future[Note], Job] = {}
+    running: dict[Future[ShardNote], ShardJob] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
         try:
             while True:
                 while len(running) < 2 * workers and (job := next(todo, None)) is not None:
-                    running[pool.submit(write_job, job, reader, out, options)] = job
+                    running[pool.submit(write_job, job, out, options)] = job
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -337,7 +336,8 @@ def _run_in_processes(
         except BrokenProcessPool as error:
             raise UsageError(
                 "a worker process was killed (out of memory, or an image that crashes its decoder); the same"
-                " command goes on where it stopped: try fewer --workers"
+                " command resumes where it stopped: try fewer --workers",
+                option="--workers",
             ) from error
         finally:
             stop.set()
@@ -369,7 +369,7 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         plan = {"format": PLAN_FORMAT, "options": options}
         file = out / WORK / "plan.json"
         if not file.exists():
-            _write_json(file, plan)
+            write_aside(file, json.dumps(plan))
         before = json.loads(file.read_text())
         for aside in out.glob(".*.tmp-*"):
             aside.unlink()
@@ -380,11 +380,11 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         changed = ", ".join(f"{k} {old.get(k)!r} -> {v!r}" for k, v in options.items() if old.get(k) != v)
         raise UsageError(
             f"OUT: {out} holds an interrupted import with other options ({changed or 'another version'});"
-            " give the same ones to go on, or choose another OUT"
+            " give the same ones to resume, or choose another OUT"
         )
 
 
-def _read_note(out: Path, job: Job) -> Note | None:
+def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
     """The note of a shard that is done, None if it is not.
 
     Raises:
@@ -394,7 +394,7 @@ def _read_note(out: Path, job: Job) -> Note | None:
         record = json.loads((out / WORK / f"{job.name}.json").read_text())
     except FileNotFoundError:
         return None
-    note = Note(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
+    note = ShardNote(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
     if note.digest != job.digest():
         raise UsageError(
             f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
@@ -404,7 +404,7 @@ def _read_note(out: Path, job: Job) -> Note | None:
 
 
 def _finish(
-    out: Path, notes: dict[str, Note], rejects: list[Reject], source: Source, options: dict[str, Any]
+    out: Path, notes: dict[str, ShardNote], rejects: list[Reject], source: PlannedSource, options: dict[str, Any]
 ) -> dict[str, int]:
     """Merge the notes, mark the folder as finished and remove the work folder."""
     counts = {"train": 0, "val": 0}
@@ -430,49 +430,25 @@ def _finish(
 # ---- options ----
 
 
-def _check_options(
-    source: str,
-    template: str,
-    val_fraction: float,
-    val_list: str | None,
-    max_side: int | None,
-    shard_size: int,
-    quality: int,
-) -> None:
+def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -> None:
     if not source:
-        raise UsageError(f"SRC is empty; expected {EXPECTED}")
-    if "{}" not in template:
-        raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: expected 0 or more and below 1")
-    if val_fraction and val_list:
-        raise UsageError("--val-fraction and --val-list exclude each other; give one")
-    if val_list is not None and not Path(val_list).expanduser().is_file():
-        raise UsageError(f"--val-list {val_list}: no such file; expected one key or image name a line")
-    if max_side is not None and max_side < 16:
-        raise UsageError(f"--max-side {max_side}: expected 16 pixels or more")
-    if shard_size < 1:
-        raise UsageError(f"--shard-size {shard_size}: expected 1 sample or more")
-    if not 1 <= quality <= 100:
-        raise UsageError(f"--quality {quality}: expected 1 to 100")
-
-
-def _val_names(val_list: str | None) -> set[str]:
-    lines = _read(val_list).decode("utf-8", "replace").splitlines() if val_list else []
-    return {line.strip() for line in lines if line.strip()}
-
-
-def _read(file: str) -> bytes:
-    return Path(file).expanduser().read_bytes()
+        raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
+    val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
+    allowed = {
+        f"--template {template!r}: expected {{}} where the class goes": "{}" in template,
+        f"--val-fraction {val_fraction}: expected 0 or more and below 1": 0 <= val_fraction < 1,
+        "--val-fraction and --val-list exclude each other; give one": not (val_fraction and val_list),
+        f"--val-list {val_list}: no such file; expected one key or image name a line": val_list is None
+        or Path(val_list).expanduser().is_file(),
+        f"--max-side {max_side}: expected 16 pixels or more": max_side is None or max_side >= 16,
+        f"--shard-size {options['shard_size']}: expected 1 sample or more": options["shard_size"] >= 1,
+        f"--quality {options['quality']}: expected 1 to 100": 1 <= options["quality"] <= 100,
+    }
+    if wrong := next((message for message, holds in allowed.items() if not holds), None):
+        raise UsageError(wrong)
 
 
 def _stable_name(source: str) -> str:
     """The source so that the same one has the same name from another working folder."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
-
-
-def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(aside, path)

@@ -1,12 +1,11 @@
-"""Captions in, token ids out: cleaning, tokenizers, and caption files.
+"""Captions in, token ids out: cleaning and tokenizers.
 
 Cleaning follows the released code (AIMV2's tokenisation): broken Unicode repaired, HTML entities undone
 twice, white space collapsed, lower case. A token row is the caption's ids and then the end-of-text id, at
 most ``max_tokens`` in all. The beginning of text is an embedding that the decoder learns, so it has no id,
-and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths tell them apart.
+and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths distinguish them.
 """
 
-import csv
 import hashlib
 import html
 import json
@@ -22,7 +21,6 @@ from aimv2.interop.hub import unreachable
 MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
 END_NAMES = ("</s>", "<|endoftext|>", "[EOS]")  # tried where no config names the end of text
-CAPTION_KEYS = ("caption", "captions", "text")
 SMALLEST_VOCABULARY = 256 + 2  # every byte and the two specials
 
 
@@ -191,7 +189,7 @@ def _with_end(backend: Any, named: list[Any], pad: Any, source: str, option: str
 
 
 def _from_hub(name: str, option: str) -> Tokenizer:
-    """Cached files first; one short request tells whether the hub can be reached at all."""
+    """Cached files first; one short request finds out whether the hub can be reached."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise _refuse(name, option)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -223,7 +221,7 @@ def train_tokenizer(
     Args:
         captions: raw captions; they are cleaned here.
         vocab_size: at most this many ids, at least 258 (every byte, pad, end of text), 259 with ``start``.
-        min_frequency: pairs seen less often are not merged.
+        min_frequency: rarer pairs are not merged.
         start: a third special token (id 2) for models that begin their texts with one; not written by ``encode``.
     """
     from tokenizers import Tokenizer as Backend
@@ -263,84 +261,3 @@ def train_tokenizer(
     # Training used threads; without a word the library warns in every worker that is forked from here on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return Tokenizer(backend, END, PAD)
-
-
-def read_captions(path: str | Path) -> Iterator[str]:
-    """Captions of a text file (one a line), a CSV, TSV or JSONL file, or of WebDataset shards.
-
-    A table needs a header with a column ``caption``, ``captions`` or ``text``; a ``.txt`` that begins with
-    such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix == ".tar":
-        return _shard_captions(path)
-    if file.suffix in (".jsonl", ".ndjson", ".json"):
-        return _json_captions(file)
-    with file.open("rb") as start:
-        if b"\0" in start.read(8192):
-            raise UsageError(f"CAPTIONS: {file} is no text file; a txt, CSV, TSV or JSONL file, or shards, expected")
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(file.suffix) or _table_delimiter(file)
-    return _table_captions(file, delimiter) if delimiter else _line_captions(file)
-
-
-def _open(file: Path) -> Any:
-    return file.open(encoding="utf-8-sig", errors="replace", newline="")
-
-
-def _shard_captions(path: str | Path) -> Iterator[str]:
-    from aimv2.data.shards.format import captions_of, find_shards, read_samples
-
-    if not any(mark in str(path) for mark in "*?[{") and not Path(path).expanduser().exists():
-        raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
-    shards = find_shards(path, "train", option="CAPTIONS")
-    for shard in shards:
-        for _, sample in read_samples(shard):
-            for captions in captions_of(sample).values():
-                yield from captions
-
-
-def _line_captions(file: Path) -> Iterator[str]:
-    with _open(file) as lines:
-        yield from (line.strip() for line in lines if line.strip())
-
-
-def _table_delimiter(file: Path) -> str | None:
-    """The delimiter of a first line like ``image,caption``: bare column names, one the caption's."""
-    with _open(file) as lines:
-        first = lines.readline(4096).strip()
-    for delimiter in (",", "\t"):
-        names = first.split(delimiter)
-        bare = all(re.fullmatch(r'"?[A-Za-z_]\w*"?', name) for name in names)
-        if len(names) > 1 and bare and any(name.strip('"').lower() in CAPTION_KEYS for name in names):
-            return delimiter
-    return None
-
-
-def _table_captions(file: Path, delimiter: str) -> Iterator[str]:
-    csv.field_size_limit(2**31 - 1)
-    with _open(file) as lines:
-        rows = csv.reader(lines, delimiter=delimiter)
-        header = [name.strip().lower() for name in next(rows, [])]
-        column = next((header.index(key) for key in CAPTION_KEYS if key in header), None)
-        if column is None:
-            raise UsageError(
-                f"CAPTIONS: {file} has the columns {', '.join(header) or '(none)'}, expected one of "
-                f"{', '.join(CAPTION_KEYS)}"
-            )
-        yield from (row[column] for row in rows if len(row) > column and row[column].strip())
-
-
-def _json_captions(file: Path) -> Iterator[str]:
-    from aimv2.data.shards.format import clean_captions
-
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"CAPTIONS: {file} line {number} is not JSON, expected one value a line") from error
-            if isinstance(row, dict):
-                row = next((row[key] for key in ("captions", *CAPTION_KEYS) if row.get(key)), None)
-            yield from (caption for field in clean_captions(row).values() for caption in field)

@@ -1,0 +1,94 @@
+"""``aimv2 caption``: captions of images, and their scores."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from aimv2.config.types import Count, PositiveInt, UntrainedOnly, text
+from aimv2.errors import UsageError
+
+
+@dataclass(kw_only=True)
+class CaptionOptions:
+    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references.
+
+    Args:
+        model: a model folder, RUN or RUN@STEP
+        images: files or folders of images; none if data are scored
+        max_tokens: end of text included; null: as many as the model can write
+        temperature: 0 takes the likeliest token each time
+        top_p: sample from the smallest set of tokens with this mass, 0 to 1
+        beams: more than 1: beam search
+        seed: random seed of sampling
+        batch_size: images per forward pass
+        data: images with reference captions to score against: shards (test-*, else val-*), a folder with captions.txt
+            (image,caption), a captions file
+        score: CIDEr, BLEU and exact match of captions of the data; needs the extra aimv2[caption]
+        limit: number of the data's images to sample; 0: all
+        baselines: of the scores: random (the same model with an untrained encoder); null: none
+        out: folder for result.json, if data are scored
+        device: cpu, cuda, ...; null: cuda where there is one
+    """
+
+    model: str
+    images: list[str]
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    beams: int = 1
+    seed: int = 0
+    batch_size: PositiveInt = 64
+    data: str | None = None
+    score: bool = False
+    limit: Count = 0
+    baselines: UntrainedOnly = text(None)
+    out: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        scoring = ("--data", self.data), ("--limit", self.limit), ("--baselines", self.baselines), ("--out", self.out)
+        given = [option for option, value in scoring if value]
+        if not self.score and given:
+            raise UsageError(f"{given[0]}: belongs to --score; add --score, or leave it out", code="conflict")
+        if self.score and self.data is None:
+            raise UsageError("--score: needs --data D, images with reference captions", code="missing")
+        if self.score and self.images:
+            raise UsageError(
+                f"IMAGES {self.images[0]}: --score reads the images of --data; leave one of them out", code="conflict"
+            )
+
+
+def run(options: CaptionOptions) -> dict[str, Any]:
+    if options.score and importlib.util.find_spec("pycocoevalcap") is None:  # before hours of captions
+        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'", code="missing")
+    from aimv2.data.text.models import load_model
+    from aimv2.distributed import default_device
+    from aimv2.evals.caption import Writing, caption_files
+
+    loaded = load_model(options.model, decoder=True, device=default_device(options.device))
+    writing = Writing(
+        options.max_tokens, options.temperature, options.top_p, options.beams, options.seed, options.batch_size
+    )
+    if options.data is None:
+        return caption_files(loaded, options.images, writing)
+    from aimv2.evals.caption_score import evaluate_captions
+
+    return evaluate_captions(
+        options.model, loaded, writing, options.data, options.limit, bool(options.baselines), options.out
+    )
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    if "figures" in result:
+        from aimv2.evals.caption_score import render_scores
+
+        console.print(render_scores(result))
+        return
+    for row in result["captions"]:
+        console.print(f"{row['image']}\t{row['caption']}")
+    for row in result["rejected"]:
+        Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")

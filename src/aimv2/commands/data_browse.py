@@ -1,0 +1,56 @@
+"""``aimv2 data browse``: a page of the first samples of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from aimv2.config.types import Bounds
+from aimv2.errors import UsageError
+
+
+@dataclass(kw_only=True)
+class DataBrowseOptions:
+    """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture.
+
+    Values are those of ``pretrain``; the samples are those that a run with the same values trains on first.
+
+    Args:
+        config: YAML recipe; without one and without data: the demo's captioned scenes
+        options: values by dotted key, which override the recipe's (``{"data.train": "shards", "seed": 1}``)
+        out: the page, NAME.html
+        count: number of samples on the page
+        open: open the page in the browser
+    """
+
+    config: str | None = None
+    options: dict[str, Any] | None = None
+    out: str = "browse.html"
+    count: Annotated[int, Bounds(1, 1000)] = 32
+    open: bool = False
+
+
+def run(options: DataBrowseOptions) -> dict[str, Any]:
+    """
+    Returns:
+        ``page``: its path; ``samples``, ``sources`` (weight, share, drawn), ``caption_tokens``, ``learning_rate``, ...
+
+    Raises:
+        UsageError: what ``pretrain`` would refuse, or a page that can't be written.
+    """
+    page = Path(options.out).expanduser()
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise UsageError(f"--out {options.out}: a file NAME.html is expected")
+    import tempfile
+    import webbrowser
+
+    from aimv2.report.browse.drawn import draw
+    from aimv2.report.browse.page import write_page
+
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = draw(options.config, dict(options.options or {}), options.count, Path(scratch))
+        result = write_page(drawn, page)
+    if options.open:
+        webbrowser.open(page.absolute().as_uri())
+    return result

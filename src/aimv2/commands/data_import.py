@@ -1,0 +1,54 @@
+"""``aimv2 data import``: captioned images of any form to shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aimv2.config.types import PositiveInt
+
+
+@dataclass(kw_only=True)
+class DataImportOptions:
+    """Convert captioned images, in whatever form they are, to WebDataset shards.
+
+    Args:
+        source: folder with a captions file, images with sidecars, COCO JSON, class folders, Parquet/Arrow, tars, or a
+            datasets hub id
+        out: folder for the shards; an interrupted import resumes and ends with the same shards
+        captions: the captions file, if a folder has several
+        image_column: image column of a table
+        caption_column: caption column of a table; one, or several as [a, b]; each is a caption field
+        template: caption of a class folder; {} is the class
+        split: split of a hub id
+        val_fraction: fraction of the keys that becomes validation data
+        val_list: file with the keys or file names of the validation data, one per line
+        max_side: shrink images whose longer side is larger, pixels
+        shard_size: samples per shard
+        workers: number of processes; null: as many as there are cores, at most 8
+        class_folders: use the names of the sub-folders as captions (see template), whatever other files there are; by default
+            only if there are two or more and no file that may hold captions
+    """
+
+    source: str
+    out: str
+    captions: str | None = None
+    image_column: str | None = None
+    caption_column: list[str] | str | None = None
+    template: str = "a photo of a {}."
+    split: str | None = None
+    val_fraction: float = 0.0
+    val_list: str | None = None
+    max_side: int | None = None
+    shard_size: int = 1000
+    workers: PositiveInt | None = None
+    class_folders: bool = False
+
+
+def run(options: DataImportOptions) -> dict[str, Any]:
+    from aimv2.data.shards.importing import import_data
+
+    given = dict(vars(options))
+    if given["workers"] is None:
+        del given["workers"]
+    return import_data(given.pop("source"), given.pop("out"), **given)

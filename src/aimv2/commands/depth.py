@@ -1,0 +1,34 @@
+"""``aimv2 depth``: depth by a linear probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from aimv2.config.types import Bounds
+from aimv2.evals.options import DenseOptions
+
+
+@dataclass(kw_only=True)
+class DepthOptions(DenseOptions):
+    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
+
+    The probe is a linear regression of metres by least squares, kept within the range of the training depths.
+
+    Args:
+        data: images and depth maps (16-bit PNG, 0 where there is no value): ROOT/{train,val}/{images,depth},
+            ROOT/{images,depth}/{train,val}, or ROOT/{images,depth} with a list or a fraction
+        depth_scale: units of the depth maps per metre
+    """
+
+    ORDER = (
+        "model data depth_scale val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
+        "trunk_batch device out image_mean image_std"
+    )
+    depth_scale: Annotated[float, Bounds(0, above=True)] = 1000.0
+
+
+def run(options: DepthOptions) -> dict[str, Any]:
+    from aimv2.evals.dense import evaluate_depth
+
+    return evaluate_depth(options, options.depth_scale)

@@ -1,0 +1,52 @@
+"""``aimv2 embed``: features on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aimv2.errors import UsageError
+
+
+@dataclass(kw_only=True)
+class EmbedOptions:
+    """Write features of many images, in files of equal parts; under torchrun several processes share the work.
+
+    Args:
+        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
+        images: a folder of images (or of tars, all of them), a text file with one path per line, shards, or one image
+        out: folder for the features: features-PPPPP.npy with keys-PPPPP.txt (a key per line, written as in a JSON string),
+            or features-PPPPP.parquet; rejected.jsonl lists what could not be read; an interrupted command continues there
+        pool: mean of the patches, attention (models with a pooling head), or none: every patch
+        layers: last; or blocks, counted from 0 or from the end, with commas: 5,11,-1
+        format: npy (float arrays and lists of keys) or parquet (a column key and a column per layer)
+        shard_size: images per file; null: 1000, or for pool none as many as make about 512 MB
+        batch_size: images per forward pass
+        device: cpu, cuda, ...; null: cuda where there is one
+        precision: of the matmuls: fp32 (stored as float32) or bf16 (stored as float16)
+    """
+
+    model: str
+    images: str
+    out: str
+    pool: str = "mean"
+    layers: str = "last"
+    format: str = "npy"
+    shard_size: int | None = None
+    batch_size: int = 16
+    device: str | None = None
+    precision: str = "fp32"
+
+
+def run(options: EmbedOptions) -> dict[str, Any]:
+    from aimv2.data.text.models import load_model
+    from aimv2.distributed import default_device
+    from aimv2.features.embed import Wanted, embed_images
+
+    try:
+        chosen = () if options.layers == "last" else tuple(int(layer) for layer in options.layers.split(","))
+    except ValueError:
+        raise UsageError(f"--layers {options.layers}: last, or block numbers with commas, expected") from None
+    loaded = load_model(options.model, device=default_device(options.device))
+    wanted = Wanted(options.pool, chosen, options.format, options.shard_size, options.batch_size, options.precision)
+    return embed_images(options.model, loaded, options.images, options.out, wanted)

@@ -1,0 +1,56 @@
+"""``aimv2 explore``: a model in the browser."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from aimv2.config.types import Bounds, Count
+from aimv2.errors import UsageError
+from aimv2.evals.options import ModelOptions
+
+
+@dataclass(kw_only=True)
+class ExploreOptions(ModelOptions):
+    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text.
+
+    Args:
+        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a decoder adds captions, painting and search,
+            a LiT pair search; of a vision model of transformers or timm:NAME its features
+        images: a folder of images, a text file with one path per line, shards, or a folder that embed wrote (pool attention for
+            a pair, none for others: its pictures are then not encoded again); null: captioned scenes, drawn on the spot
+        other: a second model, shown next to the first
+        limit: images of the folder, the first; 0: all
+        host: address to listen on; any but the default lets other machines in
+        port: port to listen on; 0: a free one
+        open: open the page in the browser
+        upload_mb: largest picture that the page may send, MB
+    """
+
+    ORDER = "model images other limit host port open upload_mb device image_mean image_std"
+    images: str | None = None
+    other: str | None = None
+    limit: Count = 200
+    host: str = "127.0.0.1"
+    port: int = 8421
+    open: bool = False
+    upload_mb: Annotated[float, Bounds(0, 1000, above=True)] = 10.0
+
+
+def run(options: ExploreOptions) -> dict[str, Any]:
+    import importlib.util
+
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"explore needs the package {missing[0]}: pip install 'aimv2[ui]'", code="missing")
+    from aimv2.explorer.prepare import prepare
+    from aimv2.explorer.server import listen, serve, url_of
+
+    model, images, other = options.model, options.images, options.other
+    with contextlib.closing(
+        listen(options.host, options.port)
+    ) as listening:  # a busy port is reported before a model is read
+        url = url_of(options.host, listening)
+        answers = prepare(model, images, other, options.limit, options.upload_mb, options.where, options.stats)
+        serve(answers, options.host, listening, options.open)
+    return {"url": url, "model": model, "other": other, "images": images}

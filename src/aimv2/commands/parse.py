@@ -1,0 +1,178 @@
+"""From a mapping to a command's options: the one road for the command line, chains and :mod:`aimv2.api`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from aimv2.commands.table import COMMANDS, function_name
+from aimv2.config.types import convert
+from aimv2.errors import UsageError, nearest, one_line
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command; none of them imports torch."""
+    return importlib.import_module(f"aimv2.commands.{function_name(name)}")
+
+
+def options_class(name: str) -> type[Any]:
+    """``data import`` -> DataImportOptions."""
+    title = "".join(word.title() for word in function_name(name).split("_"))
+    return getattr(module_of(name), f"{title}Options")
+
+
+@cache
+def option_fields(name: str) -> dict[str, Field[Any]]:
+    """The options of a command in the order of its API function: ``ORDER`` of its class, else of its fields."""
+    kind = options_class(name)
+    found = {field.name: field for field in fields(kind)}
+    order = getattr(kind, "ORDER", "").split() or list(found)
+    assert set(order) == set(found), (name, set(order) ^ set(found))
+    return {key: found[key] for key in order}
+
+
+@cache
+def help_texts(name: str) -> dict[str, str]:
+    """A line for each option, from the docstrings of the options class and of its bases."""
+    from docstring_parser import parse
+
+    texts: dict[str, str] = {}
+    for kind in reversed(options_class(name).__mro__):
+        for param in parse(kind.__doc__ or "").params if kind is not object else ():
+            texts[param.arg_name] = " ".join((param.description or "").split())
+    return texts
+
+
+def doc_of(name: str) -> str:
+    """The docstring of a command's API function: its options class, the meaning of every option, what ``run`` gives."""
+    about = (inspect.getdoc(options_class(name)) or "").partition("\n\nArgs:")[0]
+    texts = help_texts(name)
+    args = ["Args:", *(f"    {key}: {texts[key]}" for key in option_fields(name))] if option_fields(name) else []
+    gives = inspect.getdoc(module_of(name).run)
+    return "\n\n".join(part for part in (about, "\n".join(args), gives) if part)
+
+
+def make_parser(name: str) -> Any:
+    """jsonargparse's parser of a command, without arguments; errors in one line."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            raise UsageError(one_line(message, options=True))
+
+    return Parser(prog=f"aimv2 {name}", description=COMMANDS[name].summary, allow_abbrev=False)
+
+
+def add_common(parser: Any) -> None:
+    """Options that every command has (taken out before parsing; here for the help)."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def parser_of(name: str) -> Any:
+    """The parser of a command's positional arguments and options, in the order of its API function."""
+    parser, texts = make_parser(name), help_texts(name)
+    hints = get_type_hints(options_class(name))
+    words = {word.rstrip("*"): word.endswith("*") for word in COMMANDS[name].words}
+    for key, many in words.items():
+        more: dict[str, Any] = {"nargs": "*"} if many else {}
+        parser.add_argument(key, metavar=key.upper(), type=str, help=texts.get(key, ""), **more)
+    group = parser.add_argument_group(inspect.getdoc(options_class(name)).split("\n\n")[0])  # type: ignore[union-attr]
+    for key, field in option_fields(name).items():
+        if key not in words:
+            group.add_argument(f"--{key}", type=hints[key], default=field.default, help=texts.get(key, ""))
+    add_common(parser)
+    return parser
+
+
+def read(name: str, given: Mapping[str, Any]) -> Any:
+    """A command's options from values by name, each of its type and within its range.
+
+    Args:
+        name: of the command.
+        given: what the user gave; as text, as Python values, or as YAML has them.
+
+    Raises:
+        UsageError: an unknown option, a value of another type or out of range, options that do not go together.
+    """
+    known, hints = option_fields(name), get_type_hints(options_class(name), include_extras=True)
+    for key in given:
+        if key not in known:
+            option = spelled(name, str(key))
+            raise UsageError(
+                f"unknown option '{option}'{nearest(option, [spelled(name, one) for one in known])}", code="unknown"
+            )
+    for key, field in known.items():
+        if field.default is MISSING and key not in given:
+            raise UsageError(f"{spelled(name, key)} is missing", code="missing")
+    values = {key: field.default for key, field in known.items() if field.default is not MISSING}
+    values |= typed(name, dict(given))
+    values = {key: convert(value, hints[key], spelled(name, key)) for key, value in values.items()}
+    return options_class(name)(**values)
+
+
+def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Values of the types of the options: what a YAML file or Python has, as text where text is expected.
+
+    Raises:
+        UsageError: a value of another type.
+    """
+    hints, parser = get_type_hints(options_class(name)), make_parser(name)
+    whole = {
+        key: value for key, value in given.items() if isinstance(value, dict)
+    }  # a configuration is parsed elsewhere
+    given = {key: value for key, value in given.items() if key not in whole}
+    for key, value in given.items():
+        parser.add_argument(f"--{key}", type=hints[key])
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            known = list(map(str, get_args(hints[key])))
+            option = spelled(name, key)
+            among = f"one of {', '.join(known)} is expected{nearest(str(value), known)}"
+            raise UsageError(f"{option} {value}: {among}", option=option, code="unknown")
+    values = {key: plain(value, hints[key] in (str, str | None)) for key, value in given.items()}
+    found = vars(parser.parse_object(values, defaults=False))
+    return whole | {key: value for key, value in found.items() if key in given}
+
+
+def plain(value: Any, is_text: bool) -> Any:
+    """Paths and devices as text; ``is_text``: numbers and lists too (``[1, 5]`` is ``"1,5"``)."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return ",".join(str(one) for one in value) if is_text else [plain(one, False) for one in value]
+    if isinstance(value, int | float):
+        return str(value) if is_text else value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def spelled(name: str, key: str) -> str:
+    """An option as the command line has it: ``--batch-size``, or ``MODEL`` of a positional argument."""
+    words = [word.rstrip("*") for word in COMMANDS[name].words]
+    return key.upper() if key in words else "--" + key.replace("_", "-")
+
+
+def execute(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the options and runs the command."""
+    return module_of(name).run(read(name, given))
+
+
+def signature_of(name: str) -> inspect.Signature:
+    """Parameters of the command's API function."""
+    hints = get_type_hints(options_class(name))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter(
+            key,
+            kind,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[key],
+        )
+        for key, field in option_fields(name).items()
+    ]
+    return inspect.Signature(parameters, return_annotation=dict[str, Any])

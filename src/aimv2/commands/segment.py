@@ -1,0 +1,38 @@
+"""``aimv2 segment``: segmentation by a linear probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from aimv2.config.types import Bounds
+from aimv2.evals.options import DenseOptions
+
+
+@dataclass(kw_only=True)
+class SegmentOptions(DenseOptions):
+    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1.
+
+    Classes that neither occur nor are predicted are left out of the mean.
+
+    Args:
+        data: images and masks (PNG of class ids): ROOT/{train,val}/{images,masks}, ROOT/{images,masks}/{train,val} (ADE20K:
+            images/training, annotations/training), or ROOT/{images,masks} with a list or a fraction
+        classes: number of classes; null: the largest id in the masks plus one
+        ignore: mask value to ignore; -1: none
+        reduce_zero: ignore mask value 0 too and move ids down by one (ADE20K)
+    """
+
+    ORDER = (
+        "model data classes ignore reduce_zero val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
+        "image_size trunk_batch device out image_mean image_std"
+    )
+    classes: Annotated[int | None, Bounds(2)] = None
+    ignore: int = 255
+    reduce_zero: bool = False
+
+
+def run(options: SegmentOptions) -> dict[str, Any]:
+    from aimv2.evals.dense import evaluate_segmentation
+
+    return evaluate_segmentation(options, options.classes, options.ignore, options.reduce_zero)

@@ -1,0 +1,35 @@
+"""``aimv2 zeroshot``: classification by the texts of the classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aimv2.config.types import Count
+from aimv2.evals.options import ZeroshotData
+
+
+@dataclass(kw_only=True)
+class ZeroshotOptions(ZeroshotData):
+    """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5).
+
+    Args:
+        templates: default (three for photographs; of a pair on imagenet1k CLIP's eighty), imagenet (these eighty), one with {}
+            for the class, or a file with one per line
+        classes: file of class names, one per line in the order of the labels; null: the data set's own
+        normalize: of the likelihood: sum, mean (per token), or prior (the sum minus the text's log-likelihood over other,
+            unlabelled images)
+        limit: number of images to sample; 0: all
+        seed: random seed of the sampled images
+    """
+
+    ORDER = "model data dataset templates classes by normalize limit seed baselines batch_size device out image_mean image_std"
+    templates: str = "default"
+    classes: str | None = None
+    limit: Count = 0
+
+
+def run(options: ZeroshotOptions) -> dict[str, Any]:
+    from aimv2.evals.zeroshot import evaluate_zeroshot
+
+    return evaluate_zeroshot(options, options.templates, options.classes, options.limit)

@@ -1,0 +1,188 @@
+"""One record for a picture of any source: its key, its captions, its label, and the reader that finds its bytes.
+
+A source is listed without opening an image. Readers are light and picklable: an entry may be read in another process.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aimv2.data.images.decode import ImageError
+from aimv2.data.shards.format import (
+    Parts,
+    ShardScan,
+    captions_of,
+    clean_captions,
+    image_of,
+    json_of,
+    read_sample,
+    safe_key,
+    scan_shard,
+)
+
+NOT_UTF8 = "is not UTF-8"
+Captions = dict[str, list[str]]
+UNREAD: dict[str, Any] = {}  # captions and the rest of an entry whose reader finds them; never written to
+
+
+class Loaded(NamedTuple):
+    """What a reader found for an entry: the encoded image and the rest of the sample."""
+
+    data: bytes
+    captions: Captions
+    label: str | None
+    about: dict[str, Any]
+
+
+class Reject(NamedTuple):
+    """An entry that cannot be used, and why, in words."""
+
+    key: str
+    image: str
+    reason: str
+
+
+class Reader:
+    """Finds the bytes of entries; picklable and light, since it goes to other processes."""
+
+    def read(self, entry: SourceEntry) -> Loaded:
+        """The encoded image and the rest of the sample.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        raise NotImplementedError
+
+    def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
+        """One result for each entry, in order."""
+        return (loaded_or_reject(entry, partial(self.read, entry)) for entry in entries)
+
+
+def loaded_or_reject(entry: SourceEntry, read: Callable[[], Loaded]) -> Loaded | Reject:
+    """What is read, or the reason why it cannot be used."""
+    try:
+        return read()
+    except ImageError as error:
+        return Reject(entry.key, entry.image, str(error))
+
+
+class SourceEntry(NamedTuple):
+    """One picture of a source.
+
+    Attributes:
+        image: its name as the source gives it, for messages.
+        where: what the reader needs to find it.
+        reader: finds it.
+    """
+
+    key: str
+    image: str
+    where: tuple[Any, ...]
+    captions: Captions
+    label: str | None
+    about: dict[str, Any]
+    reader: Reader
+
+
+@dataclass
+class PlannedSource:
+    """A source, listed.
+
+    Attributes:
+        total: number of entries, if known before they are listed.
+        classes: class names in label order, if it is a class-folder tree.
+        unique_keys: the entries' keys cannot repeat, so nobody needs to remember them.
+    """
+
+    kind: str
+    items: Iterable[SourceEntry | Reject]
+    total: int | None = None
+    classes: list[str] = field(default_factory=list)
+    unique_keys: bool = False
+
+
+# ---- files ----
+
+
+class FileReader(Reader):
+    """Reads image files; ``where`` is the path, then paths of a .txt and a .json sidecar ("" for none)."""
+
+    def read(self, entry: SourceEntry) -> Loaded:
+        path, *sidecars = entry.where
+        try:
+            data = Path(path).read_bytes()
+            captions, about = _read_sidecars(*sidecars) if sidecars else (entry.captions, entry.about)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        return Loaded(data, captions, entry.label, about)
+
+
+def _read_sidecars(text: str, record: str) -> tuple[Captions, dict[str, Any]]:
+    """Captions of the JSON file, else of the text file, and the other keys of the JSON file."""
+    parts = {"json": Path(record).read_bytes() if record else b"{}"}
+    captions = captions_of(parts)
+    if not captions and record:
+        captions = clean_captions(_parse(record, json.loads))  # a bare list of captions
+    if not captions and text:
+        captions = clean_captions(_parse(text, lambda raw: raw.decode("utf-8-sig").splitlines()))
+    return captions, json_of(parts)
+
+
+def _parse(file: str, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(Path(file).read_bytes())
+    except ValueError as error:
+        what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
+        raise ImageError(f"{Path(file).name} {what}") from None
+
+
+# ---- tars ----
+
+
+def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts]:
+    """The encoded image of a sample and all its members, by its offsets.
+
+    Raises:
+        ImageError: it cannot be read, or has no image.
+    """
+    try:
+        parts = read_sample(Path(tar), start, end)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ImageError(f"cannot be read: {first_line(error)}") from None
+    found = image_of(parts)
+    if found is None:
+        raise ImageError("no image in its sample")
+    return found[1], parts
+
+
+def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[SourceEntry]]:
+    """What the headers of a tar hold, and the entries of its whole samples; ``image`` is the key as the tar has it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    scan, reader = scan_shard(tar), TarReader()
+    spans = zip(scan.keys, scan.offsets, scan.offsets[1:])
+    return scan, (
+        SourceEntry(safe_key(key), key, (str(tar), *span), UNREAD, None, UNREAD, reader) for key, *span in spans
+    )
+
+
+class TarReader(Reader):
+    """Reads samples of tars; ``where`` is (tar, start, end)."""
+
+    def read(self, entry: SourceEntry) -> Loaded:
+        data, parts = read_tar_sample(*entry.where)
+        label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
+        return Loaded(data, captions_of(parts), label or None, json_of(parts))
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line of at most 300 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,182 @@
+"""What reads image i of a listed split: files, samples of tars, rows of tables, arrays. Threads may share a reader.
+
+Each is called with a row, raises :class:`aimv2.data.images.decode.ImageError`, and has ``contents(rows)``: a mark of the
+images of these rows (int64 [M]), the same as long as none of them has been replaced.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.entries import read_tar_sample
+
+UNKNOWN = "unknown"  # contents of images that cannot be compared
+
+
+def contents_of_rows(reader: Callable[[int], Image.Image], rows: np.ndarray) -> str:
+    """The mark of the images of these rows; ``unknown`` where the reader has none."""
+    contents = getattr(reader, "contents", None)
+    return UNKNOWN if contents is None else str(contents(rows))
+
+
+def contents_of_files(files: Iterable[Path]) -> str:
+    """A mark of the sizes and times of change of files; one that is not there counts too."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            about = file.stat()
+            digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(b"none\n")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images by their paths, relative to ``root`` or absolute."""
+
+    root: Path
+    names: Sequence[str]
+
+    def __call__(self, row: int) -> Image.Image:
+        return decode_image(self.root / self.names[row])
+
+    def contents(self, rows: np.ndarray) -> str:
+        return contents_of_files(self.root / self.names[row] for row in rows.tolist())
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """Samples of tars: which tar, first byte, end; each [N]."""
+
+    tars: Sequence[Path]
+    which: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def __call__(self, row: int) -> Image.Image:
+        tar = self.tars[self.which[row]]
+        return decode_image(read_tar_sample(tar, int(self.starts[row]), int(self.ends[row]))[0])
+
+    def contents(self, rows: np.ndarray) -> str:
+        spans = np.stack([self.which[rows], self.starts[rows], self.ends[rows]]).astype(np.int64)
+        tars = contents_of_files(self.tars[number] for number in np.unique(spans[0]).tolist())
+        return hashlib.sha256(tars.encode() + spans.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """Images of a column of a `datasets.Dataset` that leaves them encoded."""
+
+    rows: Any
+    column: str
+
+    def __call__(self, row: int) -> Image.Image:
+        return decode_image(image_cell(self.rows[row][self.column])[0])
+
+    def contents(self, rows: np.ndarray) -> str:
+        return str(getattr(self.rows, "_fingerprint", UNKNOWN))
+
+
+def image_cell(cell: Any, folder: Path = Path()) -> tuple[bytes, str | None]:
+    """The encoded image of a table's cell and its name: bytes, a path from ``folder``, or {bytes, path}, either None.
+
+    Raises:
+        ImageError: neither, or a file that cannot be read.
+    """
+    name = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+    data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
+    if data is not None:
+        return data, name
+    if not name:
+        raise ImageError("no image")
+    try:
+        return (folder / str(name)).read_bytes(), name
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images that are in memory: uint8 [N, H, W, 3]."""
+
+    pixels: np.ndarray
+
+    def __call__(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row])
+
+    def contents(self, rows: np.ndarray) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.pixels).data).hexdigest()
+
+
+class HDF5Images:
+    """Images of a data set ``x`` [N, H, W, 3] in an HDF5 file, which each process opens for itself.
+
+    h5py has one lock for all threads and holds it over a fork; a lock of our own could be copied while it is held.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)  # type: ignore[misc]
+
+    def __call__(self, row: int) -> Image.Image:
+        import h5py
+
+        try:
+            held = self._open
+            if held is None or held[0] != os.getpid():
+                held = self._open = os.getpid(), h5py.File(self.path, "r")["x"]
+            return Image.fromarray(held[1][row])
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise ImageError(f"cannot be read: {error}") from None
+
+    def contents(self, rows: np.ndarray) -> str:
+        return contents_of_files([self.path])
+
+
+@dataclass(frozen=True)
+class ChosenImages:
+    """Images by their places in ``rows``."""
+
+    image: Callable[[int], Image.Image]
+    rows: np.ndarray
+
+    def __call__(self, row: int) -> Image.Image:
+        return self.image(int(self.rows[row]))
+
+    def contents(self, rows: np.ndarray) -> str:
+        return contents_of_rows(self.image, self.rows[rows])
+
+
+@dataclass(frozen=True)
+class JoinedImages:
+    """Images of one reader, then those of another; with the number of each."""
+
+    first: tuple[Callable[[int], Image.Image], int]
+    second: tuple[Callable[[int], Image.Image], int]
+
+    def __call__(self, row: int) -> Image.Image:
+        count = self.first[1]
+        return self.first[0](row) if row < count else self.second[0](row - count)
+
+    def contents(self, rows: np.ndarray) -> str:
+        """Of all images, whatever the rows."""
+        marks = " ".join(contents_of_rows(image, np.arange(count)) for image, count in (self.first, self.second))
+        return hashlib.sha256(marks.encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""Captions of a text file, a table or shards, such as a tokenizer is trained on."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from aimv2.data.images.catalogue import COLUMNS, find_column, kind_of
+from aimv2.data.images.text_tables import delimiter_of, read_delimited, read_json_lines
+from aimv2.data.shards.format import captions_of, clean_captions, find_shards, read_samples
+from aimv2.errors import UsageError
+
+
+def read_captions(path: str | Path) -> Iterator[str]:
+    """Captions of a text file (one a line), a CSV, TSV or JSONL file, or of WebDataset shards.
+
+    A table needs a header with a caption column (:data:`aimv2.data.images.catalogue.COLUMNS`); a ``.txt`` that begins with
+    such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or file.suffix == ".tar":
+        return _of_shards(path)
+    if file.suffix in (".jsonl", ".ndjson", ".json"):
+        return _of_json_lines(file)
+    with file.open("rb") as start:
+        if b"\0" in start.read(8192):
+            raise UsageError(f"CAPTIONS: {file} is no text file; a txt, CSV, TSV or JSONL file, or shards, expected")
+    return _of_table(file) if file.suffix in (".csv", ".tsv") or _has_header(file) else _of_lines(file)
+
+
+def _of_shards(path: str | Path) -> Iterator[str]:
+    if kind_of(str(path))[0] in ("missing", "hub"):
+        raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
+    for shard in find_shards(path, "train", option="CAPTIONS"):
+        for _, sample in read_samples(shard):
+            for captions in captions_of(sample).values():
+                yield from captions
+
+
+def _of_lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        yield from (line.strip() for line in lines if line.strip())
+
+
+def _has_header(file: Path) -> bool:
+    """Whether the first line is one like ``image,caption``: bare column names, one the caption's."""
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        first = lines.readline(4096).strip()
+    names = first.split(delimiter_of(first, file))
+    bare = all(re.fullmatch(r'"?[A-Za-z_]\w*"?', name) for name in names)
+    return len(names) > 1 and bare and find_column([name.strip('"') for name in names], "caption") is not None
+
+
+def _of_table(file: Path) -> Iterator[str]:
+    csv.field_size_limit(2**31 - 1)
+    rows = (row for _, row in read_delimited(file, errors="replace"))
+    header = next(rows, [])
+    column = find_column(header, "caption")
+    if column is None:
+        names, wanted = ", ".join(header) or "(none)", ", ".join(COLUMNS["caption"])
+        raise UsageError(f"CAPTIONS: {file} has the columns {names}, expected one of {wanted}", code="missing")
+    at = header.index(column)
+    yield from (row[at] for row in rows if len(row) > at and row[at].strip())
+
+
+def _of_json_lines(file: Path) -> Iterator[str]:
+    for number, row in read_json_lines(file, errors="replace"):
+        if row is None:
+            raise UsageError(f"CAPTIONS: {file} line {number} is not JSON, expected one value a line")
+        if isinstance(row, dict):
+            row = next((row[key] for key in ("captions", *COLUMNS["caption"]) if row.get(key)), None)
+        yield from (caption for field in clean_captions(row).values() for caption in field)

@@ -1,0 +1,87 @@
+"""The frame of every evaluation: its clock, its folder, its baselines, and the result at the end."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from aimv2.data.images.labelled import Labelled
+from aimv2.evals.result import check_out, make_result, write_result
+from aimv2.features.frozen import Frozen, random_twin, raw_pixels
+
+
+class Evaluation:
+    """One run of an evaluation command.
+
+    Attributes:
+        out: folder of ``--out``; None without one.
+        home: ``out``, else a temporary folder that lives as long as the ``with`` block.
+        scratch: the temporary folder.
+    """
+
+    def __init__(self, command: str, out: str | None) -> None:
+        """Starts the clock; ``out`` is made by :meth:`open_folder`, after the mistakes of the data."""
+        self.command, self.given, self.started = command, out, time.perf_counter()
+        self.out: Path | None = None
+
+    def __enter__(self) -> Evaluation:
+        self.temporary = tempfile.TemporaryDirectory()
+        self.home = self.scratch = Path(self.temporary.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.temporary.cleanup()
+
+    def open_folder(self) -> Path:
+        """Makes the folder of the result.
+
+        Raises:
+            UsageError: it holds something else.
+        """
+        self.out = check_out(self.given, self.command)
+        self.home = self.out or self.scratch
+        return self.home
+
+    def result(
+        self,
+        protocol: dict[str, Any],
+        model: dict[str, Any],
+        data: dict[str, Any],
+        figures: dict[str, Any],
+        seed: int | list[int] | None,
+    ) -> dict[str, Any]:
+        """The result, written into the folder where there is one; see :func:`aimv2.evals.result.make_result`."""
+        seconds = time.perf_counter() - self.started
+        return write_result(self.out, make_result(self.command, protocol, model, data, figures, seconds, seed))
+
+
+def baseline_figures(
+    names: Iterable[str], frozen: Frozen, seed: int, evaluate: Callable[[str, Frozen], dict[str, Any]]
+) -> dict[str, Any]:
+    """``{"baselines": ...}`` by name, or {} without any.
+
+    Args:
+        names: random (the same encoder untrained), pixels.
+        frozen: the encoder that is evaluated.
+        seed: of the random weights.
+        evaluate: (name, encoder) -> figures.
+    """
+    others = {name: random_twin(frozen, seed) if name == "random" else raw_pixels(frozen) for name in names}
+    found = {name: evaluate(name, other) for name, other in others.items()}
+    return {"baselines": found} if found else {}
+
+
+def labelled_data(train: Labelled, test: Labelled, dataset: str | None) -> dict[str, Any]:
+    """What a result says of labelled images."""
+    return {
+        "name": test.name,
+        "dataset": dataset,
+        "source": test.source,
+        "split": test.split,
+        "train_images": len(train.labels),
+        "test_images": len(test.labels),
+        "classes": len(test.classes),
+    }

@@ -1,0 +1,56 @@
+"""One table for people, as text within a width or as Markdown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TextTable:
+    """Cells of text.
+
+    Attributes:
+        heads: of the columns; () for none.
+        rows: as many cells each.
+        right: heads of the columns that are aligned to the right.
+        widest: head -> most characters of its column; longer cells are folded.
+        whole: heads of the columns whose cells are never folded.
+        ratio: head -> its part of the width; without any, columns are as wide as their cells.
+    """
+
+    heads: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    right: Collection[str] = ()
+    widest: Mapping[str, int] = field(default_factory=dict)
+    whole: Collection[str] = ()
+    ratio: Mapping[str, int] = field(default_factory=dict)
+
+    def to_text(self, width: int = 80) -> str:
+        """Lines of at most ``width`` characters, where the cells that are never folded allow it."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=bool(self.heads), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for head in self.heads:
+            table.add_column(
+                head,
+                justify="right" if head in self.right else "left",
+                overflow="fold",
+                no_wrap=head in self.whole,
+                max_width=self.widest.get(head),
+                ratio=self.ratio.get(head),
+            )
+        for row in self.rows:
+            table.add_row(*row)
+        out = io.StringIO()
+        console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+        console.print(table)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def to_markdown(self) -> str:
+        """The lines of a Markdown table."""
+        marks = ["---:" if head in self.right else "---" for head in self.heads]
+        rows = [self.heads, marks, *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

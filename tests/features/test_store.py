@@ -1,0 +1,252 @@
+"""The feature store: whatever changes the features is refused, for every command that reads it; a stopped pass resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_models import vit
+from PIL import Image
+
+from aimv2.config.schema import DataConfig
+from aimv2.data.images.labelled import open_labelled
+from aimv2.data.scenes import write_scenes
+from aimv2.data.shards.format import read_samples, write_shard
+from aimv2.errors import UsageError
+from aimv2.explorer.stored import Stored
+from aimv2.features.embed import Wanted, embed_images
+from aimv2.features.extraction import cached_features
+from aimv2.features.frozen import of_encoder, open_frozen
+from aimv2.features.store import FeatureStore
+from aimv2.features.teach import Lesson, teach
+from aimv2.features.training_cache import training_features
+from aimv2.models.create import build
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.sizes import EncoderConfig
+
+CONFIG = EncoderConfig("tiny", 32, 2, 2, 48, 14, 28)
+CPU = torch.device("cpu")
+
+
+def encoder(seed: int = 0, eps: float | None = None, **changes: Any) -> VisionEncoder:
+    """The same weights in another architecture."""
+    model = build(replace(CONFIG, **changes), None, seed=0).eval()
+    model.load_state_dict(build(CONFIG, None, seed=seed).state_dict())
+    for module in model.modules():
+        if eps is not None and isinstance(module, torch.nn.RMSNorm):
+            module.eps = eps
+    assert isinstance(model, VisionEncoder)
+    return model
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "weights": {"seed": 1},
+    "heads": {"heads": 4},
+    "mean": {"mean": (0.5, 0.5, 0.5)},
+    "std": {"std": (0.5, 0.5, 0.5)},
+    "eps": {"eps": 1e-3},
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Class folders of photographs, and shards."""
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        folder = tmp_path / "photos" / "train" / ("red", "blue")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{number}.png")
+    write_scenes(tmp_path / "all", 20, val_count=1, size=32)
+    (tmp_path / "shards").mkdir()
+    samples = [sample for tar in sorted((tmp_path / "all").glob("train-*.tar")) for sample in read_samples(tar)]
+    for number in range(2):
+        write_shard(tmp_path / "shards" / f"train-{number:06d}.tar", samples[number * 10 : number * 10 + 10])
+    return tmp_path
+
+
+def replace_photographs(data: Path) -> None:
+    """Other pixels under the same names, and captions as they were."""
+    first, second = sorted((data / "photos" / "train" / "red").iterdir())[:2]
+    first.write_bytes(second.read_bytes())
+    tar = data / "shards" / "train-000000.tar"
+    samples = list(read_samples(tar))
+    images = [parts["png" if "png" in parts else "jpg"] for _, parts in samples]
+    samples[0][1]["png" if "png" in samples[0][1] else "jpg"] = images[1]
+    write_shard(tar, samples)
+
+
+def evaluate(data: Path, model: VisionEncoder, **changes: Any) -> Path:
+    split = open_labelled(str(data / "photos"), "train")
+    assert split is not None
+    frozen = replace(of_encoder("m", model), precision=changes.get("precision", "fp32"))
+    layers, pool = changes.get("layers", ("last",)), changes.get("pool", "mean")
+    folder = data / "store"
+    cached_features(frozen, split, layers, pool, folder, 2, changes.get("flip", False))
+    return next(folder.iterdir()) / "about.json"
+
+
+def embed(data: Path, model: VisionEncoder, **changes: Any) -> Path:
+    wanted = Wanted("mean", (), "npy", 3, 2, "fp32")
+    embed_images("m", model, str(data / "photos"), str(data / "store"), replace(wanted, **changes))
+    return data / "store" / "embed.json"
+
+
+def tune(data: Path, model: VisionEncoder, precision: str = "fp32", **changes: Any) -> Path:
+    config = DataConfig(train=str(data / "shards"), features=str(data / "store"), **changes)
+    training_features(config, model, CPU, precision)
+    return data / "store" / "about.json"
+
+
+def teach_views(data: Path, model: VisionEncoder, precision: str = "fp32", **changes: Any) -> Path:
+    frozen = replace(of_encoder("t", model), precision=precision)
+    lesson = Lesson("t", frozen.sha256, 28, 2, 32, 2, 0.4, (0.75, 1.3333), 0.5, 0, frozen.fingerprint())
+    teach(str(data / "shards"), str(data / "store"), replace(lesson, **changes), lambda x: frozen(x)[0], 4)
+    return data / "store" / "aimv2.json"
+
+
+USERS: dict[str, tuple[Callable[..., Path], list[dict[str, Any]]]] = {
+    "evaluate": (evaluate, [{"precision": "bf16"}]),
+    "embed": (embed, [{"precision": "bf16"}, {"pool": "none"}, {"layers": (0,)}, {"format": "parquet"}]),
+    "tune": (tune, [{"precision": "bf16"}, {"max_pixels": 10**6}]),
+    "teach": (
+        teach_views,
+        [
+            {"precision": "bf16"},
+            {"views": 3},
+            {"crop_scale": 0.5},
+            {"crop_ratio": (0.5, 2.0)},
+            {"flip": 0.0},
+            {"seed": 1},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_whatever_changes_the_features_is_refused(user: str, data: Path) -> None:
+    run, others = USERS[user]
+    run(data, encoder())
+    before = {path: path.read_bytes() for path in (data / "store").rglob("*") if path.is_file()}
+    run(data, encoder(name="renamed"))  # a name changes nothing
+    for changes in MODELS.values():
+        with pytest.raises(UsageError, match="give a new folder") as error:
+            run(data, encoder(**changes))
+        assert error.value.code == "mismatch", changes
+    for changes in others:
+        with pytest.raises(UsageError, match="give a new folder") as error:
+            run(data, encoder(), **changes)
+        assert error.value.code == "mismatch", changes
+    replace_photographs(data)
+    with pytest.raises(UsageError, match="replaced or changed") as error:
+        run(data, encoder())
+    assert error.value.code == "mismatch"
+    assert {path: path.read_bytes() for path in (data / "store").rglob("*") if path.is_file()} == before
+
+
+def test_layers_pools_and_flips_have_stores_of_their_own(data: Path) -> None:
+    """Evaluations share a folder; each of these is a store in it."""
+    for changes in ({}, {"pool": "none"}, {"layers": ("0",)}, {"flip": True}):
+        evaluate(data, encoder(), **changes)
+    assert len(list((data / "store").iterdir())) == 4
+
+
+def test_the_processor_and_the_architecture_of_a_transformers_model_count(data: Path) -> None:
+    model, split = vit(data / "vit"), open_labelled(str(data / "photos"), "train")
+    assert split is not None
+    cached_features(open_frozen(str(model)), split, folder=data / "store")
+    for name, changes in (
+        ("preprocessor_config.json", {"image_mean": [0.4, 0.4, 0.4]}),
+        ("preprocessor_config.json", {"rescale_factor": 1 / 128}),
+        ("config.json", {"num_attention_heads": 1}),
+        ("config.json", {"layer_norm_eps": 1e-3}),
+    ):
+        kept = (model / name).read_text()
+        (model / name).write_text(json.dumps({**json.loads(kept), **changes}))
+        with pytest.raises(UsageError) as error:
+            cached_features(open_frozen(str(model)), split, folder=data / "store")
+        assert error.value.code == "mismatch", changes
+        (model / name).write_text(kept)
+    cached_features(open_frozen(str(model)), split, folder=data / "store")
+
+
+@pytest.mark.parametrize(
+    ("user", "former"),
+    [
+        ("evaluate", {"about": {"weights_sha256": "0", "layers": ["last"]}, "done": 10, "written": 10, "rejected": []}),
+        ("embed", {"model": "m", "weights_sha256": "0", "images": 10, "pool": "mean", "layers": []}),
+        ("tune", {"encoder": "0", "data": "0", "samples": 20, "image_size": 28, "precision": "fp32", "view": "centre"}),
+        ("teach", {"format": "aimv2 shards 1", "taught": {"teacher": {"sha256": "0"}, "source": [], "summary": {}}}),
+    ],
+)
+def test_a_store_of_an_earlier_version_is_one_line(user: str, former: dict[str, Any], data: Path) -> None:
+    about = USERS[user][0](data, encoder())
+    about.write_text(json.dumps(former))
+    with pytest.raises(UsageError, match="earlier version") as error:
+        USERS[user][0](data, encoder())
+    assert error.value.code == "mismatch" and str(error.value).endswith("give a new folder")
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_an_interrupted_pass_resumes_to_equal_bytes(user: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the data of a part and before its note."""
+    monkeypatch.setattr("aimv2.features.extraction.PART_BATCHES", 2)
+    monkeypatch.setattr("aimv2.features.training_cache.PART_BATCHES", 1)
+    monkeypatch.setattr("aimv2.features.training_cache.BATCH", 7)
+    run, store = USERS[user][0], data / "store"
+    (data / "photos" / "train" / "red" / "2.png").write_bytes(b"no image")
+    run(data, encoder())
+    whole = {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    store.rename(data / "whole")
+    real, parts = FeatureStore.commit, []
+
+    def stops(self: FeatureStore, part: int, note: Any) -> None:
+        parts.append(part)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        real(self, part, note)
+
+    monkeypatch.setattr(FeatureStore, "commit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, encoder())
+    run(data, encoder())
+    assert parts[:3] == [0, 1, 1] and len(parts) == len(set(parts)) + 1
+    assert {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()} == whole
+
+
+def test_the_explorer_reads_pictures_where_features_do_not_fit(data: Path) -> None:
+    about = embed(data, encoder())
+    assert Stored(data / "store").of(encoder())
+    assert not any(Stored(data / "store").of(encoder(**changes)) for changes in MODELS.values())
+    kept = about.read_text()
+    about.write_text(json.dumps({key: value for key, value in json.loads(kept).items() if key != "fingerprint"}))
+    former = Stored(data / "store")
+    assert not former.of(encoder()) and "earlier version" in former.note(encoder(), False)
+    about.write_text(kept)
+    replace_photographs(data)
+    changed = Stored(data / "store")
+    assert not changed.of(encoder()) and "replaced or changed" in changed.note(encoder(), False)
+
+
+def test_ranks_share_a_folder(tmp_path: Path) -> None:
+    about = {"fingerprint": 2, "pool": "mean"}
+    first, second = (FeatureStore(tmp_path / "s", about, "OUT", rank=rank, ranks=2) for rank in range(2))
+    assert first.missing(5) == [0, 2, 4] and second.missing(5) == [1, 3]
+    second.commit(3, {"rows": 7})
+    assert second.missing(5) == [1] and first.note(3) == {"rows": 7} and first.note(1) is None
+    for part in (0, 1):
+        (tmp_path / "s" / f".part-0000{part}.json.aside").write_text("half")
+    FeatureStore(tmp_path / "s", about, "OUT", rank=1, ranks=2)
+    assert [path.name for path in (tmp_path / "s").glob(".*")] == [".part-00000.json.aside"]  # of the other rank
+
+
+def test_no_room_is_one_line(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "s", {"fingerprint": 2}, "data.features")
+    with pytest.raises(UsageError) as error:
+        store.array("features", np.float16, (10**9, 10**6))
+    assert (error.value.option, error.value.code) == ("data.features", "limit")

@@ -1,0 +1,73 @@
+"""Writes the signatures of ``aimv2.api`` for type checkers, from the options classes of the commands.
+
+    python tools/api_stubs.py [--check]
+
+``--check`` exits with 1 where the file is not what this would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import get_type_hints
+
+from aimv2.commands.parse import doc_of, options_class, signature_of
+from aimv2.commands.table import COMMANDS, function_name
+
+FILE = Path(__file__).resolve().parents[1] / "src/aimv2/api/__init__.pyi"
+HEAD = """# Written by tools/api_stubs.py.
+from typing import Any, Literal
+
+from aimv2.data.text.models import load_model as load_model
+from aimv2.data.text.models import save_pretrained as save_pretrained
+
+"""
+ACCEPTED = {"IntList": "str | list[int]", "SeedList": "str | list[int]", "BaselineList": "str | list[str] | None"}
+ACCEPTED |= {
+    "RateList": "str | list[float]",
+    "FloatList": "str | list[float]",
+    "UntrainedOnly": "str | list[str] | None",
+}
+
+
+def written(hint: object, field_type: str) -> str:
+    """A type as a stub has it; lists in the forms that are accepted."""
+    if field_type in ACCEPTED:
+        return ACCEPTED[field_type]
+    text = inspect.formatannotation(hint).replace("typing.", "")
+    return re.sub(r"Optional\[([^\[\]]+)\]", r"\1 | None", text)
+
+
+def stub() -> str:
+    """The whole file."""
+    lines = [HEAD]
+    for name in COMMANDS:
+        kind = options_class(name)
+        types: dict[str, str] = {}
+        for base in reversed(kind.__mro__[:-1]):
+            types |= inspect.get_annotations(base)
+        hints = get_type_hints(kind)
+        lines.append(f"def {function_name(name)}(")
+        for key, parameter in signature_of(name).parameters.items():
+            default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
+            lines.append(f"    {key}: {written(hints[key], types[key])}{default},")
+        doc = textwrap.indent(doc_of(name), "    ").strip()
+        lines.append(f') -> dict[str, Any]:\n    """{doc}\n    """\n')
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if "--check" not in sys.argv:
+        FILE.write_text(stub())
+        return 0
+    if FILE.read_text() != stub():
+        print("src/aimv2/api/__init__.pyi is not up to date: python tools/api_stubs.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,11 +12,13 @@ from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.features.teacher import Teacher
-from aimv2.features.training_cache import CachedPairStream
 from aimv2.objectives import Objective
 from aimv2.tasks import classify as probe
 from aimv2.tasks import contrastive, distill, pretrain
 from aimv2.tasks.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from aimv2.features.training_cache import CachedPairStream
 
 OpenTeacher = Callable[[int], Teacher]  # patches a side -> the teacher
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,6 @@ from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.features.training_cache import CachedPairStream, training_features
 from aimv2.interop.load import Weights, fill_tensor
 from aimv2.interop.model_folder import checkpoints
 from aimv2.models.init import init_weights
@@ -25,6 +25,9 @@ from aimv2.objectives.contrastive import ContrastiveObjective, summed_loss
 from aimv2.tasks.held_out import HeldOut, held_out_batches
 from aimv2.tasks.init_weights import SHAPE, Origin, check_encoder, origin_of
 from aimv2.tasks.pretrain import shapes
+
+if TYPE_CHECKING:
+    from aimv2.features.training_cache import CachedPairStream
 
 TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}  # at the start: CLIP's, and SigLIP's scale of 10
 ROWS = 1024  # of the matrix of scores, at once
@@ -118,6 +121,8 @@ def cached_stream(
     """
     if config.data.features is None:
         return None
+    from aimv2.features.training_cache import CachedPairStream, training_features
+
     assert isinstance(model, TunedLiT) and tokenizer is not None
     if config.train.batch_size % world.size:
         raise UsageError(f"train.batch_size {config.train.batch_size} does not divide by {world.size} ranks")

@@ -210,3 +210,15 @@ def test_one_part_is_the_batch_itself() -> None:
 def test_undecodable_samples_are_reported_once_after_a_split() -> None:
     batch = replace(pairs([[1], [2]], [1, 1]), bad=["a", "b"])
     assert [part.bad for part in split_batch(batch, 2, PATCHES)] == [["a", "b"], []]
+
+
+def test_a_batch_without_a_prefix_scores_no_patch() -> None:
+    def plain(captions: list[list[int]]) -> Batch:
+        return make_batch(torch.zeros(len(captions), 4, 8), captions, None, 0)
+
+    captions = [[5, 6, 1], [7, 1], [8, 9, 2, 1], [1]]
+    whole = plain(captions)
+    assert whole.prefix_len is None and int(whole.patch_count) == 0 and not whole.patch_rows.any()
+    for part, own in zip(split_batch(whole, 2, 16), (captions[:2], captions[2:]), strict=True):
+        same(part, plain(own))
+    same(join_batches([plain(captions[:1]), plain(captions[1:])], 16), whole)

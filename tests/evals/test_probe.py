@@ -16,11 +16,11 @@ from PIL import Image
 from aimv2 import api
 from aimv2.data.images.labelled import subset
 from aimv2.data.images.opening import open_labelled
+from aimv2.data.images.readers import contents_of_rows
 from aimv2.errors import UsageError
 from aimv2.evals.probe import ProbeSettings, ProbeTrainer
 from aimv2.evals.probe_result import ProbeWork, find_splits
 from aimv2.evals.probe_stream import ImageStream
-from aimv2.features.contents import contents_of
 from aimv2.features.extraction import cached_features
 from aimv2.features.frozen import Frozen, open_frozen
 from aimv2.interop.convert import convert
@@ -234,6 +234,9 @@ def test_a_cache_of_replaced_images_is_refused(model: str, data: Path, tmp_path:
 
 def test_contents_of_every_form_are_told(tmp_path: Path) -> None:
     import datasets
+
+    def contents_of(data: Any) -> str:
+        return contents_of_rows(data.image, np.arange(len(data.keys)))
 
     def marks(source: Path) -> tuple[str, str]:
         found = [open_labelled(str(source), "train"), open_labelled(str(source), "train")]

@@ -20,7 +20,7 @@ from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import UsageError
 from aimv2.explorer.stored import Stored
-from aimv2.features.embed import Wanted, embed_images
+from aimv2.features.embed import Wanted, embed_images, list_images
 from aimv2.features.extraction import cached_features
 from aimv2.features.frozen import of_encoder, open_frozen
 from aimv2.features.store import FeatureStore
@@ -231,6 +231,14 @@ def test_the_explorer_reads_pictures_where_features_do_not_fit(data: Path) -> No
     replace_photographs(data)
     changed = Stored(data / "store")
     assert not changed.of(encoder()) and "replaced or changed" in changed.note(encoder(), False)
+
+
+def test_a_picture_in_a_shard_has_an_identity(data: Path) -> None:
+    before = list_images(str(data / "shards")).fingerprint()
+    assert list_images(str(data / "shards")).fingerprint() == before
+    replace_photographs(data)
+    after = list_images(str(data / "shards")).fingerprint()
+    assert [key for key in before if after[key] != before[key]] == ["contents_sha256"]
 
 
 def test_ranks_share_a_folder(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
+from aimv2.data.images.readers import contents_of_files
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, DenseTask, Depth, Segmentation, sums_of, train_heads
 from aimv2.evals.harness import Evaluation, baseline_figures
 from aimv2.evals.options import DenseOptions
 from aimv2.evals.result import about_model
-from aimv2.features.contents import contents_of_files
 from aimv2.features.extraction import Cached, cached_features
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.models.sizes import EncoderConfig

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.images.pictures import Picture, pictures
+from aimv2.data.images.pictures import Picture, content_identity, pictures
 from aimv2.data.prefetch import ahead, batched
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import RankError, UsageError
-from aimv2.features.contents import contents_of_files
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
+from aimv2.features.frozen import PRECISIONS
 from aimv2.features.store import FeatureStore, progress_bar
 from aimv2.io import write_aside
 from aimv2.models.encoder import VisionEncoder
@@ -132,7 +132,7 @@ class ListedImages:
             key = one_line_key(name)
             self.count += 1
             self._keys.update(key.encode() + b"\n")
-            self._contents.update(reader_identity(read).encode() + b"\n")
+            self._contents.update(content_identity(read).encode() + b"\n")
             yield key, read
 
     def fingerprint(self) -> dict[str, Any]:
@@ -142,26 +142,6 @@ class ListedImages:
             "keys_sha256": self._keys.hexdigest(),
             "contents_sha256": self._contents.hexdigest(),
         }
-
-
-def reader_identity(read: Any) -> str:
-    """Identity of what a reader of :func:`aimv2.data.images.pictures.pictures` will read: state of its file, place in it."""
-
-    def leaves(value: Any) -> Iterator[Any]:
-        if isinstance(value, tuple):
-            for one in value:
-                yield from leaves(one)
-        elif isinstance(value, Path | int | str):
-            yield value
-        elif hasattr(value, "__dict__"):
-            yield from leaves(tuple(vars(value).values()))
-
-    found = list(leaves(read.args))
-    try:
-        contents = contents_of_files([one.expanduser() for one in found if isinstance(one, Path)])
-    except (ValueError, RuntimeError):  # a name with a zero byte, ~ of nobody
-        contents = ""
-    return f"{contents} {[one for one in found if not isinstance(one, Path)]}"
 
 
 def one_line_key(name: str) -> str:
@@ -198,12 +178,13 @@ def default_shard_size(encoder: VisionEncoder, wanted: Wanted) -> int:
 
 def check_options(encoder: VisionEncoder, wanted: Wanted) -> None:
     """Raises UsageError for options out of range."""
-    if wanted.pool not in POOLS:
-        raise UsageError(f"--pool {wanted.pool}: {', '.join(POOLS[:-1])} or {POOLS[-1]} expected")
+    for option, chosen, known in (
+        ("--pool", wanted.pool, POOLS), ("--format", wanted.format, FORMATS), ("--precision", wanted.precision, PRECISIONS),
+    ):  # fmt: skip
+        if chosen not in known:
+            raise UsageError(f"{option} {chosen}: {', '.join(known[:-1])} or {known[-1]} expected")
     if wanted.pool == "attention" and encoder.head is None:
         raise UsageError(f"--pool attention: {encoder.config.name} has no pooling head; --pool mean")
-    if wanted.format not in FORMATS:
-        raise UsageError(f"--format {wanted.format}: npy or parquet expected")
     if wanted.pool == "none" and encoder.config.image_size is None and wanted.format == "npy":
         raise UsageError(
             "--pool none: a native model gives each image another number of patches, which an array can't hold; "
@@ -215,8 +196,6 @@ def check_options(encoder: VisionEncoder, wanted: Wanted) -> None:
     for option, value in (("--batch-size", wanted.batch_size), ("--shard-size", wanted.shard_size)):
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: at least 1 expected")
-    if wanted.precision not in ("fp32", "bf16"):
-        raise UsageError(f"--precision {wanted.precision}: fp32 or bf16 expected")
 
 
 def skip_part(store: FeatureStore, part: int, images: Iterator[Picture]) -> int:

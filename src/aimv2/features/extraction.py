@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from aimv2.data.images.decode import ImageError
+from aimv2.data.images.readers import contents_of_rows
 from aimv2.data.prefetch import ahead, batched
 from aimv2.errors import UsageError
-from aimv2.features.contents import contents_of
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
@@ -73,7 +73,7 @@ def cached_features(
         folder: of the stores; None: a temporary one.
         batch_size: images at once.
         flip: mirror the images.
-        contents: content identity of the images; None: see :func:`aimv2.features.contents.contents_of`.
+        contents: content identity of the images; None: that of ``data``.
 
     Raises:
         UsageError: a store of another model, data or view; no image could be read; values too large for float16.
@@ -88,7 +88,7 @@ def cached_features(
         "source": data.source if "://" in data.source else str(Path(data.source).expanduser().resolve()),
         "images": count,
         "keys_sha256": keys,
-        "contents_sha256": contents or contents_of(data),
+        "contents_sha256": contents or contents_of_rows(data.image, np.arange(count)),
     }
     store = FeatureStore(
         root / f"{data.split}-{pool}{'-flip' if flip else ''}-{which}",

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.readers import contents_of_files
 from aimv2.data.prefetch import ahead, batched
 from aimv2.data.shards.format import (
     MANIFEST,
@@ -36,7 +37,6 @@ from aimv2.data.stream.samples import image_bytes, sample_rng
 from aimv2.data.stream.teacher_views import EXTENSION, write_views
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
-from aimv2.features.contents import contents_of_files
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.store import FeatureStore, check_fingerprint, progress_bar, read_object
 

@@ -22,6 +22,7 @@ from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import DataConfig
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.readers import contents_of_files
 from aimv2.data.shards.format import captions_of, read_sample, scan_shard
 from aimv2.data.stream.samples import (
     draw_caption,
@@ -34,7 +35,6 @@ from aimv2.data.stream.samples import (
 from aimv2.data.stream.transforms import centre_crop_box, crop_resize
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
-from aimv2.features.contents import contents_of_files
 from aimv2.features.extraction import fill
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
 from aimv2.features.frozen import LAST, of_encoder

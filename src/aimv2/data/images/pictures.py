@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from aimv2.data.images.catalogue import is_image, kind_of, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import SourceEntry, tar_entries
+from aimv2.data.images.readers import contents_of_files
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
 from aimv2.errors import UsageError
 
@@ -46,6 +48,18 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
     if first is None:
         raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)")
     return chain([first], found)
+
+
+def content_identity(read: Any) -> str:
+    """State of the file that a reader of :func:`pictures` will read, and its place in it: changes where the image is replaced."""
+    (given,) = read.args
+    if read.func is _fail:
+        return str(given)
+    path, *place = given.where if read.func is _load else (given,)
+    try:
+        return f"{contents_of_files([Path(path).expanduser()])} {place}"
+    except (ValueError, RuntimeError):  # a name with a zero byte, ~ of nobody
+        return "none"
 
 
 def _of_folder(folder: Path) -> Iterator[Picture]:

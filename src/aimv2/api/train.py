@@ -26,7 +26,8 @@ def pretrain(
         print_config: return the effective configuration and where each value came from, and do nothing else.
 
     Returns:
-        the run's summary (also in ``summary.json``), or the report of ``dry_run`` or ``print_config``.
+        the run's summary (also in ``summary.json``; on other ranks than the first only ``run`` and ``step``), or the report of
+        ``dry_run`` or ``print_config``.
 
     Raises:
         UsageError: a mistake of input, in one line.

@@ -283,7 +283,7 @@ def test_cached_features_train_as_the_encoder_does(
 ) -> None:
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "whole", data__features=str(home))
-    assert "centre view alone" in capfd.readouterr().err
+    assert "centre view only" in capfd.readouterr().err
     features = np.load(home / "features.npy", mmap_mode="r")
     assert features.shape == (120, 16, 32) and features.dtype == np.float16
     written = (home / "features.npy").stat().st_mtime_ns

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from aimv2.errors import UsageError
@@ -231,6 +230,8 @@ def find_task(name: str) -> Any:
     module = f"{GROUP}.{MODULES.get(name, name)}"
     if name.isidentifier() and importlib.util.find_spec(module) is not None:
         return getattr(importlib.import_module(module), "TASK", None)
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
     for point in entry_points(group=GROUP, name=name):
         return point.load()
     return None

@@ -429,8 +429,8 @@ def check_words(verb: str, command: list[str]) -> dict[str, Any]:
         read_words(name, words)
         return {}
     path, given, _ = read_options(words)
-    check_keys(given, "in its options")
     recipe = read_recipe(path) if path else {}
+    check_keys(given, "in its options", recipe)
     config = parse({**recipe, **given})
     goes_on = config.optim.schedule == "cooldown" and config.init is not None  # with the data of the run it finishes
     if config.data.train is None and not goes_on and not os.environ.get("AIMV2_DATA"):

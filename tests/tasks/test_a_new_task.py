@@ -187,7 +187,7 @@ def test_its_model_folder_loads(whole: Path) -> None:
 def test_it_reports(whole: Path, tmp_path: Path) -> None:
     assert json.loads((whole / "summary.json").read_text())["report"]
     page = Path(api.report([str(whole)], out=str(tmp_path / "report.html"))["report"]).read_text()
-    assert "val_brightness" in page and "objective.exponent" in page
+    assert all(name in page for name in ("Brightness loss", "Brightness (held out)", "objective.exponent"))
 
 
 def test_its_options_have_types_rules_and_names(recipe: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -280,7 +280,7 @@ def test_cached_features_train_as_the_encoder_does(
 ) -> None:
     home = tmp_path / "features"
     tune(data, encoder, tmp_path / "whole", data__features=str(home))
-    assert "centre view alone" in capfd.readouterr().err
+    assert "centre view only" in capfd.readouterr().err
     features = np.load(home / "last.npy", mmap_mode="r")
     assert features.shape == (120, 16, 32) and features.dtype == np.float16
     written = (home / "last.npy").stat().st_mtime_ns
@@ -443,7 +443,7 @@ def test_wrong_use(data: Path, encoder: Path, tmp_path: Path) -> None:
         (data, {"init": str(noise)}, "no layout of AIMV2 fits"),
         (blank_shards(tmp_path / "blank"), {}, "captions missing.*import them with --captions$"),
         (data, {"train__accumulate": 2}, r"train\.accumulate 2 .*train\.checkpointing=true"),
-        (data, {"model__image_size": 64}, "sees 32 px and stays as it is, model.image_size is 64"),
+        (data, {"model__image_size": 64}, "its frozen encoder takes 32 px, model.image_size is 64"),
         (data, {"model__width": 64}, "its encoder has width 32, model.width is 64"),
         (data, {"model__text_heads": 5}, "model.text_heads 5 does not divide model.text_width 32"),
         (data, {"optim__layer_decay": 0.8}, r"optim\.layer_decay 0\.8: the encoder of .* does not learn"),

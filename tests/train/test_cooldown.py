@@ -204,7 +204,9 @@ def test_a_rate_of_nothing_can_not_fall(origin: Path, tmp_path: Path) -> None:
     stored = yaml.safe_load((run / "config.yaml").read_text())
     stored["optim"] |= {"schedule": "cosine", "min_lr": 0.0}
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
-    with pytest.raises(UsageError, match=r"the run's rate is 0 at step 60, .* earlier checkpoint, or give optim\.lr"):
+    with pytest.raises(
+        UsageError, match=r"the run's learning rate is 0 at step 60, .* earlier checkpoint, or give optim\.lr"
+    ):
         cool(tmp_path / "run", run)
     assert cooldown_of(f"{run}@{AT}", {})[1]["optim.lr"] > 0
     assert cooldown_of(str(run), {"optim.lr": 1e-4})[1]["train.steps"] == 12

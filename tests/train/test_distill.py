@@ -298,7 +298,7 @@ def test_a_pinned_teacher_that_is_another(data, teacher, tmp_path, capsys):
 def test_the_teacher_in_a_run_folder_is_not_cleared(data, tmp_path, capsys):
     train(data, tmp_path / "run", train__steps=2)
     words = [*options(data, tmp_path / "run"), "--objective.name", "distill", "--objective.teacher", tmp_path / "run"]
-    assert_refused(capsys, [*words, "--overwrite"], "--overwrite", "lies in it")
+    assert_refused(capsys, [*words, "--overwrite"], "--overwrite", "which contains")
     assert (tmp_path / "run" / "summary.json").exists()
 
 

@@ -19,7 +19,6 @@ from aimv2.config.schema import Config
 from aimv2.data.stream.samples import View
 from aimv2.data.stream.transforms import to_pixels
 from aimv2.evals import after_training
-from aimv2.evals.probe import train_probe
 from aimv2.models.create import build, create_model
 from aimv2.tasks import held_out
 from aimv2.tasks.held_out import read_held_out
@@ -70,20 +69,30 @@ def test_labelled_images_are_never_all_in_memory(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_probe_scores_what_it_scored_on_images_in_memory(probed: Config, data: Path, tmp_path: Path) -> None:
+def test_the_probe_gets_the_features_of_all_labelled_images(
+    probed: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit those of all images in memory at once."""
+    given: list[Any] = []
+
+    def keep(views: Any, labels: Any, test: Any, test_labels: Any, *_: Any, **__: Any) -> float:
+        given.append(([view.clone() for view in views], labels, test.clone(), test_labels))
+        return 0.5
+
+    monkeypatch.setattr(after_training, "train_probe", keep)
     model = create_model("aimv2-tiny-patch8-32", True, 5, decoder_vocab_size=20, **SHAPE)
     found = after_training.probe_against_random(probed, model, View(32, 16), tmp_path)
+    assert found == {"probe_test_images": 24, "probe_top1": 0.5, "probe_top1_random": 0.5}
     train, test = (
         read_held_out(sorted(data.glob(f"{split}-*.tar")), View(32, 16, False), None, 0) for split in ("train", "val")
     )
-    untrained = build(model.encoder.config, None, probed.seed)
-    for name, encoder in (("probe_top1", model.encoder), ("probe_top1_random", untrained)):
+    for encoder, (views, labels, test_view, test_labels) in zip(
+        (model.encoder, build(model.encoder.config, None, probed.seed)), given, strict=True
+    ):
         with torch.no_grad():
-            views = [encoder.eval()(pixels).half() for pixels in (train.images, train.images.flip(-1), test.images)]
-        expected = train_probe(
-            views[:2], train.labels, views[2], test.labels, 2, probed.eval.probe_lr, seed=probed.seed
-        )
-        assert found[name] == expected, name
+            expected = [encoder.eval()(pixels).half() for pixels in (train.images, train.images.flip(-1), test.images)]
+        assert all(torch.equal(one, two) for one, two in zip([*views, test_view], expected, strict=True))
+        assert torch.equal(labels, train.labels) and torch.equal(test_labels, test.labels)
 
 
 def rank_main(rank: int, data: Path, folder: Path) -> None:

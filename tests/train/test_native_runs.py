@@ -125,17 +125,17 @@ def test_from_a_model_of_one_size_the_new_decoder_learns_first(data: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"data__areas": [4, 7]}, "data.areas [4, 7] are 16 to 128 patches; aimv2-tiny-patch4-native sees 4 to 64"),
+        ({"data__areas": [4, 7]}, "data.areas [4, 7] are 16 to 128 patches; aimv2-tiny-patch4-native takes 4 to 64"),
         ({"data__areas": [6, 4]}, "data.areas must be two whole numbers in order"),
         ({"train__patch_budget": None}, "train.patch_budget is not given"),
         ({"train__patch_budget": 200}, "train.patch_budget 200 over 1 ranks"),
         ({"train__patch_budget": 0}, "train.patch_budget must be at least 1, got 0"),
         ({"train__patch_budget": -64}, "train.patch_budget must be at least 1, got -64"),
-        ({"objective__decoder_share": 0.5}, "objective.decoder_share 0.5: a native model's decoder sees all"),
+        ({"objective__decoder_share": 0.5}, "objective.decoder_share 0.5: a native model's decoder gets all"),
         ({"model__name": "aimv2-tiny-patch4-32"}, "train.patch_budget is for native models"),
         (
             {**FIXED, "data__areas": [4, 6]},
-            "data.areas is for native models; aimv2-tiny-patch4-32 sees 32 px: leave data.areas",
+            "data.areas is for native models; aimv2-tiny-patch4-32 takes 32 px: leave data.areas",
         ),
         ({**FIXED, "model__max_patches": 64}, "model.max_patches is for native models"),
     ],

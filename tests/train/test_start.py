@@ -74,7 +74,7 @@ def test_a_run_of_ours_gives_encoder_decoder_shape_and_tokenizer(
     run = tmp_path / "run"
     model = start(data, run, origin, **FREE, data__vocab_size=280)
     kept = whole(origin).decoder.config.vocab_size
-    said = f"data.vocab_size 280 is not used: the decoder of init goes on with its own {kept} tokens"
+    said = f"data.vocab_size 280 is not used: the decoder of init keeps its own {kept} tokens"
     assert capsys.readouterr().err.count(said) == 1
     assert close(model.state_dict(), whole(origin).state_dict())
     (folder,) = (origin / "checkpoints").iterdir()

@@ -161,7 +161,7 @@ def test_loss_that_is_not_finite(data, tmp_path, capsys):
     model = next((run / "checkpoints").iterdir()) / "model" / "model.safetensors"
     spoil(model, "decoder.pixel_head.weight")
     other = [*options(data, tmp_path / "other"), "--init", str(model.parent)]
-    line = assert_refused(capsys, other, "step 1", "not finite", "pixel", "gradient")
+    line = assert_refused(capsys, other, "step 1", "non-finite", "pixel", "gradient")
     assert "text" not in line.split(";")[0]
     assert not list((tmp_path / "other").glob("checkpoints/step-*")), "nothing broken is saved"
     assert main(words) == 0, "the run's own state is as it was"

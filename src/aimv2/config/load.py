@@ -1,4 +1,4 @@
-"""Reading a configuration: defaults, then a recipe, then dotted options; every value knows where it came from."""
+"""Reads a configuration: defaults, then a YAML recipe, then dotted options; and where each value came from."""
 
 from __future__ import annotations
 
@@ -131,14 +131,14 @@ def check_ranges(config: Config) -> None:
     optim, train = config.optim, config.train
     if optim.decay == "full" and optim.weight_decay > 1e-2:
         raise UsageError(
-            f"optim.weight_decay {optim.weight_decay} with optim.decay=full removes that share of every weight each step; "
+            f"optim.weight_decay {optim.weight_decay} with optim.decay=full removes that fraction of every weight at each step; "
             "use at most 0.01, or optim.decay=torch"
         )
     options_of(config.objective.name).check(config)
     if optim.lora and config.init is None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
     if optim.fresh_decoder and config.init is None:
-        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
+        raise UsageError("optim.fresh_decoder drops the decoder of a model: --init MODEL says which")
     if train.patch_budget is None and train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
     if not all(0 <= beta < 1 for beta in optim.betas):
@@ -152,8 +152,8 @@ def check_ranges(config: Config) -> None:
             f"data.areas must be two whole numbers in order, 1 to 16 (areas of 2^n patches), got {[least, most]}"
         )
     if not config.eval.prefixes:
-        raise UsageError("eval.prefixes must name at least one share of the patches, such as [0.5]")
-    if not all(0 < share < 1 for share in config.eval.prefixes):
+        raise UsageError("eval.prefixes must name at least one fraction of the patches, such as [0.5]")
+    if not all(0 < part < 1 for part in config.eval.prefixes):
         raise UsageError(f"eval.prefixes must lie between 0 and 1, got {list(config.eval.prefixes)}")
     if isinstance(config.data.train, list):
         for source in config.data.train:

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from aimv2.errors import UsageError
@@ -27,10 +26,10 @@ class PretrainTaskOptions:
     """Next patch and next token (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
-        alpha: weight of the pixel loss beside the text loss (Table 9c)
-        targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
-        decoder_share: share of the image positions that the decoder sees, drawn for each sample; 1: all
-        attention: of the encoder in training; bidirectional only with targets=text
+        alpha: weight of the pixel loss relative to the text loss (Table 9c)
+        targets: what is predicted: both; only image (AIMv1 style) or only text (Cap) (Table 9a)
+        decoder_share: fraction of the image positions that the decoder gets, drawn for each sample; 1: all
+        attention: encoder attention in training; bidirectional only with targets=text
     """
 
     alpha: float = 0.4
@@ -56,10 +55,10 @@ class ClassifyTaskOptions:
     """Classes through an attentive probe.
 
     Args:
-        freeze: probe alone: leave the encoder as it is; false trains all of it
-        classes: probe alone: their number; null: the largest label of the training shards + 1
-        heads: probe alone: of its attention; null: one for 64 values of the encoder's width
-        smoothing: probe alone: label smoothing
+        freeze: probe only: keep the encoder frozen; false fine-tunes all of it
+        classes: probe only: number of classes; null: the largest label of the training shards + 1
+        heads: probe only: attention heads of the probe; null: one per 64 values of the encoder's width
+        smoothing: probe only: label smoothing
     """
 
     freeze: bool = True
@@ -85,9 +84,9 @@ class ContrastiveTaskOptions:
     """Images and captions in one space (LiT).
 
     Args:
-        contrast: contrastive alone: softmax = each pair among all of the batch, both ways (CLIP; temperature 0.07 at
+        contrast: contrastive only: softmax = each pair among all of the batch, both ways (CLIP; temperature 0.07 at
             first); sigmoid = each image with each text by itself (SigLIP, arXiv 2303.15343; scale 10, bias -10 at first);
-            the scale is learnt, and at most 100
+            the scale is learned, at most 100
     """
 
     contrast: Literal["softmax", "sigmoid"] = "softmax"
@@ -111,19 +110,19 @@ class DistillTaskOptions(PretrainTaskOptions):
     """Pre-training and a feature term to a frozen teacher.
 
     Args:
-        teacher: distill alone, as the next six: any model that gives patch features (released name, hub id, folder, RUN,
-            a transformers vision model by folder or hub id, timm:NAME); stored: the features that `aimv2 data teach` laid
-            beside the images
-        teacher_weight: weight of the feature term beside the text loss
+        teacher: distill only, as the next six: any model that gives patch features (released name, hub id, folder, RUN,
+            a transformers vision model by folder or hub id, timm:NAME); stored: the features that `aimv2 data teach` wrote
+            next to the images
+        teacher_weight: weight of the feature term relative to the text loss
         teacher_loss: cosine = 1 - cosine of the student's patch features, through a learned projection, and the teacher's;
             l2 = their mean squared error, the teacher's after a layer normalisation of each patch; relation = mean squared
             difference of the two patch-to-patch cosine matrices, without a projection
-        teacher_view: which features of the student: prefix = those of the same forward pass, under prefix attention, for
-            nothing; whole = those of a second forward pass in which all patches see each other
-        teacher_image_mean: of a teacher of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1); null: as its
+        teacher_view: which features of the student: prefix = those of the same forward pass, under prefix attention, at no
+            cost; whole = those of a second forward pass in which all patches attend to each other
+        teacher_image_mean: pixel mean of a transformers or timm teacher, by channel (red, green, blue, of pixels in 0 to 1); null: as its
             preprocessor_config.json says
-        teacher_image_std: as teacher_image_mean
-        teacher_sha256: of the teacher's weights; null: noted at the start of the run, which goes on with no other
+        teacher_image_std: pixel std, as teacher_image_mean
+        teacher_sha256: hash of the teacher's weights; null: recorded at the start of the run, which resumes with no other
     """
 
     teacher: str | None = None
@@ -146,7 +145,7 @@ class DistillTaskOptions(PretrainTaskOptions):
         described = objective.teacher_image_mean is not None or objective.teacher_image_std is not None
         if described and objective.teacher == STORED and not config.resume:
             raise UsageError(
-                "objective.teacher_image_mean and objective.teacher_image_std are for an objective.teacher that runs along, "
+                "objective.teacher_image_mean and objective.teacher_image_std are for an objective.teacher that runs during training, "
                 f"got objective.teacher={objective.teacher}; leave them out",
                 code="conflict",
             )
@@ -168,11 +167,11 @@ class _Name:
 
 @dataclass
 class ObjectiveConfig(DistillTaskOptions, ContrastiveTaskOptions, ClassifyTaskOptions, PretrainTaskOptions, _Name):
-    """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
+    """What the model learns (AIMV2, Figure 1; its ablations, Table 9).
 
     Args:
         name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe;
-            contrastive = captions of a text tower beside the frozen encoder's images (LiT); distill = pretrain and a
+            contrastive = a text tower tuned to the frozen encoder (LiT); distill = pretrain and a
             feature term to a frozen teacher
     """
 
@@ -231,6 +230,8 @@ def find_task(name: str) -> Any:
     module = f"{GROUP}.{MODULES.get(name, name)}"
     if name.isidentifier() and importlib.util.find_spec(module) is not None:
         return getattr(importlib.import_module(module), "TASK", None)
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
     for point in entry_points(group=GROUP, name=name):
         return point.load()
     return None

@@ -33,7 +33,7 @@ class ModelConfig:
         decoder_heads: decoder heads
         decoder_hidden: decoder SwiGLU width
         decoder_separate: one trunk for pixels and one for text instead of a joint one (Table 9d)
-        text_width: contrastive alone, as the next four: width of the text tower; null: the released one's 768, or the
+        text_width: contrastive only, as the next four: width of the text tower; null: the released one's 768, or the
             encoder's where that is narrower
         text_depth: blocks of the text tower; null: 12, or the narrower encoder's
         text_heads: heads of the text tower; null: 6, or the narrower encoder's
@@ -69,7 +69,7 @@ class Source:
     Args:
         path: folder, glob, brace pattern or one tar of WebDataset samples; empty: data.train must give it by name
         name: of the source, for messages and logs
-        weight: share of the drawn samples, any positive number
+        weight: fraction of the drawn samples, any positive number
         captions: caption fields of the sample's .json and how often each is drawn; null: all captions alike
     """
 
@@ -81,18 +81,18 @@ class Source:
 
 @dataclass
 class DataConfig:
-    """Where pairs come from and how they are seen.
+    """Where pairs come from and how they are transformed.
 
     Args:
         train: a path or a list of {name, path, weight, captions}; null: $AIMV2_DATA
         val: a path; null: the val-* (or test-*) shards of the training folders
-        tokenizer: a folder, a tokenizer.json or a hub name; auto: that of init where its decoder goes on, else a BPE
+        tokenizer: a folder, a tokenizer.json or a hub name; auto: that of init where its decoder is kept, else a BPE
             trained on the training captions
-        vocab_size: of a tokenizer that is trained (auto)
-        max_tokens: caption tokens, end of text included
+        vocab_size: tokens of a tokenizer that is trained (auto)
+        max_tokens: most tokens of a caption, end of text included
         workers: data worker processes a rank; 0 reads in the training process
         shuffle_buffer: samples from which the next one is drawn, in each worker
-        crop_scale: smallest share of the image's area that a random crop keeps (AIMV2, Table A1)
+        crop_scale: smallest fraction of the image's area that a random crop keeps (AIMV2, Table A1)
         crop_ratio: range of the crop's aspect ratio
         areas: native models: the least and the largest n of the areas of 2^n patches (AIMV2, native resolution); crops keep
             the image's own aspect ratio
@@ -101,7 +101,7 @@ class DataConfig:
         max_pixels: larger images are rejected before decoding
         max_bad: undecodable samples that a rank may meet before the run stops
         index_dir: where the index of the shards is kept, its metadata written anew at each start; null: the cache folder of the user
-        features: contrastive alone: a folder for the frozen encoder's features of every training image, computed once
+        features: contrastive only: a folder for the frozen encoder's features of every training image, computed once
             from the centre view (no crops, no flips) and read from then on; null: the encoder runs at each visit
     """
 
@@ -129,21 +129,21 @@ class OptimConfig:
 
     Args:
         lr: peak learning rate
-        min_lr: at the end of a cosine or a cooldown
-        start_lr: at the first step of the warm-up
-        warmup: steps
+        min_lr: learning rate at the end of a cosine or a cooldown
+        start_lr: learning rate at the first step of the warmup
+        warmup: steps of the warmup
         schedule: cosine to min_lr; half-cosine to half the peak; cooldown, linear to min_lr (with no config given a run given as
-            init goes on: its options, its moments, 20% of its steps, from its rate to 1e-6); constant
-        betas: of Adam
-        eps: of Adam
+            init continues: its options, its AdamW state, 20% of its steps, from its learning rate to 1e-6); constant
+        betas: AdamW betas
+        eps: AdamW epsilon
         weight_decay: strength; see decay
         decay: full = the paper's fully decoupled rule (p *= 1 - weight_decay * lr / peak); torch = lr * weight_decay
-        clip: largest norm of the gradient; 0 does not clip
-        layer_decay: rate of a block of the encoder as a part of the next one's; 1 trains all at one rate
-        fresh_decoder: of init take the encoder alone, under a new decoder
-        freeze_encoder: steps at the start in which the decoder alone learns; the encoder then learns at the schedule's rate
-        lora: rank of low-rank updates of the encoder's products, its own weights frozen and the saved ones merged; 0 trains
-            them all (aimv2[peft])
+        clip: largest gradient norm; 0: no clipping
+        layer_decay: learning rate of an encoder block relative to the next one's; 1: one learning rate for all
+        fresh_decoder: initialize only the encoder from init; the decoder starts from scratch
+        freeze_encoder: steps at the start in which only the decoder learns; the encoder then learns at the schedule's learning rate
+        lora: rank of low-rank updates of the encoder's matrices, its own weights frozen and merged when saved; 0 trains them
+            all (aimv2[peft])
     """
 
     lr: float = 1e-3
@@ -172,9 +172,9 @@ class TrainConfig:
         batch_size: pairs a step over all ranks
         patch_budget: native models: patches a step over all ranks, in place of batch_size
         accumulate: micro-batches a step
-        precision: of the products; weights, targets and losses are fp32 always; fp16 scales the loss
+        precision: of matmuls; weights, targets and losses are always fp32; fp16 scales the loss
         compile: torch.compile of each block; auto: where a compiler is found
-        checkpointing: recompute blocks in the backward pass instead of keeping their inside
+        checkpointing: recompute blocks in the backward pass instead of keeping their activations
         save_every: steps between checkpoints; 0: only at the end
         keep: newest checkpoints to keep; 0 keeps all
         log_every: steps between lines of metrics
@@ -203,12 +203,12 @@ class EvalConfig:
     Args:
         every: steps between validations; 0: only at the end
         samples: pairs of the validation split to score
-        prefixes: prefix lengths, as shares of the patches, at which the pixel loss is scored
+        prefixes: prefix lengths, as fractions of the patches, at which the pixel loss is scored
         captions: held-out images to caption at the end
         probe: attentive probe on labels (.cls) at the end, against the same probe on the untrained encoder
-        probe_epochs: of that probe
+        probe_epochs: epochs of that probe
         probe_lr: its peak learning rate
-        probe_heads: of its attention; null: one for 64 values of the encoder's width
+        probe_heads: its attention heads; null: one per 64 values of the encoder's width
         probe_samples: labelled training images that the probe uses; 0: all
         probe_val_samples: labelled validation images that the probe is tested on; 0: all
     """
@@ -227,7 +227,7 @@ class EvalConfig:
 
 @dataclass
 class LogConfig:
-    """Where figures go beside metrics.jsonl.
+    """Where figures go in addition to metrics.jsonl.
 
     Args:
         tensorboard: write TensorBoard events into the run folder
@@ -248,8 +248,8 @@ class Config:
         run: the run folder
         init: a model to start from: released name, hub id, folder, file, RUN or RUN@STEP; pre-training takes its decoder
             too, where it has one
-        seed: of weights, data order, crops, prefixes
-        resume: go on with the run in the folder
+        seed: random seed for weights, data order, crops and prefix lengths
+        resume: continue the run in the folder
         overwrite: remove the run in the folder first
     """
 

@@ -103,7 +103,7 @@ def write_captions(model: AIMv2, tokenizer: Tokenizer, held_out: HeldOut, shown:
 def probe_against_random(config: Config, model: AIMv2, view: View, run: Path) -> dict[str, Any]:
     """The attentive probe on the trained encoder and, with the same data and seed, on an untrained one.
 
-    Images are decoded once, batch by batch; their features lie in a temporary folder of the run.
+    Images are decoded once, batch by batch; their features are written to a temporary folder of the run.
 
     Raises:
         UsageError: heads that do not divide the width, no room for the features.

@@ -1,4 +1,4 @@
-"""What is learnt: a batch in, summed losses and their counts out."""
+"""Losses: a batch in, summed losses and their counts out."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class DistillObjective:
         """Sums and counts of a batch.
 
         Args:
-            model: a Distiller with the heads that the targets need, and a projection where the loss wants one.
+            model: a Distiller with the heads that the targets need, and a projection where the loss needs one.
             batch: on the model's device.
 
         Returns:
@@ -94,13 +94,13 @@ class DistillObjective:
         return {**base.terms(prediction, model, batch), **self.feature_term(prediction, wanted, batch)}
 
     def whole(self, model: nn.Module, batch: Batch) -> Terms:
-        """The feature term alone, all patches of the student seeing each other as when it is used."""
+        """Only the feature term, with bidirectional attention in the student, as in downstream use."""
         wanted = self.teacher.features(batch)
         prediction = model(batch, self.pretrain.targets(batch), True, features=True)
         return self.feature_term(prediction, wanted, batch)
 
     def feature_term(self, prediction: Prediction, wanted: Tensor, batch: Batch) -> Terms:
-        """``feature`` of the student's features, beside those that the teacher has of the same images."""
+        """``feature`` of the student's features compared with the teacher's of the same images."""
         assert prediction.features is not None
         with torch.autocast(batch.images.device.type, enabled=False):
             loss = self.loss(prediction.features.float(), wanted)

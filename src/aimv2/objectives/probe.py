@@ -40,7 +40,7 @@ class ProbeObjective:
 
 
 class SweepObjective:
-    """Cross-entropy of many probes at once; the sum over them, since each learns from its own part alone."""
+    """Cross-entropy of many probes at once; the sum over them, since each gets only the gradient of its own part."""
 
     weights: ClassVar[dict[str, float]] = {"sweep": 1.0}
 

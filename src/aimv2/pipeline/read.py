@@ -419,8 +419,8 @@ def check_values(verb: str, values: dict[str, Any], folder: Path) -> dict[str, A
         read(command_name(verb), configured(verb, with_folder(verb, values, folder)))
         return {}
     given = {key: value for key, value in values.items() if key != "config"}
-    check_keys(given, "in its options")
     recipe = read_recipe(values["config"]) if values.get("config") else {}
+    check_keys(given, "in its options", recipe)
     config = parse({**recipe, **given})
     continued = config.optim.schedule == "cooldown" and config.init is not None  # with the data of the run it finishes
     if config.data.train is None and not continued and not os.environ.get("AIMV2_DATA"):

@@ -42,7 +42,7 @@ class Contrastive(Task):
     def check(self) -> None:
         if self.config.init is None:
             raise UsageError(
-                "objective.name=contrastive trains a text tower beside a frozen encoder: --init MODEL says which (released "
+                "objective.name=contrastive trains a text tower on a frozen encoder: --init MODEL says which (released "
                 "name, hub id, folder, file, RUN or RUN@STEP)",
                 option="--init",
                 code="missing",
@@ -189,9 +189,7 @@ def check_shape(origin: Origin, config: Config) -> None:
     """Raises UsageError where ``config.model`` names another encoder than that of ``init``, or a native one is given."""
     there, model = origin.encoder, config.model
     if there.image_size is None:
-        raise UsageError(
-            f"init {origin.at.given}: a native model; this stage sees one image size, give a model that has one"
-        )
+        raise UsageError(f"init {origin.at.given}: a native model; LiT needs one image size, give a model that has one")
     if model.name != "auto":
         wanted: EncoderConfig = shapes(config, 1)[0]
     else:
@@ -200,7 +198,7 @@ def check_shape(origin: Origin, config: Config) -> None:
     check_encoder(origin, wanted)
     if wanted.image_size != there.image_size:
         raise UsageError(
-            f"init {origin.at.given}: its encoder sees {there.image_size} px and stays as it is, model.image_size is "
+            f"init {origin.at.given}: its frozen encoder takes {there.image_size} px, model.image_size is "
             f"{wanted.image_size}; leave it out, or adapt the encoder first (objective.name=pretrain)"
         )
 

@@ -115,7 +115,7 @@ class Distill(Pretrain):
 
 
 def check_teacher(config: Config, teacher: Teacher) -> None:
-    """Notes the hash of the teacher's weights (once: config.yaml keeps it); raises UsageError where it is another one's."""
+    """Records the hash of the teacher's weights (once: config.yaml keeps it); raises UsageError where it differs."""
     known = config.objective.teacher_sha256
     if known is not None and known == teacher.former and teacher.changed:
         raise UsageError(f"objective.teacher {teacher.name}: {teacher.changed}")
@@ -143,7 +143,7 @@ def check_grids(student: EncoderConfig, size: int, teacher: Teacher) -> None:
 
 
 def stored_teacher(config: Config) -> Teacher:
-    """What the manifests of the training shards say of the features that lie in them.
+    """The teacher that the manifests of the training shards describe.
 
     Raises:
         UsageError: shards without, of different teachers, or with views that the run's options do not describe.
@@ -168,7 +168,7 @@ def stored_teacher(config: Config) -> Teacher:
 
 
 def read_teacher(folder: Path) -> dict[str, Any]:
-    """The manifest's words on the teacher of a folder of shards.
+    """The teacher's entry in the manifest of a folder of shards.
 
     Raises:
         UsageError: there are none.
@@ -180,7 +180,7 @@ def read_teacher(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise UsageError(
             f"objective.teacher=stored: {folder} holds no features of a teacher ({MANIFEST} names none); make them with "
-            "`aimv2 data teach TEACHER DATA OUT --views K`, or name a teacher that runs along"
+            "`aimv2 data teach TEACHER DATA OUT --views K`, or name a teacher that runs during training"
         )
     return about
 

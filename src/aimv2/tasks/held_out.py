@@ -28,7 +28,7 @@ from aimv2.objectives.pretrain import PretrainObjective
 
 @dataclass
 class HeldOut:
-    """Validation samples as the model sees them.
+    """Validation samples, transformed for the model.
 
     Attributes:
         images: uint8 [V, 3, H, W], centre crop; or a list of V whole images [3, h * p, w * p] of one area (native).
@@ -170,7 +170,7 @@ def validate_pairs(
     """Losses on held-out pairs.
 
     The pixel loss is scored at each prefix length (fraction of the patches, of side ``patch``) with prefix attention; the
-    text loss with all patches seen, as captions are written.
+    text loss with bidirectional attention over all patches, as captions are written.
 
     Returns:
         ``val_text_loss`` (nats a token), ``val_perplexity``, ``val_pixel_loss`` (mean over the prefixes) and

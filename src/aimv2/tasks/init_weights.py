@@ -1,6 +1,6 @@
-"""Starting a run from another model: its encoder, its decoder where it has one, its shape, its tokeniser.
+"""Starting a run from another model: its encoder, its decoder where it has one, its shape, its tokenizer.
 
-Reads weights and JSON only; one tensor is held beside the model at a time.
+Reads weights and JSON only; one tensor is held in addition to the model at a time.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ POSITION = "encoder.patch_embed.position"
 
 @dataclass(frozen=True)
 class Origin:
-    """A model to start from, known without reading a weight.
+    """A model to start from, described without reading its weights.
 
     Attributes:
-        at: where it lies.
+        at: its files.
         encoder: its shape, without a pooling head.
         decoder: its shape, None where there is none.
         rules: key of an AIMv2 -> keys of the file.
@@ -48,7 +48,7 @@ class Origin:
 
 
 def origin_of(given: str) -> Origin:
-    """The model behind ``init``, whatever its layout: ours with or without a decoder, a release, a pair's image side.
+    """Locates the model of ``init`` in any layout: ours with or without a decoder, a release, a pair's image side.
 
     Raises:
         UsageError: nothing there, or no model.
@@ -69,13 +69,13 @@ def origin_of(given: str) -> Origin:
 
 
 def _whole_key(key: str, model: nn.Module) -> str:
-    """The key within an AIMv2 of a key of an encoder alone, or of a pair (whose image side is the encoder)."""
+    """The key in an AIMv2 of a key of a bare encoder, or of a pair (whose image side is the encoder)."""
     if isinstance(model, AIMv2):
         return key
     return "encoder." + key if isinstance(model, VisionEncoder) else key.replace("image.", "encoder.", 1)
 
 
-# ---- shape and tokeniser ----
+# ---- shape and tokenizer ----
 
 
 def take_shape(config: Config) -> None:
@@ -96,7 +96,7 @@ def take_shape(config: Config) -> None:
 
 
 def row_for(shape: EncoderConfig, name: str) -> str:
-    """The row of the sizes table that a shape is told by: its own, that of ``name``, or the one nearest in width."""
+    """The row of the sizes table that describes a shape: its own, that of ``name``, or the one nearest in width."""
     rows = {key: row for key, (row, _) in MODELS.items() if (row.image_size is None) == (shape.image_size is None)}
     for known in (config_name(shape), name):
         if known in rows:
@@ -105,7 +105,7 @@ def row_for(shape: EncoderConfig, name: str) -> str:
 
 
 def tokenizer_of_init(config: Config) -> Path | None:
-    """The folder of ``init`` where a tokeniser lies beside a decoder that goes on; else None."""
+    """The folder of ``init`` where it holds a tokenizer and a decoder that is kept; else None."""
     if config.init is None or config.optim.fresh_decoder:
         return None
     at = locate(config.init)
@@ -127,7 +127,7 @@ def fill_from(model: AIMv2, given: str, tokenizer: Tokenizer | None, config: Con
         config: of the run.
 
     Raises:
-        UsageError: nothing there, or a shape or a tokeniser that does not fit; names the option to change.
+        UsageError: nothing there, or a shape or a tokenizer that does not fit; names the option to change.
     """
     origin = origin_of(given)
     check_encoder(origin, model.encoder.config)
@@ -155,7 +155,7 @@ def fill_positions(target: Tensor, weights: Weights, name: str) -> None:
 
 
 def take_constants(encoder: VisionEncoder, like: EncoderConfig) -> None:
-    """Mean and deviation of the images that the other model was trained on."""
+    """Mean and std of the images that the other model was trained on."""
     encoder.config = replace(encoder.config, mean=like.mean, std=like.std)
     encoder.fill_constants()
 
@@ -175,15 +175,15 @@ def check_encoder(origin: Origin, wanted: EncoderConfig) -> None:
     if origin.encoder.image_size is None and wanted.image_size is not None:
         raise UsageError(
             f"init {origin.at.given}: a native model, which has no learned positions; model.image_size "
-            f"{wanted.image_size} wants them: give a native model.name, or start from a model of one image size"
+            f"{wanted.image_size} needs them: give a native model.name, or start from a model of one image size"
         )
 
 
 def check_decoder(
     origin: Origin, there: DecoderConfig, here: DecoderConfig, tokenizer: Tokenizer | None, config: Config
 ) -> None:
-    """Raises UsageError where the decoders or the tokenisers differ."""
-    given, fresh = origin.at.given, "optim.fresh_decoder=true takes the encoder alone"
+    """Raises UsageError where the decoders or the tokenizers differ."""
+    given, fresh = origin.at.given, "optim.fresh_decoder=true takes only the encoder"
     for key in ("pixels", "text"):
         if getattr(there, key) != getattr(here, key):
             has = "has" if getattr(there, key) else "lacks"

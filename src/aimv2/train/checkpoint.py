@@ -1,6 +1,6 @@
 """Checkpoints: complete, written aside, then renamed.
 
-``checkpoints/step-NNNNNNN/state/`` holds what ``--resume`` alone reads (sharded weights and optimizer, data position,
+``checkpoints/step-NNNNNNN/state/`` holds what only ``--resume`` reads (sharded weights and optimizer, data position,
 RNG); ``model/`` is what everything else reads: JSON and safetensors.
 """
 
@@ -38,7 +38,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what an interrupted save left behind."""
+    """Removes the leftovers of an interrupted save."""
     for folder in (run / "checkpoints").glob(ASIDE + "*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -55,7 +55,7 @@ def save_checkpoint(
     keep: int,
     ema: Ema | None = None,
 ) -> Path:
-    """Saves everything that going on needs; called by all ranks.
+    """Saves everything that resuming needs; called by all ranks.
 
     Args:
         run: the run folder.
@@ -117,7 +117,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
 
 
 def any_failed(failure: str | None, world: World) -> bool:
-    """Whether any rank failed; all ranks ask together."""
+    """Whether any rank failed; collective."""
     return bool(world.max(torch.tensor(float(failure is not None), device=world.device)))
 
 

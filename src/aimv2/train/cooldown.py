@@ -1,6 +1,6 @@
 """Cooldowns: any checkpoint of a run becomes a finished model (AIMV2, section 3.1).
 
-The rate falls linearly from where it was to 1e-6 over 20% of the steps done so far, and the optimizer's moments go on. The
+The learning rate falls linearly from its value to 1e-6 over 20% of the steps done so far; AdamW state is kept. The
 data are the run's, drawn with another seed: in another order, with other crops, captions and prefixes. Weights are those that
 the run saved, its moving average where ``train.ema`` is on.
 """
@@ -27,7 +27,7 @@ from aimv2.train.prepare import CONFIG
 from aimv2.train.schedule import learning_rate
 
 SHARE, END = 0.2, 1e-6  # of the steps done; the last rate
-WARMUP = 0.05  # of the cooldown, where moments start anew
+WARMUP = 0.05  # of the cooldown, where AdamW state starts from zero
 OWN = ("run", "init", "resume", "overwrite", "train.stop_at")  # of the run itself, not of what it does
 
 
@@ -41,7 +41,7 @@ class Point:
 
 
 def point_of(init: str) -> Point | None:
-    """The checkpoint behind RUN (its newest) or RUN@STEP; None where ``init`` is no run of ours.
+    """The checkpoint of RUN (its newest) or RUN@STEP; None where ``init`` is no run of ours.
 
     Raises:
         UsageError: a run without that checkpoint.
@@ -69,7 +69,7 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     point = point_of(init)
     if point is None:
         raise UsageError(
-            f"optim.schedule=cooldown without --config or data.train goes on with a run: --init RUN or RUN@STEP expected, "
+            f"optim.schedule=cooldown without --config or data.train continues a run: --init RUN or RUN@STEP expected, "
             f"got {init}"
         )
     stored = {key: value for key, value in read_recipe(point.run / CONFIG).items() if key not in OWN}
@@ -78,12 +78,12 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     task = find_task(name)
     if task is None or not task.cools:
         raise UsageError(
-            f"init {init}: a cooldown goes on with pre-training, got objective.name={name}; --config says what else to do"
+            f"init {init}: a cooldown continues pre-training, got objective.name={name}; --config says what else to do"
         )
     rate = learning_rate(point.step, before.train.steps, before.optim)
     if not rate and "optim.lr" not in given:
         raise UsageError(
-            f"init {init}: the run's rate is 0 at step {point.step}, which leaves nothing to cool down; start from an earlier "
+            f"init {init}: the run's learning rate is 0 at step {point.step}, which leaves nothing to cool down; start from an earlier "
             "checkpoint, or give optim.lr"
         )
     changed = {
@@ -95,9 +95,9 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "optim.warmup": 0,
         "optim.freeze_encoder": 0,
         "optim.fresh_decoder": False,
-        "data.tokenizer": "auto",  # the one beside the weights
+        "data.tokenizer": "auto",  # the one saved with the weights
     }
-    if before.optim.decay == "full":  # goes with the rate over its peak, and the peak is a new one
+    if before.optim.decay == "full":  # proportional to lr / peak, and the peak changes
         changed["optim.weight_decay"] = before.optim.weight_decay * rate / before.optim.lr
     return str(point.run / CONFIG), {**stored, **changed}
 
@@ -105,7 +105,7 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def carry_on(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, keep_warmup: bool
 ) -> None:
-    """Before the first step of a cooldown: the moments of the run that it starts from, or a warm-up without them.
+    """Loads the AdamW state of the run that a cooldown starts from; without it, adds a warmup.
 
     Args:
         config: of the cooldown; gets its warm-up. Anything else than a cooldown from a run is left as it is.

@@ -1,4 +1,4 @@
-"""A moving average of the trained weights, kept beside them: what is validated and saved where it is on."""
+"""A moving average of the trained weights, validated and saved in their place."""
 
 from __future__ import annotations
 

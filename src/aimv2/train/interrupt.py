@@ -14,7 +14,7 @@ PATIENCE = 10.0  # seconds in which another Ctrl-C is taken for impatience
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved.
+    """A signal stopped the run, which has saved.
 
     Attributes:
         code: exit code, 130 after Ctrl-C and 143 after SIGTERM.
@@ -56,7 +56,7 @@ class StopFlag:
             self.saving = False
 
     def _say(self, line: str) -> None:
-        """From a handler: no buffered stream, and from the first rank alone."""
+        """From a handler: no buffered stream, and only from the first rank."""
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"{line}\n".encode())
 

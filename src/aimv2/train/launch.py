@@ -1,4 +1,4 @@
-"""The verb ``pretrain``: configuration -> checks -> run -> figures."""
+"""The command ``pretrain``: configuration -> checks -> run -> figures."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
 def recipe_of(
     options: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """Where the values below the given ones come from, and the values: a recipe's, or those of the run that a cooldown ends."""
+    """The file under the command line, and its values: a recipe, or the run that a cooldown continues."""
     cooled = options.init if recipe is None and options.optim.schedule == "cooldown" else None
-    if cooled and (options.data.train is None or point_of(cooled)):  # else any model on data of one's own
+    if cooled and (options.data.train is None or point_of(cooled)):  # else any model on the user's data
         return cooldown_of(cooled, given)
     return recipe, base
 
@@ -160,7 +160,7 @@ def draw_scenes(config: Config, out: Path) -> str:
 def build_trainer(
     config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
 ) -> Trainer:
-    """Everything that a run needs, checked and built in memory; ``known`` holds the tokeniser of a run that goes on."""
+    """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
     if not validation_shards(config.data):
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
@@ -191,13 +191,13 @@ def start(config: Config, run: Path, started: float, keep_warmup: bool = False) 
 
 
 def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
-    """Goes on with the run in the folder; a finished one gives its summary."""
+    """Resumes the run in the folder; of a finished one returns the summary."""
     if not options.run:
         raise UsageError("--resume needs --run, the folder of the run")
     if dry_run:
         raise UsageError("--dry-run tries a new run; leave --resume out")
     if options.overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite removes it; give one of them")
+        raise UsageError("--resume continues a run and --overwrite removes it; give one of them")
     run = Path(options.run)
     config = prepare.resumed_values(run, given)
     config.run, config.resume = str(run), False
@@ -263,7 +263,7 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
 
 
 def about_run(config: Config, weights: Path) -> dict[str, Any]:
-    """What a result must say of itself: data, seed, weights, machine, versions, command."""
+    """Provenance of a result: data, seed, weights, machine, versions, command."""
     data = to_dict(config)["data"]
     return {
         "data": data["train"],
@@ -288,7 +288,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def count(model: torch.nn.Module) -> int:
-    """Parameters of the model that is saved: updates beside the weights (optim.lora) end within them."""
+    """Parameters of the model that is saved: low-rank updates (optim.lora) are merged."""
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
 
 
@@ -313,7 +313,7 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
 
 
 def try_one_step(config: Config) -> dict[str, Any]:
-    """Builds everything, reads one batch, runs a step on it (TRIED times: the first one warms up); writes nothing."""
+    """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing."""
     world = join_world()
     with tempfile.TemporaryDirectory() as scratch:
         config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
@@ -324,8 +324,8 @@ def try_one_step(config: Config) -> dict[str, Any]:
             trainer.model.train()
             if trainer.compiled:
                 say("compiling the blocks")
-                share = config.train.batch_size // world.size // config.train.accumulate
-                trainer.update.warm_up(share, config.data.max_tokens, trainer.view)
+                pairs = config.train.batch_size // world.size // config.train.accumulate
+                trainer.update.warm_up(pairs, config.data.max_tokens, trainer.view)
             taken = []
             for _ in range(TRIED):
                 begin = time.perf_counter()

@@ -18,7 +18,7 @@ from aimv2.io import write_aside
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines past ``step`` (a run that goes on from there writes them anew) and a half-written last one."""
+    """Drops the lines past ``step`` (a run resumed there writes them again) and a half-written last one."""
     if not path.exists():
         return
     kept = []
@@ -59,7 +59,7 @@ class Log:
     def _wandb(self, run: Path, project: str) -> Any:
         import wandb
 
-        place = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]  # two runs may share a name, not a place
+        place = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]  # runs of one name in two folders
         return wandb.init(project=project, dir=str(run), name=run.name, id=f"{run.name}-{place}", resume="allow")
 
     def say(self, line: str) -> None:

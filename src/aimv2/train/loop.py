@@ -101,7 +101,7 @@ class Trainer:
         self.log: Log | None = None
 
     def open_log(self) -> Log:
-        """Starts writing figures into the run folder, behind the step that was reached."""
+        """Starts writing figures into the run folder, after the step that was reached."""
         self.log = Log(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
         self.peak = peak_flops(self.world.device, self.config.train.precision) if self.world.main else None
         return self.log
@@ -162,7 +162,7 @@ class Trainer:
         self.first_broken = torch.where(new, self.step, self.first_broken)
 
     def check_finite(self) -> None:
-        """Stops all ranks together where a step since the last look met NaN or infinity; it has not been applied."""
+        """Stops all ranks together where a step since the last check was non-finite; its update was skipped."""
         if self.last is None or self.first_broken is None:
             return
         broken = {name: at for name, at in zip([*self.last.names, "gradient"], self.first_broken.tolist()) if at}
@@ -170,8 +170,9 @@ class Trainer:
             step = min(broken.values())
             terms = ", ".join(name for name, at in broken.items() if at == step)
             raise UsageError(
-                f"step {step}: not finite: {terms}; the weights were left as they were before it; the last "
-                "checkpoint is good; a lower optim.lr, more optim.warmup or a tighter optim.clip may help"
+                f"step {step}: non-finite loss or gradient ({terms}). The update was skipped and the last checkpoint is intact; try a "
+                "lower optim.lr, a longer optim.warmup or a smaller optim.clip",
+                code="non-finite",
             )
 
     def report(self, log: Log) -> None:
@@ -202,7 +203,7 @@ class Trainer:
 
     @property
     def check_every(self) -> int:
-        """Steps between looks at what only the device knows: each step where looking is free."""
+        """Steps between checks that sync the device: 1 where that is free."""
         return 1 if self.world.device.type == "cpu" else self.config.train.log_every
 
     def validate(self, log: Log) -> None:
@@ -253,7 +254,7 @@ class Trainer:
             self.tokenizer.save(folder)
 
     def stop_if_signalled(self, saved: int, now: bool) -> None:
-        """After a signal on any rank: all ranks save and leave together (``now``: look, whatever the step)."""
+        """After a signal on any rank: all ranks save and leave together (``now``: check, whatever the step)."""
         code = self.flag.code if self.flag else 0
         if self.world.size > 1:
             if self.step % self.check_every and not now:

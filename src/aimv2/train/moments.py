@@ -1,6 +1,6 @@
 """AdamW's moments out of the state folder of another run, without running a pickle.
 
-``--resume`` alone trusts a state folder, that of its own run. Here the folder may be anybody's: of DCP's metadata, which is
+Only ``--resume`` trusts a state folder, that of its own run. Here the folder may be anybody's: of DCP's metadata, which is
 a pickle, only the plain classes that such metadata are made of are built, and only tensors are read.
 """
 
@@ -51,7 +51,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class MomentsReader(FileSystemReader):
-    """Reads the tensors of the optimizer's state; nothing else is in its metadata, so nothing else can be asked for."""
+    """Reads the tensors of the optimizer's state; nothing else is in its metadata, so nothing else can be requested."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

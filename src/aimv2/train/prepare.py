@@ -1,4 +1,4 @@
-"""From a configuration to a run that can start: data, tokeniser, model and run folder, checked before anything is written."""
+"""From a configuration to a run that can start: data, tokenizer, model and run folder, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ PARTS = (
     "data",
 )
 SCENES = "scenes"  # what the manifest of built-in data says
-TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on, at most
+TOKENIZER_CAPTIONS = 200_000  # training captions that a tokenizer is trained on, at most
 
-# what may differ from the run's own configuration when it goes on
+# what may differ from the run's own configuration when it resumes
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
@@ -51,11 +51,11 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-# ---- where the data are ----
+# ---- paths and data ----
 
 
 def locate_data(config: Config) -> None:
-    """Fills in $AIMV2_DATA and makes paths absolute, so that the run can go on from any folder."""
+    """Fills in $AIMV2_DATA and makes paths absolute, so that the run can resume from any folder."""
     data, root = config.data, os.environ.get("AIMV2_DATA")
     if data.train is None:
         data.train = root
@@ -107,7 +107,7 @@ def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
 
 
 def check_labels(samples: list[dict[str, bytes]], config: Config) -> None:
-    """Raises UsageError where ``eval.probe`` is asked for and no sample has a label."""
+    """Raises UsageError where ``eval.probe`` is on and no sample has a label."""
     if config.eval.probe and not any(sample.get("cls") for sample in samples):
         raise UsageError(
             f"eval.probe: labels missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.cls; "
@@ -116,7 +116,7 @@ def check_labels(samples: list[dict[str, bytes]], config: Config) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-    """What is allowed and seldom meant, a line each."""
+    """Warnings on values that are allowed but rarely intended, a line each."""
     lines = []
     if config.optim.warmup >= config.train.steps:
         lines.append(
@@ -125,10 +125,10 @@ def remarks(config: Config) -> list[str]:
         )
     if config.data.features is not None:
         lines.append(
-            "data.features: every image is seen in its centre view alone; data.crop_scale and data.flip do nothing"
+            "data.features: every image is read in its centre view only; data.crop_scale and data.flip do nothing"
         )
     lines += [
-        f"{path}: its import was not finished (run `aimv2 data import` again to go on); training on what is there"
+        f"{path}: its import was not finished (run `aimv2 data import` again to continue); training on what is there"
         for path in _paths(config)
         if (Path(path) / ".import").is_dir()
     ]
@@ -140,7 +140,7 @@ def _names(config: Config) -> str:
     return ", ".join(_paths(config)) if train else "data.train"
 
 
-# ---- defaults for one's own data ----
+# ---- defaults for data without a recipe ----
 
 
 def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
     }
 
 
-# ---- tokeniser and model ----
+# ---- tokenizer and model ----
 
 
 def training_captions(config: Config) -> Iterator[str]:
@@ -181,11 +181,11 @@ def training_captions(config: Config) -> Iterator[str]:
 
 
 def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer | None:
-    """The run's tokeniser: loaded, that of ``init``, or trained on the training captions (rank 0, for all); None for images alone.
+    """The run's tokenizer: loaded, that of ``init``, or trained on the training captions (rank 0, for all); None for images alone.
 
     Args:
         config: of the run.
-        known: a folder with the tokeniser of the run that goes on; used where the configured one is not at hand.
+        known: a folder with the tokenizer of the run to resume; used where the configured one is not at hand.
         world: the ranks.
     """
     task = task_of(config)
@@ -200,11 +200,9 @@ def find_tokenizer(config: Config, task: Task, known: Path | None, world: World)
     if known is not None:
         return load_tokenizer(known)
     if (home := task.tokenizer_home()) is not None:
-        kept, asked = load_tokenizer(home), config.data.vocab_size
-        if world.main and asked not in (kept.vocab_size, DataConfig().vocab_size):
-            say(
-                f"data.vocab_size {asked} is not used: the decoder of init goes on with its own {kept.vocab_size} tokens"
-            )
+        kept, wanted = load_tokenizer(home), config.data.vocab_size
+        if world.main and wanted not in (kept.vocab_size, DataConfig().vocab_size):
+            say(f"data.vocab_size {wanted} is not used: the decoder of init keeps its own {kept.vocab_size} tokens")
         return kept
     trained = None
     if world.main:
@@ -257,7 +255,7 @@ def check_overwrite(config: Config, run: Path) -> None:
     ]
     if config.overwrite and inside:
         raise UsageError(
-            f"--overwrite would clear --run {run}, and {inside[0]} lies in it; move it, or choose another run"
+            f"--overwrite would clear --run {run}, which contains {inside[0]}; move it, or choose another run"
         )
 
 
@@ -285,7 +283,7 @@ def clear_run(run: Path) -> None:
 
 
 def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Creates the folder and writes what the run is: config.yaml and a trained tokeniser."""
+    """Creates the folder and writes what the run is: config.yaml and a trained tokenizer."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and config.data.tokenizer == "auto":
@@ -297,7 +295,7 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
         raise UsageError(f"--run {run} can't be written: {error.strerror}") from None
 
 
-# ---- going on ----
+# ---- resuming ----
 
 
 def resumed_values(run: Path, given: dict[str, Any]) -> Config:
@@ -321,7 +319,7 @@ def resumed_values(run: Path, given: dict[str, Any]) -> Config:
         old, new = get_value(own, key), get_value(wanted, key)
         if key not in may_change and old != new:
             raise UsageError(
-                f"--resume goes on with the run's own configuration: {key} is {_plain(old)} there, got {_plain(new)}; "
+                f"--resume keeps the run's own configuration: {key} is {_plain(old)} there, got {_plain(new)}; "
                 "leave it out, or start another run"
             )
     return wanted
@@ -333,7 +331,7 @@ def stored_values(run: Path) -> dict[str, Any]:
 
 
 def known_tokenizer(run: Path) -> Path | None:
-    """A folder of the run that holds its tokeniser: the trained one, or the newest checkpoint's copy."""
+    """A folder of the run that holds its tokenizer: the trained one, or the newest checkpoint's copy."""
     homes = [run / "tokenizer", *(folder / "model" for _, folder in reversed(checkpoints(run)))]
     return next((home for home in homes if (home / "tokenizer_config.json").exists()), None)
 
@@ -347,7 +345,7 @@ def _plain(value: Any) -> Any:
 
 
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:
-    """The newest checkpoint, if it belongs to this model, tokeniser and product of ranks and workers.
+    """The newest checkpoint, if it belongs to this model, tokenizer and product of ranks and workers.
 
     Returns:
         its folder, or None where the run was stopped before its first one.

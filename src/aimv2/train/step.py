@@ -125,7 +125,7 @@ class TrainStep:
         Args:
             pairs: of a micro-batch on this rank.
             max_tokens: of a caption.
-            view: what the model sees; None: all of one size.
+            view: of the training data; None: all of one size.
         """
         reads_text = self.task.reads_text()
         kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from these zeros

@@ -1,4 +1,4 @@
-"""What a run's model sees of a sample: one size, or images of their own size under a budget of patches."""
+"""How a run's samples are transformed: to one size, or at their own size under a budget of patches."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
         if name := next((name for name, there in given.items() if there), None):
             instead = "use train.batch_size" if name == "train.patch_budget" else f"leave {name} out"
             raise UsageError(
-                f"{name} is for native models; {encoder.name} sees {encoder.image_size} px: {instead}, or give a native model.name"
+                f"{name} is for native models; {encoder.name} takes {encoder.image_size} px: {instead}, or give a native model.name"
             )
         return View(encoder.image_size, encoder.patches, captions, keep)
     if keep < 1:
-        raise UsageError(f"objective.decoder_share {keep}: a native model's decoder sees all image positions; use 1")
+        raise UsageError(f"objective.decoder_share {keep}: a native model's decoder gets all image positions; use 1")
     return View(0, 2 ** config.data.areas[1], captions, native=make_native(config, encoder, world))
 
 
@@ -43,13 +43,13 @@ def make_native(config: Config, encoder: EncoderConfig, world: World) -> Native:
     least, most = 2**low, 2**high
     if not (encoder.min_patches <= least and most <= encoder.max_patches):
         raise UsageError(
-            f"data.areas {[low, high]} are {least} to {most} patches; {encoder.name} sees {encoder.min_patches} to "
+            f"data.areas {[low, high]} are {least} to {most} patches; {encoder.name} takes {encoder.min_patches} to "
             f"{encoder.max_patches}: change data.areas, or model.min_patches and model.max_patches"
         )
     budget = config.train.patch_budget
     if budget is None:
         raise UsageError(
-            f"train.patch_budget is not given: {encoder.name} sees images of {least} to {most} patches (data.areas), and a "
+            f"train.patch_budget is not given: {encoder.name} takes images of {least} to {most} patches (data.areas), and a "
             "step takes as many as the budget holds"
         )
     workers, accumulate, pack = max(config.data.workers, 1), config.train.accumulate, config.data.pack

@@ -35,7 +35,7 @@ def ours(folder: str, batch: int, precision: str, compiled: bool, device: str) -
 
     import aimv2
 
-    aimv2.fast_products(device)
+    aimv2.fast_matmul(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = aimv2.load_model(folder, device=device, dtype=dtype)
     if compiled:
@@ -55,7 +55,7 @@ def theirs(
     if fast:
         import aimv2
 
-        aimv2.fast_products(device)
+        aimv2.fast_matmul(device)
     model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     if compiled:
         model = torch.compile(model)

@@ -13,11 +13,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import torch
+
 import aimv2
 from aimv2.data.shards.format import find_shards
 from aimv2.data.stream.samples import View
-from aimv2.evals.after_training import labelled
-from aimv2.evals.probe import features, train_probe
+from aimv2.evals.after_training import features, labelled_batches
+from aimv2.evals.probe import train_probe
 from aimv2.interop.convert import convert
 from aimv2.interop.openvino import OpenVINOEncoder
 
@@ -33,7 +35,7 @@ def main() -> None:
     encoder = aimv2.load_model(options.model)
     view = View(encoder.config.image_size, encoder.config.patches, captions=False)
     train, test = (
-        labelled(find_shards(options.data, split), view, limit)
+        [torch.cat(part) for part in zip(*labelled_batches(find_shards(options.data, split), view, limit))]
         for split, limit in (("train", options.train), ("test", 0))
     )
     with tempfile.TemporaryDirectory() as temporary:
@@ -42,9 +44,9 @@ def main() -> None:
         encoders = {"fp32": encoder, "int8": OpenVINOEncoder(out)}
         scores: dict[str, list[float]] = {}
         for name, one in encoders.items():
-            seen = [features(one, images) for images in (train[0], test[0])]
+            found = [torch.cat([features(one, part) for part in images.split(256)]) for images in (train[0], test[0])]
             scores[name] = [
-                100 * train_probe([seen[0]], train[1], seen[1], test[1], seed=seed) for seed in range(options.seeds)
+                100 * train_probe([found[0]], train[1], found[1], test[1], seed=seed) for seed in range(options.seeds)
             ]
     lost = statistics.mean(scores["fp32"]) - statistics.mean(scores["int8"])
     print(json.dumps({"model": options.model, "train": len(train[1]), "test": len(test[1]), **scores, "lost": lost}))

@@ -59,9 +59,9 @@ def prepare(name: str, precision: str) -> tuple[Any, Any, Any]:
     import torch
 
     from aimv2.models.create import create_model
-    from aimv2.models.matmul import fast_products
+    from aimv2.models.matmul import fast_matmul
 
-    fast_products(torch.device("cpu"))
+    fast_matmul(torch.device("cpu"))
     half = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     return torch, create_model(name, seed=0).eval(), half
 

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from aimv2.batch import make_batch
 from aimv2.config.schema import Config
 from aimv2.distributed import World
-from aimv2.evals.probe import ProbeSettings, fresh_sweep
+from aimv2.evals.probe import ProbeSettings, SweepTask, fresh_sweep
 from aimv2.features.frozen import of_encoder
 from aimv2.models.create import create_model
 from aimv2.models.probe_head import AttentiveProbe
-from aimv2.objectives.probe import SweepObjective
 from aimv2.train.step import TrainStep
 
 CLASSES = 1000
@@ -38,7 +37,7 @@ def stepper(
     sweep = fresh_sweep(width, CLASSES, settings, 0, device, trunk)
     config = Config()
     config.train.precision, config.optim.clip = "fp32", 3.0
-    step = TrainStep(sweep, config, World(0, 1, device), False, SweepObjective())
+    step = TrainStep(sweep, config, World(0, 1, device), False, task=SweepTask(config))
     sweep.train()
     return lambda: step(batch, 0)  # type: ignore[arg-type,return-value]
 

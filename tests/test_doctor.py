@@ -146,7 +146,7 @@ def test_the_hub_in_each_state(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused.status == "warn" and constants.HF_HUB_CACHE in refused.advice
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes a connection and says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(machine, "PATIENCE", 0.3)
+        monkeypatch.setattr(machine, "HUB_TIMEOUT", 0.3)
         waited = one(machine.hub(), "model hub")
         assert waited.status == "warn" and "no answer within 0.3 s" in waited.found
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -175,14 +175,14 @@ def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v
 
 
-def forward_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def only_forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.requires_grad:
         raise NotImplementedError("no backward pass\nand more lines")
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 @pytest.mark.parametrize(
-    ("attend", "status", "said"), [(wrong, "fail", "differs from plain"), (forward_alone, "fail", "no backward pass")]
+    ("attend", "status", "said"), [(wrong, "fail", "differs from plain"), (only_forward, "fail", "no backward pass")]
 )
 def test_attention_that_does_not_work(
     monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor], status: str, said: str
@@ -192,7 +192,7 @@ def test_attention_that_does_not_work(
     math, flex = one(kernels.attention(), "math"), one(kernels.attention(), "flex")
     assert math.status == status and said in math.found and "\n" not in math.found
     assert flex.status == "off", "what has a substitute is no failure"
-    assert flex.found.startswith("forward alone" if attend is forward_alone else "not on")
+    assert flex.found.startswith("only forward" if attend is only_forward else "not on")
 
 
 WITHOUT_COMPILER = """

@@ -331,7 +331,7 @@ def test_the_native_recipe_keeps_one_budget_of_patches() -> None:
     assert sum(parameter.numel() for parameter in model.encoder.parameters()) == 308_935_680  # the released one's
     view = make_view(config, model.encoder.config, True, World(0, 64, torch.device("cpu")))
     assert view.native is not None
-    shares, budget = view.native.shares, config.train.patch_budget
+    shares, budget = view.native.areas, config.train.patch_budget
     assert list(shares) == [128, 256, 512, 1024, 2048, 4096]
     assert view.native.budget * 64 * config.data.workers == budget == 8192 * 256
     pairs = sum(share * budget / area for area, share in shares.items())  # a step, in the mean

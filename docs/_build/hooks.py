@@ -23,9 +23,9 @@ OUTSIDE = re.compile(
 
 
 def on_config(config: Any) -> Any:
-    """The sections of verbs, recipes and notebooks list what there is."""
+    """Fill the navigation of commands, recipes and notebooks."""
     sections = {
-        "Verbs": ["verbs/index.md", *(f"verbs/{verb_pages.slug(name)}.md" for name in verb_pages.names())],
+        "Commands": ["verbs/index.md", *(f"verbs/{verb_pages.slug(name)}.md" for name in verb_pages.names())],
         "Recipes": ["recipes/index.md", *(f"recipes/{path.stem}.md" for path in recipe_pages.paths(ROOT))],
         "Notebooks": [source_pages.notebook_page(path) for path in source_pages.notebooks(ROOT)],
     }
@@ -34,7 +34,7 @@ def on_config(config: Any) -> Any:
 
 
 def fill(entry: Any, sections: dict[str, list[str]]) -> Any:
-    """``{Verbs: null}`` with its pages, at any depth of the navigation."""
+    """``{Commands: null}`` with its pages, at any depth of the navigation."""
     if not isinstance(entry, dict):
         return entry
     ((title, inside),) = entry.items()

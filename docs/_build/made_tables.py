@@ -1,4 +1,4 @@
-"""What stands where a page says ``<!-- made: NAME -->``."""
+"""Text that replaces ``<!-- made: NAME -->`` on a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aimv2.commands.table import COMMANDS, function_name
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
 
-BYTES = 16  # a parameter: weight, gradient and two moments, fp32
+BYTES = 16  # per parameter: weight, gradient and AdamW state, fp32
 RANKS = (1, 8, 64)
 
 
@@ -25,7 +25,7 @@ def made(name: str) -> str:
 
 
 def memory() -> str:
-    """Memory of weights, gradients and moments of each size at 224 px (or its smallest), by ranks."""
+    """Memory of weights, gradients and AdamW state of each size at 224 px (or its smallest), by ranks."""
     heads = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in RANKS]
     lines = [f"| size | encoder and decoder | {' | '.join(heads)} |", "|---|---|" + "---|" * len(RANKS)]
     for size in SIZES:
@@ -40,5 +40,5 @@ def memory() -> str:
 
 
 def functions() -> str:
-    """Every command's function, for mkdocstrings."""
+    """The function of every command, for mkdocstrings."""
     return "\n".join(f"::: aimv2.api.{function_name(name)}" for name in COMMANDS)

@@ -101,7 +101,7 @@ def batch_of(image: np.ndarray, words: int, prefix: int, patch: int) -> Batch:
 
 
 def positions() -> str:
-    """What each position of the decoder predicts, read off a batch: patches behind the prefix, and every token."""
+    """The prediction of each decoder position, from a batch: patches after the prefix, and every token."""
     prefix, width = 2, 74
     batch = batch_of(np.zeros((8, 8 * PATCHES, 3), np.uint8), len(WORDS), prefix, 8)
     scored = set(batch.patch_rows[: int(batch.patch_count)].tolist())
@@ -116,7 +116,7 @@ def positions() -> str:
         if above:
             parts += [box(x, 6, width - 4, 28, HIDDEN), text(x + width / 2 - 2, 24, above)]
             parts.append(f"<path d='M{x + width / 2 - 2:g} 76 v-36 m-4 7 l4 -7 l4 7' stroke='{INK}' fill='none'/>")
-    parts.append(text(70, 128, "light: the prefix; darker: patches behind it; orange: the caption", "start"))
+    parts.append(text(70, 128, "light: the prefix; darker: patches after it; orange: the caption", "start"))
     return svg(74 + width * len(inputs), 138, parts, "what each position predicts")
 
 
@@ -133,11 +133,11 @@ def targets() -> bytes:
     canvas[0, batch.patch_rows[:count] + 1] = wanted
     normal = unpatchify(canvas, patch, grid, grid)[0].permute(1, 2, 0)
     shown = ((normal.clamp(-2, 2) + 2) / 4 * 255).byte().numpy()
-    seen = (np.asarray(image) * 0.25 + 190).astype(np.uint8)
+    masked = (np.asarray(image) * 0.25 + 190).astype(np.uint8)
     for place in range(prefix):
         rows, columns = (slice(n * patch, (n + 1) * patch) for n in divmod(place, grid))
-        seen[rows, columns] = image[rows, columns]
-    panels = [np.kron(lined(panel, patch), np.ones((2, 2, 1), np.uint8)) for panel in (np.asarray(image), seen, shown)]
+        masked[rows, columns] = image[rows, columns]
+    panels = [np.kron(lined(panel, patch), np.ones((2, 2, 1), np.uint8)) for panel in (np.asarray(image), masked, shown)]
     blank = np.full((panels[0].shape[0], 16, 3), 255, np.uint8)
     out = io.BytesIO()
     Image.fromarray(np.concatenate([panels[0], blank, panels[1], blank, panels[2]], axis=1)).save(

@@ -18,15 +18,15 @@ def paths(root: Path) -> list[Path]:
 
 
 def pages(root: Path) -> dict[str, str]:
-    """``recipes/NAME.md`` and the list of them."""
+    """``recipes/NAME.md`` and their index."""
     recipes = [path for path in paths(root) if path.parent.name == "recipes"]
     chains = [path for path in paths(root) if path.parent.name == "chains"]
     index = [
         "# Recipes",
         "",
-        "A recipe is a YAML file for `aimv2 pretrain --config`; any value can be changed behind it (`--optim.lr 5e-4`). "
-        "Its head says command, source, data, hardware, hours and score; what was only estimated says so. "
-        "`tests/test_recipes.py` parses every one strictly and runs it at toy size.",
+        "A recipe is a YAML file for `aimv2 pretrain --config`; the command line overrides any value (`--optim.lr 5e-4`). "
+        "Its header lists command, source, data, hardware, hours and expected score; estimates are marked. "
+        "`tests/test_recipes.py` parses every recipe strictly and runs it at toy size.",
         "",
         "| recipe | what |",
         "|---|---|",
@@ -95,7 +95,7 @@ def chain_page(path: Path) -> str:
         f"| {name} | `{stage['verb']}` | {str(stage.get('title', '')).replace('|', ' ')} |"
         for name, stage in tree["stages"].items()
     ]
-    table = ["| stage | verb | title |", "|---|---|---|", *rows]
+    table = ["| stage | command | title |", "|---|---|---|", *rows]
     file = block(path.read_text().splitlines(), "yaml")
     return "\n".join(
         [
@@ -115,7 +115,7 @@ def chain_page(path: Path) -> str:
 
 
 def whose(path: Path) -> dict[str, str]:
-    """The comment behind each value: the table of the paper, or "ours"."""
+    """The comment after each value: the table of the paper, or "ours"."""
     marks, section = {}, ""
     for line in path.read_text().splitlines():
         if line.startswith("#"):

@@ -11,9 +11,9 @@ def pages() -> dict[str, str]:
     lines = [
         "# Sizes",
         "",
-        "Made from `src/aimv2/models/sizes.py`; `aimv2 models` prints the same counts. Large to 3B are the paper's "
-        "Table 1, `base` is in the released code only, and the smaller ones are ours. Arithmetic: FLOPs of one image, "
-        "two a multiply-add; a native model at 256 patches. Any value can be changed: `--model.width 192`, or "
+        "Generated from `src/aimv2/models/sizes.py`; `aimv2 models` prints the same counts. Large to 3B are the paper's "
+        "Table 1, `base` is in the released code only, and the smaller ones are ours. GFLOPs are of one image, with two FLOPs "
+        "per multiply-add; a native model at 256 patches. Any value can be overridden: `--model.width 192`, or "
         "`aimv2.create_model(NAME, width=192, heads=3)`.",
         "",
     ]
@@ -28,7 +28,7 @@ def pages() -> dict[str, str]:
             f"| decoder | {decoder.width} | {decoder.depth} | {decoder.heads} | {decoder.width // decoder.heads} "
             f"| {decoder.hidden} |",
             "",
-            "| name | image | patch | patches | encoder parameters | GFLOP an image | weights |",
+            "| name | image | patch | patches | encoder parameters | GFLOPs per image | weights |",
             "|---|---|---|---|---|---|---|",
             *models(size),
             "",

@@ -1,4 +1,4 @@
-"""A page per command, from its parser and its docstrings: options with types, defaults and meaning."""
+"""One page per command, from its parser and its docstrings: options with types, defaults and meaning."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from aimv2.commands.parse import doc_of, module_of, parser_of
 from aimv2.commands.table import COMMANDS
 from aimv2.config.load import config_parser
 
-# what is taken out of pretrain's words before its configuration is parsed
+# options that the command line removes from pretrain's arguments before its configuration is parsed
 PRETRAIN_SWITCHES = (
-    ("--config RECIPE.yaml", "", "", "YAML recipe; --section.key value overrides it"),
-    ("--dry-run", "", "off", "build everything, run one step, say what a run takes"),
-    ("--print-config", "", "off", "show the effective values and where they came from"),
+    ("--config RECIPE.yaml", "", "", "YAML recipe; `--section.key value` overrides it"),
+    ("--dry-run", "", "off", "build everything, run a few steps, print the resources of the run"),
+    ("--print-config", "", "off", "show the effective values and their origin"),
 )
 EVERYWHERE = (
     ("--json", "", "off", "print the result as one JSON object on standard output; progress goes to standard error"),
@@ -23,7 +23,7 @@ Row = tuple[str, str, str, str]
 
 
 def names() -> list[str]:
-    """Every command, in the order of ``aimv2 --help``."""
+    """All commands, in the order of ``aimv2 --help``."""
     return list(COMMANDS)
 
 
@@ -33,13 +33,13 @@ def slug(name: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """``verbs/NAME.md`` and the list of them."""
+    """``verbs/NAME.md`` and their index."""
     rows = [f"| [`aimv2 {name}`]({slug(name)}.md) | {cell(command.summary)} |" for name, command in COMMANDS.items()]
     index = [
         "# Commands",
         "",
-        "Each page is made from the command's parser, as `aimv2 COMMAND --help` is. Every command is also a function of the same "
-        "options in `aimv2.api` ([Python reference](../reference.md)).",
+        "Each page is generated from the command's parser, like `aimv2 COMMAND --help`. Every command is also a function of the "
+        "same options in `aimv2.api` ([Python reference](../reference.md)).",
         "",
         "| command | what it does |",
         "|---|---|",
@@ -49,8 +49,8 @@ def pages() -> dict[str, str]:
         "",
         *table(list(EVERYWHERE)),
         "",
-        "Exit codes: 0, 1 where `doctor` found a failure, 2 after a mistake of input (one line on standard error says which option to change), 130 after "
-        "Ctrl-C, 143 after SIGTERM.",
+        "Exit codes: 0, 1 if `doctor` found a failure, 2 for invalid input (one line on standard error says which option to "
+        "change), 130 after Ctrl-C, 143 after SIGTERM.",
     ]
     return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in COMMANDS}}
 
@@ -63,12 +63,12 @@ def page(name: str) -> str:
     lines = [f"# aimv2 {name}", "", sentence(command.summary), "", f"    {call} [--option VALUE ...]", ""]
     parser = config_parser() if name == "pretrain" else parser_of(name)
     if name == "pretrain":
-        lines += ["## How it is called", "", *table(list(PRETRAIN_SWITCHES)), ""]
+        lines += ["## Arguments", "", *table(list(PRETRAIN_SWITCHES)), ""]
     for title, rows in groups(parser, dashes=name != "pretrain"):
         lines += [f"## {cell(title)}", "", *table(rows), ""]
     gives = returns(doc_of(name))
     if gives:
-        lines += ["## What it gives", "", sentence(gives), ""]
+        lines += ["## Result", "", sentence(gives), ""]
     if epilog := getattr(module_of(name), "EPILOG", ""):
         lines += ["## A chain file", "", "```text", epilog, "```", ""]
     lines += ["`--json` and `--debug`: [every command](index.md)."]

@@ -1,6 +1,6 @@
 """AIMV2: multimodal autoregressive pre-training of vision encoders.
 
-Public names load when they are first used, so that ``import aimv2`` is quick.
+Public names are imported on first use, so that ``import aimv2`` is fast.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ if TYPE_CHECKING:
     from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
     from aimv2.models.encoder import VisionEncoder as VisionEncoder
     from aimv2.models.lit import LiT as LiT
-    from aimv2.models.matmul import fast_products as fast_products
+    from aimv2.models.matmul import fast_matmul as fast_matmul
     from aimv2.models.sizes import list_models as list_models
 
-_HOME = {
+    fast_products = fast_matmul
+
+_MODULES = {
     "AIMv2": "aimv2.models.aimv2",
     "LiT": "aimv2.models.lit",
     "MultimodalDecoder": "aimv2.models.decoder",
     "VisionEncoder": "aimv2.models.encoder",
     "create_model": "aimv2.models.create",
-    "fast_products": "aimv2.models.matmul",
+    "fast_matmul": "aimv2.models.matmul",
     "image_transform": "aimv2.data.stream.transforms",
     "list_models": "aimv2.models.sizes",
     "load_model": "aimv2.data.text.models",
     "save_pretrained": "aimv2.data.text.models",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+_ALIASES = {"fast_products": "fast_matmul"}  # earlier names
+
+__all__ = sorted([*_MODULES, *_ALIASES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    current = _ALIASES.get(name, name)
+    if current in _MODULES:
+        return getattr(importlib.import_module(_MODULES[current]), current)
     raise AttributeError(f"module 'aimv2' has no attribute '{name}'")
 
 

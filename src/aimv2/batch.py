@@ -1,10 +1,10 @@
-"""The one thing that travels from data to model: a batch of image-text pairs.
+"""The batch of image-text pairs that the data pipeline hands to the model, and its collate functions.
 
-Legend: B pairs, I patches an image, K of them that the decoder sees, T padded caption length, R caption rows, S scored
+Legend: B pairs, I patches per image, K of them that the decoder reads, T padded caption length, R caption rows, S scored
 patches, N patches of a packed row.
 
-Which patches and tokens are scored is decided here, on the host, from lengths alone: no boolean indexing later, so
-no wait for a GPU, and no rule by token id (unlike the released training code).
+Scored patches and tokens are selected here, on the host, by length only: no boolean indexing later, hence no GPU sync, and no
+rule by token id (unlike the released training code).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROW_BUCKET = 32  # so is R
 PATCH_BUCKET = 128  # so is S
 
 
-class Layout(NamedTuple):
-    """Where the rows of a packed batch lie for attention; see :class:`aimv2.models.layers.Spans`.
+class PackedLayout(NamedTuple):
+    """Attention slots of the rows of a packed batch; see :class:`aimv2.models.layers.Spans`.
 
-    ``image_slots`` int64 [N] and ``image_groups`` are of the images alone, ``slots`` int64 [N + R] and ``groups`` of the
-    images, each followed by its caption. Strips of one area have no ``image_groups``: only the decoder, whose captions
-    follow the real patches, needs to know.
+    ``image_slots`` int64 [N] and ``image_groups`` cover only the images, ``slots`` int64 [N + R] and ``groups`` the images,
+    each followed by its caption. Strips of one area have no ``image_groups``: only the decoder needs slots there, since
+    captions follow the real patches.
     """
 
     image_slots: Tensor
@@ -36,9 +36,9 @@ class Layout(NamedTuple):
     slots: Tensor
     groups: tuple[tuple[int, int], ...]
 
-    def to(self, device: torch.device | str) -> Layout:
+    def to(self, device: torch.device | str) -> PackedLayout:
         moved = (self.image_slots.to(device, non_blocking=True), self.slots.to(device, non_blocking=True))
-        return Layout(moved[0], self.image_groups, moved[1], self.groups)
+        return PackedLayout(moved[0], self.image_groups, moved[1], self.groups)
 
 
 @dataclass
@@ -49,27 +49,28 @@ class Batch:
         images: uint8 [B, 3, H, W] in 0..255, or float [B, 3, H, W], already normalised. Native training: strips
             [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
-        text_len: int64 [B], real tokens a caption, end of text counted; 0 without a caption.
-        prefix_len: int64 [B], patches that see each other, 1..I-1; None: no prefix, no patch is scored.
-        token_rows: int64 [R], places in the flat [B * T] text of the real tokens, caption by caption; padding holds
+        text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
+        prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
+            scored.
+        token_rows: int64 [R], indices of the real tokens into the flat [B * T] text, caption by caption; padding holds
             B * T.
-        patch_rows: int64 [S], places in the flat [B * I] image positions whose output is scored; padding holds 0.
-            Position i predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0). Where the
-            decoder sees some positions alone, in the flat [B * K] of those.
+        patch_rows: int64 [S], indices of the scored image positions into the flat [B * I]; padding holds 0. Position i
+            predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0). With ``kept`` the indices
+            are into the flat [B * K].
         token_count: int64 [], real entries of ``token_rows``.
         patch_count: int64 [], real entries of ``patch_rows``.
         labels: int64 [B], classes; -1 without one.
-        keys: the samples' names.
+        keys: sample keys.
         bad: samples that could not be decoded since the last batch, with the reason.
-        kept: int64 [B, K], ascending image positions that the decoder sees; None: all.
+        kept: int64 [B, K], ascending image positions that the decoder reads; None: all.
         target_rows: int64 [S], with ``kept`` the patch that each scored row predicts, in the flat [B * I], padding 0; None: the
             one after ``patch_rows``.
         places: int64 [B, A, 2] or [1, N, 2], row and column of each patch (native training); None: a fixed grid.
         image_len: int64 [B], real patches of each image (native training).
-        layout: of a packed row (native training); None: strips of one area, padded with zeros.
-        teacher: int8 [B, I, E], stored features of a teacher for these crops; None: none are stored.
-        teacher_scale: float16 [B, I], their unit.
-        sources: places of the samples' sources in the mixture; [] where there is none.
+        layout: slots of a packed row (native training); None: strips of one area, padded with zeros.
+        teacher: int8 [B, I, E], stored teacher features for these crops; None: none are stored.
+        teacher_scale: float16 [B, I], their scale.
+        sources: index of each sample's source in the mixture; [] without a mixture.
     """
 
     images: Tensor
@@ -87,26 +88,26 @@ class Batch:
     target_rows: Tensor | None = None
     places: Tensor | None = None
     image_len: Tensor | None = None
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
     teacher: Tensor | None = None
     teacher_scale: Tensor | None = None
     sources: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``; to an accelerator through pinned memory, so that nothing waits for the copy."""
+        """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
         tensors = self._tensors()
-        if str(device).startswith("cuda"):  # of what a stream gives all is pinned already, beside the training thread
+        if str(device).startswith("cuda"):  # a stream's batches are pinned already, off the training thread
             tensors = {name: value if value.is_pinned() else value.pin_memory() for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
 
     def pin_memory(self) -> Batch:
-        """The same batch in pinned memory; PyTorch's DataLoader calls this in a thread of its own."""
+        """The same batch in pinned memory; PyTorch's DataLoader calls this in its pinning thread."""
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
         return replace(self, **pinned)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, but for those of the layout."""
+        """All tensors by name, except those of the layout."""
         others = ("keys", "bad", "layout", "sources")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
@@ -128,7 +129,7 @@ def scored(prefix_len: Tensor, patches: int, image_len: Tensor | None = None) ->
 
     Args:
         prefix_len: int64 [B], each in 1..patches-1.
-        patches: I, places for patches an image.
+        patches: I, image positions.
         image_len: int64 [B], real patches of each; None: all are real.
 
     Returns:
@@ -147,11 +148,11 @@ def scored_rows(prefix_len: Tensor, patches: int) -> Tensor:
 
 
 def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Where the outputs lie that are scored, and the patches that they predict.
+    """Indices of the scored outputs, and of the patches that they predict.
 
     Args:
-        keep: of :func:`scored`, bool [B, I].
-        kept: int64 [B, K], positions that the decoder sees; None: all.
+        keep: result of :func:`scored`, bool [B, I].
+        kept: int64 [B, K], positions that the decoder reads; None: all.
 
     Returns:
         int64 [S] into the flat [B * I] or with ``kept`` [B * K], and with ``kept`` int64 [S] into the flat [B * I].
@@ -166,7 +167,7 @@ def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
-    """``rows`` int64 [n] filled with ``value`` up to a multiple."""
+    """``rows`` int64 [n] padded with ``value`` to a multiple."""
     import torch
 
     padded = torch.full((round_up(len(rows), multiple),), value, dtype=torch.int64)
@@ -188,21 +189,21 @@ def make_batch(
     teacher: tuple[Tensor, Tensor] | None = None,
     sources: Sequence[int] = (),
 ) -> Batch:
-    """Collates images and tokenised captions and lists what will be scored.
+    """Collate images and tokenised captions, and index what is scored.
 
     Args:
         images: [B, 3, H, W].
         captions: B lists of token ids, each ending with end of text; an empty list is no caption.
         prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
-        patches: I, patches an image.
-        keys: B names (for messages).
-        bad: undecodable samples met on the way.
+        patches: I, patches per image.
+        keys: B sample keys (for messages).
+        bad: samples that could not be decoded.
         text_width: T; by default the longest caption rounded up to its bucket.
         labels: B classes; none by default.
         kept: int64 [B, K], see :class:`Batch`.
         image_len: int64 [B], real patches of each image; None: all I.
         teacher: int8 [B, I, E] and float16 [B, I], see :class:`Batch`.
-        sources: B places in the mixture; none by default.
+        sources: B indices into the mixture; none by default.
     """
     import torch
 
@@ -241,18 +242,18 @@ def make_batch(
 
 
 def captions_of(batch: Batch) -> list[list[int]]:
-    """The token ids of each caption, padding left out."""
+    """Token ids of each caption, without padding."""
     return [row[:length].tolist() for row, length in zip(batch.text, batch.text_len.tolist())]
 
 
 def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
-    """One batch of all pairs, in order (each data worker of a rank gives a part of the rank's batch).
+    """Concatenate batches, in order (each dataloader worker of a rank gives a part of the rank's batch).
 
-    The parts are in their final layout: each tensor is copied once, and rows are shifted by the pairs before their part. Equal
-    to what :func:`make_batch` makes of all pairs. On a machine with a GPU the copies lie in pinned memory.
+    Each tensor is copied once, and row indices are shifted by the number of preceding pairs; the result equals
+    :func:`make_batch` of all pairs. On a machine with a GPU the copies are in pinned memory.
 
     Args:
-        batches: of images of one size (no native training).
+        batches: batches with images of one size (not native training).
         patches: I.
     """
     import torch
@@ -262,7 +263,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
     first, starts = batches[0], list(accumulate(map(len, batches), initial=0))
     text_len = _joined([batch.text_len for batch in batches])
     width = round_up(int(text_len.max()), TEXT_BUCKET)
-    text = _room((starts[-1], width), torch.int64).zero_()
+    text = _empty((starts[-1], width), torch.int64).zero_()
     for start, batch in zip(starts, batches):
         text[start : start + len(batch), : batch.text.shape[1]] = batch.text
     tokens = [
@@ -299,10 +300,10 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
 
 
 def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
-    """``parts`` micro-batches of equal size, in order. ``len(batch)`` must be divisible by ``parts``.
+    """Split into ``parts`` micro-batches of equal size, in order. ``len(batch)`` must be divisible by ``parts``.
 
-    What has a row a pair is a view of the batch; token and patch rows are shifted. Equal to what :func:`make_batch` makes of the
-    part's pairs.
+    Tensors with one row per pair are views of the batch; token and patch rows are shifted. Each part equals
+    :func:`make_batch` of its pairs.
     """
     import torch
 
@@ -348,19 +349,19 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
 
 
 def _restride(rows: Tensor, old: int, new: int, pairs: int) -> Tensor:
-    """Places in a flat [B * ``old``] as places in a flat [B' * ``new``], ``pairs`` pairs further on."""
+    """Indices into a flat [B * ``old``] as indices into a flat [B' * ``new``], shifted by ``pairs`` pairs."""
     return (rows // old + pairs) * new + rows % old
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     import torch
 
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Their rows in one tensor, by one copy."""
+    """Concatenated rows, by one copy."""
     import torch
 
-    room = _room((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    return torch.cat(list(parts), out=room)
+    out = _empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    return torch.cat(list(parts), out=out)

@@ -71,9 +71,15 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
-        # ranks wait for the first one while it measures the finished model
+        # ranks wait for the first one while it trains a tokenizer or draws the demo's scenes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, size, device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharded or not, over the same memory."""
+    to_local = getattr(tensor, "to_local", None)
+    return (tensor if to_local is None else to_local()).detach()
 
 
 def leave_world() -> None:

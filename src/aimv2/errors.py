@@ -50,6 +50,11 @@ class UsageError(ValueError):
         self.code = code
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """First line of another library's error message, its type where there is none, cut to ``limit`` characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:limit]
+
+
 class RankError(UsageError):
     """A mistake that one rank alone met: that rank says it, whichever it is."""
 

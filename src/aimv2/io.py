@@ -1,6 +1,8 @@
-"""Small files that are either whole or absent."""
+"""Small files that are either whole or absent; lines for the user; the state of the code."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -12,3 +14,29 @@ def write_aside(path: Path, text: str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def say(line: str) -> None:
+    """Prints a line for the user on standard error, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def git_state(folder: Path | None = None) -> str | None:
+    """Commit of the code, and whether it was changed since; None where it is not under git."""
+    home = folder or Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if not commit or git("ls-files", "--error-unmatch", str(home)) is None:  # installed inside another project's tree
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}, {'with changes' if changed else 'clean'}"

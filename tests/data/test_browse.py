@@ -20,8 +20,9 @@ from aimv2.batch import Batch, captions_of
 from aimv2.cli import main
 from aimv2.data.shards.format import write_shard
 from aimv2.data.text.tokenizer import Tokenizer, train_tokenizer
-from aimv2.report.browse.drawn import draw, words
-from aimv2.report.browse.page import behind, edge, histogram
+from aimv2.report.browse.drawn import draw
+from aimv2.report.browse.page import edge_path, histogram, rest_path
+from aimv2.report.predictions import token_texts
 from aimv2.train.loop import Trainer
 from runs import TINY, scenes, train
 
@@ -176,18 +177,18 @@ def test_the_prefix_is_drawn_patch_by_patch() -> None:
     for rows, columns in ((4, 4), (3, 5), (1, 6)):
         for prefix in range(1, rows * columns):
             covered = np.zeros((rows, columns), bool)
-            for left, top, right, bottom in re.findall(r"M(\d+) (\d+)H(\d+)V(\d+)", behind(prefix, rows, columns)):
+            for left, top, right, bottom in re.findall(r"M(\d+) (\d+)H(\d+)V(\d+)", rest_path(prefix, rows, columns)):
                 covered[int(top) : int(bottom), int(left) : int(right)] = True
             wanted = np.arange(rows * columns).reshape(rows, columns) >= prefix
             assert np.array_equal(covered, wanted), (rows, columns, prefix)
-    assert edge(6, 4, 4) == "M0 2H2V1H4" and edge(8, 4, 4) == "M0 2H4"
+    assert edge_path(6, 4, 4) == "M0 2H2V1H4" and edge_path(8, 4, 4) == "M0 2H4"
 
 
 def test_words_are_the_tokens_one_by_one() -> None:
     tokenizer = train_tokenizer(["a red circle and a blue square", "naïve café 東京"] * 5, 300)
     for text in ("a red circle", "café 東京 squares", "unseen wörds"):
         ids = tokenizer.encode(text)
-        pieces = words(ids, tokenizer)
+        pieces = token_texts(ids, tokenizer)
         assert len(pieces) == len(ids) and pieces[-1] == ""
         if text == "a red circle":
             assert "".join(pieces) == text
@@ -195,7 +196,7 @@ def test_words_are_the_tokens_one_by_one() -> None:
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[str]:
-    return words(tokenizer.encode(text)[:-1], tokenizer)
+    return token_texts(tokenizer.encode(text)[:-1], tokenizer)
 
 
 def test_lengths_fall_into_their_bars() -> None:
@@ -280,7 +281,7 @@ class Folders(dict):
         (["--count", "many"], "--count many: a whole number"),
         (["--out"], "--out needs a value"),
         (["--cuont", "3"], "'cuont'; did you mean 'count'"),
-        (["--resume"], "--resume: `data browse` shows how a run begins"),
+        (["--resume"], "--resume: `data browse` shows the start of a run"),
         (["--dry-run"], "dry-run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -22,7 +22,7 @@ def photos(tmp_path: Path) -> Path:
 
 CP1252 = "image,caption\na.jpg,un café\n".encode("cp1252")
 LLAVA = json.dumps([{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "a cat"}]}])
-CSV = SIDECAR = "NAME.txt or NAME.json beside an image of that name"
+CSV = SIDECAR = "NAME.txt or NAME.json next to an image of that name"
 JSON = "neither COCO captions nor a list of rows"
 ROWS = '{"image": "a.jpg"}\n{"image": "b.jpg", "caption": "a cat"}\n'
 NOT_TAKEN = {  # name: (content, what is said); ``a.jpg`` stands for an image's name
@@ -111,7 +111,7 @@ def test_one_folder_is_no_class(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\(images, masks\): their names are no classes"):
         run(src, tmp_path / "out")
     put(src / "loose.jpg", picture(4))
-    with pytest.raises(UsageError, match=r"loose\.jpg lies in no class folder"):
+    with pytest.raises(UsageError, match=r"loose\.jpg is in no class folder"):
         run(src, tmp_path / "out", class_folders=True)
     with pytest.raises(UsageError, match="--class-folders: got --captions"):
         run(src, tmp_path / "out", class_folders=True, captions="x.csv")
@@ -185,5 +185,7 @@ def test_sidecars_named_after_the_whole_file_are_no_table(tmp_path: Path) -> Non
     for number in range(3):
         put(src / f"{number}.jpg", picture(number))
         put(src / f"{number}.jpg.txt", "a child, climbing, into a house")
-    with pytest.raises(UsageError, match=r"0\.jpg\.txt .*NAME\.txt or NAME\.json beside an image of that name.*rename"):
+    with pytest.raises(
+        UsageError, match=r"0\.jpg\.txt .*NAME\.txt or NAME\.json next to an image of that name.*rename"
+    ):
         run(src, tmp_path / "out")

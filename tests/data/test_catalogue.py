@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from brought import picture, put, run
 
+from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.catalogue import COLUMNS, Columns, find_column, kind_of, walk
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.pictures import pictures
+from aimv2.data.images.sources import SourceOptions, open_source
 from aimv2.data.shards.format import read_samples
 from aimv2.data.text.captions import read_captions
 from aimv2.errors import UsageError
@@ -100,7 +102,7 @@ def test_every_command_finds_the_same_images(tmp_path: Path) -> None:
     names = ["B/3.jpg", "a.jpg", "b/1.jpg", "b/2.PNG", "linked/6.jpg"]
     assert sorted(walk(src)) == [name for name, _ in pictures(str(src))] == names
     assert run(src, tmp_path / "out")["train"] == 3  # 2.jpg is another image than 2.PNG
-    assert list(walk(src, "b/")) == ["b/1.jpg", "b/2.PNG"]
+    assert list(walk(src, "linked/")) == ["linked/6.jpg"]
 
 
 def test_kinds_of_sources(tmp_path: Path) -> None:
@@ -115,3 +117,32 @@ def test_kinds_of_sources(tmp_path: Path) -> None:
     }
     assert {name: kind_of(f"{tmp_path}/{name}")[0] for name in kinds} == kinds
     assert kind_of("nobody/photographs")[0] == "hub" and kind_of("src/photographs/x")[0] == "missing"
+
+
+def test_listing_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        put(tmp_path / "classes" / "train" / ("ant", "bee")[number % 2] / f"{number}.jpg", picture(number))
+        put(tmp_path / "sidecars" / f"{number}.jpg", picture(number))
+        put(tmp_path / "sidecars" / f"{number}.txt", "a cat")
+    run(tmp_path / "sidecars", tmp_path / "tars")
+    opened = list[str]()
+
+    def read_bytes(path: Path) -> bytes:
+        opened.append(path.name)
+        return real(path)
+
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr("aimv2.data.images.entries.read_sample", lambda tar, *span: opened.append(tar.name))
+    options = SourceOptions(template="{}")
+    for name in ("classes/train", "sidecars", "tars"):
+        assert (
+            len(list(pictures(str(tmp_path / name))))
+            == len(list(open_source(str(tmp_path / name), options).items))
+            == 4
+        )
+    assert open_labelled(str(tmp_path / "classes"), "train") is not None
+    entries = [*open_captioned(str(tmp_path / "sidecars"))[0], *open_captioned(str(tmp_path / "tars"))[0]]
+    assert len(entries) == 8 and not opened
+    read_captioned(entries[0])
+    assert opened[0] == "0.jpg"

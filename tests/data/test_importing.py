@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from brought import picture, put, run
 
+from aimv2.data.images.entries import FileReader, SourceEntry, TarReader
 from aimv2.data.shards import importing
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.data.shards.importing import import_data
@@ -122,6 +123,16 @@ def test_interrupted_import_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match="finished import"):
         run(src, tmp_path / "out", **options)
     assert tree(tmp_path / "out") == whole
+
+
+def test_an_import_that_an_older_version_began_is_resumed() -> None:
+    """The digest of a shard's entries is the one that earlier versions wrote into OUT/.import."""
+    entries = [
+        SourceEntry("a", "x/a.jpg", ("/src/x/a.jpg",), {"caption": ["a cat"]}, "3", {"class": "cat"}, FileReader()),
+        SourceEntry("b", "t.tar/b", ("/src/t.tar", 512, 2048), {}, None, {}, TarReader()),
+    ]
+    digest = importing.ShardJob("train-000000", entries).digest()
+    assert digest == "9bbd2951ba98b03438149bbdba8b7daa761c4875d56797de805724410f3f9b3f"
 
 
 def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

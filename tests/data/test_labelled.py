@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled, subset
+from aimv2.data.images.labelled import Labelled, limit, subset
+from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.data.shards import listing
 from aimv2.data.shards.format import label_of, read_sample, scan_shard
 from aimv2.errors import UsageError
@@ -120,7 +121,7 @@ def test_names_of_splits(tmp_path: Path, there: list[str], wanted: dict[str, str
 
 
 def test_an_unlabelled_test_folder_is_no_split(tmp_path: Path) -> None:
-    """ImageNet's: 100,000 images without classes beside train and val."""
+    """ImageNet's: 100,000 images without classes next to train and val."""
     for name in ("train", "val"):
         folders(tmp_path, name, {"ant": 1, "bee": 1})
     put(tmp_path / "test" / "0.png", encoded(1))

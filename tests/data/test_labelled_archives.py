@@ -13,7 +13,8 @@ from test_labelled import encoded, number_in, opened, put, refused, seen
 
 from aimv2.data.datasets.registry import DATASETS
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import Labelled, open_labelled, require_labelled
+from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.errors import UsageError
 
 
@@ -143,7 +144,7 @@ def test_wrong_labels_of_a_flat_val(tmp_path: Path) -> None:
     assert "sort val into val/WNID/*.JPEG" in said
     kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     put(kit / "ILSVRC2012_validation_ground_truth.txt", "1\n2\n")
-    assert "meta.mat beside ILSVRC2012_validation_ground_truth.txt expected" in refused(tmp_path, "test")
+    assert "meta.mat next to ILSVRC2012_validation_ground_truth.txt expected" in refused(tmp_path, "test")
     put(kit / "meta.mat", b"no matrix")
     assert "meta.mat cannot be read" in refused(tmp_path, "test")
     devkit(kit, "1\n2\n3\n")

@@ -13,8 +13,8 @@ from test_labelled import encoded, opened, put, refused, samples, seen, shard
 
 from aimv2.data.datasets import registry as datasets
 from aimv2.data.datasets.cifar import load_pickle
-from aimv2.data.images import labelled as module
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images import opening as module
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 
 # ---- forms of their own ----

@@ -6,7 +6,7 @@ import pytest
 from test_labelled import encoded, opened, put, refused, seen
 
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 
 SPLITS = ("train", "val", "test")
 CAMELYON = (  # row number, patient, node, x, y, tumor, slide, center, split

@@ -11,7 +11,7 @@ from torch import nn
 
 from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import ObjectiveConfig
-from aimv2.data.stream.native import area_shares, draw_area, fit_area, make_native_batch, pack, to_strip
+from aimv2.data.stream.native import area_probabilities, draw_area, fit_area, make_native_batch, pack, to_strip
 from aimv2.models.create import create_model
 from aimv2.models.positions import patchify, pixel_patches
 from aimv2.objectives.pretrain import PretrainObjective
@@ -38,7 +38,7 @@ def of_area(area: int) -> Batch:
 
 
 def test_areas_are_the_paper_s() -> None:
-    shares = area_shares(7, 12)
+    shares = area_probabilities(7, 12)
     assert list(shares) == [128, 256, 512, 1024, 2048, 4096] and sum(shares.values()) == pytest.approx(1)
     rng = np.random.default_rng(0)
     n = rng.normal(size=400_000)
@@ -46,11 +46,11 @@ def test_areas_are_the_paper_s() -> None:
     drawn = Counter(2 ** np.clip(np.round(n), 7, 12).astype(int))
     for area, share in shares.items():
         assert share == pytest.approx(drawn[area] / len(n), abs=4e-3)
-    assert area_shares(8, 8) == {256: 1.0}
+    assert area_probabilities(8, 8) == {256: 1.0}
 
 
 def test_mini_batches_of_the_budget_have_the_paper_s_areas() -> None:
-    shares, rng, budget = area_shares(3, 6), np.random.default_rng(1), 64
+    shares, rng, budget = area_probabilities(3, 6), np.random.default_rng(1), 64
     waiting, batches = Counter[int](), Counter[int]()
     for _ in range(60_000):
         area = draw_area(rng, shares)

@@ -310,4 +310,4 @@ def test_an_index_that_leaves_a_sample_out_ends_in_one_line(
     del offsets[1:-1:2]
     tar.with_name(f"{tar.name}.idx").write_bytes(struct.pack(f"<{len(offsets)}Q", *offsets))
     words = options(data, tmp_path / "run", data__workers=workers, data__index_dir=tmp_path / "index")
-    assert_refused(capsys, words, "not as its index says", ".tar.idx", str(tmp_path / "index"))
+    assert_refused(capsys, words, "does not match its index", ".tar.idx", str(tmp_path / "index"))

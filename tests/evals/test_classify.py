@@ -12,15 +12,15 @@ from PIL import Image
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from test_embed import model_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aimv2 import api, cli
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals import knn, linear, scores
 from aimv2.evals.fewshot import C, Draw, normalised
 from aimv2.features.frozen import open_frozen
+from features.test_embed import model_at
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "sea": (60, 160, 120)}

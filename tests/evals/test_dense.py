@@ -377,7 +377,7 @@ def spoil_values(root: Path) -> None:
 
 
 WRONG: list[tuple[Callable[[Path], object] | None, dict[str, Any], str]] = [
-    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, beside its images"),
+    (spoil_masks, {}, r"no mask folder \(masks, annotations, labels\) in .*train, next to its images"),
     (spoil_one, {}, r"val/images/2_01\.png has no mask; .*val/masks/2_01\.png expected"),
     (spoil_size, {}, r"1_02\.png is 64 x 48 px, its image 1_02\.jpg is 48 x 64"),
     (spoil_classes, {}, "1 class in the masks, at least two expected; see --ignore"),
@@ -413,7 +413,7 @@ def test_wrong_use(spoil: Callable[[Path], object] | None, options: dict[str, An
 def test_wrong_use_of_native_models_depth_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_at(tmp_path / "native", None)
     root = draw(tmp_path / "data", *SPLIT, counts=(4, 2))
-    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "sees 4 to 100 patches")):
+    for size, said in ((45, "a multiple of .* patch of 7 px"), (140, "takes 4 to 100 patches")):
         with pytest.raises(UsageError, match=f"--image-size {size}: .*{said}"):
             api.segment(str(tmp_path / "native"), str(root), image_size=size)
     flat = draw(tmp_path / "flat", *DEPTH_SPLIT, to_map=lambda ids: np.zeros_like(ids, np.uint16), counts=(3, 2))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aimv2 import api, image_transform
 from aimv2.cli import main
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.probe import from_cache, predict
 from aimv2.evals.probe_stream import FeatureStream
@@ -246,7 +246,7 @@ def test_the_command_line_takes_a_number_or_the_word(
         ("probe", fixed, "native", "has a fixed grid and takes only 16 px"),
         ("knn", model, "nativ", "--image-size nativ: pixels a side, or native"),
         ("knn", model, "0", "--image-size 0: pixels a side, or native"),
-        ("knn", model, "40", "--image-size 40: tiny sees 4 to 64 patches"),
+        ("knn", model, "40", "--image-size 40: tiny takes 4 to 64 patches"),
         ("segment", model, "native", "--image-size native: maps are of one size"),
     ):
         assert main([verb, name, "--data", str(data), "--image-size", given]) == 2

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from aimv2 import api
-from aimv2.data.images.labelled import open_labelled, subset
+from aimv2.data.images.labelled import subset
+from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.readers import contents_of_rows
 from aimv2.errors import UsageError
 from aimv2.evals.probe import ProbeSettings, ProbeTrainer

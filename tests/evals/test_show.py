@@ -7,10 +7,10 @@ import pytest
 from test_classify import squares
 from test_dense import DEPTH_SPLIT, SPLIT, draw, metres_of
 from test_dense import model_at as patches_at
-from test_embed import model_at
 from test_match import class_folders, pair_at
 
 from aimv2.cli import main
+from features.test_embed import model_at
 
 
 @pytest.fixture(scope="module")

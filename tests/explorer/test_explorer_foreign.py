@@ -11,7 +11,7 @@ import torch
 from explored import plain_pictures
 
 from aimv2.errors import UsageError
-from aimv2.explorer.album import Refusal
+from aimv2.explorer.album import RequestError
 from aimv2.explorer.answers import Answers
 from aimv2.explorer.foreign import CANNOT
 from aimv2.explorer.prepare import prepare
@@ -57,7 +57,7 @@ def test_its_features_are_those_of_transformers(place: Path) -> None:
     frozen = shown.encoder.frozen  # type: ignore[union-attr]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
-        out = theirs(pixel_values=((study.seen(1, 0).float() / 255 - mean) / std)[None], output_hidden_states=True)
+        out = theirs(pixel_values=((study.pixels(1, 0).float() / 255 - mean) / std)[None], output_hidden_states=True)
         block = theirs.layernorm(out.hidden_states[1])
     assert frozen.kind == "transformers"
     np.testing.assert_allclose(maps[2].reshape(9, 32), out.last_hidden_state[0, 1:], atol=1e-5)
@@ -69,14 +69,14 @@ def test_its_features_are_those_of_transformers(place: Path) -> None:
 def test_what_it_can_not_do_is_a_sentence(place: Path) -> None:
     answers = opened(place, "ours", "dino")
     about = answers.about({})["models"][1]
-    assert about["kind"] == "encoder alone" and set(about["cannot"]) == {"attention", "caption", "paint", "search"}
+    assert about["kind"] == "encoder" and set(about["cannot"]) == {"attention", "caption", "paint", "search"}
     assert about["parameters"] > 0 and about["architecture"] == "Dinov2Model"
     asked = {"model": "1", "image": "0", "layer": "0", "row": "0", "column": "0"}
-    with pytest.raises(Refusal, match="not where its patches look"):
+    with pytest.raises(RequestError, match="not its attention"):
         answers.attention(asked)
     assert answers.attention(asked | {"model": "0"})["heads"]
     for question, what in ((answers.caption, "caption"), (answers.find, "search")):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(RequestError) as refused:
             question(asked | {"text": "a red sheet"})
         assert str(refused.value) == CANNOT[what]
 
@@ -92,5 +92,5 @@ def test_features_on_no_grid_are_refused(place: Path, tmp_path: Path, monkeypatc
 
     call = Frozen.__call__
     monkeypatch.setattr(Frozen, "__call__", lambda self, *given: [x[:, :-1] for x in call(self, *given)])
-    with pytest.raises(UsageError, match="8 features of 42 x 42 px lie on no square grid"):
+    with pytest.raises(UsageError, match="8 features of 42 x 42 px do not form a square grid"):
         open_shown(str(place / "dino"), "cpu")

@@ -206,7 +206,7 @@ def test_search_puts_the_right_picture_first(open_screen: Any, url: str) -> None
         rows = page.locator(".results li").all_inner_texts()
         scores = [float(row.split()[1]) for row in rows]
         assert len(rows) == len(COLOURS) and scores == sorted(scores, reverse=True) and scores[0] > 0 > scores[-1]
-        assert "nats" in screen.text("#search .status") and "6 pictures" in screen.text("#search .status")
+        assert "nats" in screen.text("#search .status") and "6 images" in screen.text("#search .status")
     shown = page.evaluate(
         "() => { const i = document.querySelector('.results img'); return i.complete && i.naturalWidth }"
     )
@@ -221,9 +221,7 @@ def test_a_wrong_file_is_a_sentence_on_the_page(open_screen: Any, url: str, tmp_
     before = screen.page.locator("#strip button").count()
     (tmp_path / "notes.jpg").write_text("no picture at all")
     screen.upload(tmp_path / "notes.jpg")
-    assert (
-        screen.text("#message") == "This file is not a picture that can be read here: a JPEG, PNG or WebP is expected."
-    )
+    assert screen.text("#message") == "This file can't be read as an image: a JPEG, PNG or WebP is expected."
     (tmp_path / "large.png").write_bytes(b"\0" * 1_200_000)
     screen.upload(tmp_path / "large.png")
     assert screen.text("#message") == "large.png has 1.2 MB; up to 1 MB are accepted."
@@ -317,7 +315,7 @@ def test_two_models_side_by_side_and_what_one_cannot(open_screen: Any, place: Pa
         assert "row 2, column 4" in said[0] and "row 4, column 8" in said[1]
         for section in ("words", "next", "search"):
             sentences = page.locator(f"#{section} .model").nth(1).locator(".status").inner_text()
-            assert sentences.startswith("This model is an encoder alone")
+            assert sentences.startswith("This model is only an encoder")
         assert page.is_enabled("#roll") and page.locator(".predicted canvas").nth(1).is_hidden()
         page.fill("#layer", "1")
         screen.settled()
@@ -346,7 +344,10 @@ def test_a_model_of_another_origin_beside_ours(open_screen: Any, place: Path, ph
         screen.click_patch(2, 1)
         ours, theirs = page.locator(".map figcaption").all_inner_texts()
         assert "Attention of the framed patch (row 3, column 2)" in ours
-        assert "Cosine of every patch with the framed one (row 3, column 2)" in theirs and "another origin" in theirs
+        assert (
+            "Cosine of every patch with the framed one (row 3, column 2)" in theirs
+            and "only features are shown" in theirs
+        )
         assert "error" not in page.locator("#parts .status").nth(1).get_attribute("class")
     with serving(place / "dino", place / "pictures") as url:
         screen = open_screen().open(url)

@@ -24,7 +24,7 @@ from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import album
-from aimv2.explorer.guard import hostname, known_host, refusal
+from aimv2.explorer.guard import hostname, known_host, rejection
 from aimv2.models.likelihood import score
 from aimv2.report.predictions import next_patches
 from runs import command
@@ -97,10 +97,10 @@ def test_only_its_own_page_is_answered(url: str, headers: dict[str, str], status
 
 def test_a_link_on_another_site_opens_the_page_but_no_answer() -> None:
     followed = {"host": "127.0.0.1:1", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    assert refusal("GET", "/", followed, "127.0.0.1") is None
-    assert refusal("GET", "/api/images", followed, "127.0.0.1") is not None
-    assert refusal("POST", "/", followed, "127.0.0.1") is not None
-    assert refusal("PUT", "/", {"host": "localhost"}, "127.0.0.1") is not None
+    assert rejection("GET", "/", followed, "127.0.0.1") is None
+    assert rejection("GET", "/api/images", followed, "127.0.0.1") is not None
+    assert rejection("POST", "/", followed, "127.0.0.1") is not None
+    assert rejection("PUT", "/", {"host": "localhost"}, "127.0.0.1") is not None
 
 
 def test_hosts_beyond_loopback() -> None:
@@ -210,8 +210,8 @@ def test_a_picture_is_taken_by_what_it_holds(url: str, kind: str) -> None:
         (encoded("TIFF"), 415, "a JPEG, PNG or WebP is expected"),
         (encoded("JPEG", (300, 300))[:-300], 415, "can't be used"),
         (encoded("PNG", (9000, 6000)), 415, "more than 50,000,000 pixels"),
-        (b"\xff" * 1_000_001, 413, "larger than the 1 MB"),
-        (b"\xff" * 3_000_000, 413, "larger than the 1 MB"),
+        (b"\xff" * 1_000_001, 413, "larger than the limit of 1 MB"),
+        (b"\xff" * 3_000_000, 413, "larger than the limit of 1 MB"),
     ],
     ids=["empty", "text", "svg", "gif", "tiff", "cut", "pixels", "one byte more", "large"],
 )
@@ -227,7 +227,7 @@ def test_uploads_push_out_the_oldest_and_never_the_folder(place: Path) -> None:
     added = [pictures.upload(encoded("PNG"), f"{at}.png").number for at in range(album.KEPT + 2)]
     shown = [entry.number for entry in pictures.shown()]
     assert shown == [*reversed(added[2:]), 0, 1, 2]
-    with pytest.raises(album.Refusal, match="no longer held"):
+    with pytest.raises(album.RequestError, match="no longer stored"):
         pictures.image(added[0])
     large = pictures.upload(encoded("JPEG", (5000, 500)), "wide")
     assert pictures.image(large.number).size == (album.LONGEST, 205)
@@ -269,8 +269,10 @@ def test_search_by_likelihood(url: str, place: Path) -> None:
     names = sorted(COLOURS)
     images = torch.stack([image_transform(model)(Image.open(place / "pictures" / f"{name}.png")) for name in names])
     for name in names:
-        found = question(url, "search", text=f"  A {name}  sheet ").json
-        assert found["by"] == "likelihood" and (found["compared"], found["of"]) == (6, 6)
+        query = {"text": f"  A {name}  sheet "}
+        while (found := question(url, "search", **query).json)["compared"] < 6:  # a busy machine needs several requests
+            assert found["of"] == 6
+        assert found["by"] == "likelihood" and found["of"] == 6
         assert found["ranked"][0]["name"] == f"{name}.png"
         logs = score(model, images, [sentence(name)])[:, 0]
         plain = logs - logs.logsumexp(0) + np.log(6)
@@ -345,7 +347,7 @@ def test_stored_features_of_another_kind_are_left_alone(place: Path, tmp_path: P
     ("words", "said"),
     [
         (["--images", "nowhere"], "--images nowhere: no such file or folder"),
-        (["--upload-mb", "0"], "--upload-mb 0.0"),
+        (["--upload-mb", "0"], "--upload-mb 0:"),
         (["--limit", "-1"], "--limit -1"),
         (["--port", "70000"], "--port 70000"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),

@@ -16,7 +16,7 @@ from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import search, study
 from aimv2.explorer.answers import Answers
 from aimv2.explorer.prepare import prepare
-from aimv2.explorer.study import Memory
+from aimv2.explorer.study import AnswerCache
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
 from evals.test_match import pair_at
@@ -45,7 +45,7 @@ def found_by(answers: Answers, text: str) -> tuple[list[str], list[float], int]:
 
 
 def test_memory_lets_go_of_what_was_not_asked_for_longest() -> None:
-    memory = Memory(10)
+    memory = AnswerCache(10)
     for key in "abc":
         memory.put(key, key.upper(), 4)
     assert (memory.get("a"), memory.get("b"), memory.used) == (None, "B", 8)
@@ -54,7 +54,7 @@ def test_memory_lets_go_of_what_was_not_asked_for_longest() -> None:
     memory.put("b", "again", 1)
     assert (memory.get("b"), memory.used) == ("again", 5)
     memory.put("large", "L", 99)  # the newest stays, whatever its size
-    assert list(memory.kept) == ["large"]
+    assert list(memory.entries) == ["large"]
 
 
 def test_a_click_never_waits_for_the_whole_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_search_by_a_pair(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, scores, compared = found_by(answers, "a blue one")
     assert names == [f"{NAMES[n]}.png" for n in cosine.argsort(descending=True).tolist()] and names[0] == "blue.png"
     np.testing.assert_allclose(scores, cosine.sort(descending=True).values, atol=2e-4)
-    assert compared == 6 and "writes none" in answers.about({})["models"][0]["cannot"]["caption"]
+    assert compared == 6 and "generates none" in answers.about({})["models"][0]["cannot"]["caption"]
     monkeypatch.setattr(search, "BUDGET", 0)
     monkeypatch.setattr(study, "AT_ONCE", 1)
     slow = opened(place, "pair")
@@ -108,7 +108,7 @@ def test_a_pair_searches_vectors_on_disk(place: Path, tmp_path: Path) -> None:
         names, scores, compared = found_by(answers, "a green one")
         assert (names, compared) == (wanted[0], 6) and "stored" in answers.about({})["models"][0]["stored"]
         np.testing.assert_allclose(scores, wanted[1], atol=1e-3)
-        assert len(answers.study.memory.kept) == 0
+        assert len(answers.study.cache.entries) == 0
     rows = np.load(tmp_path / "npy" / "features-00000.npy")
     rows[[NAMES.index("green"), NAMES.index("white")]] = rows[[NAMES.index("white"), NAMES.index("green")]]
     np.save(tmp_path / "npy" / "features-00000.npy", rows)

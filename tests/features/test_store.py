@@ -15,7 +15,7 @@ from foreign_models import vit
 from PIL import Image
 
 from aimv2.config.schema import DataConfig
-from aimv2.data.images.labelled import open_labelled
+from aimv2.data.images.opening import open_labelled
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import UsageError

@@ -72,5 +72,5 @@ def test_wrong_use(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     with pytest.raises(UsageError, match="an image encoder is expected, got LiT"):
         aimv2.load_model(tmp_path / "lit", backend="jax")
-    with pytest.raises(ValueError, match="sees 28 x 28 px"):
+    with pytest.raises(ValueError, match="takes 28 x 28 px"):
         aimv2.load_model(tmp_path / "m", backend="jax")(np.zeros((1, 3, 42, 42), np.float32))

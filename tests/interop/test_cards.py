@@ -80,7 +80,7 @@ def test_a_card_of_something_else_is_not_read(tmp_path: Path) -> None:
     convert(encoder(), tmp_path / "m", "timm")
     (tmp_path / "m" / "config.json").rename(tmp_path / "m" / "config.txt")
     (tmp_path / "m" / "README.md").write_text("---\nlicense: gpl-3.0\n---\n# A project\n")
-    with pytest.raises(UsageError, match="weights do not tell the number of attention heads"):
+    with pytest.raises(UsageError, match="the number of attention heads can't be inferred"):
         api.convert(str(tmp_path / "m" / "model.safetensors"), str(tmp_path / "out"), "released")
     known = build(MODELS["aimv2-tiny-patch4-32"][0], None, seed=0)
     convert(known, tmp_path / "k", "timm")
@@ -113,7 +113,7 @@ def test_a_pair_is_described_and_counted_as_one(tmp_path: Path) -> None:
     assert result["left_out"] == ["text tower", "image and text projections", "pooling head"]
     body = body_of(tmp_path / "timm")
     assert (
-        "Not in it, as the layout has no place for them: text tower, image and text projections, pooling head" in body
+        "Not included, since the layout can't hold them: text tower, image and text projections, pooling head" in body
     )
     assert "image-text pair" not in body and "vision encoder" in body
     loaded = aimv2.load_model(tmp_path / "timm")
@@ -130,7 +130,7 @@ def test_an_exported_pair_says_what_is_not_in_it(to: str, tmp_path: Path) -> Non
     convert(pair(), tmp_path / "lit", "safetensors")
     result = api.convert(str(tmp_path / "lit"), str(tmp_path / "out"), to)
     assert result["left_out"] == ["text tower", "image and text projections"]
-    assert "Not in it, as the layout has no place for them: text tower, image and text" in body_of(tmp_path / "out")
+    assert "Not included, since the layout can't hold them: text tower, image and text" in body_of(tmp_path / "out")
     assert head_of(tmp_path / "out").get("library_name") == ("onnx" if to == "onnx" else None)
 
 
@@ -147,7 +147,7 @@ def test_a_decoder_is_described_and_opened(tmp_path: Path, monkeypatch: pytest.M
     equal(scope["model"], model)
     assert api.convert(str(tmp_path / "m"), str(tmp_path / "t"), "transformers")["left_out"] == ["decoder"]
     aimv2.save_pretrained(model, tmp_path / "u", to="timm")
-    assert "Not in it, as the layout has no place for them: decoder" in body_of(tmp_path / "u")
+    assert "Not included, since the layout can't hold them: decoder" in body_of(tmp_path / "u")
 
 
 def test_timm_names_are_those_that_timm_has(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ def test_images_of_a_wrong_size(tmp_path: Path) -> None:
     convert(encoder(None), tmp_path / "native", "openvino")
     fixed, native = OpenVINOEncoder(tmp_path / "fixed"), OpenVINOEncoder(tmp_path / "native")
     for shape in ((1, 3, 42, 42), (1, 3, 42, 28)):
-        with pytest.raises(ValueError, match="sees 28 x 28 px, got 42"):
+        with pytest.raises(ValueError, match="takes 28 x 28 px, got 42"):
             fixed(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]"):
         fixed(torch.zeros(3, 28, 28))
-    with pytest.raises(ValueError, match="sees 2 to 4096 patches"):
+    with pytest.raises(ValueError, match="takes 2 to 4096 patches"):
         native(torch.zeros(1, 3, 14, 14))
     assert native(torch.zeros(1, 3, 42, 28)).shape == (1, 6, 32)
     with pytest.raises(ValueError, match="uint8"):

@@ -264,11 +264,11 @@ def test_nothing_of_ours_takes_the_name_in_transformers(first: str, second: str,
 
 
 def test_wrong_sizes_are_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sees 28 x 28 px, got 42 x 42"):
+    with pytest.raises(ValueError, match="takes 28 x 28 px, got 42 x 42"):
         encoder(28)(torch.zeros(1, 3, 42, 42))
     native = build(EncoderConfig("native", 32, 1, 2, 48, 14, None), None)
     for side in (14, 14 * 65):
-        with pytest.raises(ValueError, match="sees 112 to 4096 patches"):
+        with pytest.raises(ValueError, match="takes 112 to 4096 patches"):
             native(torch.zeros(1, 3, side, side))
     transform = aimv2.image_transform(native)
     from PIL import Image

@@ -172,7 +172,7 @@ def test_a_repository_without_preprocessor_is_known_to_have_none(
     note = tmp_path / "cache" / "models--someone--else" / ".no_exist" / OLD / "preprocessor_config.json"
     note.unlink()
     monkeypatch.setattr(hub, "unreachable", lambda: "no network")
-    with pytest.raises(UsageError, match="the cache has not all of it"):
+    with pytest.raises(UsageError, match="the cache is incomplete"):
         aimv2.load_model(repository, revision=OLD)
 
 
@@ -203,7 +203,7 @@ def test_a_pair_has_its_tokeniser(served: Hub, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(hub, "unreachable", lambda: "no network")
     folder = snapshot(tmp_path / "cache", f"apple/{name}", hub.RELEASED[name])
     assert not hub.complete(folder, f"apple/{name}")
-    with pytest.raises(UsageError, match="the cache has not all of it"):
+    with pytest.raises(UsageError, match="the cache is incomplete"):
         aimv2.load_model(name)
     (folder / "tokenizer.json").write_text("{}")
     assert hub.complete(folder, f"apple/{name}")

@@ -14,7 +14,7 @@ from aimv2.errors import UsageError
 from aimv2.interop import hub, layouts
 from aimv2.interop.convert import convert, renamed
 from aimv2.interop.load import load_model
-from aimv2.interop.shapes import usual_name
+from aimv2.interop.shapes import config_name
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -28,7 +28,7 @@ DECODER = DecoderConfig(width=24, depth=2, heads=2, hidden=40, vocab_size=60, ma
 
 def shape(image_size: int | None = 28, pool_heads: int = 0, patch: int = 14) -> EncoderConfig:
     config = EncoderConfig("tiny", 32, 3, 2, 48, patch, image_size, pool_heads=pool_heads, min_patches=2)
-    return EncoderConfig(**{**vars(config), "name": usual_name(config)})
+    return EncoderConfig(**{**vars(config), "name": config_name(config)})
 
 
 def encoder(image_size: int | None = 28, pool_heads: int = 0) -> VisionEncoder:
@@ -138,7 +138,7 @@ def test_decoder_travels_in_our_folder(tmp_path: Path) -> None:
     equal(aimv2.load_model(tmp_path / "ours", decoder=True), model)
     convert(model, tmp_path / "released", "released")  # the encoder alone
     equal(aimv2.load_model(tmp_path / "released"), model.encoder)
-    with pytest.raises(UsageError, match="an encoder alone, without a decoder"):
+    with pytest.raises(UsageError, match="only an encoder, without a decoder"):
         aimv2.load_model(tmp_path / "released", decoder=True)
 
 

@@ -194,7 +194,7 @@ def test_no_decoder_is_worded_for_what_it_is(tmp_path: Path) -> None:
     for name, said in (
         ("ours", "an image-text pair, without a decoder"),
         ("released", "an image-text pair, without a decoder"),
-        ("encoder", "an encoder alone, without a decoder"),
+        ("encoder", "only an encoder, without a decoder"),
     ):
         with pytest.raises(UsageError, match=said):
             aimv2.load_model(tmp_path / name, decoder=True)
@@ -420,6 +420,6 @@ def test_the_processor_beside_an_aimv2_decides_its_pixels(
     for wrong in ({"do_flip_channel_order": True}, {"rescale_factor": 0}, {"rescale_factor": "x"}):
         stored = {**processor, "do_rescale": True, **wrong}
         (tmp_path / "m" / name).write_text(json.dumps({"image_processor": stored} if nested else stored))
-        with pytest.raises(UsageError, match="image processor beside it") as error:
+        with pytest.raises(UsageError, match="its image processor") as error:
             aimv2.load_model(tmp_path / "m")
         one_line(error)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import aimv2
 from aimv2.interop.convert import convert
-from aimv2.interop.shapes import usual_name
+from aimv2.interop.shapes import config_name
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
@@ -24,7 +24,7 @@ HEADS = 2
 
 def small(image_size: int | None, pool_heads: int = 0, width: int = 64) -> VisionEncoder:
     config = EncoderConfig("", width, 2, HEADS, 96, 14, image_size, pool_heads=pool_heads, min_patches=2)
-    model = build(EncoderConfig(**{**vars(config), "name": usual_name(config)}), None, seed=0)
+    model = build(EncoderConfig(**{**vars(config), "name": config_name(config)}), None, seed=0)
     assert isinstance(model, VisionEncoder)
     spread_norms(model)
     return model.eval()

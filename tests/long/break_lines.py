@@ -24,7 +24,7 @@ BREAKS = [
     ("(position < prefix_len[:, None])", "(position <= prefix_len[:, None])", "models/test_masks.py"),
     ("x.permute(0, 2, 4, 3, 5, 1)", "x.permute(0, 2, 4, 5, 3, 1)", "models/test_positions.py"),
     ("column.sin(), column.cos(), row", "row.sin(), column.cos(), row", "models/test_positions.py"),
-    ("shares.cumsum(-1) - shares >= top_p", "shares.cumsum(-1) >= top_p", "models/test_generate.py"),
+    ("probs.cumsum(-1) - probs >= top_p", "probs.cumsum(-1) >= top_p", "models/test_generate.py"),
     ("ended |= token == eos_id", "ended &= token == eos_id", "models/test_generate.py"),
     ("(position >= prefix_len[:, None] - 1)", "(position >= prefix_len[:, None])", "test_batch.py"),
     ("place[chosen] + 1", "place[chosen]", "test_batch.py"),
@@ -43,7 +43,7 @@ BREAKS = [
     ("        aside.rename(final)\n", "        shutil.copytree(aside, final)\n", "train/test_resume.py"),
     ('"both": config.alpha,', '"both": 1.0,', "objectives/test_ablations.py train/test_ablation_runs.py"),
     (
-        "share * (1 - share) / n + square",
+        ("half = z / (1 + square / n)", "half = z / (1 - square / n)", "evals/test_classify.py"),
         "share * (1 - share) / n - square",
         "evals/test_show.py evals/test_classify.py",
     ),

@@ -164,7 +164,7 @@ def test_pick_draws_from_the_smallest_set_of_that_mass() -> None:
         ({"top_p": 0.0}, "top_p.*got .*0.0"),
         ({"top_p": 1.5}, "top_p.*got .*1.5"),
         ({"beams": 0}, "beams >= 1.* 0$"),
-        ({"beams": 2, "temperature": 1.0}, "beam search does not draw"),
+        ({"beams": 2, "temperature": 1.0}, "beam search does not sample"),
     ],
 )
 def test_options_out_of_range(options: dict, words: str) -> None:

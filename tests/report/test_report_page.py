@@ -26,7 +26,7 @@ from aimv2.report import write
 from aimv2.report.blocks import Section, Shot, Strip
 from aimv2.report.charts import Line, Panel, draw
 from aimv2.report.facts import own_results, result_rows
-from aimv2.report.images import colour, fit, hide_behind
+from aimv2.report.images import colour, fit, mask_after
 from aimv2.report.page import LARGEST, Page, render
 from aimv2.report.runs import differences, find_results, read_run
 from runs import command, metrics, scenes, train
@@ -117,7 +117,7 @@ def test_curves_hold_every_line_of_metrics(run: Path, page: Parsed) -> None:
     counts = [len(points.split()) for points in page.lines["curves"]]
     assert counts.count(trained) >= 6  # loss, its two terms, learning rate, gradient, throughput
     assert counts.count(sum("val_text_loss" in line for line in told)) >= 3
-    for name in ("Text loss", "Pixel loss", "Learning rate", "Norm of the gradient", "Throughput", "held out"):
+    for name in ("Text loss", "Pixel loss", "Learning rate", "Gradient norm", "Throughput", "held out"):
         assert name in page.texts["curves"]
 
 
@@ -256,7 +256,7 @@ def test_watching_ends_with_the_run(run: Path, unfinished: Path) -> None:
     wait_for(lambda: page.stat().st_mtime_ns != written)
     shutil.copytree(run / "checkpoints", unfinished / "checkpoints")
     shutil.copy(run / "summary.json", unfinished)
-    thread.join(30)
+    thread.join(120)
     assert done and set(PICTURES) < set(done[0]["sections"]) and done[0]["left_out"] == {}
     assert not Parsed(page).refresh
 
@@ -300,7 +300,7 @@ def test_mistakes(run: Path, unfinished: Path, tmp_path: Path, capsys: pytest.Ca
     for words, said in (
         ([str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path / "empty")], "a run folder (with config.yaml) is expected"),
-        ([str(unfinished)], "no figures yet"),
+        ([str(unfinished)], "no metrics yet"),
         ([], "at least one run folder is expected"),
         ([str(run), "--images", "0"], "--images 0: at least 1 expected"),
         ([str(run), "--out", "page.pdf"], "--out page.pdf"),
@@ -349,7 +349,7 @@ def test_colours_and_sizes() -> None:
     small = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert np.array_equal(fit(small, 4), small.repeat(2, 0).repeat(2, 1))
     assert fit(np.zeros((100, 50, 3), np.uint8), 20).shape == (20, 10, 3)
-    hidden = hide_behind(np.zeros((4, 4, 3), np.uint8), 1, 2)
+    hidden = mask_after(np.zeros((4, 4, 3), np.uint8), 1, 2)
     assert (hidden[:2, :2] == 0).all() and (hidden[2:] > 100).all() and (hidden[:2, 2:] > 100).all()
 
 

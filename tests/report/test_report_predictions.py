@@ -65,7 +65,7 @@ def test_next_patches_have_the_loss_of_the_objective(
     for patch in range(PATCHES):
         same = np.array_equal(place_of(painted.image, patch), place_of(painted.truth, patch))
         assert same == (patch < prefix)
-    assert "deviation" in painted.note
+    assert "std" in painted.note
 
 
 def test_a_perfect_prediction_is_the_picture(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,17 +22,17 @@ from aimv2.config.schema import Config
 from aimv2.data.shards.format import read_samples, scan_shard, write_shard
 from aimv2.data.stream.samples import View, training_shards
 from aimv2.data.text.tokenizer import train_tokenizer
-from aimv2.distributed import World, join_world
+from aimv2.distributed import World, join_world, local
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.flops import step_flops
 from aimv2.models.init import init_weights
 from aimv2.models.lit import LiT, LiTConfig, TextConfig, TunedLiT
 from aimv2.models.sizes import EncoderConfig, encoder_flops
-from aimv2.tasks.contrastive import build_model, cached_stream, objective, usual_tower
+from aimv2.tasks import task_of
+from aimv2.tasks.contrastive import default_tower
 from aimv2.tasks.held_out import read_held_out
-from aimv2.train.ema import local
-from aimv2.train.optim import hold_scale
+from aimv2.tasks.task import Context
 from aimv2.train.parallel import can_compile
 from aimv2.train.prepare import get_tokenizer
 from aimv2.train.step import TrainStep
@@ -139,8 +139,8 @@ def test_resumed_run_equals_an_undisturbed_one(contrast: str, data: Path, encode
 def test_a_tower_that_nobody_described() -> None:
     """The released one beside encoders of its width or more, one of the encoder's shape beside narrower ones."""
     large = EncoderConfig("large", 1024, 24, 8, 2816, 14, 224)
-    assert usual_tower(large) == (TextConfig(), 768)
-    tower, projection = usual_tower(EncoderConfig("tiny", 96, 4, 3, 256, 4, 32))
+    assert default_tower(large) == (TextConfig(), 768)
+    tower, projection = default_tower(EncoderConfig("tiny", 96, 4, 3, 256, 4, 32))
     assert (tower.width, tower.depth, tower.heads, tower.hidden, projection) == (96, 4, 3, 256, 96)
 
 
@@ -180,7 +180,7 @@ def one_step(world: World, batch: Batch, contrast: str) -> tuple[Any, dict[str, 
     step.clip = lambda: (keep(), clip())[1]  # type: ignore[method-assign]
     figures = step(batch, 0)
     local(step.model.log_scale).fill_(9.0)
-    hold_scale(step.model)
+    step.task.after_step(step.model)
     return figures, {**gradients, "scale, held": local(step.model.log_scale).clone()}
 
 
@@ -299,15 +299,18 @@ def test_cached_features_give_the_loss_of_the_images(data: Path, encoder: Path, 
     given = {**TINY, "data.train": str(data), "data.features": str(tmp_path / "features"), "init": str(encoder)}
     config = parse(given | {key.replace("__", "."): value for key, value in PAIR.items()})
     tokenizer = get_tokenizer(config, None, ALONE)
-    model = build_model(config, tokenizer, False)
-    stream = cached_stream(config, model, tokenizer, ALONE)
+    task, context = task_of(config), Context(tokenizer, ALONE)
+    model = task.build(context)
+    stream = task.stream(context, model)
     assert tokenizer is not None and stream is not None
     batch, (shards,) = next(stream), training_shards(config.data)
     seen = read_held_out(shards, View(32, 16, True), tokenizer, 0)  # centre crops
     images = seen.images[[seen.keys.index(key) for key in batch.keys]]
     assert isinstance(images, torch.Tensor) and batch.images.shape == (8, 16, 32)
     torch.testing.assert_close(batch.images.float(), model.image(images), rtol=2e-3, atol=2e-3)
-    losses = [objective(config)(model, replace(batch, images=one))["contrastive"][0] for one in (batch.images, images)]
+    losses = [
+        task.objective(model)(model, replace(batch, images=one))["contrastive"][0] for one in (batch.images, images)
+    ]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 

@@ -13,7 +13,7 @@ from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.lora import add_updates, merged
+from aimv2.models.lora import add_lora, merge_lora
 from aimv2.train.parallel import can_compile
 from runs import exact, options, resume, torchrun, train
 from world import TinyWorld
@@ -47,7 +47,7 @@ def adapted(rank: int = 4) -> VisionEncoder:
     """A small encoder with updates that are not zero."""
     encoder = create_model("aimv2-tiny-patch8-32", seed=0, width=32, heads=2, hidden=48, depth=2)
     assert isinstance(encoder, VisionEncoder)
-    add_updates(encoder, rank, seed=1)
+    add_lora(encoder, rank, seed=1)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if ".lora_B" in name:
@@ -59,7 +59,7 @@ def test_merged_weights_compute_what_the_adapted_model_does() -> None:
     encoder = adapted()
     plain = create_model("aimv2-tiny-patch8-32", width=32, heads=2, hidden=48, depth=2)
     before = create_model("aimv2-tiny-patch8-32", seed=0, width=32, heads=2, hidden=48, depth=2)
-    plain.load_state_dict(merged(encoder.state_dict()))
+    plain.load_state_dict(merge_lora(encoder.state_dict()))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(plain(images), encoder(images), rtol=1e-5, atol=1e-5)

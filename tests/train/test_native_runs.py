@@ -72,10 +72,9 @@ def test_two_ranks_have_the_losses_of_one(data: Path, tmp_path: Path) -> None:
 
 def test_every_mini_batch_holds_its_budget(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", train__stop_at=1, **NATIVE)
-    from aimv2.config.load import parse
     from aimv2.train.prepare import resumed_values
 
-    config = resumed_values(tmp_path / "run", {}, parse)
+    config = resumed_values(tmp_path / "run", {})
     shape = aimv2.load_model(str(tmp_path / "run")).config
     view = make_view(config, shape, False, World(0, 1, torch.device("cpu")))
     stream = TrainStream(config.data, view, None, 8, 0)

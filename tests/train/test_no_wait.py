@@ -79,7 +79,7 @@ def assert_no_wait(
     objective: Callable[[Config], Any] | None = None,
 ) -> Any:
     """Four steps on tensors without values; the model's and the objective's tensors too."""
-    monkeypatch.setattr(steps, "fast_products", lambda device: None)  # tries products on the host, before any step
+    monkeypatch.setattr(steps, "fast_matmul", lambda device: None)  # tries products on the host, before any step
     config = Config()
     for key, value in {"train.precision": "fp32", "train.steps": 10, "optim.warmup": 1, **given}.items():
         part, name = key.split(".")

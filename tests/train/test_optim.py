@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from aimv2.config.schema import OptimConfig
 from aimv2.models.create import create_model
-from aimv2.train.optim import make_optimizer, parameter_groups, step_unless
+from aimv2.train.optim import make_optimizer, parameter_groups, step_if_finite
 from aimv2.train.schedule import learning_rate
 
 
@@ -48,7 +48,7 @@ def test_twenty_steps_by_the_formula(decay: str) -> None:
     for step in range(20):
         lr = learning_rate(step, 20, config)
         gradients(parameters, step)
-        step_unless(optimizer, torch.tensor(0.0), lambda _, rate=lr: rate)
+        step_if_finite(optimizer, torch.tensor(0.0), lambda _, rate=lr: rate)
         for parameter, p, m, v in zip(parameters, slow, first, second):
             assert parameter.grad is not None
             g = parameter.grad.double()
@@ -74,18 +74,18 @@ def test_a_broken_step_leaves_weights_and_moments(done: int) -> None:
     for model, optimizer in zip(models, optimizers):
         for step in range(done):
             gradients([*model.parameters()], step)
-            step_unless(optimizer, torch.tensor(0.0), lambda _: 1e-3)
+            step_if_finite(optimizer, torch.tensor(0.0), lambda _: 1e-3)
     model, optimizer = models[0], optimizers[0]
     before, weights = state_of(optimizer), [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    step_unless(optimizer, torch.tensor(1.0), lambda _: 1e-3)
+    step_if_finite(optimizer, torch.tensor(1.0), lambda _: 1e-3)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
     after = state_of(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(after, before)) if done else not any(a.any() for a in after)
     for model, optimizer in zip(models, optimizers):  # and the next good step is as if the broken one had never been
         gradients([*model.parameters()], 99)
-        step_unless(optimizer, torch.tensor(0.0), lambda _: 1e-3)
+        step_if_finite(optimizer, torch.tensor(0.0), lambda _: 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
     assert all(torch.equal(a, b) for a, b in zip(state_of(optimizers[0]), state_of(optimizers[1])))
 
@@ -95,7 +95,7 @@ def test_the_rate_is_that_of_the_step() -> None:
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.0))
     weights = [p.detach().clone() for p in model.parameters()]
     gradients([*model.parameters()], 0)
-    step_unless(optimizer, torch.tensor(0.0), lambda _: 2e-5)  # Adam's first step moves every value by the rate
+    step_if_finite(optimizer, torch.tensor(0.0), lambda _: 2e-5)  # Adam's first step moves every value by the rate
     for parameter, before in zip(model.parameters(), weights):
         torch.testing.assert_close((parameter - before).abs(), torch.full_like(before, 2e-5), rtol=2e-2, atol=0)
 

@@ -147,9 +147,9 @@ def dispatch(words: list[str]) -> int:
     given = read_words(name, words)
     if "model" in COMMANDS[name].words and str(given.get("device") or "cpu") == "cpu":
         read(name, given)  # mistakes are reported before torch is imported
-        from aimv2.models.matmul import fast_products
+        from aimv2.models.matmul import fast_matmul
 
-        fast_products()
+        fast_matmul()
     result = execute(name, given)
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -306,7 +306,7 @@ def read_options(
         if key in switch_names and not equals:
             switches.add(key)
             continue
-        if key not in keys and key != "config":
+        if key not in keys and key != "config" and not key.startswith("objective."):  # a task may bring more of these
             raise UsageError(
                 f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}"
             )

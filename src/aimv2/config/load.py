@@ -8,54 +8,33 @@ from typing import Any
 
 import yaml
 
-from aimv2.config.schema import Config, flatten, get_value, known_keys, leaf_keys
+from aimv2.config.objective import options_of, refuse_foreign
+from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
 
-LIMITS: list[tuple[str, float, float]] = [
-    ("train.steps", 1, float("inf")),
-    ("train.batch_size", 1, float("inf")),
-    ("train.patch_budget", 1, float("inf")),
-    ("train.accumulate", 1, float("inf")),
-    ("train.save_every", 0, float("inf")),
-    ("train.keep", 0, float("inf")),
-    ("train.log_every", 1, float("inf")),
-    ("data.workers", 0, 256),
-    ("data.shuffle_buffer", 0, float("inf")),
-    ("data.max_tokens", 2, float("inf")),
-    ("data.vocab_size", 258, float("inf")),
-    ("data.crop_scale", 1e-3, 1),
-    ("data.flip", 0, 1),
-    ("data.pack", 0, 4096),
-    ("objective.decoder_share", 1e-3, 1),
-    ("data.max_bad", 0, float("inf")),
-    ("optim.lr", 1e-12, 1e3),
-    ("optim.min_lr", 0, 1e3),
-    ("optim.start_lr", 0, 1e3),
-    ("optim.eps", 0, 1),
-    ("optim.warmup", 0, float("inf")),
-    ("optim.weight_decay", 0, float("inf")),
-    ("optim.clip", 0, float("inf")),
-    ("optim.layer_decay", 1e-3, 1),
-    ("optim.freeze_encoder", 0, float("inf")),
-    ("optim.lora", 0, 4096),
-    ("train.ema", 0, 0.999999),
-    ("objective.smoothing", 0, 0.999),
-    ("objective.alpha", 0, float("inf")),
-    ("objective.teacher_weight", 1e-6, 1e6),
-    ("eval.every", 0, float("inf")),
-    ("eval.samples", 1, float("inf")),
-    ("eval.captions", 0, float("inf")),
-    ("eval.probe_samples", 0, float("inf")),
-    ("eval.probe_val_samples", 0, float("inf")),
-    ("data.max_pixels", 1, float("inf")),
-    ("seed", 0, 2**32 - 1),
-    ("eval.probe_lr", 1e-12, 1e3),
-    ("eval.probe_epochs", 1, float("inf")),
-    *[
-        (f"model.{key}", 1, float("inf"))
-        for key in ("text_width", "text_depth", "text_heads", "text_hidden", "projection")
-    ],
-]
+TASK = "objective.name"
+INF = float("inf")
+LIMITS = {  # least and largest value of numbers
+    (
+        1,
+        INF,
+    ): "train.steps train.batch_size train.patch_budget train.accumulate train.log_every train.stop_at eval.samples "
+    "eval.probe_epochs data.max_pixels model.text_width model.text_depth model.text_heads model.text_hidden model.projection",
+    (0, INF): "train.save_every train.keep data.shuffle_buffer data.max_bad optim.warmup optim.weight_decay optim.clip "
+    "optim.freeze_encoder objective.alpha eval.every eval.captions eval.probe_samples eval.probe_val_samples",
+    (2, INF): "data.max_tokens objective.classes",
+    (258, INF): "data.vocab_size",
+    (0, 256): "data.workers",
+    (0, 4096): "data.pack optim.lora",
+    (0, 2**32 - 1): "seed",
+    (0, 1): "data.flip optim.eps",
+    (1e-3, 1): "data.crop_scale objective.decoder_share optim.layer_decay",
+    (0, 0.999999): "train.ema",
+    (0, 0.999): "objective.smoothing",
+    (1e-12, 1e3): "optim.lr eval.probe_lr",
+    (0, 1e3): "optim.min_lr optim.start_lr",
+    (1e-6, 1e6): "objective.teacher_weight",
+}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -74,29 +53,44 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return flat
 
 
-def check_keys(flat: dict[str, Any], where: str) -> None:
-    """Raises UsageError for the first key that does not exist, naming the nearest that does."""
-    leaves, known = leaf_keys(), known_keys()
+def task_in(flat: dict[str, Any]) -> str | None:
+    """``objective.name`` of flat values; None where they name none, or none that can be a name."""
+    name = flat.get(TASK)
+    return name if isinstance(name, str) else None
+
+
+def check_keys(flat: dict[str, Any], where: str, below: dict[str, Any] | None = None) -> None:
+    """Raises UsageError for the first key that does not exist, naming the nearest that does.
+
+    Args:
+        flat: values by dotted key.
+        where: they come from, for the message.
+        below: values that these override, which may name the task whose options ``flat`` sets.
+    """
+    kind = config_class(task_in({**(below or {}), **flat}))
+    leaves, known = leaf_keys(kind), known_keys(kind)
     for key, value in flat.items():
         if key not in known:
-            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}")
+            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}", option=key, code="unknown")
         if key not in leaves:
+            first = next(leaf.split(".", 1)[1] for leaf in leaves if leaf.startswith(key + "."))
             raise UsageError(
-                f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{_first(key)}'"
+                f"'{key}' {where} is a section, got {value!r}; expected keys such as '{key}.{first}'", option=key
             )
 
 
-def _first(section: str) -> str:
-    return next(key.split(".", 1)[1] for key in leaf_keys() if key.startswith(section + "."))
-
-
-def parse(flat: dict[str, Any]) -> Config:
+def parse(flat: dict[str, Any], stored: bool = False) -> Config:
     """Flat values (strings are read as YAML) -> Config, typed and checked by jsonargparse.
 
+    Args:
+        flat: values by dotted key.
+        stored: they are those of a run, which may hold options of other tasks, as earlier versions let them pass.
+
     Raises:
-        UsageError: a value of another type than its key's, or out of range.
+        UsageError: a value of another type than its key's, or out of range; options that exclude each other.
     """
-    parser = config_parser()
+    task = task_in(flat)
+    parser = config_parser(task)
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         node = tree
@@ -105,14 +99,16 @@ def parse(flat: dict[str, Any]) -> Config:
             node = node.setdefault(section, {})
         node[name] = value
     parsed = parser.parse_object(tree)
-    config = Config(**vars(parser.instantiate(parsed)))
+    config = config_class(task)(**vars(parser.instantiate(parsed)))
     check_ranges(config)
+    if not stored and not config.resume:
+        refuse_foreign(config)
     return config
 
 
 @cache
-def config_parser() -> Any:
-    """jsonargparse's parser of a Config, made once: it takes longer than all that it parses."""
+def config_parser(task: str | None = None) -> Any:
+    """jsonargparse's parser of a task's Config, made once: it takes longer than all that it parses."""
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
@@ -120,39 +116,31 @@ def config_parser() -> Any:
             raise UsageError(one_line(message))
 
     parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser.add_class_arguments(config_class(task), nested_key=None, fail_untyped=True)
     return parser
 
 
 def check_ranges(config: Config) -> None:
     """Raises UsageError for a number outside its range and for choices that contradict each other."""
-    for key, low, high in LIMITS:
-        value = get_value(config, key)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-            raise UsageError(f"{key} must be {limit}, got {value}")
-    optim, objective, train = config.optim, config.objective, config.train
+    for (low, high), keys in LIMITS.items():
+        for key in keys.split():
+            value = get_value(config, key)
+            if value is not None and not low <= value <= high:
+                limit = f"at least {low:g}" if high == INF else f"{low:g} to {high:g}"
+                raise UsageError(f"{key} must be {limit}, got {value}")
+    optim, train = config.optim, config.train
     if optim.decay == "full" and optim.weight_decay > 1e-2:
         raise UsageError(
             f"optim.weight_decay {optim.weight_decay} with optim.decay=full removes that share of every weight each step; "
             "use at most 0.01, or optim.decay=torch"
         )
-    if objective.attention == "bidirectional" and objective.targets != "text":
-        raise UsageError(
-            "objective.attention=bidirectional shows the patches to be predicted; it needs objective.targets=text, "
-            f"got {objective.targets}"
-        )
-    if objective.name == "probe" and config.init is None and objective.freeze:
-        raise UsageError("objective.name=probe trains a head on a frozen encoder: --init MODEL says which")
-    check_start(config)
-    check_teacher(config)
-    check_contrastive(config)
-    if objective.classes is not None and objective.classes < 2:
-        raise UsageError(f"objective.classes must be at least 2, got {objective.classes}")
+    options_of(config.objective.name).check(config)
+    if optim.lora and config.init is None:
+        raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
+    if optim.fresh_decoder and config.init is None:
+        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
     if train.patch_budget is None and train.batch_size % train.accumulate:
         raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
-    if train.stop_at is not None and train.stop_at < 1:
-        raise UsageError(f"train.stop_at must be at least 1, got {train.stop_at}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UsageError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
     low, high = config.data.crop_ratio
@@ -175,58 +163,7 @@ def check_ranges(config: Config) -> None:
                 )
 
 
-def check_start(config: Config) -> None:
-    """Raises UsageError where the options of a start from another model do not go with the stage or with each other."""
-    optim, stage = config.optim, config.objective.name
-    for key in ("fresh_decoder", "freeze_encoder", "lora"):
-        if getattr(optim, key) and stage not in ("pretrain", "distill"):
-            instead = "; objective.freeze leaves the encoder as it is" if stage == "probe" else ""
-            raise UsageError(f"optim.{key} is for an encoder under a decoder, got objective.name={stage}{instead}")
-    frozen = stage == "contrastive" or (stage == "probe" and config.objective.freeze)
-    if optim.layer_decay != 1 and frozen and not config.resume:  # of a run that goes on, its own stage counts
-        raise UsageError(
-            f"optim.layer_decay {optim.layer_decay:g}: the encoder of objective.name={stage} does not learn"
-            f"{' unless objective.freeze is false' if stage == 'probe' else ''}; set optim.layer_decay 1"
-        )
-    if optim.lora and config.init is None:
-        raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
-    if optim.fresh_decoder and config.init is None:
-        raise UsageError("optim.fresh_decoder leaves the decoder of a model behind: --init MODEL says which")
-
-
-def check_teacher(config: Config) -> None:
-    """Raises UsageError where distillation lacks its teacher, or a teacher stands without it."""
-    stage, teacher = config.objective.name, config.objective.teacher
-    if stage == "distill" and teacher is None:
-        raise UsageError("objective.name=distill needs a teacher: objective.teacher MODEL says which")
-    if stage != "distill" and teacher is not None and not config.resume:  # of a run that goes on, its own stage counts
-        raise UsageError(f"objective.teacher {teacher} is for objective.name=distill, got objective.name={stage}")
-    mean, std = config.objective.teacher_image_mean, config.objective.teacher_image_std
-    if (mean is not None or std is not None) and teacher in (None, "stored") and not config.resume:
-        raise UsageError(
-            "objective.teacher_image_mean and objective.teacher_image_std are for an objective.teacher that runs along, got "
-            f"objective.teacher={teacher}; leave them out"
-        )
-
-
-def check_contrastive(config: Config) -> None:
-    """Raises UsageError where options of the contrastive stage contradict it or each other, or stand without it."""
-    train = config.train
-    if config.objective.name != "contrastive":
-        if config.data.features is not None:
-            raise UsageError(
-                f"data.features is for objective.name=contrastive, got objective.name={config.objective.name}"
-            )
-        return
-    if train.accumulate > 1:
-        raise UsageError(
-            f"objective.name=contrastive compares each pair with the whole batch: train.accumulate {train.accumulate} would "
-            "lose most of the others; use 1, and train.checkpointing=true where memory is short"
-        )
-
-
 def provenance(recipe: dict[str, Any], options: dict[str, Any], recipe_name: str) -> dict[str, str]:
     """For each key where its value came from: default, the recipe, or the command line."""
-    return {
-        key: "command line" if key in options else recipe_name if key in recipe else "default" for key in leaf_keys()
-    }
+    keys = leaf_keys(config_class(task_in({**recipe, **options})))
+    return {key: "command line" if key in options else recipe_name if key in recipe else "default" for key in keys}

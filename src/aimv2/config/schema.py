@@ -6,8 +6,11 @@ Light on purpose: nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from typing import Any, Literal, get_type_hints
+
+from aimv2.config.objective import BUILT_IN, ObjectiveConfig, options_of
 
 
 @dataclass
@@ -118,59 +121,6 @@ class DataConfig:
     max_bad: int = 100
     index_dir: str | None = None
     features: str | None = None
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is learnt (AIMV2, Figure 1; its ablations, Table 9).
-
-    Args:
-        name: pretrain = next patch and next token; probe = the class (.cls) through an attentive probe;
-            contrastive = captions of a text tower beside the frozen encoder's images (LiT); distill = pretrain and a
-            feature term to a frozen teacher
-        alpha: weight of the pixel loss beside the text loss (Table 9c)
-        targets: both; image alone (AIMv1 style) or text alone (Cap) (Table 9a)
-        decoder_share: share of the image positions that the decoder sees, drawn for each sample; 1: all
-        attention: of the encoder in training; bidirectional only with targets=text
-        freeze: probe alone: leave the encoder as it is; false trains all of it
-        classes: probe alone: their number; null: the largest label of the training shards + 1
-        heads: probe alone: of its attention; null: one for 64 values of the encoder's width
-        smoothing: probe alone: label smoothing
-        contrast: contrastive alone: softmax = each pair among all of the batch, both ways (CLIP; temperature 0.07 at
-            first); sigmoid = each image with each text by itself (SigLIP, arXiv 2303.15343; scale 10, bias -10 at first);
-            the scale is learnt, and at most 100
-        teacher: distill alone, as the next six: any model that gives patch features (released name, hub id, folder, RUN,
-            a transformers vision model by folder or hub id, timm:NAME); stored: the features that `aimv2 data teach` laid
-            beside the images
-        teacher_weight: weight of the feature term beside the text loss
-        teacher_loss: cosine = 1 - cosine of the student's patch features, through a learned projection, and the teacher's;
-            l2 = their mean squared error, the teacher's after a layer normalisation of each patch; relation = mean squared
-            difference of the two patch-to-patch cosine matrices, without a projection
-        teacher_view: which features of the student: prefix = those of the same forward pass, under prefix attention, for
-            nothing; whole = those of a second forward pass in which all patches see each other
-        teacher_image_mean: of a teacher of transformers or timm, by channel (red, green, blue, of pixels in 0 to 1); null: as its
-            preprocessor_config.json says
-        teacher_image_std: as teacher_image_mean
-        teacher_sha256: of the teacher's weights; null: noted at the start of the run, which goes on with no other
-    """
-
-    name: Literal["pretrain", "probe", "contrastive", "distill"] = "pretrain"
-    alpha: float = 0.4
-    targets: Literal["both", "image", "text"] = "both"
-    decoder_share: float = 1.0
-    attention: Literal["prefix", "bidirectional"] = "prefix"
-    freeze: bool = True
-    classes: int | None = None
-    heads: int | None = None
-    smoothing: float = 0.0
-    contrast: Literal["softmax", "sigmoid"] = "softmax"
-    teacher: str | None = None
-    teacher_weight: float = 1.0
-    teacher_loss: Literal["cosine", "l2", "relation"] = "cosine"
-    teacher_view: Literal["prefix", "whole"] = "prefix"
-    teacher_image_mean: tuple[float, float, float] | None = None
-    teacher_image_std: tuple[float, float, float] | None = None
-    teacher_sha256: str | None = None
 
 
 @dataclass
@@ -317,6 +267,20 @@ class Config:
     overwrite: bool = False
 
 
+@cache
+def config_class(task: str | None = None) -> type[Config]:
+    """The configuration of a task: :class:`Config`, its section ``objective`` extended by what a task from elsewhere brings.
+
+    Raises:
+        UsageError: no such task.
+    """
+    if task is None or task in BUILT_IN:
+        return Config
+    options = make_dataclass("TaskOptions", [("name", str, task)], bases=(options_of(task), ObjectiveConfig))
+    section = ("objective", options, field(default_factory=options))
+    return make_dataclass("TaskConfig", [section], bases=(Config,), namespace={"__doc__": Config.__doc__})
+
+
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     """Every key of the configuration: ``["model", "model.name", ...]``."""
     keys = []
@@ -328,9 +292,9 @@ def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def leaf_keys() -> list[str]:
+def leaf_keys(kind: type = Config) -> list[str]:
     """The keys that hold a value."""
-    keys = known_keys()
+    keys = known_keys(kind)
     return [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
 
 

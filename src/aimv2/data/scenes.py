@@ -59,7 +59,7 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
+class CaptionedScene:
     """``image`` uint8 [H, W, 3]; ``label`` 0..NUM_LABELS-1 is the first-named object's shape and colour."""
 
     image: np.ndarray
@@ -69,8 +69,8 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def draw_scene(rng: np.random.Generator, size: int = 32, largest: int | None = None) -> Scene:
-    """A scene of one or two objects; it depends on the state of ``rng`` alone.
+def draw_scene(rng: np.random.Generator, size: int = 32, largest: int | None = None) -> CaptionedScene:
+    """A scene of one or two objects; it depends only on the state of ``rng``.
 
     Args:
         rng: is moved on.
@@ -119,13 +119,13 @@ def describe(objects: tuple[SceneObject, ...]) -> str:
     return " and ".join(f"a {o.size} {o.colour} {o.shape} at the {o.place}" for o in objects)
 
 
-def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...], sides: tuple[int, int]) -> Scene:
+def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...], sides: tuple[int, int]) -> CaptionedScene:
     image = _background(rng, sides)
     for thing in objects:
         _paint_object(image, thing)
     name = f"{objects[0].colour} {objects[0].shape}"
     pixels = (image + 0.5).astype(np.uint8)
-    return Scene(pixels, describe(objects), LABELS.index(name), name, objects)
+    return CaptionedScene(pixels, describe(objects), LABELS.index(name), name, objects)
 
 
 def _background(rng: np.random.Generator, sides: tuple[int, int]) -> np.ndarray:
@@ -185,11 +185,11 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
         draw.polygon([(x, y - r), (x + r, y + 0.9 * r), (x - r, y + 0.9 * r)], 255)
 
 
-def scene_of(split: str, index: int, size: int = 32, seed: int = 0, largest: int | None = None) -> Scene:
-    """Scene ``index`` of a split, a function of these arguments alone; ``size`` and ``largest`` as in :func:`draw_scene`.
+def scene_of(split: str, index: int, size: int = 32, seed: int = 0, largest: int | None = None) -> CaptionedScene:
+    """Scene ``index`` of a split, a function of these arguments only; ``size`` and ``largest`` as in :func:`draw_scene`.
 
-    No validation scene is seen in training: two-object scenes are dealt to a split by their caption, so that
-    validation asks for combinations never trained on, and one-object scenes, which have few captions, by
+    No validation scene occurs in training: two-object scenes are dealt to a split by their caption, so that
+    validation has combinations never trained on, and one-object scenes, which have few captions, by
     their pixels.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -225,7 +225,7 @@ def write_scenes(
     Args:
         out: a folder without shards in it; created if needed.
         count: training scenes.
-        val_count: validation scenes, unseen in training; a tenth of ``count``, at most 1,000, if not given.
+        val_count: validation scenes, that training does not have; a tenth of ``count``, at most 1,000, if not given.
         size: side of the pictures in pixels.
         largest: where given, both sides of each picture are drawn between ``size`` and it.
         seed: another seed, other scenes.
@@ -276,7 +276,7 @@ def _track(shards: list[tuple[str, int, range]], progress: bool) -> Iterator[tup
     yield from track(shards, "drawing scenes", console=Console(stderr=True), disable=not progress)
 
 
-def _sample(scene: Scene, key: str) -> tuple[str, dict[str, bytes]]:
+def _sample(scene: CaptionedScene, key: str) -> tuple[str, dict[str, bytes]]:
     png = io.BytesIO()
     Image.fromarray(scene.image).save(png, "png", compress_level=1)
     about = {"captions": {"caption": [scene.caption]}}

@@ -1,1 +1,1 @@
-"""`aimv2 doctor`: what this machine has, what works on it, and what to do about the rest."""
+"""`aimv2 doctor`: check versions, devices, kernels, network, disks and a tiny training run on this machine."""

@@ -1,4 +1,4 @@
-"""All checks in order, and their table."""
+"""Run all checks and render their table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STYLES = {"ok": "green", "off": "dim", "warn": "yellow", "fail": "bold red"}
 
 
 def examine(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every check; ``quick`` leaves out the self-test.
+    """Run every check; ``quick`` skips the self-test.
 
     Returns:
         ``checks`` (group, name, status, found, advice, seconds), ``failed``, ``warned``, ``seconds``.
@@ -26,7 +26,7 @@ def examine(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
     checks: list[Check] = []
     for what, found in parts(quick):
-        say(f"looking at {what}")
+        say(f"checking {what}")
         checks += found()
     return {
         "failed": sum(check.status == "fail" for check in checks),
@@ -37,7 +37,7 @@ def examine(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def parts(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What is looked at, and the function that does."""
+    """Groups of checks: description and function."""
     yield "versions", machine.versions
     yield "devices", machine.devices
     yield "attention", kernels.attention
@@ -46,11 +46,11 @@ def parts(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "disks", machine.disk
     yield "process groups", machine.distributed
     if not quick:
-        yield "a tiny run", selftest.self_test
+        yield "a tiny training run", selftest.self_test
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The result of :func:`examine` for a terminal of 80 columns."""
+    """Render the result of :func:`examine` for a terminal of 80 columns."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -69,6 +69,6 @@ def render(result: dict[str, Any]) -> RenderableType:
             head = Text(f"{check['status']}: ", style=STYLES[check["status"]])
             lines.append(head + Text(f"{check['name']}: {check['advice']}"))
     failed, warned = result["failed"], result["warned"]
-    verdict = f"{failed} failed, {warned} to look at" if failed else f"nothing failed, {warned} to look at"
-    lines.append(Text(f"{verdict if failed or warned else 'all well'}; {result['seconds']:.1f} s", style="bold"))
+    verdict = f"{failed or 'none'} failed, {warned} with a warning"
+    lines.append(Text(f"{verdict if failed or warned else 'all ok'}; {result['seconds']:.1f} s", style="bold"))
     return Group(*lines)

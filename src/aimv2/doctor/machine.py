@@ -1,4 +1,4 @@
-"""Packages, devices, hub, disk and process groups of this machine. Nothing here changes anything."""
+"""Check packages, devices, hub, disks and process groups of this machine, without changing anything."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 import aimv2
-from aimv2.doctor.check import Check, reason
-from aimv2.doctor.packages import Asked, requirements, satisfies
+from aimv2.doctor.check import Check, Status
+from aimv2.doctor.packages import RequiredPackage, requirements, satisfies
+from aimv2.errors import first_line
 
-PYTHON = (3, 11)  # the oldest that is supported
+PYTHON = (3, 11)  # oldest supported version
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-PATIENCE = 4.0  # seconds that the hub may take
+HUB_TIMEOUT = 4.0  # seconds
 FREE = {"working folder": 5.0, "hub cache": 5.0, "temporary files": 1.0, "shared memory": 0.5}  # GB that should be free
 
 
@@ -29,7 +30,7 @@ FREE = {"working folder": 5.0, "hub cache": 5.0, "temporary files": 1.0, "shared
 
 
 def versions() -> Iterator[Check]:
-    """Python, torch, every dependency, and the extras with the line that installs them."""
+    """Check Python, torch, dependencies and extras (with the command that installs them)."""
     enough = sys.version_info >= PYTHON
     wanted = ".".join(map(str, PYTHON))
     yield Check(
@@ -50,8 +51,8 @@ def versions() -> Iterator[Check]:
     fine = []
     for name, wanted, found in needed.get("", []):
         if found is None or not satisfies(found, wanted):
-            told = "missing" if found is None else f"{found}, {wanted} is needed"
-            yield Check("versions", name, "fail", told, f"pip install '{name}{wanted}'")
+            state = "missing" if found is None else f"{found}, {wanted} is needed"
+            yield Check("versions", name, "fail", state, f"pip install '{name}{wanted}'")
         elif name == "torch":
             yield Check("versions", name, "ok", torch.__version__)
         else:
@@ -59,11 +60,11 @@ def versions() -> Iterator[Check]:
     yield Check("versions", "dependencies", "ok", ", ".join(fine))
     for extra, packages in needed.items():
         if extra:
-            yield of_extra(extra, packages)
+            yield check_extra(extra, packages)
 
 
-def of_extra(extra: str, packages: list[Asked]) -> Check:
-    """Whether the packages of an extra are there."""
+def check_extra(extra: str, packages: list[RequiredPackage]) -> Check:
+    """Check the packages of an extra."""
     install, name = f"pip install 'aimv2[{extra}]'", f"extra {extra}"
     if not packages:
         return Check("versions", name, "off", "not for this platform")
@@ -78,29 +79,29 @@ def of_extra(extra: str, packages: list[Asked]) -> Check:
 
 
 def devices() -> Iterator[Check]:
-    """The processor and its fast number formats, memory, and GPUs."""
+    """Check the processor and its number formats, memory, and GPUs."""
     cores = os.cpu_count() or 1
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    counted = f"{cores} cores" if own == cores else f"{own} of {cores} cores"
-    yield Check("devices", "processor", "ok", f"{processor()}, {counted}, {torch.get_num_threads()} threads in torch")
+    count = f"{cores} cores" if own == cores else f"{own} of {cores} cores"
+    yield Check("devices", "processor", "ok", f"{processor()}, {count}, {torch.get_num_threads()} threads in torch")
     formats = {
         "AVX-512": "_is_avx512_supported",
-        "its bf16": "_is_avx512_bf16_supported",
+        "AVX-512 bf16": "_is_avx512_bf16_supported",
         "AMX": "_is_amx_tile_supported",
     }
-    said = [f"{name} {'yes' if probe(check) else 'no'}" for name, check in formats.items()]
-    fast = probe(formats["its bf16"]) or probe(formats["AMX"])
-    yield Check("devices", "bf16 products", "ok" if fast else "off", ", ".join(said))
-    whole, free = memory()
+    supported = [f"{name} {'yes' if probe(check) else 'no'}" for name, check in formats.items()]
+    fast = probe(formats["AVX-512 bf16"]) or probe(formats["AMX"])
+    yield Check("devices", "bf16 matmul", "ok" if fast else "off", ", ".join(supported))
+    total, free = memory()
     tight = free is not None and free < 2
-    found = f"{whole:.1f} GB" + (f", {free:.1f} GB free" if free is not None else "")
-    advice = "end other programs, or use a smaller model.name and train.batch_size" if tight else ""
+    found = f"{total:.1f} GB" + (f", {free:.1f} GB free" if free is not None else "")
+    advice = "close other programs, or use a smaller model.name and train.batch_size" if tight else ""
     yield Check("devices", "memory", "warn" if tight else "ok", found, advice)
     yield from gpus()
 
 
 def probe(name: str) -> bool:
-    """One of torch's tests of the processor; False where this version has none."""
+    """One of torch's CPU capability tests; False if this version lacks it."""
     test = getattr(torch.cpu, name, None)
     return bool(test and test())
 
@@ -116,57 +117,56 @@ def processor() -> str:
 
 
 def memory() -> tuple[float, float | None]:
-    """GB in all, the container's limit counted, and GB free where it is told."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Total memory in GB, within the container's limit, and free memory if known."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        whole = min(whole, int(text))
+        total = min(total, int(text))
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return whole / 1e9, None if free is None else min(free, whole) / 1e9
+    return total / 1e9, None if free is None else min(free, total) / 1e9
 
 
 def gpus() -> Iterator[Check]:
-    """Every CUDA device with its memory and formats, or why there is none."""
+    """Check every CUDA device with its memory and formats, or why there is none."""
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi") is not None
         if driver and torch.version.cuda is None:
             advice = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
-            yield Check("devices", "GPU", "warn", "a driver is here, but torch is a build for the CPU", advice)
+            yield Check("devices", "GPU", "warn", "a driver is installed, but torch is a CPU build", advice)
         elif driver:
-            advice = "look at nvidia-smi: the driver may be older than torch's CUDA, or the devices hidden or taken"
-            yield Check(
-                "devices", "GPU", "warn", f"a driver is here, but torch (CUDA {torch.version.cuda}) finds none", advice
-            )
+            advice = "check nvidia-smi: the driver may be older than torch's CUDA, or the devices hidden or in use"
+            found = f"a driver is installed, but torch (CUDA {torch.version.cuda}) finds none"
+            yield Check("devices", "GPU", "warn", found, advice)
         else:
             yield Check("devices", "GPU", "off", "none: models run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         about, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
-        free, whole = torch.cuda.mem_get_info(index)
+        free, total = torch.cuda.mem_get_info(index)
         formats = f"bf16 {'yes' if capability >= (8, 0) else 'no'}, fp8 {'yes' if capability >= (8, 9) else 'no'}"
-        found = f"{about.name}, {whole / 1e9:.0f} GB, {free / 1e9:.0f} GB free, {formats}"
-        taken = free < 0.2 * whole
-        advice = "another program holds most of its memory: see nvidia-smi" if taken else ""
-        yield Check("devices", f"GPU {index}", "warn" if taken else "ok", found, advice)
+        found = f"{about.name}, {total / 1e9:.0f} GB, {free / 1e9:.0f} GB free, {formats}"
+        busy = free < 0.2 * total
+        advice = "another program uses most of its memory: see nvidia-smi" if busy else ""
+        yield Check("devices", f"GPU {index}", "warn" if busy else "ok", found, advice)
 
 
 # ---- hub ----
 
 
 def hub() -> Iterator[Check]:
-    """Whether models can be fetched by name."""
+    """Check whether models can be downloaded by name."""
     from huggingface_hub import constants
 
     own = f"give folders as MODEL, or put models into {constants.HF_HUB_CACHE} (on a machine with access: hf download)"
     offline = [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
     if offline:
-        found = f"not asked, {', '.join(offline)} set: names are looked for in the cache alone"
+        found = f"not tried, {', '.join(offline)} set: names are searched only in the cache"
         yield Check("hub", "model hub", "off", found)
         return
     began = time.perf_counter()
-    why = unreachable_within(PATIENCE)
+    why = unreachable_within(HUB_TIMEOUT)
     seconds = time.perf_counter() - began
     if why:
         yield Check("hub", "model hub", "warn", f"{constants.ENDPOINT}: {why}", own, seconds)
@@ -175,21 +175,21 @@ def hub() -> Iterator[Check]:
 
 
 def unreachable_within(seconds: float) -> str:
-    """Why the hub does not answer, "" where it does: looking up a name may hang longer than any timeout of a request."""
+    """Why the hub does not answer, "" if it does; in a thread, since a DNS lookup may exceed any request timeout."""
     from aimv2.interop.hub import unreachable
 
-    said: list[str] = []
-    asking = threading.Thread(target=lambda: said.append(unreachable()), daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return said[0] if said else f"no answer within {seconds:g} s"
+    answers: list[str] = []
+    request = threading.Thread(target=lambda: answers.append(unreachable()), daemon=True)
+    request.start()
+    request.join(seconds)
+    return answers[0] if answers else f"no answer within {seconds:g} s"
 
 
 # ---- disk ----
 
 
 def disk() -> Iterator[Check]:
-    """Free space where aimv2 writes."""
+    """Check free space where aimv2 writes."""
     from huggingface_hub import constants
 
     places = {
@@ -202,14 +202,14 @@ def disk() -> Iterator[Check]:
         "working folder": "free some space, or give --run and OUT on another disk",
         "hub cache": "free some space, or set HF_HOME to a folder on another disk",
         "temporary files": "free some space, or set TMPDIR to a folder on another disk",
-        "shared memory": "data workers pass batches through it: give a container --shm-size=8g, or use data.workers=0",
+        "shared memory": "dataloader workers pass batches through it: start the container with --shm-size=8g, or set data.workers=0",
     }
     for name, path in places.items():
         if name == "shared memory" and not path.is_dir():
             continue
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = shutil.disk_usage(there).free / 1e9
-        if not os.access(there, os.W_OK):
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        if not os.access(existing, os.W_OK):
             yield Check(
                 "disk", name, "warn", f"{path}: can't be written", advice[name].replace("free some space, or ", "")
             )
@@ -223,11 +223,11 @@ def disk() -> Iterator[Check]:
 
 
 def distributed() -> Iterator[Check]:
-    """Process groups: gloo is tried, nccl asked for."""
+    """Check process groups: gloo is tried, nccl only looked up."""
     import torch.distributed as dist
 
     if not dist.is_available():
-        advice = "torch was built without it: install a usual build to train with torchrun"
+        advice = "torch was built without it: install a standard build to train with torchrun"
         yield Check("distributed", "torch.distributed", "warn", "missing", advice)
         return
     began = time.perf_counter()
@@ -235,15 +235,14 @@ def distributed() -> Iterator[Check]:
     advice = "gloo must find this host's name: see /etc/hosts, or set GLOO_SOCKET_IFNAME=lo" if why else ""
     found = why or "a group of one joined and summed"
     yield Check("distributed", "gloo (CPU)", "warn" if why else "ok", found, advice, time.perf_counter() - began)
-    there, cuda = dist.is_nccl_available(), torch.cuda.is_available()
-    lacking = "install a CUDA build of torch with nccl to train on several GPUs"
-    status = "ok" if there else ("warn" if cuda else "off")
-    said = "there" if there else "not in this build of torch"
-    yield Check("distributed", "nccl (CUDA)", status, said, lacking if status == "warn" else "")  # type: ignore[arg-type]
+    nccl, cuda = dist.is_nccl_available(), torch.cuda.is_available()
+    advice = "install a CUDA build of torch with nccl to train on several GPUs" if cuda and not nccl else ""
+    status: Status = "ok" if nccl else "warn" if cuda else "off"
+    yield Check("distributed", "nccl (CUDA)", status, "available" if nccl else "not in this build of torch", advice)
 
 
 def try_gloo() -> str:
-    """Why a gloo group of one process does not work, "" where it does."""
+    """Why a gloo group of one process does not work, "" if it does."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -253,8 +252,8 @@ def try_gloo() -> str:
         try:
             ones = torch.ones(1)
             dist.all_reduce(ones)
-            return "" if ones.item() == 1 else f"a sum of 1 gave {ones.item():g}"
+            return "" if ones.item() == 1 else f"an all-reduce of 1 gave {ones.item():g}"
         finally:
             dist.destroy_process_group()
-    except Exception as error:  # whatever gloo says of the network
-        return reason(error)
+    except Exception as error:  # any network error
+        return first_line(error)

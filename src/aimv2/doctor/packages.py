@@ -1,11 +1,11 @@
-"""Which packages aimv2 asks for, and how one that is missing is installed. Nothing here imports any of them."""
+"""The packages that aimv2 requires, and the command that installs a missing one. Imports none of them."""
 
 from __future__ import annotations
 
 from importlib import metadata
 
-LEFT_OUT = ("dev",)  # extras that are no one's but the developers'
-# what is imported -> what is installed, where the names differ
+LEFT_OUT = ("dev",)  # extras for developers only
+# module -> package, where the names differ
 INSTALLED_AS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",
@@ -16,19 +16,19 @@ INSTALLED_AS = {
     "yaml": "pyyaml",
 }
 
-Asked = tuple[str, str, str | None]  # package, the versions that will do, the installed one
+RequiredPackage = tuple[str, str, str | None]  # package, version specifier, installed version
 
 
-def requirements() -> dict[str, list[Asked]]:
-    """What the installed aimv2 asks for: extra ("" for every user) -> packages.
+def requirements() -> dict[str, list[RequiredPackage]]:
+    """Requirements of the installed aimv2: extra ("" for the core) -> packages.
 
     Raises:
-        PackageNotFoundError: aimv2 runs without being installed.
+        PackageNotFoundError: aimv2 is not installed.
     """
     from packaging.requirements import Requirement
 
     extras = [name for name in metadata.metadata("aimv2").get_all("Provides-Extra") or [] if name not in LEFT_OUT]
-    out: dict[str, list[Asked]] = {name: [] for name in ["", *extras]}
+    out: dict[str, list[RequiredPackage]] = {name: [] for name in ["", *extras]}
     for line in metadata.requires("aimv2") or []:
         one = Requirement(line)
         of_extra = one.marker is not None and "extra" in str(one.marker)
@@ -39,7 +39,7 @@ def requirements() -> dict[str, list[Asked]]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version; None where there is none."""
+    """The installed version; None if not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -47,21 +47,21 @@ def version_of(package: str) -> str | None:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version lies within ``>=1.2,<3``."""
+    """Whether a version satisfies a specifier such as ``>=1.2,<3``."""
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def install_line(module: str) -> str | None:
-    """How to install what a missing module belongs to; None where aimv2 never asked for it."""
+    """Command that installs the package of a missing module; None if aimv2 does not require it."""
     top = module.partition(".")[0]
     package = INSTALLED_AS.get(top, top)
     try:
-        asked = requirements()
+        required = requirements()
     except (metadata.PackageNotFoundError, ImportError):
         return None
-    for extra, packages in asked.items():
+    for extra, packages in required.items():
         for name, wanted, _ in packages:
             if name.replace("_", "-").lower() == package.replace("_", "-").lower():
                 return f"pip install 'aimv2[{extra}]'" if extra else f"pip install '{name}{wanted}'"

@@ -1,4 +1,4 @@
-"""A tiny run from nothing: scenes drawn, a model trained, saved and loaded again."""
+"""Self-test: generate scenes, train a tiny model, save and reload it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from aimv2.doctor.check import Check, reason
-from aimv2.doctor.kernels import usual_device
+from aimv2.doctor.check import Check
+from aimv2.doctor.kernels import default_device
+from aimv2.errors import first_line
 
 SCENES, STEPS, PAIRS = 512, 60, 32
-FALLS = 0.6  # of the first loss, which the last one must stay under
+MAX_RATIO = 0.6  # of last to first loss
 VALUES = {
     "model.name": "aimv2-tiny-patch8-32",
     "model.width": 64,
@@ -49,7 +50,7 @@ VALUES = {
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Products this small are as fast on one thread, and threads that wait for each other take minutes on a busy machine."""
+    """One torch thread: as fast for matmuls this small, and not slowed down by thread contention on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -59,52 +60,52 @@ def one_thread() -> Iterator[None]:
 
 
 def self_test() -> Iterator[Check]:
-    """Trains, saves, loads; one check each for the fall of the loss, the speed, and equal features."""
+    """Train, save and load; check the decrease of the loss, the speed, and equal features."""
     from aimv2.train.interrupt import Interrupted
 
     began = time.perf_counter()
-    said = io.StringIO()
+    log = io.StringIO()
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stderr(said),
+            contextlib.redirect_stderr(log),
             one_thread(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             first, last, speed, off = tiny_run(Path(folder))
-    except Interrupted:  # its words are of a run that goes on; this one is gone
+    except Interrupted:  # its message is about resuming, which does not apply here
         raise KeyboardInterrupt from None
-    except Exception as error:  # whatever is broken here
-        advice = "training does not work here: see what fails above, else report it with `aimv2 doctor --json`"
-        yield Check("self-test", "a tiny run", "fail", f"{type(error).__name__}: {reason(error)}", advice)
+    except Exception as error:
+        advice = "training does not work here: see the failures above, else report it with `aimv2 doctor --json`"
+        yield Check("self-test", "a tiny run", "fail", f"{type(error).__name__}: {first_line(error)}", advice)
         return
     seconds = time.perf_counter() - began
-    fell = last < FALLS * first
+    fell = last < MAX_RATIO * first
     yield Check(
         "self-test",
         "loss",
         "ok" if fell else "fail",
         f"{first:.2f} to {last:.2f} in {VALUES['train.steps']} steps",
-        "" if fell else "a model does not learn here: report it with `aimv2 doctor --json`",
+        "" if fell else "training does not converge here: report it with `aimv2 doctor --json`",
     )
-    yield Check("self-test", "speed", "ok", f"{speed:,.0f} pairs/s of a tiny model on {usual_device()}")
+    yield Check("self-test", "speed", "ok", f"{speed:,.0f} pairs/s of a tiny model on {default_device()}")
     equal = off <= 1e-5
     yield Check(
         "self-test",
         "saved and loaded",
         "ok" if equal else "fail",
         "equal features" if equal else f"features differ by {off:.2g}",
-        "" if equal else "models do not come back as they were: report it with `aimv2 doctor --json`",
+        "" if equal else "a reloaded model differs from the saved one: report it with `aimv2 doctor --json`",
         seconds,
     )
 
 
 def tiny_run(folder: Path) -> tuple[float, float, float, float]:
-    """Draws, trains, saves and loads in an empty folder.
+    """Generate data, train, save and load in an empty folder.
 
     Returns:
-        first and last loss (means of ten steps), pairs a second, and the largest difference of a feature after loading.
+        first and last loss (means of ten steps), pairs per second, and the largest difference of a feature after loading.
     """
     from aimv2.config.load import parse
     from aimv2.data.scenes import write_scenes
@@ -113,7 +114,7 @@ def tiny_run(folder: Path) -> tuple[float, float, float, float]:
     from aimv2.train import prepare
     from aimv2.train.launch import build_trainer
 
-    device = usual_device()
+    device = default_device()
     write_scenes(str(folder / "scenes"), SCENES, val_count=32, size=32)
     config = parse({**VALUES, "data.train": str(folder / "scenes"), "run": str(folder / "run")})
     prepare.locate_data(config)

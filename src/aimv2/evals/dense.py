@@ -17,7 +17,7 @@ import numpy as np
 from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
 from aimv2.data.images.readers import contents_of_files
 from aimv2.errors import UsageError
-from aimv2.evals.dense_heads import DenseSettings, Depth, Segmentation, Task, sums_of, train_heads
+from aimv2.evals.dense_heads import DenseSettings, DenseTask, Depth, Segmentation, sums_of, train_heads
 from aimv2.evals.harness import Evaluation, baseline_figures
 from aimv2.evals.options import DenseOptions
 from aimv2.evals.result import about_model
@@ -46,7 +46,7 @@ class DenseWork:
     split: str
     maps: np.ndarray
     kind: MapKind
-    task: Task
+    task: DenseTask
     empty: tuple[int, int]
 
 

@@ -50,7 +50,7 @@ class DenseSettings:
     seeds: tuple[int, ...] = (0,)
 
 
-class Task(Protocol):
+class DenseTask(Protocol):
     """What a head predicts, its loss and its metric."""
 
     @property
@@ -209,7 +209,7 @@ def take(layers: Sequence[np.ndarray], rows: np.ndarray, device: torch.device) -
 
 
 def train_heads(
-    task: Task,
+    task: DenseTask,
     layers: Sequence[np.ndarray],
     maps: Callable[[np.ndarray], np.ndarray],
     rows: np.ndarray,
@@ -261,7 +261,7 @@ def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
             yield np.sort(order[at : at + size])
 
 
-def output_gradient(task: Task, low: Tensor, target: Tensor) -> Tensor:
+def output_gradient(task: DenseTask, low: Tensor, target: Tensor) -> Tensor:
     """Gradient of each head's own mean loss at S x S by its outputs [G, B, C, h, w]; a part at a time where they are many."""
     heads, batch, _, h, w = low.shape
     flat = low.flatten(0, 1)
@@ -279,7 +279,7 @@ def output_gradient(task: Task, low: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sums_of(
-    task: Task,
+    task: DenseTask,
     heads: DenseHeads,
     which: Sequence[int],
     layers: Sequence[np.ndarray],

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2.data.images.labelled import Labelled, limit, open_labelled, require_labelled
+from aimv2.data.images.labelled import Labelled, limit
+from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data
 from aimv2.evals.options import PooledOptions

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aimv2.config.schema import Config
+from aimv2.config.schema import Config, OptimConfig
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.evals.probe_stream import FeatureStream, ImageStream
@@ -27,12 +27,14 @@ from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.io import write_aside
-from aimv2.models.encoder import VisionEncoder
 from aimv2.models.probe_head import ProbeSweep, Trial
+from aimv2.objectives import Objective
 from aimv2.objectives.probe import SweepObjective
+from aimv2.tasks import Task
 from aimv2.train import prepare
 from aimv2.train.log import Log
 from aimv2.train.loop import Stream, Trainer
+from aimv2.train.optim import parameter_groups
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
@@ -85,6 +87,31 @@ class SweepLog(Log):
     def write(self, step: int, figures: dict[str, Any]) -> None:
         kept = {key: value for key, value in figures.items() if key != "tokens_per_s"}
         super().write(step, {key: value / self.heads if key.endswith("loss") else value for key, value in kept.items()})
+
+
+class SweepTask(Task):
+    """Many heads on frozen features, each with its own learning rate, weight decay and gradient norm."""
+
+    def reads_text(self) -> bool:
+        return False
+
+    def objective(self, model: nn.Module) -> Objective:
+        return SweepObjective()
+
+    def parameter_groups(self, model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Weight decay is ``lr * decay``, as PyTorch means it (AIMV2, Table A2)."""
+        assert isinstance(model, ProbeSweep)
+        return [
+            {**group, "weight_decay": decay, "peak": trial.lr, "scale": 1.0}
+            for head, trial in zip(model.heads, model.trials)
+            for group, decay in zip(parameter_groups(head), (trial.weight_decay, 0.0))
+            if group["params"]
+        ]
+
+    def clip(self, model: nn.Module, limit: float) -> Tensor:
+        """Clips each head by itself; the largest norm."""
+        assert isinstance(model, ProbeSweep)
+        return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), limit) for head in model.heads]).max()
 
 
 class ProbeTrainer(Trainer):
@@ -168,7 +195,7 @@ def train_sweep(
         clip=settings.clip,
     )
     world = World(0, 1, device)
-    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, objective=SweepObjective())
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=SweepTask(config))
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
@@ -357,47 +384,7 @@ def same_work(out: Path, about: dict[str, Any]) -> None:
     write_aside(file, json.dumps(about, indent=1) + "\n")
 
 
-# ---- one head on images in memory: at the end of a training run ----
-
-
-@torch.no_grad()
-def features(encoder: Any, images: Tensor, size: int = 256, flip: bool = False) -> Tensor:
-    """Frozen post-norm features, bidirectional: uint8 [N, 3, H, W] -> float16 [N, I, D] on the CPU."""
-    device = encoder.mean.device
-    parts = []
-    with torch.compiler.set_stance("force_eager"):
-        for part in images.split(size):
-            pixels = part.to(device)
-            parts.append(encoder(pixels.flip(-1) if flip else pixels).to(torch.float16).cpu())
-    return torch.cat(parts)
-
-
-def attentive_probe(
-    encoder: VisionEncoder,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    epochs: int = 10,
-    lr: float = 1e-3,
-    heads: int | None = None,
-    flip: bool = False,
-    seed: int = 0,
-) -> float:
-    """One attentive probe on images in memory; ``flip``: on the mirrored images too.
-
-    Args:
-        encoder: stays as it is.
-        train, test: (uint8 [N, 3, H, W], int64 labels [N]).
-        epochs, lr, heads, seed: see :func:`train_probe`.
-
-    Returns:
-        top-1 accuracy on ``test``, 0..1.
-    """
-    encoder.eval()
-    views = [features(encoder, train[0])] + ([features(encoder, train[0], flip=True)] if flip else [])
-    test_features = features(encoder, test[0])
-    return train_probe(
-        views, train[1], test_features, test[1], epochs, lr, heads, seed=seed, device=encoder.mean.device
-    )
+# ---- one head: what a training run is followed by ----
 
 
 def train_probe(

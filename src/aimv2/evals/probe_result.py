@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.labelled import joined, limit, open_labelled, subset
+from aimv2.data.images.labelled import joined, limit, subset
+from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data
 from aimv2.evals.linear import hold_out

@@ -18,7 +18,8 @@ from rich.progress import track
 from torch import Tensor
 
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.labelled import EXPECTED, Labelled, Split, open_labelled, subset
+from aimv2.data.images.labelled import Labelled, Split, subset
+from aimv2.data.images.opening import EXPECTED, open_labelled
 from aimv2.data.prefetch import ahead
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation
@@ -91,7 +92,7 @@ def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool)
     """The split to evaluate, cut to ``limit`` images, and other images if a prior is wanted.
 
     Raises:
-        UsageError: see :func:`aimv2.data.images.labelled.open_labelled`.
+        UsageError: see :func:`aimv2.data.images.opening.open_labelled`.
     """
     order: tuple[Split, ...] = ("test", "val", "train")
     data = next((found for split in order if (found := open_labelled(source, split, dataset))), None)

@@ -1,1 +1,1 @@
-"""The explorer: one page in the browser that shows what a model has learnt, served from this machine to this machine."""
+"""The explorer: a local web page that shows a model's features, attention, captions, predictions and text search."""

@@ -1,4 +1,4 @@
-"""The pictures of the explorer: those of a folder, examples drawn on the spot, uploads. All by number, never by path."""
+"""The images of the explorer, from a folder, generated examples and uploads; addressed by number, never by path."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from aimv2.data.images.pictures import Picture, pictures
 from aimv2.data.scenes import scene_of
 
 TYPES = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000  # of an upload, by its header
-LONGEST = 2048  # pixels a side that are kept of an upload
-KEPT = 16  # uploads and further examples; the oldest goes
-DECODED = 32  # pictures of the folder held decoded
-THUMBNAIL = 192  # pixels a side
-EXAMPLES = 12  # drawn where no folder is given
-NAME = 80  # characters shown of a name
-SPLIT = "val"  # no model of the demo has learnt from these scenes
+MAX_PIXELS = 50_000_000  # per upload, from its header
+LONGEST = 2048  # longer side of a stored image in pixels
+KEPT = 16  # uploads and further examples; the oldest is dropped
+DECODED = 32  # decoded images of the folder in memory
+THUMBNAIL = 192  # pixels per side
+EXAMPLES = 12  # generated if no folder is given
+NAME = 80  # characters of a name that are shown
+SPLIT = "val"  # held out from the demo's training
 
 
-class Refusal(Exception):
+class RequestError(Exception):
     """A request that can't be answered.
 
     Attributes:
-        status: of the answer.
+        status: HTTP status of the response.
     """
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -41,7 +41,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture by number: ``kind`` is folder, example or upload; ``says`` what an example shows, else ""."""
+    """An image by number; ``kind`` is folder, example or upload, ``says`` the caption of an example, else ""."""
 
     number: int
     name: str
@@ -50,17 +50,17 @@ class Entry:
 
 
 class Album:
-    """Numbers 0..N-1 are the folder's pictures (or the first examples) and stay; later ones are uploads and examples.
+    """All images by number: 0..N-1 are the folder's (or the first examples), later ones uploads and further examples.
 
-    Not safe for several threads at once: the server's one worker calls it.
+    Not thread-safe: called only from the server's one worker.
     """
 
     def __init__(self, source: str | None, limit: int, example_size: int) -> None:
         """
         Args:
-            source: what :func:`aimv2.data.images.pictures.pictures` reads; None: examples are drawn.
-            limit: pictures of the source, the first; 0: all.
-            example_size: pixels a side of examples.
+            source: any source of :func:`aimv2.data.images.pictures.pictures`; None: examples are generated.
+            limit: use only the first images of the source; 0: all.
+            example_size: pixels per side of examples.
 
         Raises:
             UsageError: no image in the source.
@@ -84,23 +84,23 @@ class Album:
         self.numbers = itertools.count(self.fixed)
 
     def shown(self) -> list[Entry]:
-        """What the page lists: the newest of what was added first, then the folder."""
+        """Entries that the page lists: additions, newest first, then the folder."""
         return [self.entries[number] for number in (*reversed(self.added), *range(self.fixed))]
 
     def entry(self, number: int) -> Entry:
         """
         Raises:
-            Refusal: no such picture.
+            RequestError: no such image.
         """
         if number not in self.entries:
-            raise Refusal(404, "This picture is no longer held; choose it anew.")
+            raise RequestError(404, "This image is no longer stored; open it again.")
         return self.entries[number]
 
     def image(self, number: int) -> Image.Image:
-        """The upright RGB picture.
+        """The upright RGB image.
 
         Raises:
-            Refusal: no such picture, or one of the folder that can't be read.
+            RequestError: no such image, or one of the folder that can't be read.
         """
         entry = self.entry(number)
         if number in self.added:
@@ -118,15 +118,17 @@ class Album:
         try:
             return fitted(decode_image(self.listed[number][1]()))
         except ImageError as error:
-            raise Refusal(422, f"{self.entries[number].name} can't be shown: {error}.") from None
+            raise RequestError(422, f"{self.entries[number].name} can't be shown: {error}.") from None
         except OSError as error:
-            raise Refusal(422, f"{self.entries[number].name} can't be read: {error.strerror or 'no reason'}.") from None
+            raise RequestError(
+                422, f"{self.entries[number].name} can't be read: {error.strerror or 'no reason'}."
+            ) from None
 
     def thumbnail(self, number: int) -> bytes:
         """A small PNG.
 
         Raises:
-            Refusal: see :meth:`image`.
+            RequestError: see :meth:`image`.
         """
         if number not in self.thumbnails:
             small = self.image(number).copy()
@@ -137,15 +139,15 @@ class Album:
         return self.thumbnails[number]
 
     def upload(self, content: bytes, name: str) -> Entry:
-        """Adds an encoded picture.
+        """Add an encoded image.
 
         Raises:
-            Refusal: not a JPEG, PNG or WebP, broken, too large.
+            RequestError: not a JPEG, PNG or WebP, broken, too large.
         """
         return self._add(fitted(decode_upload(content)), name.strip()[-NAME:] or "upload", "upload")
 
     def example(self) -> Entry:
-        """Draws and adds a further example."""
+        """Generate and add a further example."""
         image, says = self._scene()
         return self._add(image, "example", "example", says)
 
@@ -163,35 +165,33 @@ class Album:
         return entry
 
     def readable(self) -> Iterator[int]:
-        """Numbers of the folder's pictures (or the first examples)."""
+        """Numbers of the folder's images (or the first examples)."""
         return iter(range(self.fixed))
 
 
 def decode_upload(content: bytes) -> Image.Image:
-    """What a stranger's bytes hold, found by decoding; the name of a file says nothing.
+    """Decode an uploaded file, whatever its name.
 
     Raises:
-        Refusal: not a JPEG, PNG or WebP, broken, too many pixels.
+        RequestError: not a JPEG, PNG or WebP, broken, too many pixels.
     """
     if not content:
-        raise Refusal(400, "The file is empty.")
+        raise RequestError(400, "The file is empty.")
     try:
         with Image.open(io.BytesIO(content), formats=TYPES):
             pass
     except Image.DecompressionBombError:
-        raise Refusal(413, f"The picture has more than {MAX_PIXELS:,} pixels.") from None
-    except Exception:  # a broken header makes Pillow's plugins raise nearly anything
-        raise Refusal(
-            415, "This file is not a picture that can be read here: a JPEG, PNG or WebP is expected."
-        ) from None
+        raise RequestError(413, f"The image has more than {MAX_PIXELS:,} pixels.") from None
+    except Exception:  # with a broken header, Pillow's plugins raise nearly anything
+        raise RequestError(415, "This file can't be read as an image: a JPEG, PNG or WebP is expected.") from None
     try:
         return decode_image(content, MAX_PIXELS)
     except ImageError as error:
-        raise Refusal(415, f"This picture can't be used: {error}.") from None
+        raise RequestError(415, f"This image can't be used: {error}.") from None
 
 
 def fitted(image: Image.Image) -> Image.Image:
-    """The picture, its longer side LONGEST at most."""
+    """Shrink an image to a longer side of at most LONGEST."""
     if max(image.size) > LONGEST:
         image = image.copy()
         image.thumbnail((LONGEST, LONGEST), reducing_gap=3.0)

@@ -1,5 +1,4 @@
-"""Questions of the page and their answers, ready for JSON: numbers in, checked; maps as rows of rounded numbers, pictures as
-data URIs."""
+"""The explorer's API: validated query parameters in, JSON out; maps as rows of rounded numbers, images as data URIs."""
 
 from __future__ import annotations
 
@@ -9,28 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.explorer.album import MAX_PIXELS, Entry, Refusal
+from aimv2.explorer.album import MAX_PIXELS, Entry, RequestError
 from aimv2.explorer.search import LONGEST_TEXT, Search
 from aimv2.explorer.stored import Stored
-from aimv2.explorer.study import Shown, Study
+from aimv2.explorer.study import ShownModel, Study
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.lit import LiT
 from aimv2.report.images import data_uri, to_png
-from aimv2.report.predictions import Painted
 
 Query = Mapping[str, str]
 Answer = dict[str, Any]
 
 
 class Answers:
-    """Every question by name; run by the server's one worker."""
+    """All API calls by name, run by the server's one worker."""
 
     def __init__(self, study: Study, search: Search, upload_bytes: int, stored: Stored | None = None) -> None:
         self.study, self.search, self.upload_bytes, self.stored = study, search, upload_bytes, stored
         self.by_name: dict[str, Callable[[Query], Answer]] = {
             "about": self.about,
             "images": self.images,
-            "seen": self.seen,
+            "seen": self.pixels,
             "pca": self.pca,
             "similarity": self.similarity,
             "attention": self.attention,
@@ -40,7 +38,7 @@ class Answers:
         }
 
     def about(self, query: Query) -> Answer:
-        """Models, limits, and what the folder is."""
+        """Models, limits, and whether a folder is open."""
         return {
             "models": [self._about_model(shown) for shown in self.study.models],
             "upload_bytes": self.upload_bytes,
@@ -49,11 +47,11 @@ class Answers:
             "own_folder": bool(self.study.album.listed),
         }
 
-    def _about_model(self, shown: Shown) -> Answer:
+    def _about_model(self, shown: ShownModel) -> Answer:
         config = shown.encoder.config
         stored = "" if self.stored is None else self.stored.note(shown.encoder, isinstance(shown.model, LiT))
         return {
-            "name": shown.name.rstrip("/").rpartition("/")[2],  # no path leaves
+            "name": shown.name.rstrip("/").rpartition("/")[2],  # no paths in responses
             "architecture": config.name,
             "depth": shown.depth,
             "heads": config.heads,
@@ -65,20 +63,20 @@ class Answers:
             if isinstance(shown.model, AIMv2)
             else "image-text pair"
             if isinstance(shown.model, LiT)
-            else "encoder alone",
+            else "encoder",
             "cannot": shown.cannot,
             "stored": stored,
         }
 
     def images(self, query: Query) -> Answer:
-        """The pictures to choose from."""
+        """The images to choose from."""
         return {"images": [as_dict(entry) for entry in self.study.album.shown()], "fixed": self.study.album.fixed}
 
-    def seen(self, query: Query) -> Answer:
-        """A picture as a model sees it, its grid, and what of the whole picture that is."""
+    def pixels(self, query: Query) -> Answer:
+        """An image after the model's transform, with its grid and its crop within the full image."""
         index, number = self._model_and_image(query)
         rows, columns = self.study.grid(index, number)
-        picture = self.study.seen(index, number).permute(1, 2, 0).numpy()
+        picture = self.study.pixels(index, number).permute(1, 2, 0).numpy()
         return {
             "picture": data_uri(to_png(picture)),
             "rows": rows,
@@ -89,12 +87,12 @@ class Answers:
         }
 
     def pca(self, query: Query) -> Answer:
-        """Main directions of the features as colours."""
+        """Principal components of the features as colours."""
         index, number = self._model_and_image(query)
         return {"picture": data_uri(to_png(self.study.pca(index, number, whole(query, "layer"))))}
 
     def similarity(self, query: Query) -> Answer:
-        """How like a patch the others are, here and in the folder."""
+        """Similarity of a patch to the others in its image and in the folder."""
         index, number = self._model_and_image(query)
         place = whole(query, "layer"), whole(query, "row"), whole(query, "column")
         found = self.study.similar(index, number, *place)
@@ -105,20 +103,20 @@ class Answers:
         return {**found, "own": rows_of(found["own"]), "others": others}
 
     def attention(self, query: Query) -> Answer:
-        """Where a patch looks, head by head, and their mean."""
+        """Attention of a patch per head, and the mean over the heads."""
         index, number = self._model_and_image(query)
         heads = self.study.attention(index, number, whole(query, "layer"), whole(query, "row"), whole(query, "column"))
         return {"heads": [rows_of(head, 5) for head in heads], "mean": rows_of(heads.mean(0), 5)}
 
     def caption(self, query: Query) -> Answer:
-        """The caption's words, with their chances and where the decoder looked."""
+        """The caption's tokens, with probabilities and the decoder's attention."""
         words = self.study.caption(*self._model_and_image(query))
         return {
             "words": [
                 {
                     "text": word.text,
                     "probability": round(word.probability, 4),
-                    "alternatives": [[text, round(chance, 4)] for text, chance in word.alternatives],
+                    "alternatives": [[text, round(probability, 4)] for text, probability in word.alternatives],
                     "attention": rows_of(word.attention, 5),
                     "share": round(float(word.attention.sum()), 3),
                 }
@@ -127,18 +125,18 @@ class Answers:
         }
 
     def painting(self, query: Query) -> Answer:
-        """Predicted patches behind a prefix."""
+        """Predicted patches after a prefix."""
         index, number = self._model_and_image(query)
-        painted: Painted = self.study.painting(index, number, number_of(query, "share"), query.get("rolled") == "1")
+        predicted = self.study.painting(index, number, number_of(query, "share"), query.get("rolled") == "1")
         return {
-            "picture": data_uri(to_png(painted.image)),
-            "prefix": painted.prefix,
-            "loss": round(painted.loss, 4),
-            "note": painted.note,
+            "picture": data_uri(to_png(predicted.image)),
+            "prefix": predicted.prefix,
+            "loss": round(predicted.loss, 4),
+            "note": predicted.note,
         }
 
     def find(self, query: Query) -> Answer:
-        """Pictures of the folder by a text."""
+        """Text search in the folder."""
         found = self.search.find(whole(query, "model"), query.get("text", ""))
         ranked = [
             {**as_dict(self.study.album.entry(number)), "score": round(score, 4)} for number, score in found.ranked
@@ -153,37 +151,37 @@ class Answers:
 
 
 def as_dict(entry: Entry) -> Answer:
-    """A picture as the page knows it."""
+    """JSON form of an entry."""
     return {"image": entry.number, "name": entry.name, "kind": entry.kind, "says": entry.says}
 
 
 def rows_of(map: np.ndarray, digits: int = 4) -> list[list[float]]:
-    """[h, w] as lists of numbers of so many digits behind the point."""
+    """[h, w] as nested lists, rounded to ``digits`` decimals."""
     return np.round(map.astype(np.float64), digits).tolist()
 
 
 def whole(query: Query, key: str) -> int:
-    """A whole number of a query.
+    """A non-negative integer query parameter.
 
     Raises:
-        Refusal: none.
+        RequestError: missing or anything else.
     """
     text = query.get(key, "")
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise Refusal(400, f"{key}: a whole number from 0 is expected.")
+        raise RequestError(400, f"{key}: a whole number from 0 is expected.")
     return int(text)
 
 
 def number_of(query: Query, key: str) -> float:
-    """A finite number of a query.
+    """A finite number as query parameter.
 
     Raises:
-        Refusal: none.
+        RequestError: missing or anything else.
     """
     try:
         value = float(query.get(key, ""))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise Refusal(400, f"{key}: a number is expected.")
+        raise RequestError(400, f"{key}: a number is expected.")
     return value

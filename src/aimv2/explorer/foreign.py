@@ -1,4 +1,4 @@
-"""A vision model of another origin behind the face through which the explorer reads features.
+"""Adapter of transformers and timm vision models to the encoder interface of the explorer.
 
 Legend: B images, N patches, D width.
 """
@@ -15,24 +15,24 @@ from aimv2.errors import UsageError
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.models.sizes import EncoderConfig
 
-_FEATURES = "This is a model of another origin: of such a one only the features are shown,"
+_FEATURES = "Of a transformers or timm model only features are shown"
 CANNOT = {
-    "attention": f"{_FEATURES} not where its patches look.",
-    "caption": f"{_FEATURES} and it writes no captions.",
-    "paint": f"{_FEATURES} and it predicts no patches.",
-    "search": f"{_FEATURES} and no text is compared with them; `aimv2 retrieve` does so for pairs such as CLIP.",
+    "attention": f"{_FEATURES}, not its attention.",
+    "caption": f"{_FEATURES}; it generates no captions.",
+    "paint": f"{_FEATURES}; it predicts no patches.",
+    "search": f"{_FEATURES}, without text search; use `aimv2 retrieve` for pairs such as CLIP.",
 }
 
 
 class ForeignEncoder(nn.Module):
-    """Layers of patch features, asked for by the index of a block as of a :class:`aimv2.VisionEncoder`.
+    """Patch features by block index, as of a :class:`aimv2.VisionEncoder`.
 
     Args:
-        frozen: any of kind transformers or timm. Where its inside can't be asked for, or its blocks have other grids than
-            its last features, it counts as one block.
+        frozen: a model of kind transformers or timm. If its blocks are not accessible, or have other grids than the last
+            features, it counts as one block.
 
     Raises:
-        UsageError: features that lie on no square grid.
+        UsageError: features without a square grid.
     """
 
     mean: Tensor  # on the model's device
@@ -47,7 +47,8 @@ class ForeignEncoder(nn.Module):
         grid = math.isqrt(count)
         if grid**2 != count or side // (side // grid) != grid:
             raise UsageError(
-                f"MODEL {frozen.name}: {count} features of {side} x {side} px lie on no square grid of patches"
+                f"MODEL {frozen.name}: {count} features of {side} x {side} px do not form a square grid of patches",
+                code="unsupported",
             )
         self.names = names if all(x.shape[1:] == found[-1].shape[1:] for x in found) else [LAST]
         self.blocks = range(len(self.names))
@@ -56,5 +57,5 @@ class ForeignEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros((), device=frozen.device), persistent=False)
 
     def encode(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """uint8 [B, 3, H, W] -> [B, N, D] a layer: the output of that block through the last norm, where there is one."""
+        """uint8 [B, 3, H, W] -> [B, N, D] per layer: the block's output after the last norm, if there is one."""
         return self.frozen(images, [self.names[layer] for layer in layers])

@@ -1,7 +1,7 @@
-"""Who may ask, and what a browser may do with the answers.
+"""Request filter and security headers of the explorer.
 
-A page of another site can make a browser send requests to this machine: by address (its ``Origin`` and ``Sec-Fetch-Site`` say
-so), or by a name of its own that it lets point here (DNS rebinding: its ``Host`` says so). Both are refused before any route.
+A page of another site can make a browser send requests to this machine by address (detected by ``Origin`` and
+``Sec-Fetch-Site``) or by a host name that resolves to it (DNS rebinding, detected by ``Host``). Both are rejected before routing.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """ASGI around the explorer: refuses foreign hosts and foreign pages, adds HEADERS to every answer."""
+    """ASGI middleware: rejects foreign hosts and foreign pages, adds HEADERS to every response."""
 
     def __init__(self, app: App, host: str) -> None:
-        """``host``: that the server is bound to."""
+        """``host``: host that the server is bound to."""
         self.app, self.host = app, host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return  # no websockets, no lifespan
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = refusal(scope["method"], scope["path"], headers, self.host)
+        rejected = rejection(scope["method"], scope["path"], headers, self.host)
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -62,46 +62,46 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *ours]}
             await send(message)
 
-        if refused is None:
+        if rejected is None:
             await self.app(scope, receive, with_headers)
             return
-        status, sentence = refused
+        status, sentence = rejected
         body = json.dumps({"error": sentence}).encode()
         fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await with_headers({"type": "http.response.start", "status": status, "headers": fields})
         await send({"type": "http.response.body", "body": body})
 
 
-def refusal(method: str, path: str, headers: dict[str, str], host: str) -> tuple[int, str] | None:
-    """Why a request is not answered: a status and a sentence; None where it is.
+def rejection(method: str, path: str, headers: dict[str, str], host: str) -> tuple[int, str] | None:
+    """Status and message if a request is rejected, else None.
 
     Args:
-        method, path: of the request.
-        headers: by lower-case name.
-        host: that the server is bound to.
+        method, path: method and path of the request.
+        headers: headers by lower-case name.
+        host: host that the server is bound to.
     """
     if method not in METHODS:
-        return 405, f"{method} is not understood here."
-    asked = headers.get("host", "")
-    if not known_host(asked, host):
-        return 400, "This name does not belong to the explorer; open the address that it printed when it started."
+        return 405, f"Method {method} is not supported."
+    named = headers.get("host", "")
+    if not known_host(named, host):
+        return 400, "This host name is not the explorer's; open the address that it printed at the start."
     origin = headers.get("origin")
-    if origin is not None and origin != f"http://{asked}":
-        return 403, "The explorer answers its own page alone, not pages of other sites."
+    if origin is not None and origin != f"http://{named}":
+        return 403, "The explorer accepts requests only from its own page."
     site = headers.get("sec-fetch-site", "same-origin")
     opened = path == "/" and method == "GET" and headers.get("sec-fetch-mode") == "navigate"  # a link was followed
     if site not in ("same-origin", "none") and not opened:
-        return 403, "The explorer answers its own page alone, not pages of other sites."
+        return 403, "The explorer accepts requests only from its own page."
     return None
 
 
-def known_host(asked: str, host: str) -> bool:
+def known_host(header: str, host: str) -> bool:
     """Whether a ``Host`` header names this server.
 
-    Any port: a tunnel may change it, and rebinding needs a name, not a port. Bound to loopback: loopback's names alone. Bound
-    to more: every numeric address too, for which no name can have been made to point here, and this machine's own name.
+    Any port, since a tunnel may change it and rebinding needs a name, not a port. Bound to loopback, only loopback names. Bound
+    to another host, also numeric addresses (rebinding needs a name) and this machine's own name.
     """
-    name = hostname(asked)
+    name = hostname(header)
     if name in LOOPBACK_NAMES:
         return True
     if is_loopback(host):
@@ -109,9 +109,9 @@ def known_host(asked: str, host: str) -> bool:
     return name in (host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()) or is_address(name)
 
 
-def hostname(asked: str) -> str:
-    """A ``Host`` header without its port, in lower case; IPv6 without brackets; "" where it is neither."""
-    text = asked.strip().lower()
+def hostname(header: str) -> str:
+    """A ``Host`` header without its port, in lower case, IPv6 without brackets; "" if malformed."""
+    text = header.strip().lower()
     if text.startswith("["):
         inner, closed, rest = text[1:].partition("]")
         return inner if closed and (not rest or (rest[1:].isdigit() and rest[0] == ":")) else ""
@@ -120,7 +120,7 @@ def hostname(asked: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether it is a numeric address."""
+    """Whether ``name`` is a numeric address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -129,5 +129,5 @@ def is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what is bound to it."""
+    """Whether ``host`` is reachable only from this machine."""
     return host.lower() == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)

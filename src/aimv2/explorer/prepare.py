@@ -1,4 +1,4 @@
-"""What the explorer serves: models and pictures, opened."""
+"""Load the models and images that the explorer serves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def prepare(
     device: str,
     stats: Stats | None = None,
 ) -> Answers:
-    """Opens models and pictures; arguments as the options of ``aimv2 explore``."""
+    """Load models and images; the arguments are the options of ``aimv2 explore``."""
     folder = Path(images).expanduser() if images is not None else None
     stored = Stored(folder) if folder is not None and (folder / ABOUT).is_file() else None
     shown = [open_shown(source, device, stats) for source in (model, other) if source is not None]

@@ -1,6 +1,6 @@
-"""Pictures of the folder by a text: by the two towers of a pair, or by the decoder's likelihood. A part of them a call.
+"""Text search in the folder, by the two towers of a pair or by the decoder's likelihood; each call scores some more images.
 
-Legend: N pictures, I patches, D width, P width of the shared space.
+Legend: N images, I patches, D width, P width of the joint embedding space.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 from aimv2.evals.scorer import by_cosine, eager
-from aimv2.explorer.album import Refusal
+from aimv2.explorer.album import RequestError
 from aimv2.explorer.stored import Stored
 from aimv2.explorer.study import BUDGET, Study
 from aimv2.models.aimv2 import AIMv2
-from aimv2.models.likelihood import ImageMemory, log_likelihood, tokenize
+from aimv2.models.likelihood import ImageCache, log_likelihood, tokenize
 from aimv2.models.lit import LiT
 
 LONGEST_TEXT = 500  # characters
-QUERIES = 16  # remembered a model
-SHOWN = 24  # results
+QUERIES = 16  # queries cached
+RESULTS = 24
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search has found so far.
+class SearchResult:
+    """Results of a search so far.
 
     Attributes:
         by: contrastive or likelihood.
-        ranked: (picture, score), best first: a cosine, or how many nats likelier the text is than beside the folder's
-            average picture.
-        compared, of: pictures scored so far, and all.
+        ranked: (image, score), best first: a cosine, or the log-likelihood of the text relative to the folder's average, in
+            nats.
+        compared, of: images scored so far, and in total.
     """
 
     by: str
@@ -44,13 +44,13 @@ class Found:
 
 
 class Vectors:
-    """The image side of a pair whose images are numbers: their vectors are known. The text side is the pair's."""
+    """A pair that looks up its image embeddings by number; texts are encoded by the real pair."""
 
     def __init__(self, pair: LiT, kept: dict[int, Tensor]) -> None:
         self.pair, self.kept = pair, kept
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """int64 [N] -> [N, P], of unit length."""
+        """Numbers int64 [N] -> [N, P], of unit length."""
         return torch.stack([self.kept[number] for number in images.tolist()])
 
     def encode_text(self, texts: list[str]) -> Tensor:
@@ -59,22 +59,22 @@ class Vectors:
 
 
 class Search:
-    """Text to picture, for every model of a study."""
+    """Text-to-image search with every model of a study."""
 
     def __init__(self, study: Study, stored: Stored | None = None) -> None:
         self.study, self.stored = study, stored
-        self.vectors: dict[int, dict[int, Tensor]] = {}  # of pairs: model -> picture -> [P]
+        self.vectors: dict[int, dict[int, Tensor]] = {}  # for pairs: model -> image -> [P]
         self.queries: OrderedDict[tuple[int, str], dict[int, float]] = OrderedDict()
 
-    def find(self, index: int, text: str) -> Found:
-        """Goes on with a search for a while, and says what it has found.
+    def find(self, index: int, text: str) -> SearchResult:
+        """Continue a search within the time budget and return the results so far.
 
         Raises:
-            Refusal: no text, too long a text, a model that reads none.
+            RequestError: no text, too long a text, a model without text input.
         """
         model, text = self.study.able(index, "search").model, " ".join(text.split())
         if not text or len(text) > LONGEST_TEXT:
-            raise Refusal(400, f"A text of 1 to {LONGEST_TEXT} characters is expected.")
+            raise RequestError(400, f"A text of 1 to {LONGEST_TEXT} characters is expected.")
         if isinstance(model, LiT):
             scores = self._by_pair(index, model, text)
         else:
@@ -84,9 +84,9 @@ class Search:
                 len(logs) or 1
             )
             scores = {number: value - average for number, value in logs.items()}
-        ranked = sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
+        ranked = sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:RESULTS]
         by = "contrastive" if isinstance(model, LiT) else "likelihood"
-        return Found(by, ranked, len(scores), len(self.study.folder()))
+        return SearchResult(by, ranked, len(scores), len(self.study.folder()))
 
     def _by_pair(self, index: int, model: LiT, text: str) -> dict[int, float]:
         kept, until = self.vectors.setdefault(index, {}), time.monotonic() + BUDGET
@@ -94,7 +94,7 @@ class Search:
             kept |= self.stored.vectors(model)
         for part in self.study.stacks(index, [n for n in self.study.folder() if n not in kept]):
             with eager():
-                images = torch.stack([self.study.seen(index, number) for number in part])
+                images = torch.stack([self.study.pixels(index, number) for number in part])
                 kept |= zip(part, model.encode_image(images.to(model.log_scale.device)).float())
             if time.monotonic() > until:
                 break
@@ -105,7 +105,7 @@ class Search:
         return dict(zip(there, found[:, 0].tolist()))
 
     def _by_decoder(self, index: int, model: AIMv2, text: str) -> dict[int, float]:
-        """log p(text | picture), nats: the encoder's features are kept, the decoder reads them for each text."""
+        """log p(text | image) in nats, from cached encoder features."""
         scores, until = self._scores(index, text), time.monotonic() + BUDGET
         last, tokens = self.study.model(index).depth - 1, tokenize(model, [text])
         place = model.decoder.bos
@@ -115,13 +115,13 @@ class Search:
                 features = torch.stack([torch.from_numpy(one) for one in maps]).flatten(1, 2)
                 caches = model.decoder.new_caches()
                 model.decoder.read_image(features.to(place), caches)
-                scores |= zip(part, log_likelihood(model, ImageMemory(caches), tokens)[:, 0].tolist())
+                scores |= zip(part, log_likelihood(model, ImageCache(caches), tokens)[:, 0].tolist())
             if time.monotonic() > until:
                 break
         return {number: scores[number] for number in self.study.folder() if number in scores}
 
     def _scores(self, index: int, text: str) -> dict[int, float]:
-        """What is known of a query; the newest QUERIES are remembered."""
+        """Cached scores of a query; the newest QUERIES are kept."""
         found = self.queries.pop((index, text), {})
         self.queries[index, text] = found
         if len(self.queries) > QUERIES:

@@ -1,4 +1,4 @@
-"""The explorer's server: one page, its questions, uploads. Nothing is read by a path that came from outside."""
+"""The explorer's HTTP server: one page, its API, uploads. No file is read by a path from a request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aimv2.errors import UsageError
-from aimv2.explorer.album import Refusal
+from aimv2.explorer.album import RequestError
 from aimv2.explorer.answers import Answers, as_dict
 from aimv2.explorer.guard import App, Guard, is_loopback
 
@@ -31,29 +31,29 @@ PAGE = {
     "/explorer.js": ("explorer.js", "text/javascript; charset=utf-8"),
     "/draw.js": ("draw.js", "text/javascript; charset=utf-8"),
 }
-DRAINED = 8  # times the limit of an upload is read and thrown away, so that a browser hears why it is refused
-GRACE = 1  # seconds that answers under way have when the server ends
+DRAINED = 8  # multiple of the upload limit that is read and discarded, so that a browser receives the error response
+GRACE = 1  # seconds for pending responses at shutdown
 
 T = TypeVar("T")
 
 
 def make_app(answers: Answers, host: str) -> App:
-    """The explorer as an ASGI application behind its guard.
+    """The explorer as an ASGI application, with its guard.
 
     Args:
-        answers: to the page's questions.
-        host: that it will be bound to.
+        answers: the API.
+        host: host that the server will be bound to.
     """
-    worker = ThreadPoolExecutor(1, "explorer")  # models and pictures belong to this thread
+    worker = ThreadPoolExecutor(1, "explorer")  # models and images are used only in this thread
 
     async def work(function: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(worker, function, *given)
 
-    async def ask(request: Request) -> Response:
-        question = answers.by_name.get(request.path_params["name"])
-        if question is None:
-            raise Refusal(404, "There is no such question.")
-        return JSONResponse(await work(question, request.query_params))
+    async def api(request: Request) -> Response:
+        call = answers.by_name.get(request.path_params["name"])
+        if call is None:
+            raise RequestError(404, "There is no such API call.")
+        return JSONResponse(await work(call, request.query_params))
 
     async def thumbnail(request: Request) -> Response:
         png = await work(answers.study.album.thumbnail, request.path_params["number"])
@@ -72,15 +72,14 @@ def make_app(answers: Answers, host: str) -> App:
         Route("/api/upload", upload, methods=["POST"]),
         Route("/api/example", example, methods=["POST"]),
         Route("/api/thumbnail/{number:int}.png", thumbnail, methods=["GET"]),
-        Route("/api/{name:str}", ask, methods=["GET"]),
+        Route("/api/{name:str}", api, methods=["GET"]),
     ]
-    return Guard(
-        Starlette(routes=routes, exception_handlers={Refusal: said, HTTPException: not_here, 500: broken}), host
-    )
+    handlers: Any = {RequestError: request_error, HTTPException: not_found, 500: internal_error}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), host)
 
 
 def static(name: str, kind: str) -> Callable[[Request], Any]:
-    """Answers with a file of the package, read once."""
+    """Handler that serves a file of the package, read once."""
     content = files("aimv2.explorer").joinpath("page", name).read_bytes()
 
     async def answer(request: Request) -> Response:
@@ -89,29 +88,29 @@ def static(name: str, kind: str) -> Callable[[Request], Any]:
     return answer
 
 
-async def said(request: Request, refusal: Exception) -> Response:
-    """A refusal as the page shows it."""
-    assert isinstance(refusal, Refusal)
-    return JSONResponse({"error": str(refusal)}, refusal.status)
+async def request_error(request: Request, error: Exception) -> Response:
+    """Response to a :class:`RequestError`."""
+    assert isinstance(error, RequestError)
+    return JSONResponse({"error": str(error)}, error.status)
 
 
-async def not_here(request: Request, error: Exception) -> Response:
-    """No such address, or not by this method."""
+async def not_found(request: Request, error: Exception) -> Response:
+    """Response for an unknown address or method."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": "There is nothing at this address."}, error.status_code)
 
 
-async def broken(request: Request, error: Exception) -> Response:
-    """A mistake of ours: the terminal has the traceback, the page a sentence without any detail."""
+async def internal_error(request: Request, error: Exception) -> Response:
+    """Response to an internal error, without details; the traceback goes to the terminal."""
     traceback.print_exception(error)
-    return JSONResponse({"error": "The explorer met a mistake of its own; the terminal says more."}, 500)
+    return JSONResponse({"error": "Internal error of the explorer; see the terminal."}, 500)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request.
 
     Raises:
-        Refusal: it is larger than ``limit`` bytes.
+        RequestError: it is larger than ``limit`` bytes.
     """
     parts, size = [], 0
     async for part in request.stream():
@@ -121,12 +120,12 @@ async def read_body(request: Request, limit: int) -> bytes:
         if size <= limit:
             parts.append(part)
     if size > limit:
-        raise Refusal(413, f"The file is larger than the {in_mb(limit)} MB that are accepted (option upload-mb).")
+        raise RequestError(413, f"The file is larger than the limit of {in_mb(limit)} MB (option upload-mb).")
     return b"".join(parts)
 
 
 def in_mb(size: int) -> str:
-    """Bytes in MB, in short."""
+    """Bytes in MB, rounded."""
     return f"{size / 1e6:.3g}"
 
 
@@ -134,17 +133,17 @@ def in_mb(size: int) -> str:
 
 
 def serve(answers: Answers, host: str, listening: socket.socket, open_browser: bool) -> None:
-    """Prints the address and serves until Ctrl-C (KeyboardInterrupt) or SIGTERM.
+    """Print the address and serve until Ctrl-C (KeyboardInterrupt) or SIGTERM.
 
     Args:
-        answers: to the page's questions.
-        host, listening: from :func:`listen`.
-        open_browser: at the address.
+        answers: the API.
+        host, listening: see :func:`listen`.
+        open_browser: open the address in a browser.
     """
     if not is_loopback(host):
         print(
-            f"warning: --host {host}: whoever reaches this machine over the network can use the explorer and see the "
-            "pictures; there is no password",
+            f"warning: --host {host}: anyone who can reach this machine over the network can use the explorer and see the "
+            "images; there is no password",
             file=sys.stderr,
         )
     url = url_of(host, listening)
@@ -155,7 +154,7 @@ def serve(answers: Answers, host: str, listening: socket.socket, open_browser: b
 
 
 def http_server(answers: Answers, host: str) -> uvicorn.Server:
-    """Silent, without logs of who asked what; ``host`` as for :func:`make_app`."""
+    """The HTTP server, without access log; ``host`` as for :func:`make_app`."""
     config = uvicorn.Config(
         make_app(answers, host),
         log_level="critical",
@@ -175,10 +174,10 @@ def url_of(host: str, listening: socket.socket) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0: a free one.
+    """Bind a listening socket; port 0: any free port.
 
     Raises:
-        UsageError: a busy port, a host that is not this machine's, a port out of range.
+        UsageError: a port in use or out of range, a host that is not this machine's.
     """
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: 0 (a free one) to 65535 expected")

@@ -103,7 +103,7 @@ def open_teacher(
     from aimv2.features.frozen import of_encoder, open_frozen
     from aimv2.features.pixels import OPTIONS
     from aimv2.models.encoder import VisionEncoder
-    from aimv2.models.flops import counted
+    from aimv2.models.flops import count_flops
 
     options = options or OPTIONS
     frozen = open_frozen(source, device, precision=precision, stats=stats, options=options)
@@ -119,7 +119,7 @@ def open_teacher(
 
     try:
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        features, flops = counted(lambda: run(blank))
+        features, flops = count_flops(lambda: run(blank))
     except ValueError as error:  # a native model, and a grid beyond its range
         raise UsageError(f"{option} {source}: {error}") from None
     patches, width = features.shape[1:]

@@ -1,4 +1,4 @@
-"""The encoder in JAX and MLX: one pure function of parameters and pixels, written with what the two libraries share.
+"""The encoder in JAX and MLX: one pure function of parameters and pixels, in the API that the two libraries share.
 
 Legend: B images, h x w patch grid, I = h * w, p patch side, D width, H heads.
 """
@@ -16,7 +16,8 @@ from aimv2.errors import UsageError
 from aimv2.interop.onnx import need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
-from aimv2.models.sizes import EncoderConfig, not_pixels
+from aimv2.models.positions import sincos_positions
+from aimv2.models.sizes import EncoderConfig, wrong_image_dtype
 
 BACKENDS = ("torch", "jax", "mlx")
 Params = dict[str, Any]
@@ -25,14 +26,6 @@ Params = dict[str, Any]
 def rms_norm(xp: ModuleType, x: Any, weight: Any) -> Any:
     """[..., D] -> [..., D]."""
     return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * weight
-
-
-def sincos(height: int, width: int, dim: int) -> np.ndarray:
-    """2-D sine-cosine positions float32 [h * w, D]; see :func:`aimv2.models.positions.sincos_positions`."""
-    rate = 10000.0 ** (-np.arange(dim // 4, dtype=np.float32) / np.float32(dim // 4))
-    row, column = np.meshgrid(np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32), indexing="ij")
-    angles = [axis.reshape(-1, 1) * rate for axis in (column, row)]
-    return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
 
 
 def attention(xp: ModuleType, x: Any, qkv: Any, proj: Any, heads: int) -> Any:
@@ -59,7 +52,7 @@ def encode(xp: ModuleType, config: EncoderConfig, params: Params, images: Any) -
     Args:
         xp: jax.numpy or mlx.core.
         config: the encoder's shape.
-        params: as of :func:`parameters`.
+        params: arrays by the names of the torch model's parameters.
         images: float32.
     """
     patch, (batch, _, height, width) = config.patch_size, images.shape
@@ -70,7 +63,7 @@ def encode(xp: ModuleType, config: EncoderConfig, params: Params, images: Any) -
     x = x @ xp.reshape(kernel, (kernel.shape[0], -1)).T + params["patch_embed.proj.bias"]
     x = rms_norm(xp, x, params["patch_embed.norm.weight"])
     fixed = config.image_size is not None
-    x = x + (params["patch_embed.position"] if fixed else xp.array(sincos(h, w, config.width)))
+    x = x + (params["patch_embed.position"] if fixed else xp.array(sincos_positions(h, w, config.width).numpy()))
     for i in range(config.depth):
         p = partial(lambda i, key: params[f"blocks.{i}.{key}.weight"], i)
         x = x + attention(xp, rms_norm(xp, x, p("norm1")), p("attn.qkv"), p("attn.proj"), config.heads)
@@ -79,12 +72,12 @@ def encode(xp: ModuleType, config: EncoderConfig, params: Params, images: Any) -
 
 
 class ArrayEncoder:
-    """An encoder of another array library.
+    """An encoder in another array library.
 
     Attributes:
-        config: the shape.
-        params: arrays by the names that the torch model has.
-        apply: the pure function (params, normalised float [B, 3, H, W]) -> [B, I, D]; jit it as you like.
+        config: the encoder's shape.
+        params: arrays by the names of the torch model's parameters.
+        apply: the pure function (params, normalised float [B, 3, H, W]) -> [B, I, D], ready for ``jit``.
     """
 
     def __init__(self, xp: ModuleType, config: EncoderConfig, params: Params) -> None:
@@ -96,7 +89,7 @@ class ArrayEncoder:
         images = np.asarray(images)
         if images.dtype != np.uint8:
             if not np.issubdtype(images.dtype, np.floating) and not str(images.dtype).startswith("bfloat"):
-                raise ValueError(not_pixels(images.dtype))
+                raise ValueError(wrong_image_dtype(images.dtype))
             return self.xp.array(images)
         mean, std = (np.asarray(value, np.float32).reshape(1, 3, 1, 1) for value in (self.config.mean, self.config.std))
         return self.xp.array((images.astype(np.float32) / 255 - mean) / std)
@@ -105,17 +98,17 @@ class ArrayEncoder:
         """uint8 or normalised float [B, 3, H, W] -> [B, I, D].
 
         Raises:
-            ValueError: integers other than uint8, or a shape that the model can't see correctly.
+            ValueError: integers other than uint8, or an unsupported image shape.
         """
         self.config.check_pixels(tuple(images.shape))
         return self.apply(self.params, self.normalize(images))
 
 
 def to_arrays(encoder: Any, backend: str) -> ArrayEncoder:
-    """A torch encoder's twin in another library, fp32.
+    """Convert a torch encoder to another array library, in fp32.
 
     Args:
-        encoder: VisionEncoder without a pooling head.
+        encoder: VisionEncoder; a pooling head is left out.
         backend: ``jax`` or ``mlx``.
 
     Raises:

@@ -1,6 +1,6 @@
-"""The card (README.md) of a model that is handed on: what it is, size, recipe, measured results, licence.
+"""Model cards (README.md) of converted models: architecture, size, recipe, measured results, licence.
 
-What a source's own card says of licence, figures and recipe is carried on: a model that is converted twice keeps its story.
+Licence, figures and recipe of the source's own card are kept, also through several conversions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 import aimv2
 from aimv2.interop import hub
-from aimv2.interop.load import Source
+from aimv2.interop.load import ModelSource
 from aimv2.interop.model_folder import CONFIG, STEP
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
@@ -31,13 +31,13 @@ USE = {
     "session = onnxruntime.InferenceSession('{name}/model.onnx')  # pixel_values -> features",
     "openvino": "from aimv2.interop.openvino import OpenVINOEncoder\n\nencoder = OpenVINOEncoder({name!r})",
 }
-LIBRARIES = ("transformers", "timm", "onnx")  # names that the hub knows
-LICENCE_KEYS = ("license", "license_name", "license_link")  # as the hub spells them
+LIBRARIES = ("transformers", "timm", "onnx")  # library names on the hub
+LICENCE_KEYS = ("license", "license_name", "license_link")  # the hub's spelling
 HOLDS_PAIRS = ("released", "transformers", "safetensors")
 
 
 def left_out(model: nn.Module, to: str) -> list[str]:
-    """Parts of a model that a layout has no place for: they are not in what is written."""
+    """Parts of a model that a layout can't hold."""
     parts = []
     if isinstance(model, AIMv2) and to != "safetensors":
         parts.append("decoder")
@@ -49,7 +49,7 @@ def left_out(model: nn.Module, to: str) -> list[str]:
 
 
 def timm_name(config: EncoderConfig) -> str | None:
-    """timm's name for a released shape, None where it has none."""
+    """timm's name for a released shape, None if it has none."""
     row = MODELS[config.name][0] if config.name in MODELS else None
     parts = config.name.split("-")
     if row is None or parts[1] not in ("large", "huge", "1B", "3B") or config.image_size is None:
@@ -60,21 +60,21 @@ def timm_name(config: EncoderConfig) -> str | None:
     return f"aimv2_{parts[1].lower()}_{parts[2]}_{parts[3]}"
 
 
-# ---- what the source says of itself ----
+# ---- metadata of the source ----
 
 
-def run_of(source: Source) -> Path | None:
-    """The run folder that a model folder lies in, if it does."""
+def run_of(source: ModelSource) -> Path | None:
+    """The run folder that contains a model folder, if any."""
     for folder in (source.folder, *source.folder.parents[:4]):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return folder
     return None
 
 
-def card_of(source: Source) -> str:
-    """README.md beside the weights, "" where there is none.
+def card_of(source: ModelSource) -> str:
+    """README.md next to the weights, "" if there is none.
 
-    One beside a lone file without a configuration may be of something else and is not read.
+    Next to a single file without a configuration it may describe something else and is not read.
     """
     path = source.folder / "README.md"
     if not path.is_file() or not (source.folder / CONFIG).is_file():
@@ -82,11 +82,11 @@ def card_of(source: Source) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def licence_of(source: Source) -> dict[str, str]:
-    """The licence: of the card beside the weights, else of config.json, else that of the release.
+def licence_of(source: ModelSource) -> dict[str, str]:
+    """The licence from the source's card, else from config.json, else that of the release.
 
     Returns:
-        ``license``, and ``license_name`` and ``license_link`` where they are told; {} where nobody has said it.
+        ``license``, and ``license_name`` and ``license_link`` where given; {} if none is stated.
     """
     about: Any = {}
     if match := re.match(r"---\n(.*?)\n---\n", card_of(source), re.DOTALL):
@@ -94,9 +94,9 @@ def licence_of(source: Source) -> dict[str, str]:
             about = yaml.safe_load(match[1])
         except yaml.YAMLError:
             about = {}
-    told = {key: str(about[key]) for key in LICENCE_KEYS if isinstance(about, dict) and about.get(key)}
-    if told.get("license", "unknown") != "unknown":
-        return told
+    stated = {key: str(about[key]) for key in LICENCE_KEYS if isinstance(about, dict) and about.get(key)}
+    if stated.get("license", "unknown") != "unknown":
+        return stated
     try:
         stored = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,10 +107,10 @@ def licence_of(source: Source) -> dict[str, str]:
     return {"license": hub.LICENCE} if name in hub.RELEASED else {}
 
 
-def measured(source: Source) -> dict[str, float]:
-    """What was measured of these very weights.
+def measured(source: ModelSource) -> dict[str, float]:
+    """Measured figures of exactly these weights.
 
-    Of a run its ``summary.json``, where that speaks of the step of these weights; else the table of the card beside them.
+    For a run its ``summary.json``, if that is of the same step; else the table of the source's card.
     """
     run = run_of(source)
     if run is None:
@@ -132,8 +132,8 @@ def _table(text: str) -> str:
     return found[1] if found else ""
 
 
-def recipe_of(source: Source) -> str:
-    """The recipe: of the run, else of the card beside the weights; "" where nobody has said it."""
+def recipe_of(source: ModelSource) -> str:
+    """The recipe of the run, else from the source's card, else ""."""
     run = run_of(source)
     if run is not None:
         return (run / "config.yaml").read_text().strip()
@@ -144,22 +144,22 @@ def recipe_of(source: Source) -> str:
 # ---- the card ----
 
 
-def card(source: Source | None, model: nn.Module, to: str, name: str, licence: str | None = None) -> str:
+def card(source: ModelSource | None, model: nn.Module, to: str, name: str, licence: str | None = None) -> str:
     """README.md of a converted model.
 
     Args:
-        source: where it came from; None: it was in memory.
+        source: the model's files; None: it was in memory.
         model: VisionEncoder, LiT or AIMv2.
-        to: the layout that it is written in.
-        name: how it will be called: a hub id or a folder.
-        licence: of the weights; None: what the source says, and nothing where it says nothing.
+        to: layout of the output.
+        name: name for users: a hub id or a folder.
+        licence: licence of the weights; None: as stated by the source, if at all.
     """
     config = encoder_in(model).config
-    told = {"license": licence} if licence else licence_of(source) if source else {}
+    terms = {"license": licence} if licence else licence_of(source) if source else {}
     pair = isinstance(model, LiT) and to in HOLDS_PAIRS
     whole = isinstance(model, AIMv2) and to == "safetensors"
     task = "zero-shot-image-classification" if pair else "image-to-text" if whole else "image-feature-extraction"
-    head = [f"{key}: {value}" for key, value in told.items()]
+    head = [f"{key}: {value}" for key, value in terms.items()]
     head += [f"library_name: {to}"] if to in LIBRARIES else []
     head += [f"pipeline_tag: {task}", "tags: [aimv2, vision]"]
     size = (
@@ -169,11 +169,11 @@ def card(source: Source | None, model: nn.Module, to: str, name: str, licence: s
     )
     body = [f"# {config.name}", "", *_what(source, model, to)]
     body += [
-        f"- {encoder_flops(config) / 1e9:,.1f} GFLOP an image"
+        f"- {encoder_flops(config) / 1e9:,.1f} GFLOPs per image"
         + ("" if config.image_size else " of 256 patches (the image encoder)"),
         f"- {config.width} wide, {config.depth} blocks, {config.heads} heads, patches of {config.patch_size} px, {size}",
         f"- pixels: 0..1, mean {list(config.mean)}, std {list(config.std)}",
-        f"- licence of the weights: {told.get('license_name') or told.get('license') or 'none was given'}",
+        f"- licence of the weights: {terms.get('license_name') or terms.get('license') or 'none was given'}",
         "",
         "```python",
         _use(config, to, name, pair, whole),
@@ -193,8 +193,8 @@ def encoder_in(model: nn.Module) -> VisionEncoder:
     return encoder
 
 
-def _what(source: Source | None, model: nn.Module, to: str) -> list[str]:
-    """What it is, and how large."""
+def _what(source: ModelSource | None, model: nn.Module, to: str) -> list[str]:
+    """Lines about the architecture and the number of parameters."""
     parts = {"image encoder": _count(encoder_in(model))}
     kind, missing = "vision encoder", left_out(model, to)
     if isinstance(model, LiT) and to in HOLDS_PAIRS:
@@ -209,7 +209,7 @@ def _what(source: Source | None, model: nn.Module, to: str) -> list[str]:
     origin = source.given if source else "a model in memory"
     lines = [f"AIMV2 {kind}, in the {to} layout; written by aimv2 {aimv2.__version__} from {origin}."]
     if missing:
-        lines += ["", f"Not in it, as the layout has no place for them: {', '.join(missing)}."]
+        lines += ["", f"Not included, since the layout can't hold them: {', '.join(missing)}."]
     each = ", ".join(f"{what} {number / 1e6:,.1f}M" for what, number in parts.items())
     return [*lines, "", f"- {sum(parts.values()) / 1e6:,.1f}M parameters" + (f": {each}" if len(parts) > 1 else "")]
 
@@ -219,7 +219,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _use(config: EncoderConfig, to: str, name: str, pair: bool, whole: bool) -> str:
-    """A few lines of Python that open it."""
+    """Python code that loads the model."""
     known = timm_name(config)
     if to == "timm" and known is None:
         lines = OURS.format(variable="encoder", name=name, options="")

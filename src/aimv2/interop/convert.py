@@ -1,4 +1,4 @@
-"""A model out, in the layout of the tool that will open it. Values are moved, never computed: back in, every bit is there."""
+"""Export a model to the layout of another tool. Values are copied, never computed: converting back restores every bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ FORMATS = ("released", "transformers", "timm", "onnx", "openvino", "safetensors"
 
 
 def renamed(model: nn.Module, rules: Rules) -> dict[str, Tensor]:
-    """A model's tensors under other names: ours split along the first dimension where a rule names several."""
+    """A model's tensors under other names, split along the first dimension where a rule has several."""
     state, out = model.state_dict(), dict[str, Tensor]()
     for ours, names in rules.items():
         parts = state[ours].chunk(len(names)) if len(names) > 1 else (state[ours],)
@@ -41,15 +42,15 @@ def renamed(model: nn.Module, rules: Rules) -> dict[str, Tensor]:
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """What of a model the layouts of others can hold: the encoder of an AIMv2; an encoder or a pair as it is."""
+    """The part of a model that other layouts can hold: the encoder of an AIMv2; an encoder or a pair unchanged."""
     return model.encoder if isinstance(model, AIMv2) else model
 
 
-def _tensors(model: nn.Module, layout: str) -> dict[str, Tensor]:
-    if isinstance(model, LiT):
-        return renamed(model, layouts.pair_rules(layout, model.config.encoder, model.config.text))
-    assert isinstance(model, VisionEncoder)
-    return renamed(model, layouts.encoder_rules(layout, model.config))
+def image_part(model: nn.Module) -> VisionEncoder:
+    """The VisionEncoder of an encoder or a LiT pair."""
+    image = model.image if isinstance(model, LiT) else model
+    assert isinstance(image, VisionEncoder)
+    return image
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def preprocessor(config: EncoderConfig) -> dict[str, Any]:
-    """``preprocessor_config.json`` for an image processor of transformers."""
+    """``preprocessor_config.json`` for transformers' image processors."""
     about: dict[str, Any] = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -76,7 +77,7 @@ def preprocessor(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _shape(config: EncoderConfig) -> dict[str, Any]:
-    """What both configurations call by the same names."""
+    """Keys that both configurations share."""
     return {
         "hidden_size": config.width,
         "intermediate_size": config.hidden,
@@ -130,62 +131,60 @@ def _check_pool(config: EncoderConfig) -> None:
     if config.pool_heads not in (0, config.heads):
         raise UsageError(
             f"MODEL: a pooling head of {config.pool_heads} heads, and {config.heads} in the blocks; the released and "
-            "transformers layouts keep one number for both (--to safetensors keeps two)"
+            "transformers layouts have one number for both (--to safetensors has two)",
+            code="unsupported",
         )
 
 
-def to_released(model: nn.Module, out: Path) -> None:
-    """The layout of the authors' hub files."""
-    image = model.image if isinstance(model, LiT) else model
-    assert isinstance(image, VisionEncoder)
-    _check_pool(image.config)
-    config = _released_config(image.config)
-    if isinstance(model, LiT):
-        config = {
-            "model_type": "aimv2",
-            "projection_dim": model.config.projection,
-            "init_temperature": model.config.temperature,
-            "max_logit_scale": model.config.max_scale,
-            "vision_config": config,
-            "text_config": _text_config(model, released=True),
-        }
-    save_file(_tensors(model, "released"), out / WEIGHTS, {"format": "pt"})
-    _write_json(out / CONFIG, config)
-    _write_json(out / "preprocessor_config.json", preprocessor(image.config))
+def _pair_config(model: LiT, vision: dict[str, Any], released: bool) -> dict[str, Any]:
+    start = model.config.temperature
+    scale = (
+        {"init_temperature": start} if released else {"logit_scale_init_value": float(torch.tensor(1 / start).log())}
+    )
+    return {
+        **({} if released else {"architectures": ["Aimv2Model"]}),
+        "model_type": "aimv2",
+        "projection_dim": model.config.projection,
+        **scale,
+        "max_logit_scale": model.config.max_scale,
+        "vision_config": vision,
+        "text_config": _text_config(model, released),
+    }
 
 
-def to_transformers(model: nn.Module, out: Path) -> None:
-    """A folder that ``AutoModel.from_pretrained`` and ``AutoImageProcessor`` open, without code of ours."""
-    image = model.image if isinstance(model, LiT) else model
-    assert isinstance(image, VisionEncoder)
+def to_hub_layout(model: nn.Module, out: Path, layout: str) -> None:
+    """Write an encoder or a LiT pair in the layout ``released`` (the authors' files on the hub) or ``transformers``.
+
+    ``AutoModel.from_pretrained`` and ``AutoImageProcessor`` load the transformers layout without code of ours.
+    """
+    image, released = image_part(model), layout == "released"
     _check_pool(image.config)
-    config = _transformers_config(image.config)
+    config = _released_config(image.config) if released else _transformers_config(image.config)
     if isinstance(model, LiT):
-        config = {
-            "architectures": ["Aimv2Model"],
-            "model_type": "aimv2",
-            "projection_dim": model.config.projection,
-            "logit_scale_init_value": float(torch.tensor(1 / model.config.temperature).log()),
-            "max_logit_scale": model.config.max_scale,
-            "vision_config": config,
-            "text_config": _text_config(model, released=False),
-        }
-    config["dtype"] = str(next(image.parameters()).dtype).removeprefix("torch.")
-    save_file(_tensors(model, "transformers"), out / WEIGHTS, {"format": "pt"})
+        config = _pair_config(model, config, released)
+    if not released:
+        config["dtype"] = str(next(image.parameters()).dtype).removeprefix("torch.")
+    rules = (
+        layouts.pair_rules(layout, model.config.encoder, model.config.text)
+        if isinstance(model, LiT)
+        else layouts.encoder_rules(layout, image.config)
+    )
+    save_file(renamed(model, rules), out / WEIGHTS, {"format": "pt"})
     _write_json(out / CONFIG, config)
     _write_json(out / "preprocessor_config.json", preprocessor(image.config))
 
 
 def to_timm(model: nn.Module, out: Path) -> None:
-    """A file for timm's ``aimv2_*`` models (``timm.create_model(NAME, checkpoint_path=OUT/model.safetensors)``).
+    """Write a file for timm's ``aimv2_*`` models (``timm.create_model(NAME, checkpoint_path=OUT/model.safetensors)``).
 
-    Of a pair the trunk of the image encoder alone: the layout has neither text tower nor pooling head.
+    Of a pair only the trunk of the image encoder: the layout has neither text tower nor pooling head.
     """
-    image = model.image if isinstance(model, LiT) else model
-    assert isinstance(image, VisionEncoder)
+    image = image_part(model)
     config = replace(image.config, pool_heads=0) if isinstance(model, LiT) else image.config
     if config.image_size is None:
-        raise UsageError("timm has no native AIMV2; --to released, transformers or onnx")
+        raise UsageError(
+            "timm has no native AIMV2; --to released, transformers or onnx", option="--to", code="unsupported"
+        )
     tensors = renamed(image, layouts.encoder_rules("timm", config))
     name = timm_name(config)
     about = {
@@ -203,7 +202,7 @@ def to_timm(model: nn.Module, out: Path) -> None:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        # what a VisionTransformer of timm with these weights is made of
+        # arguments of timm's VisionTransformer for these weights
         "model_args": {
             "img_size": config.image_size,
             "patch_size": config.patch_size,
@@ -217,20 +216,20 @@ def to_timm(model: nn.Module, out: Path) -> None:
 
 
 def check_format(to: str) -> None:
-    """Raises UsageError for a format that is none."""
+    """Raise UsageError for an unknown format."""
     if to not in FORMATS:
         raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}")
 
 
 def check_out(out: str | Path) -> Path:
-    """A path to write into; nothing is made yet.
+    """Check that a path is free or an empty folder; nothing is created.
 
     Raises:
-        UsageError: the path is a file, or a folder that holds something.
+        UsageError: the path is a file, or a folder that is not empty.
     """
     path = Path(out).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"OUT {out}: something is there already; give a new folder, or an empty one")
+        raise UsageError(f"OUT {out}: something is there already; give a new folder, or an empty one", code="exists")
     return path
 
 
@@ -239,18 +238,18 @@ def convert(
     out: str | Path,
     to: str,
     card: str = "",
-    beside: Callable[[Path], None] | None = None,
+    extra: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> Path:
-    """Writes a model in another layout; where that fails, nothing of it is left, folders included.
+    """Write a model in another layout; on failure nothing of it is left, folders included.
 
     Args:
-        model: VisionEncoder, LiT or AIMv2 (of which ``safetensors`` keeps the decoder; the others hold no decoder).
+        model: VisionEncoder, LiT or AIMv2 (only ``safetensors`` keeps its decoder).
         out: a new or empty folder.
-        to: of FORMATS.
-        card: README.md of the folder; none where empty.
-        beside: writes what else belongs into the folder.
-        **options: of the exporter (see :mod:`aimv2.interop.onnx` and :mod:`aimv2.interop.openvino`).
+        to: one of FORMATS.
+        card: contents of README.md; none is written if empty.
+        extra: writes further files into the folder.
+        **options: options of the exporter (see :mod:`aimv2.interop.onnx` and :mod:`aimv2.interop.openvino`).
 
     Returns:
         the folder.
@@ -263,22 +262,22 @@ def convert(
     from aimv2.interop.openvino import to_openvino
 
     writers: dict[str, Callable[..., None]] = {
-        "released": lambda: to_released(encoder_of(model), folder),
-        "transformers": lambda: to_transformers(encoder_of(model), folder),
-        "timm": lambda: to_timm(encoder_of(model), folder),
-        "onnx": lambda: to_onnx(encoder_of(model), folder),
-        "openvino": lambda **options: to_openvino(encoder_of(model), folder, **options),
-        "safetensors": lambda: save_model(model, folder),
+        "released": partial(to_hub_layout, layout="released"),
+        "transformers": partial(to_hub_layout, layout="transformers"),
+        "timm": to_timm,
+        "onnx": to_onnx,
+        "openvino": to_openvino,
+        "safetensors": save_model,
     }
     folder = check_out(out)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writers[to](**options)
+        writers[to](model if to == "safetensors" else encoder_of(model), folder, **options)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        if beside is not None:
-            beside(folder)
+        if extra is not None:
+            extra(folder)
     except BaseException:
         for path in folder.iterdir() if folder.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""The 16 released encoders by name, and files from the hub: its own cache, its own progress bars."""
+"""The 16 released encoders by name, and downloads from the Hugging Face hub through its own client and cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 OWNER = "apple"
 LICENCE = "apple-amlr"  # of the released weights
 
-# name -> revision that the released loader pins
+# name -> revision pinned by the released loader
 RELEASED = {
     "aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
     "aimv2-huge-patch14-224": "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1",
@@ -32,28 +32,19 @@ RELEASED = {
     "aimv2-large-patch14-native": "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629",
     "aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
 }
-PAIR_PARAMETERS = 436_680_193  # of the LiT pair (the released file)
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",  # SigLIP's
-    "sentencepiece.bpe.model",  # AltCLIP's
+PAIR_PARAMETERS = 436_680_193  # parameters of the released LiT pair
+WANTED = [  # never a pickle; spiece.model is SigLIP's, sentencepiece.bpe.model AltCLIP's
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     "special_tokens_map.json",
-]  # never a pickle
-CARD = "README.md"  # read for its licence; nothing needs it
+]
+CARD = "README.md"  # read for its licence only
 INDEX = "model.safetensors.index.json"
-LOOKED_FOR = ("config.json", "preprocessor_config.json")  # without them a model could be taken for another
+REQUIRED = ("config.json", "preprocessor_config.json")  # without them a model could be mistaken for another
 
 
 def shape_of(name: str) -> EncoderConfig:
-    """The row of the sizes table behind a released name."""
+    """Encoder config of a released name."""
     return MODELS[name.removesuffix("-distilled").removesuffix("-lit")][0]
 
 
@@ -63,29 +54,29 @@ def is_hub_id(source: str) -> bool:
 
 
 def unreachable() -> str:
-    """Why the hub can't be reached, "" where it can: its own client retries for most of a minute."""
+    """Why the hub can't be reached, "" where it can; the hub's own client retries for most of a minute."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # whatever the network says
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # any network error
+        return first_line(error)
     return ""
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The folder of a hub repository in the hub's own cache.
+    """Download a hub repository into the hub client's cache and return its folder.
 
-    A commit never changes: what the cache holds whole is taken without asking. A branch or a tag may have moved: the hub is
-    asked first, and the cached copy serves, with a line on standard error, where it can't be reached.
+    A commit never changes: a complete copy in the cache is used without a request. A branch or a tag may have moved: the hub is
+    queried first, and where it can't be reached the cached copy is used, with a line on standard error.
 
     Args:
         repository: owner/name.
         revision: branch, tag or commit; None: the main branch.
 
     Raises:
-        UsageError: no such repository or revision, or the hub can't be reached and the cache has not all of it; says what
-            to download and where to put it.
+        UsageError: no such repository or revision, or the hub can't be reached and the cache is incomplete; says what to
+            download and where to put it.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -97,15 +88,18 @@ def download(repository: str, revision: str | None) -> Path:
         try:
             return fetched(repository, revision)
         except RevisionNotFoundError:
-            raise UsageError(f"MODEL {repository}: no revision {revision!r}; change revision") from None
+            raise UsageError(
+                f"MODEL {repository}: no revision {revision!r}; change revision", option="revision", code="not-found"
+            ) from None
         except RepositoryNotFoundError:
             raise UsageError(
-                f"MODEL {repository}: no such repository on the hub, or a private one (then log in: hf auth login)"
+                f"MODEL {repository}: no such repository on the hub, or a private one (then log in: hf auth login)",
+                code="not-found",
             ) from None
         except UsageError:
             raise
-        except Exception as error:  # whatever the network says
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        except Exception as error:  # any network error
+            why = first_line(error)
     if not commit and (folder := cached(repository, revision)):
         print(
             f"{repository}: the hub can't be reached ({why}); using commit {folder.name} of the cache", file=sys.stderr
@@ -113,13 +107,14 @@ def download(repository: str, revision: str | None) -> Path:
         return folder
     at = f" --revision {revision}" if revision else ""
     raise UsageError(
-        f"MODEL {repository}: the hub can't be reached ({why}) and the cache has not all of it; where it can, run "
-        f"`hf download {repository}{at} --local-dir DIR`, copy DIR here and give DIR as MODEL"
+        f"MODEL {repository}: the hub can't be reached ({why}) and the cache is incomplete; on a machine with access, run "
+        f"`hf download {repository}{at} --local-dir DIR`, copy DIR here and give DIR as MODEL",
+        code="not-found",
     )
 
 
 def fetched(repository: str, revision: str | None) -> Path:
-    """The folder, after asking the hub; what the cache has already is not fetched again.
+    """Download what the cache lacks and return the folder.
 
     Raises:
         UsageError: the repository has no weights that are read here.
@@ -128,12 +123,11 @@ def fetched(repository: str, revision: str | None) -> Path:
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*WANTED, CARD]))
     if lacking_weights(folder):
-        raise UsageError(f"MODEL {repository}: no .safetensors file in the repository, or not all that its index names")
-    for name in (
-        *LOOKED_FOR,
-        "tokenizer.json",
-        "vocab.json",
-    ):  # what was not there stays known, as the hub's client has it
+        raise UsageError(
+            f"MODEL {repository}: no .safetensors file in the repository, or not all that its index names",
+            code="not-found",
+        )
+    for name in (*REQUIRED, "tokenizer.json", "vocab.json"):  # note what the repository lacks, as the hub's client does
         if not (folder / name).is_file():
             note = _misses(folder) / name
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -142,67 +136,81 @@ def fetched(repository: str, revision: str | None) -> Path:
 
 
 def cached(repository: str, revision: str | None) -> Path | None:
-    """The folder in the cache if it holds all that loading reads, else None; the hub is not asked."""
+    """The folder in the cache if it is complete, else None; no request is made."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, local_files_only=True))
-    except Exception:  # not there, or the client itself knows that files are missing
+    except Exception:  # not cached, or the client knows that files are missing
         return None
     return folder if complete(folder, repository) else None
 
 
 def complete(folder: Path, repository: str) -> bool:
-    """Whether a snapshot of the cache holds all that loading reads: a download that was stopped left some of it.
+    """Whether a snapshot in the cache holds everything that loading reads (an interrupted download does not).
 
     Args:
         folder: ``.../models--OWNER--NAME/snapshots/COMMIT``.
         repository: owner/name; a pair (``-lit``) has a tokeniser.
 
     Returns:
-        True where all weights, and ``config.json`` and ``preprocessor_config.json``, are there; a file that the hub is known
-            not to have (a miss that its client noted) counts as there.
+        True if all weights, ``config.json`` and ``preprocessor_config.json`` are there; a file that the repository is known to
+            lack (noted by the hub's client) counts as there.
     """
-    known = [(folder / name).is_file() or (_misses(folder) / name).is_file() for name in LOOKED_FOR]
-    words = not repository.endswith("-lit") or any(
+    known = [(folder / name).is_file() or (_misses(folder) / name).is_file() for name in REQUIRED]
+    tokenizer = not repository.endswith("-lit") or any(
         all((folder / name).is_file() for name in names)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
     )
-    return not lacking_weights(folder) and all(known) and words
+    return not lacking_weights(folder) and all(known) and tokenizer
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """Names of the weight files in the index.
+
+    Raises:
+        UsageError: the index can't be read.
+    """
+    try:
+        return sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / INDEX} can't be read: {error!r}", code="unreadable") from None
 
 
 def lacking_weights(folder: Path) -> bool:
-    """Whether weight files are missing: of those that the index names; without one, any that is no part of several."""
+    """Whether weight files are missing: those that the index names, or without an index any complete file."""
     if (folder / INDEX).is_file():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-            return not all((folder / str(name)).is_file() for name in names)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return not all((folder / name).is_file() for name in indexed_files(folder))
+        except UsageError:
             return True
     return all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in folder.glob("*.safetensors"))
 
 
 def _misses(folder: Path) -> Path:
-    """Where the hub's client notes which files a commit does not have."""
+    """Folder where the hub's client notes the files that a commit lacks."""
     return folder.parents[1] / ".no_exist" / folder.name
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Uploads a folder, making the repository where there is none; returns its address.
+    """Upload a folder, creating the repository if needed; returns its URL.
 
     Raises:
-        UsageError: the hub can't be reached, or refuses.
+        UsageError: the hub can't be reached, or rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if why := unreachable():
-        raise UsageError(f"REPOSITORY {repository}: the hub can't be reached ({why}); nothing was uploaded")
+        raise UsageError(
+            f"REPOSITORY {repository}: the hub can't be reached ({why}); nothing was uploaded", code="not-found"
+        )
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message=message)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(f"REPOSITORY {repository}: the hub refuses ({why}); log in with: hf auth login") from None
+        raise UsageError(
+            f"REPOSITORY {repository}: the hub rejected the upload ({first_line(error)}); log in with: hf auth login"
+        ) from None
     return str(address)

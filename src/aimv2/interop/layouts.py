@@ -1,10 +1,10 @@
-"""Weight layouts in the wild, as tables: which of their tensors one of ours is made of.
+"""Tables that map tensor names between our models and other weight layouts.
 
-A rule says that our tensor is theirs joined along the first dimension (query, key, value; gate, up), reshaped where the
-numbers of dimensions differ. It reads both ways, so import and export are one table, and nothing is ever computed:
-round trips are lossless.
+A rule says that our tensor is theirs concatenated along the first dimension (query, key, value; gate, up), reshaped where the
+numbers of dimensions differ. It applies both ways, so import and export share one table, and nothing is computed: round trips
+are lossless.
 
-Layouts: ``released`` (the hub files of the authors), ``transformers``, ``timm``, ``trainer`` (checkpoints of the released
+Layouts: ``released`` (the authors' files on the hub), ``transformers``, ``timm``, ``trainer`` (checkpoints of the released
 training code), ``ours``.
 """
 
@@ -22,76 +22,61 @@ BLOCK = ("norm1.weight", "attn.qkv.weight", "attn.proj.weight", "norm2.weight", 
 
 
 @dataclass(frozen=True)
-class Trunk:
+class TrunkNames:
     """Names of a trunk's tensors in one layout; ``{i}`` is the block.
 
     Attributes:
-        block: theirs for each of BLOCK, with spaces between parts.
-        norm: the norm behind the last block.
+        block: their name for each of BLOCK, separated by spaces where they have several.
+        norm: the norm after the last block.
     """
 
     block: tuple[str, ...]
     norm: str
 
 
-_RELEASED = Trunk(
-    (
-        "trunk.blocks.{i}.norm_1.weight",
-        "trunk.blocks.{i}.attn.qkv.weight",
-        "trunk.blocks.{i}.attn.proj.weight",
-        "trunk.blocks.{i}.norm_2.weight",
-        "trunk.blocks.{i}.mlp.fc1.weight trunk.blocks.{i}.mlp.fc3.weight",
-        "trunk.blocks.{i}.mlp.fc2.weight",
-    ),
-    "trunk.post_trunk_norm.weight",
+def _trunk(prefix: str, block: str, norm: str) -> TrunkNames:
+    """``block``: a name for each of BLOCK without ``.weight``, parts of a concatenated one joined by ``+``."""
+    parts = (part.split("+") for part in block.split())
+    return TrunkNames(tuple(" ".join(f"{prefix}{name}.weight" for name in names) for names in parts), norm)
+
+
+def _names(prefix: str, names: str) -> tuple[str, ...]:
+    return tuple(prefix + name for name in names.split())
+
+
+_RELEASED = _trunk(
+    "trunk.blocks.{i}.", "norm_1 attn.qkv attn.proj norm_2 mlp.fc1+mlp.fc3 mlp.fc2", "trunk.post_trunk_norm.weight"
 )
-_TRAINER = Trunk(
-    (
-        _RELEASED.block[0],
-        " ".join(f"trunk.blocks.{{i}}.attn.{part}_proj.weight" for part in "qkv"),
-        *_RELEASED.block[2:],
-    ),
+_TRAINER = _trunk(
+    "trunk.blocks.{i}.",
+    "norm_1 attn.q_proj+attn.k_proj+attn.v_proj attn.proj norm_2 mlp.fc1+mlp.fc3 mlp.fc2",
     _RELEASED.norm,
 )
-_TRANSFORMERS = Trunk(
-    (
-        "encoder.layers.{i}.rms_norm1.weight",
-        " ".join(f"encoder.layers.{{i}}.attention.{part}_proj.weight" for part in "qkv"),
-        "encoder.layers.{i}.attention.out_proj.weight",
-        "encoder.layers.{i}.rms_norm2.weight",
-        "encoder.layers.{i}.ffn.gate_proj.weight encoder.layers.{i}.ffn.up_proj.weight",
-        "encoder.layers.{i}.ffn.down_proj.weight",
-    ),
+_TRANSFORMERS = _trunk(
+    "encoder.layers.{i}.",
+    "rms_norm1 attention.q_proj+attention.k_proj+attention.v_proj attention.out_proj "
+    "rms_norm2 ffn.gate_proj+ffn.up_proj ffn.down_proj",
     "rms_norm.weight",
 )
-_TIMM = Trunk(
-    (
-        "blocks.{i}.norm1.weight",
-        "blocks.{i}.attn.qkv.weight",
-        "blocks.{i}.attn.proj.weight",
-        "blocks.{i}.norm2.weight",
-        "blocks.{i}.mlp.fc1_g.weight blocks.{i}.mlp.fc1_x.weight",
-        "blocks.{i}.mlp.fc2.weight",
-    ),
-    "norm.weight",
-)
+_TIMM = _trunk("blocks.{i}.", "norm1 attn.qkv attn.proj norm2 mlp.fc1_g+mlp.fc1_x mlp.fc2", "norm.weight")
+_PATCHIFIER = "patchifier.proj.weight patchifier.proj.bias patchifier.norm.weight pos_embed"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Names of everything in one layout.
+class LayoutNames:
+    """Names of all tensors in one layout.
 
     Attributes:
         trunk: names within the image encoder and within the text tower.
-        embed: theirs for each of EMBED.
+        embed: their name for each of EMBED.
         head: the pooling head: query, key, value, output weight, output bias; empty where the layout has none.
-        image: prefix of the image encoder where it stands alone.
+        image: prefix of the image encoder's keys in a file without a text tower.
         pair: prefixes of image encoder and text tower in a LiT pair; None where the layout has none.
         text: token embedding and positions of the text tower.
-        ends: image projection, text projection, log of the scale of the pair.
+        ends: image projection, text projection and log of the logit scale of the pair.
     """
 
-    trunk: Trunk
+    trunk: TrunkNames
     embed: tuple[str, ...]
     head: tuple[str, ...] = ()
     image: str = ""
@@ -101,52 +86,24 @@ class Layout:
 
 
 LAYOUTS = {
-    "released": Layout(
+    "released": LayoutNames(
         _RELEASED,
-        (
-            "preprocessor.patchifier.proj.weight",
-            "preprocessor.patchifier.proj.bias",
-            "preprocessor.patchifier.norm.weight",
-            "preprocessor.pos_embed",
-        ),
-        ("head.cls_token", "head.k.weight", "head.v.weight", "head.linear.weight", "head.linear.bias"),
+        _names("preprocessor.", _PATCHIFIER),
+        _names("head.", "cls_token k.weight v.weight linear.weight linear.bias"),
         pair=("image_encoder.", "text_encoder."),
-        text=("preprocessor.text_embedding.weight", "preprocessor.positional_embedding"),
+        text=_names("preprocessor.", "text_embedding.weight positional_embedding"),
         ends=("image_projector.weight", "text_projector.weight", "log_logit_scale"),
     ),
-    "transformers": Layout(
+    "transformers": LayoutNames(
         _TRANSFORMERS,
-        (
-            "embeddings.patch_embed.weight",
-            "embeddings.patch_embed.bias",
-            "embeddings.rms_norm.weight",
-            "embeddings.position_embedding.weight",
-        ),
-        (
-            "head.cls_token",
-            "head.k_proj.weight",
-            "head.v_proj.weight",
-            "head.output_proj.weight",
-            "head.output_proj.bias",
-        ),
+        _names("embeddings.", "patch_embed.weight patch_embed.bias rms_norm.weight position_embedding.weight"),
+        _names("head.", "cls_token k_proj.weight v_proj.weight output_proj.weight output_proj.bias"),
         pair=("vision_model.", "text_model."),
-        text=("embeddings.token_embedding.weight", "embeddings.position_embedding.weight"),
+        text=_names("embeddings.", "token_embedding.weight position_embedding.weight"),
         ends=("visual_projection.weight", "text_projection.weight", "logit_scale"),
     ),
-    "timm": Layout(
-        _TIMM,
-        ("patch_embed.proj.weight", "patch_embed.proj.bias", "patch_embed.norm.weight", "pos_embed"),
-    ),
-    "trainer": Layout(
-        _TRAINER,
-        (
-            "preprocessor.blocks.0.patchifier.proj.weight",
-            "preprocessor.blocks.0.patchifier.proj.bias",
-            "preprocessor.blocks.0.patchifier.norm.weight",
-            "preprocessor.blocks.0.pos_embed",
-        ),
-        image="models.image_encoder.",
-    ),
+    "timm": LayoutNames(_TIMM, (*_names("patch_embed.", "proj.weight proj.bias norm.weight"), "pos_embed")),
+    "trainer": LayoutNames(_TRAINER, _names("preprocessor.blocks.0.", _PATCHIFIER), image="models.image_encoder."),
 }
 
 # the decoder of the released training code: ours, theirs
@@ -163,7 +120,7 @@ TRAINER_DECODER = {
 Rules = dict[str, tuple[str, ...]]  # our key -> theirs, in order
 
 
-def _trunk_rules(trunk: Trunk, depth: int, ours: str, theirs: str) -> Rules:
+def _trunk_rules(trunk: TrunkNames, depth: int, ours: str, theirs: str) -> Rules:
     rules: Rules = {}
     for i in range(depth):
         for key, names in zip(BLOCK, trunk.block):
@@ -176,12 +133,12 @@ def encoder_rules(layout: str, shape: EncoderConfig, ours: str = "", theirs: str
     """Our key -> their keys, for an image encoder.
 
     Args:
-        layout: of LAYOUTS.
-        shape: of the encoder; a native one has no positions, ``pool_heads`` says whether there is a pooling head.
-        ours, theirs: prefixes of the two sides.
+        layout: one of LAYOUTS.
+        shape: the encoder's config; a native one has no positions, ``pool_heads`` above 0 means a pooling head.
+        ours, theirs: key prefixes of the two sides.
 
     Raises:
-        UsageError: the layout has no place for a pooling head.
+        UsageError: the layout does not support a pooling head.
     """
     names = LAYOUTS[layout]
     if shape.pool_heads and not names.head:
@@ -216,7 +173,7 @@ def pair_rules(layout: str, image_shape: EncoderConfig, text_shape: TextConfig) 
 
 
 def trainer_rules(encoder: EncoderConfig, decoder: DecoderConfig) -> Rules:
-    """Our key -> their keys, for encoder and decoder of the released training code."""
+    """Our key -> their keys, for encoder and decoder in the released training code."""
     rules = encoder_rules("trainer", encoder, "encoder.", LAYOUTS["trainer"].image)
     theirs = "models.text_decoder."
     rules |= {key: (theirs + name,) for key, name in TRAINER_DECODER.items()}
@@ -224,13 +181,13 @@ def trainer_rules(encoder: EncoderConfig, decoder: DecoderConfig) -> Rules:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a file's keys say it is.
+class Detected:
+    """Layout of a weights file, detected from its keys.
 
     Attributes:
-        layout: a name of LAYOUTS, or ``ours``.
+        layout: one of LAYOUTS, or ``ours``.
         image: prefix of the image encoder's keys.
-        text: prefix of the text tower's (LiT) or decoder's keys; None: an encoder alone.
+        text: prefix of the text tower's (LiT) or decoder's keys; None: encoder only.
         head: whether the encoder has a pooling head.
         position: whether the encoder has a position parameter.
     """
@@ -242,12 +199,12 @@ class Found:
     position: bool
 
 
-def detect(keys: Iterable[str], where: str) -> Found:
-    """The layout of a file, from its keys alone.
+def detect(keys: Iterable[str], where: str) -> Detected:
+    """Detect the layout of a file from its keys.
 
     Args:
-        keys: of the file.
-        where: said in the error line.
+        keys: keys of the file.
+        where: name of the file, for the error message.
 
     Raises:
         UsageError: no layout fits; names a key.
@@ -256,9 +213,9 @@ def detect(keys: Iterable[str], where: str) -> Found:
     for image in ("encoder.", ""):
         if f"{image}mlp.gate_up.weight" in known or f"{image}blocks.0.mlp.gate_up.weight" in known:
             text = "decoder." if any(key.startswith("decoder.") for key in known) else None
-            return Found("ours", image, text, f"{image}head.query" in known, f"{image}patch_embed.position" in known)
+            return Detected("ours", image, text, f"{image}head.query" in known, f"{image}patch_embed.position" in known)
     if "image.blocks.0.mlp.gate_up.weight" in known:
-        return Found("ours", "image.", "text.", True, "image.patch_embed.position" in known)
+        return Detected("ours", "image.", "text.", True, "image.patch_embed.position" in known)
     for name, layout in LAYOUTS.items():
         prefixes = [layout.image, *(layout.pair[:1] if layout.pair else ())]
         for image in prefixes:
@@ -266,16 +223,17 @@ def detect(keys: Iterable[str], where: str) -> Found:
                 head = bool(layout.head) and image + layout.head[0] in known
                 second = layout.pair[1] if layout.pair and image == layout.pair[0] else "models.text_decoder."
                 text = second if any(key.startswith(second) for key in known) else None
-                return Found(name, image, text, head, image + layout.embed[3] in known)
-    some = min(known, default="none at all")
+                return Detected(name, image, text, head, image + layout.embed[3] in known)
+    first = min(known, default="none at all")
     raise UsageError(
-        f"{where}: no layout of AIMV2 fits its keys (the first is '{some}'); released, transformers, timm, "
-        "the released training code's and ours are read"
+        f"{where}: no layout of AIMV2 fits its keys (the first is '{first}'); supported are released, transformers, timm, "
+        "the released training code's and ours",
+        code="unsupported",
     )
 
 
 def count_blocks(keys: Iterable[str], template: str) -> int:
-    """How many blocks there are whose key fits ``template`` (with ``{i}``)."""
+    """Number of consecutive blocks whose key matches ``template`` (with ``{i}``)."""
     known, depth = set(keys), 0
     while template.format(i=depth) in known:
         depth += 1

@@ -1,6 +1,6 @@
-"""Our own model folder: ``config.json``, ``model.safetensors``, tokeniser and card; encoder, decoder and heads in it.
+"""Our model folder: ``config.json``, ``model.safetensors``, tokeniser and card, with encoder, decoder and heads.
 
-Nothing here unpickles: a model given by a user is JSON and safetensors, or it is refused.
+Nothing here unpickles: a user's model is JSON and safetensors, or it is rejected.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ STEP = re.compile(r"step-(\d{7,})$")
 
 
 def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str = "") -> None:
-    """Writes config, weights and card into ``folder`` (made if missing).
+    """Write config, weights and card into ``folder`` (created if missing).
 
     Args:
-        folder: of the model.
-        config: what ``config_dict()`` of the model gives.
+        folder: output folder.
+        config: the model's ``config_dict()``.
         state: full CPU tensors by parameter name.
-        card: README.md of the model; none where empty.
+        card: contents of README.md; none is written if empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **config}, indent=1)
@@ -44,11 +44,11 @@ def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], 
 
 
 def save_model(model: nn.Module, folder: str | Path, card: str = "") -> None:
-    """Saves a VisionEncoder, an AIMv2 or a LiT pair as a model folder."""
+    """Save a VisionEncoder, an AIMv2 or a LiT pair as a model folder."""
     assert isinstance(model, VisionEncoder | AIMv2 | LiT), type(model)
-    alone = isinstance(model, VisionEncoder)
-    config = {"encoder": model.config_dict()} if alone else model.config_dict()
-    prefix = "encoder." if alone else ""
+    encoder_only = isinstance(model, VisionEncoder)
+    config = {"encoder": model.config_dict()} if encoder_only else model.config_dict()
+    prefix = "encoder." if encoder_only else ""
     state = {prefix + key: value.detach().cpu() for key, value in model.state_dict().items()}
     write_model(Path(folder), config, state, card)
 
@@ -63,7 +63,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def find_model(source: str | Path) -> Path:
-    """The model folder behind MODEL: a model folder, a run (its newest checkpoint) or RUN@STEP.
+    """Resolve MODEL to a model folder: a model folder, a run (its newest checkpoint) or RUN@STEP.
 
     Raises:
         UsageError: nothing there, or no such step; names what exists.
@@ -80,16 +80,18 @@ def find_model(source: str | Path) -> Path:
             if number == int(step):
                 return folder / "model"
         steps = ", ".join(str(number) for number, _ in checkpoints(Path(run))) or "none"
-        raise UsageError(f"MODEL {text}: no checkpoint of step {step} in {run} (there: {steps})")
+        raise UsageError(f"MODEL {text}: no checkpoint of step {step} in {run} (there: {steps})", code="not-found")
     if (path / "checkpoints").is_dir():
         if found := checkpoints(path):
             return found[-1][1] / "model"
-        raise UsageError(f"MODEL {text}: the run has no complete checkpoint yet")
+        raise UsageError(f"MODEL {text}: the run has no complete checkpoint yet", code="not-found")
     if not path.exists():
         hint = (
             f"; aimv2.create_model('{text}') gives it with random weights" if text in MODELS else nearest(text, MODELS)
         )
-        raise UsageError(f"MODEL {text}: no such folder; a model folder, RUN or RUN@STEP is expected{hint}")
+        raise UsageError(
+            f"MODEL {text}: no such folder; a model folder, RUN or RUN@STEP is expected{hint}", code="not-found"
+        )
     raise UsageError(f"MODEL {text}: a folder with {CONFIG} and {WEIGHTS} is expected, or a run that has a checkpoint")
 
 
@@ -113,7 +115,7 @@ def _read_config(folder: Path) -> tuple[LiTConfig | None, EncoderConfig, Decoder
             if width < 1 or heads < 1 or width % heads:
                 raise TypeError(f"{what} {heads}: they do not divide the width {width}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UsageError(f"{folder / CONFIG} can't be read as a model config: {error!r}") from None
+        raise UsageError(f"{folder / CONFIG} can't be read as a model config: {error!r}", code="unreadable") from None
     return pair, encoder, decoder
 
 
@@ -130,10 +132,10 @@ def _fill(kind: Any, values: dict[str, Any]) -> Any:
 
 
 def three(values: Any, key: str) -> tuple[float, float, float]:
-    """A mean or a deviation: three finite numbers, deviations above 0.
+    """A mean or std per channel: three finite numbers, a std above 0.
 
     Raises:
-        TypeError: something else.
+        TypeError: anything else.
     """
     good = isinstance(values, list | tuple) and len(values) == 3
     if good and all(isinstance(v, int | float) and math.isfinite(v) and (v > 0 or key != "std") for v in values):
@@ -143,17 +145,17 @@ def three(values: Any, key: str) -> tuple[float, float, float]:
 
 
 def build_empty(folder: Path, decoder: bool) -> nn.Module | None:
-    """The model of a folder of ours, to be called under the meta device.
+    """Build the model of one of our folders; call it under the meta device.
 
     Args:
-        folder: with our ``config.json``.
-        decoder: the whole AIMv2.
+        folder: folder with our ``config.json``.
+        decoder: return the whole AIMv2.
 
     Returns:
-        VisionEncoder, LiT, or AIMv2 where ``decoder`` is true; None where there is no decoder.
+        VisionEncoder, LiT, or AIMv2 if ``decoder`` is true; None if that model has no decoder.
 
     Raises:
-        UsageError: a config that can't be read or does not fit itself.
+        UsageError: a config that can't be read or contradicts itself.
     """
     pair, encoder, shape = _read_config(folder)
     if decoder:

@@ -1,4 +1,4 @@
-"""The encoder as an ONNX file (dynamo exporter), with a dynamic batch and, for native models, dynamic height and width."""
+"""ONNX export of the encoder (dynamo exporter), with dynamic batch and, for native models, dynamic height and width."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ INPUT, FEATURES, POOLED = "pixel_values", "features", "pooled"
 
 
 class Exported(nn.Module):
-    """What an exported file computes: normalised float pixels to features, and the pooled ones where there is a head.
+    """The exported function: normalised float pixels to features, and pooled features if there is a pooling head.
 
-    The checks of the image size are left to whoever calls the file: a graph can't raise a sentence.
+    The image size is not checked here: a graph can't raise an error.
     """
 
     def __init__(self, encoder: VisionEncoder) -> None:
@@ -38,13 +38,13 @@ class Exported(nn.Module):
 
 
 def need(package: str, extra: str, given: str) -> None:
-    """Raises UsageError where an optional package is missing; says which extra to install."""
+    """Raise UsageError where an optional package is missing; says which extra to install."""
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f"{given} needs {package}; install it with: pip install 'aimv2[{extra}]'")
+        raise UsageError(f"{given} needs {package}; install it with: pip install 'aimv2[{extra}]'", code="missing")
 
 
 def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
-    """A copy in fp32 of the image encoder of ``model``, which stays as it is.
+    """An fp32 copy of the image encoder of ``model``.
 
     Raises:
         UsageError: there is none.
@@ -56,19 +56,17 @@ def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
 
 
 def example(encoder: VisionEncoder) -> tuple[Tensor, dict[str, Any]]:
-    """Pixels to trace with, and what of their shape may vary."""
+    """Example input for tracing, and its dynamic dimensions."""
     config = encoder.config
     side = config.image_size or config.patch_size * 12
     pixels = torch.zeros(2, 3, side, side if config.image_size else side + 2 * config.patch_size)
-    varies: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
-    if config.image_size is None:
-        varies = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    dynamic: dict[int, Any] = dict.fromkeys((0,) if config.image_size else (0, 2, 3), torch.export.Dim.DYNAMIC)
     weight = encoder.patch_embed.proj.weight
-    return pixels.to(weight.device, weight.dtype), {"pixel_values": varies}
+    return pixels.to(weight.device, weight.dtype), {"pixel_values": dynamic}
 
 
 def to_onnx(model: nn.Module, out: Path) -> None:
-    """Writes ``model.onnx`` (its weights beside it where they are many) into ``out``.
+    """Write ``model.onnx`` into ``out`` (large models: weights in a separate file next to it).
 
     Raises:
         UsageError: no image encoder, or the extra is not installed.
@@ -76,9 +74,9 @@ def to_onnx(model: nn.Module, out: Path) -> None:
     need("onnx", "onnx", "--to onnx")
     need("onnxscript", "onnx", "--to onnx")
     encoder = image_encoder(model, "onnx")
-    pixels, varies = example(encoder)
+    pixels, dynamic = example(encoder)
     wrapped = Exported(encoder)
-    logger = logging.getLogger("torch.onnx")  # tells of every library that is not installed
+    logger = logging.getLogger("torch.onnx")  # logs every optional library that is not installed
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -92,7 +90,7 @@ def to_onnx(model: nn.Module, out: Path) -> None:
                 verbose=False,
                 input_names=[INPUT],
                 output_names=[FEATURES] + ([POOLED] if encoder.head is not None else []),
-                dynamic_shapes=varies,
+                dynamic_shapes=dynamic,
                 external_data=sum(p.numel() for p in encoder.parameters()) * 4 > 1.5e9,
             )
     finally:

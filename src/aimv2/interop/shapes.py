@@ -1,4 +1,4 @@
-"""A model's shape, from its tensors and the configuration beside them. What does not fit is one line that names it."""
+"""Infer model configs from tensors and the configuration files next to them; mismatches are one-line errors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from aimv2.errors import UsageError
 from aimv2.interop import layouts, model_folder
-from aimv2.interop.layouts import LAYOUTS, Found
+from aimv2.interop.layouts import LAYOUTS, Detected
 from aimv2.models.lit import LiTConfig, TextConfig
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, DecoderConfig, EncoderConfig
 
 if TYPE_CHECKING:
     from aimv2.interop.load import Weights
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, its part ``image_processor``
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, in its key ``image_processor``
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -32,18 +32,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path} can't be read as JSON: {error}") from None
+        raise UsageError(f"{path} can't be read as JSON: {error}", code="unreadable") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: a JSON object is expected")
+        raise UsageError(f"{path}: a JSON object is expected", code="unreadable")
     return value
 
 
 def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
-    """An object within a configuration, {} where it is absent.
-
-    Raises:
-        UsageError: it is something else.
-    """
+    """A JSON object within a configuration, {} where it is absent; another type is a UsageError."""
     value = stored.get(key)
     if value is not None and not isinstance(value, dict):
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, an object expected")
@@ -51,52 +47,46 @@ def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def whole(value: Any, key: str) -> int:
-    """A whole number above 0 of a configuration.
-
-    Raises:
-        UsageError: it is something else.
-    """
+    """Validate a positive integer of a configuration; anything else is a UsageError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a whole number above 0 expected")
     return value
 
 
-def positive(value: Any, key: str) -> float:
-    """A finite number above 0 of a configuration.
+def configured_int(stored: dict[str, Any], key: str, other: str = "", default: Any = None) -> int | None:
+    """A positive integer under ``key`` or under ``other``, else ``default``; None where there is none."""
+    value = stored.get(key, stored.get(other, default))
+    return None if value is None else whole(value, key)
 
-    Raises:
-        UsageError: it is something else.
-    """
+
+def positive(value: Any, key: str) -> float:
+    """Validate a finite number above 0 of a configuration; anything else is a UsageError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{model_folder.CONFIG}: {key} {value!r}, a number above 0 expected")
     return float(value)
 
 
 def dims(weights: Weights, key: str, form: str) -> tuple[int, ...]:
-    """The shape of a tensor whose dimensions are named in ``form``, as in "width, 3, patch, patch".
+    """Shape of a tensor with the dimensions of ``form``, such as "width, 3, patch, patch".
 
     Raises:
         UsageError: no such key, or another number of dimensions.
     """
     shape = weights.shape(key)
     if len(shape) != form.count(",") + 1:
-        raise UsageError(f"{weights.where}: key '{key}' has shape {list(shape)}, [{form}] expected")
+        raise UsageError(f"{weights.where}: key '{key}' has shape {list(shape)}, [{form}] expected", code="mismatch")
     return shape
 
 
 def check_heads(heads: int, width: int, where: str) -> int:
-    """``heads``, if they divide the width.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Return ``heads`` if they divide the width, else raise UsageError."""
     if width % heads:
-        raise UsageError(f"{where}: {heads} attention heads do not divide the width {width}")
+        raise UsageError(f"{where}: {heads} attention heads do not divide the width {width}", code="mismatch")
     return heads
 
 
 def processor_file(folder: Path) -> Path | None:
-    """The file that says what to do with an image before a model sees it; None where there is none."""
+    """The folder's image processor configuration; None where there is none."""
     for name in PROCESSORS:
         stored = read_json(folder / name)
         if isinstance(stored.get("image_processor"), dict) if name == PROCESSORS[0] else stored:
@@ -105,67 +95,65 @@ def processor_file(folder: Path) -> Path | None:
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
-    """What that file says; {} where there is none."""
+    """Contents of :func:`processor_file`; {} where there is none."""
     file = processor_file(folder)
     stored = read_json(file) if file is not None else {}
     return stored["image_processor"] if file is not None and file.name == PROCESSORS[0] else stored
 
 
 def normalization(about: dict[str, Any], where: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and std of pixels in 0..1 that do what an image processor, or timm's ``pretrained_cfg``, says; ImageNet's of {}.
+    """Mean and std for pixels in 0..1 equivalent to an image processor or timm's ``pretrained_cfg``; ImageNet's for {}.
 
     Raises:
-        UsageError: a processor that does something else, or does not say by which mean and std it normalises.
+        UsageError: a processor that does anything else, or does not state its mean and std.
     """
     if not about:
         return IMAGENET_MEAN, IMAGENET_STD
     if about.get("do_flip_channel_order") or about.get("rescale_offset"):
-        raise UsageError(f"{where}: the image processor beside it turns channels or shifts pixels; AIMV2's does not")
+        raise UsageError(
+            f"{where}: its image processor swaps channels or shifts pixels; AIMV2's does not", code="unsupported"
+        )
     mean, std = about.get("image_mean") or about.get("mean"), about.get("image_std") or about.get("std")
-    if not mean or not std:
-        clip = str(about.get("image_processor_type", "")).startswith(
-            "CLIPImageProcessor"
-        )  # which need not repeat its own
+    if not mean or not std:  # CLIPImageProcessor may omit its defaults
+        clip = str(about.get("image_processor_type", "")).startswith("CLIPImageProcessor")
         mean, std = (mean or CLIP_MEAN, std or CLIP_STD) if clip else (mean, std)
     if about.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif not mean or not std:
         if "image_processor_type" in about or "do_normalize" in about:
-            raise UsageError(
-                f"{where}: the image processor beside it normalises and does not say its image_mean and image_std"
-            )
+            raise UsageError(f"{where}: its image processor normalises without stating image_mean and image_std")
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
     scale = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise UsageError(
-            f"{where}: rescale_factor {scale!r} of the image processor beside it; a number above 0 expected"
-        )
-    by = 255 * scale if abs(255 * scale - 1) > 1e-6 else 1.0
-    found = (three(values, key, where) for values, key in ((mean, "mean"), (std, "std")))
-    mean, std = (tuple(value / by for value in values) for values in found)
+        raise UsageError(f"{where}: rescale_factor {scale!r} of its image processor; a number above 0 expected")
+    unit = 255 * scale if abs(255 * scale - 1) > 1e-6 else 1.0
+    checked = (three(values, key, where) for values, key in ((mean, "mean"), (std, "std")))
+    mean, std = (tuple(value / unit for value in values) for values in checked)
     return mean, std  # type: ignore[return-value]
 
 
-def depth_of(weights: Weights, template: str, told: int | None) -> int:
-    """The number of blocks: counted from the keys, and as the configuration tells.
+def depth_of(weights: Weights, template: str, configured: int | None) -> int:
+    """Number of blocks: from the configuration if given, checked against the keys.
 
     Raises:
-        UsageError: none, or fewer than told; names the first key that is missing.
+        UsageError: no block, or fewer than configured; names the first missing key.
     """
     counted = layouts.count_blocks(weights.keys(), template)
-    if not counted or counted < (told or 0):
-        raise UsageError(f"{weights.where}: key '{template.format(i=counted)}' is missing")
-    return told or counted
+    if not counted or counted < (configured or 0):
+        raise UsageError(f"{weights.where}: key '{template.format(i=counted)}' is missing", code="mismatch")
+    return configured or counted
 
 
-def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> EncoderConfig:
-    """The encoder's shape, from the tensors; heads and depth from the configuration, where there is one.
+def encoder_config(
+    found: Detected, weights: Weights, stored: dict[str, Any], processor: dict[str, Any]
+) -> EncoderConfig:
+    """Encoder config from the tensors; heads and depth from the configuration, where there is one.
 
     Args:
         found: the layout.
         weights: open files.
         stored: ``config.json`` of the encoder, or {}.
-        seen: what the image processor beside it says, or {}.
+        processor: configuration of the image processor, or {}.
 
     Raises:
         UsageError: a tensor or a value of the configuration that no AIMV2 has.
@@ -180,28 +168,27 @@ def encoder_config(found: Found, weights: Weights, stored: dict[str, Any], seen:
         raise UsageError(
             f"{weights.where}: key '{prefix + embed[0]}' holds patches of {patch} x {side}, squares expected"
         )
-    told = stored.get("num_hidden_layers", stored.get("depth"))
-    depth = depth_of(weights, prefix + block[0], None if told is None else whole(told, "num_hidden_layers"))
+    depth = depth_of(weights, prefix + block[0], configured_int(stored, "num_hidden_layers", "depth"))
     gate = prefix + block[4].split()[0].format(i=0)
     hidden = dims(weights, gate, "hidden, width")[0] // (2 if ours else 1)
     image_size = grid_of(weights, prefix + embed[3]) * patch if found.position else None
-    told = stored.get("num_attention_heads", stored.get("heads", section(stored, "model_args").get("num_heads")))
-    heads = usual_heads(width, weights.where) if told is None else whole(told, "num_attention_heads")
+    heads = configured_int(stored, "num_attention_heads", "heads", section(stored, "model_args").get("num_heads"))
+    heads = default_heads(width, weights.where) if heads is None else heads
     eps = stored.get("rms_norm_eps", 1e-5)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or abs(eps - 1e-5) > 1e-9:
         raise UsageError(f"{weights.where}: rms_norm_eps {eps!r} in {model_folder.CONFIG}; AIMV2 has 1e-5")
     config = EncoderConfig("", width, depth, check_heads(heads, width, weights.where), hidden, patch, image_size)
     if found.head:
         config = replace(config, pool_heads=heads)
-    mean, std = normalization(seen or section(stored, "pretrained_cfg"), weights.where)
-    return replace(config, mean=mean, std=std, name=usual_name(config))
+    mean, std = normalization(processor or section(stored, "pretrained_cfg"), weights.where)
+    return replace(config, mean=mean, std=std, name=config_name(config))
 
 
 def grid_of(weights: Weights, key: str) -> int:
-    """Positions a side: of a tensor [1, positions, width] or [positions, width].
+    """Positions per side, from a tensor [1, positions, width] or [positions, width].
 
     Raises:
-        UsageError: another shape, or no square number of positions.
+        UsageError: another shape, or a number of positions that is no square.
     """
     shape = weights.shape(key)
     if len(shape) not in (2, 3):
@@ -213,34 +200,31 @@ def grid_of(weights: Weights, key: str) -> int:
 
 
 def three(values: Any, key: str, where: str) -> tuple[float, float, float]:
-    """A mean or a deviation: three finite numbers, deviations above 0.
-
-    Raises:
-        UsageError: something else.
-    """
+    """:func:`aimv2.interop.model_folder.three`, with UsageError for anything else."""
     try:
         return model_folder.three(values, key)
     except TypeError as error:
-        raise UsageError(f"{where}: {error} (the configuration beside it)") from None
+        raise UsageError(f"{where}: {error} (in its configuration)") from None
 
 
-def usual_heads(width: int, where: str) -> int:
-    """Heads of a known width.
+def default_heads(width: int, where: str) -> int:
+    """Number of heads for a known width.
 
     Raises:
-        UsageError: no size has this width; weights alone do not tell the number of heads.
+        UsageError: no size has this width, and the number of heads can't be inferred from weights.
     """
     known = {size.width: size.heads for size in SIZES.values()} | {TextConfig.width: TextConfig.heads}
     if width in known:
         return known[width]
     raise UsageError(
-        f"{where}: weights do not tell the number of attention heads, and no size has width {width}; put the model's "
-        f"{model_folder.CONFIG} beside them"
+        f"{where}: the number of attention heads can't be inferred from weights, and no known size has width {width}; put the "
+        f"model's {model_folder.CONFIG} next to them",
+        code="missing",
     )
 
 
-def usual_name(config: EncoderConfig) -> str:
-    """The name of the table's row with this shape, else one of the same form."""
+def config_name(config: EncoderConfig) -> str:
+    """The table's name for this shape, else a generic one."""
     shape = (config.width, config.depth, config.heads, config.hidden, config.patch_size, config.image_size)
     for name, (row, _) in MODELS.items():
         if shape == (row.width, row.depth, row.heads, row.hidden, row.patch_size, row.image_size):
@@ -248,26 +232,23 @@ def usual_name(config: EncoderConfig) -> str:
     return f"aimv2-width{config.width}-patch{config.patch_size}-{config.image_size or 'native'}"
 
 
-def pair_config(found: Found, weights: Weights, stored: dict[str, Any], seen: dict[str, Any]) -> LiTConfig:
-    """The shape of a LiT pair in the released or transformers layout.
+def pair_config(found: Detected, weights: Weights, stored: dict[str, Any], processor: dict[str, Any]) -> LiTConfig:
+    """Config of a LiT pair in the released or transformers layout.
 
     Raises:
         UsageError: a tensor or a value of the configuration that no pair has.
     """
-    image = encoder_config(found, weights, section(stored, "vision_config"), seen)
+    image = encoder_config(found, weights, section(stored, "vision_config"), processor)
     names, text = LAYOUTS[found.layout], section(stored, "text_config")
     prefix = found.text or ""
     vocab, width = dims(weights, prefix + names.text[0], "vocabulary, width")
-    depth, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    end = text.get("eos_token_id")
+    end, heads = text.get("eos_token_id"), configured_int(text, "num_attention_heads")
     if end is not None and (isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab):
         raise UsageError(f"{model_folder.CONFIG}: eos_token_id {end!r}, one of 0 to {vocab - 1} expected")
-    heads = usual_heads(width, weights.where) if heads is None else whole(heads, "num_attention_heads")
+    heads = default_heads(width, weights.where) if heads is None else heads
     config = TextConfig(
         width=width,
-        depth=depth_of(
-            weights, prefix + names.trunk.block[0], None if depth is None else whole(depth, "num_hidden_layers")
-        ),
+        depth=depth_of(weights, prefix + names.trunk.block[0], configured_int(text, "num_hidden_layers")),
         heads=check_heads(heads, width, weights.where),
         hidden=dims(weights, prefix + names.trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
         vocab_size=vocab,
@@ -285,7 +266,7 @@ def pair_config(found: Found, weights: Weights, stored: dict[str, Any], seen: di
 
 
 def decoder_config(weights: Weights) -> DecoderConfig:
-    """The decoder's shape in a checkpoint of the released training code.
+    """Decoder config from a checkpoint of the released training code.
 
     Raises:
         UsageError: a missing key, or a tensor of another number of dimensions.
@@ -297,7 +278,7 @@ def decoder_config(weights: Weights) -> DecoderConfig:
     return DecoderConfig(
         width=width,
         depth=depth_of(weights, theirs + trunk.block[0], None),
-        heads=usual_heads(width, weights.where),
+        heads=default_heads(width, weights.where),
         hidden=dims(weights, theirs + trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
         vocab_size=dims(weights, names["decoder.token_embed.weight"], "vocabulary, width")[0],
         max_text=dims(weights, names["decoder.text_position"], "positions, width")[0] - 1,

@@ -1,4 +1,25 @@
-"""AIMv2: encoder and decoder joined for pre-training and captioning."""
+"""AIMv2: a vision encoder pre-trained with a multimodal autoregressive objective (arXiv 2411.14402).
+
+Objective. A pair is one sequence, I image patches followed by the caption tokens. A prefix length M ~ Uniform{1, .., I - 1}
+is drawn per sample. At each image position from M on the model predicts the next patch (squared error on per-patch normalised
+pixels); at [BOS] and each caption token it predicts the next token (cross-entropy, end of text included). The loss is
+``L_text + 0.4 * L_pixel`` (section 2.1, Table 9c); it lives in :mod:`aimv2.objectives.pretrain`.
+
+Parts.
+    VisionEncoder: prefix attention in pre-training (bidirectional within the prefix, causal after it), bidirectional
+        afterwards; the only part that downstream tasks use (:mod:`aimv2.models.encoder`).
+    MultimodalDecoder: one linear projection of the features, then causal attention over patches and caption; a linear head
+        for pixels and one for the vocabulary (:mod:`aimv2.models.decoder`).
+
+Differences from the released training code, all by design.
+    Targets are selected by length: end of text is a target. There, padding and end of text share an id that the loss ignores.
+    Losses are summed and divided once by the global count. There, each rank averages over its own tokens first.
+    Prefix lengths depend on (seed, key, worker, visit). There, every worker and rank draws from a generator seeded with 0.
+    Validation scores fixed prefixes. There, full attention leaves no patch to score and the loss is 0 / 0.
+    Pixel targets and losses are fp32. There, FSDP's policy rounds the images to bf16 first.
+    An image of another size is an error. There, positions are sliced and the result is silently wrong.
+    Captions are packed, and the last block and the heads run at scored positions only: same values, less arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +38,7 @@ from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
 
 class CaptionTokenizer(Protocol):
-    """What captioning needs of a tokeniser."""
+    """The part of a tokeniser that captioning uses."""
 
     eos_id: int
 
@@ -34,17 +55,17 @@ class AIMv2(nn.Module):
         self.tokenizer: CaptionTokenizer | None = None  # set by whoever loads the model
 
     def block_lists(self) -> list[nn.ModuleList]:
-        """Its blocks, trunk by trunk."""
+        """Transformer blocks, one list per trunk."""
         trunks = [self.decoder.get_submodule(name) for name in ("trunk", "pixel_trunk") if hasattr(self.decoder, name)]
         return [self.encoder.blocks, *(trunk.blocks for trunk in trunks)]  # type: ignore[list-item]
 
     def forward(self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False) -> Prediction:
-        """Predicts the next patch and the next token.
+        """Predict the next patch and the next token.
 
         Args:
             batch: images, captions, prefix lengths, scored rows.
             text_targets: see :meth:`MultimodalDecoder.forward`.
-            bidirectional: let all patches see each other (Cap with full attention, Table 9a).
+            bidirectional: full attention over all patches (Cap with full attention, Table 9a).
         """
         features = self.encoder.forward_batch(batch, bidirectional)
         return self.decoder(features, batch, text_targets)
@@ -59,16 +80,16 @@ class AIMv2(nn.Module):
         seed: int = 0,
         tokenizer: CaptionTokenizer | None = None,
     ) -> list[str]:
-        """Captions of images, in evaluation mode.
+        """Generate one caption per image, in evaluation mode; see :func:`aimv2.models.generate.generate`.
 
         Args:
             images: uint8 or normalised float [B, 3, H, W].
-            max_tokens: end of text included; None: as many as the decoder can write.
-            temperature: 0 takes the likeliest token each time.
-            top_p: draw from the smallest set of tokens with this mass.
-            beams: more than 1: beam search.
-            seed: of the draw.
-            tokenizer: other than the model's own.
+            max_tokens: maximum length, end of text included; None: the decoder's limit.
+            temperature: 0 is greedy decoding.
+            top_p: probability mass to sample from, in (0, 1].
+            beams: beam width; 1 is no beam search.
+            seed: sampling seed.
+            tokenizer: replaces the model's own.
 
         Raises:
             ValueError: options out of range, no text head.
@@ -91,5 +112,5 @@ class AIMv2(nn.Module):
         return [tokenizer.decode(caption) for caption in ids]
 
     def config_dict(self) -> dict[str, Any]:
-        """What ``config.json`` keeps: encoder and decoder."""
+        """Contents of ``config.json``: encoder and decoder."""
         return {"encoder": self.encoder.config_dict(), "decoder": asdict(self.decoder.config)}

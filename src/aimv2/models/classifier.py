@@ -1,4 +1,4 @@
-"""An encoder under an attentive probe: frozen for a probe, or all of it trained (PAPER.md section 5.1)."""
+"""An encoder with an attentive probe on top: frozen (probing) or trained end to end (fine-tuning; AIMV2, Table A2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aimv2.models.sizes import EncoderConfig
 
 
 class Classifier(nn.Module):
-    """``.encoder`` (bidirectional attention) and ``.probe``."""
+    """Image classifier: ``.encoder`` (bidirectional attention) and ``.probe``."""
 
     def __init__(self, encoder: EncoderConfig, classes: int, heads: int | None = None) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Classifier(nn.Module):
         self.probe = AttentiveProbe(encoder.width, classes, heads)
 
     def block_lists(self) -> list[nn.ModuleList]:
-        """Its blocks."""
+        """Transformer blocks of the encoder."""
         return [self.encoder.blocks]
 
     def forward(self, batch: Batch) -> Tensor:
@@ -30,5 +30,5 @@ class Classifier(nn.Module):
         return self.probe(self.encoder(batch.images))
 
     def config_dict(self) -> dict[str, Any]:
-        """What ``config.json`` keeps."""
+        """Contents of ``config.json``."""
         return {"encoder": self.encoder.config_dict(), "probe": {"classes": self.classes, "heads": self.heads}}

@@ -1,4 +1,4 @@
-"""Models by name, with random weights."""
+"""Create models by name, with random weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from aimv2.models.sizes import DecoderConfig, EncoderConfig, model_config
 
 
 def build(encoder: EncoderConfig, decoder: DecoderConfig | None, seed: int | None = None) -> nn.Module:
-    """An encoder, or with a decoder an AIMv2, built on the meta device and initialised in place."""
+    """Build an encoder, or with a decoder an AIMv2, on the meta device and initialise it in place."""
     with torch.device("meta"):
         model = VisionEncoder(encoder) if decoder is None else AIMv2(encoder, decoder)
     model.to_empty(device=torch.get_default_device())
@@ -21,12 +21,12 @@ def build(encoder: EncoderConfig, decoder: DecoderConfig | None, seed: int | Non
 
 
 def create_model(name: str, decoder: bool = False, seed: int | None = None, **overrides: Any) -> nn.Module:
-    """A model of the sizes table with random weights.
+    """Create a model with random weights.
 
     Args:
         name: one of :func:`aimv2.list_models`.
-        decoder: give the whole AIMv2 (its ``.encoder`` is the VisionEncoder) instead of the encoder.
-        seed: of the weights; None draws from torch's global generator.
+        decoder: return the whole AIMv2 (its ``.encoder`` is the VisionEncoder) instead of the encoder.
+        seed: random seed for the weights; None uses torch's global generator.
         **overrides: values of :class:`EncoderConfig` to replace (``image_size=112``); ``decoder_NAME`` replaces a value
             of :class:`DecoderConfig` (``decoder_depth=2``).
 

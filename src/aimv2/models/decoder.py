@@ -1,9 +1,9 @@
-"""The multimodal decoder: image features, then [BOS] and the caption, read causally (AIMV2, Figure 1).
+"""The multimodal decoder: causal attention over image features, [BOS] and the caption (AIMV2, Figure 1).
 
 Legend: B pairs, I patches, T padded caption, R caption rows, S scored patches, D decoder width, P = p * p * 3, V vocabulary.
 
-Rows without padding ("packed") go through every linear; only attention sees the padded [B, I + T]. The last block and
-the heads see scored rows alone.
+Rows without padding ("packed") go through every linear; only attention uses the padded [B, I + T]. The last block and
+the heads run on scored rows only.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ IGNORED = -100  # the target of a padding row
 
 
 class Prediction(NamedTuple):
-    """What the decoder says at scored positions.
+    """Decoder outputs at scored positions.
 
     Attributes:
         pixels: [S, P] predicted patches, per-patch-normalised values, channel last (None: no pixel head).
         text: the logits [R, V], or with targets the summed fp32 cross-entropy [] (None: no text head).
-        features: of the encoder, where a distiller was asked for them (None: not asked).
+        features: the encoder's, for the feature term of distillation (None: not requested).
     """
 
     pixels: Tensor | None
@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 
 
 class TextHead(nn.Module):
-    """Vocabulary logits, or their cross-entropy in chunks so that [R, V] in fp32 never exists whole for large R."""
+    """Vocabulary logits, or their cross-entropy in chunks, so that large R never materialises [R, V] in fp32."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class Trunk(nn.Module):
         return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
 
     def step(self, x: Tensor, caches: list[Cache] | None) -> Tensor:
-        """New positions [B, N, D] behind what the caches hold (None: nothing before, nothing kept) -> [B, N, D]."""
+        """New positions [B, N, D] that follow the cached ones (None: no cache) -> [B, N, D]."""
         for index, block in enumerate(self.blocks):
             x = block(x, mask="causal") if caches is None else block(x, cache=caches[index])
         return self.norm(x)
 
 
 class ImageTrunk(Trunk):
-    """Causal blocks over image positions alone (no caption to read)."""
+    """Causal blocks over image positions only."""
 
     def forward(self, x: Tensor, keep: Tensor, mask: Any = "causal") -> Tensor:  # type: ignore[override]
         """[B, I, D] -> positions ``keep`` of the flat [B * I], [K, D]."""
@@ -91,7 +91,7 @@ class ImageTrunk(Trunk):
 
 
 class MultimodalDecoder(nn.Module):
-    """Predicts the next patch from image positions and the next token from caption positions.
+    """Predict the next patch at image positions and the next token at caption positions.
 
     Joint (the paper's): one causal trunk over [image ; BOS, caption]. Separate (Table 9d): one trunk for pixels over
     the image, one for text over both. Image positions get no further position embedding; [BOS] is a learned vector.
@@ -124,11 +124,11 @@ class MultimodalDecoder(nn.Module):
         """
         bos = self.bos.expand(len(text), 1, -1)
         tokens = torch.cat([bos, self.token_embed(text[:, : length - 1])], dim=1)
-        beyond = max(0, length - len(self.text_position))  # T is a bucket: past the last position lies padding
+        beyond = max(0, length - len(self.text_position))  # T is a bucket: what exceeds the last position is padding
         return tokens + F.pad(self.text_position, (0, 0, 0, beyond))[:length]
 
     def forward(self, features: Tensor, batch: Batch, text_targets: Tensor | None = None) -> Prediction:
-        """Reads image features and captions.
+        """Decode image features and captions.
 
         Args:
             features: [B, I, D of the encoder].
@@ -166,21 +166,21 @@ class MultimodalDecoder(nn.Module):
         return Prediction(pixels, self.text_head(out, text_targets))
 
     def new_caches(self) -> list[Cache]:
-        """Empty key-value caches, one a block of the text trunk."""
+        """Empty key-value caches, one per block of the text trunk."""
         return [Cache() for _ in self.trunk.blocks]
 
     def read_image(self, features: Tensor, caches: list[Cache]) -> None:
-        """Puts the image positions into the caches: the image is read once, whatever is written after."""
+        """Prefill the caches with the image positions, once for all tokens that follow."""
         self.trunk.step(self.project(features), caches)
 
     def next_logits(self, tokens: Tensor | None, position: int, samples: int, caches: list[Cache]) -> Tensor:
         """Logits of the next token.
 
         Args:
-            tokens: int64 [B], the token just written; None: [BOS].
-            position: place of this input in the caption, 0 for [BOS].
+            tokens: int64 [B], the previous token; None: [BOS].
+            position: index of this input in the caption, 0 for [BOS].
             samples: B.
-            caches: hold the image and the inputs before.
+            caches: keys and values of the image and of earlier inputs.
 
         Returns:
             [B, V].
@@ -190,7 +190,7 @@ class MultimodalDecoder(nn.Module):
         return self.text_head(self.trunk.step(x, caches))[:, 0]
 
     def full_logits(self, features: Tensor, text: Tensor) -> Tensor:
-        """Logits after each of [BOS], text[0], .., the plain path: no cache, padded.
+        """Logits after each of [BOS], text[0], .., without a cache (reference path, padded).
 
         Args:
             features: [B, I, D of the encoder]; text: int64 [B, t], t may be 0.

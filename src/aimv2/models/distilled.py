@@ -1,6 +1,6 @@
-"""A student of a frozen teacher: an AIMv2 whose patch features are also shown, projected to the teacher's width.
+"""The student of distillation: an AIMv2 that also returns its patch features, projected to the teacher's width.
 
-The paper does not say how its distilled models were made; this is ours.
+The paper does not publish its distillation method; this one is ours.
 
 Legend: B pairs, I patches, D width of the student, E width of the teacher.
 """
@@ -17,24 +17,24 @@ PROJECTION = "to_teacher."
 
 
 class Projection(nn.Linear):
-    """Features of the student as the teacher's: [.., D] -> [.., E]."""
+    """Linear projection of student features to the teacher's width: [.., D] -> [.., E]."""
 
 
 class Distiller(AIMv2):
-    """An AIMv2 and, where the feature term needs one, a projection of its features that only training knows.
+    """An AIMv2 and, if the feature term needs one, a projection that is used in training only.
 
-    The teacher is no part of it: it is never optimised, sharded or saved.
+    The teacher is not part of this module: it is never optimised, sharded or saved.
     """
 
     def __init__(self, student: AIMv2, teacher_width: int | None, whole: bool = False) -> None:
-        """Takes over the student's parts.
+        """Take over the student's parts.
 
         Args:
-            student: with its weights.
+            student: model with its weights.
             teacher_width: E; None: features are compared without a projection.
-            whole: features of a second forward pass in which all patches see each other.
+            whole: features come from a second forward pass with bidirectional attention.
         """
-        nn.Module.__init__(self)  # not AIMv2's, which would build new parts
+        nn.Module.__init__(self)  # AIMv2.__init__ would build new parts
         self.encoder, self.decoder = student.encoder, student.decoder
         self.tokenizer = student.tokenizer
         self.whole = whole
@@ -43,15 +43,15 @@ class Distiller(AIMv2):
     def forward(
         self, batch: Batch, text_targets: Tensor | None = None, bidirectional: bool = False, features: bool = False
     ) -> Prediction:
-        """As :meth:`AIMv2.forward`; with ``features`` those to be compared with the teacher's are there too."""
-        seen = self.encoder.forward_batch(batch, bidirectional)
-        prediction = self.decoder(seen, batch, text_targets)
+        """:meth:`AIMv2.forward`; ``features`` adds the features to be compared with the teacher's."""
+        encoded = self.encoder.forward_batch(batch, bidirectional)
+        prediction = self.decoder(encoded, batch, text_targets)
         if not features:
             return prediction
         if self.whole and not bidirectional:
-            seen = self.encoder.forward_batch(batch, bidirectional=True)
-        return prediction._replace(features=seen if self.to_teacher is None else self.to_teacher(seen))
+            encoded = self.encoder.forward_batch(batch, bidirectional=True)
+        return prediction._replace(features=encoded if self.to_teacher is None else self.to_teacher(encoded))
 
     def saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model folder keeps of the weights: the student's, under its own names."""
+        """The weights to save: only the student's."""
         return {key: value for key, value in weights.items() if not key.startswith(PROJECTION)}

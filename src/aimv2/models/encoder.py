@@ -18,11 +18,11 @@ from aimv2.batch import Batch
 from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask, prefix_spans
 from aimv2.models.pool import AttentionPool
 from aimv2.models.positions import patchify, resize_positions, sincos_at, sincos_positions
-from aimv2.models.sizes import EncoderConfig, not_pixels
+from aimv2.models.sizes import EncoderConfig, wrong_image_dtype
 
 
 class PatchEmbed(nn.Module):
-    """Patch projection (a convolution of stride p, done as one matrix product), RMSNorm, position."""
+    """Patch projection (a convolution of stride p, computed as one matmul), RMSNorm, position."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
         """[B, 3, H, W] -> [B, I, D]; ``places`` int64 [B, I, 2]: row and column of each patch, where images are strips."""
         patch = self.config.patch_size
         x = F.linear(patchify(images, patch), self.proj.weight.flatten(1), self.proj.bias)
-        x = self.norm(x.to(self.norm.weight.dtype))  # autocast's product is bf16, the residual stream is not
+        x = self.norm(x.to(self.norm.weight.dtype))  # under autocast the matmul is bf16, the residual stream is not
         if self.config.image_size is not None:
             return x + self.position
         if places is not None:
@@ -48,8 +48,8 @@ class PatchEmbed(nn.Module):
 class VisionEncoder(nn.Module):
     """ViT with RMSNorm, SwiGLU, no class token and no trunk bias; prefix or bidirectional attention.
 
-    ``model(images)`` is the frozen encoder that everything downstream uses. uint8 images are normalised inside with
-    the model's own mean and std; float images count as normalised already.
+    ``model(images)`` is the frozen encoder that downstream tasks use. uint8 images are normalised inside with the model's
+    own mean and std; float images count as normalised already.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -59,8 +59,8 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.head = AttentionPool(config.width, config.pool_heads) if config.pool_heads else None
-        self.compiled = False  # set where the blocks are compiled: picks the mask's form
-        self.frozen = False  # set by the step while the decoder alone learns: no gradient is kept for
+        self.compiled = False  # set where the blocks are compiled: selects the form of the mask
+        self.frozen = False  # set by the training step while only the decoder is trained: runs under no_grad
         self.mean: Tensor
         self.std: Tensor
         for name in ("mean", "std"):
@@ -68,21 +68,21 @@ class VisionEncoder(nn.Module):
         self.fill_constants()
 
     def fill_constants(self) -> None:
-        """Writes mean and std (buffers of a model built without memory hold nothing)."""
+        """Write mean and std (buffers of a model built on the meta device are empty)."""
         for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
             buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
 
     @torch.no_grad()
     def set_image_size(self, image_size: int) -> None:
-        """Makes it one for another image size, in place: learned positions are interpolated (bicubic, antialiased).
+        """Change the image size in place: learned positions are interpolated (bicubic, antialiased).
 
         A fixed-size model used at another size without training at it loses accuracy (AIMV2, Table 6).
 
         Raises:
-            ValueError: a native model, or a size that holds no whole number of patches.
+            ValueError: a native model, or a size that is not a multiple of the patch size.
         """
         if self.config.image_size is None:
-            raise ValueError(f"{self.config.name} is native: it sees images of any size as it is")
+            raise ValueError(f"{self.config.name} is native: it takes images of any size as it is")
         config = replace(self.config, image_size=image_size)
         if image_size < config.patch_size or image_size % config.patch_size:
             raise ValueError(f"image_size must be a multiple of the patch size, {config.patch_size}, got {image_size}")
@@ -92,40 +92,39 @@ class VisionEncoder(nn.Module):
         self.config = self.patch_embed.config = config
 
     def config_dict(self) -> dict[str, Any]:
-        """What ``config.json`` keeps of the encoder."""
+        """The encoder's part of ``config.json``."""
         return asdict(self.config)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged.
 
         Raises:
-            ValueError: integers of another type, which would pass as normalised.
+            ValueError: another integer type.
         """
         if images.dtype == torch.uint8:
             return (images.float() / 255 - self.mean) / self.std
         if not images.is_floating_point():
-            raise ValueError(not_pixels(images.dtype))
+            raise ValueError(wrong_image_dtype(images.dtype))
         return images
 
     def forward(
         self, images: Tensor | Sequence[Tensor], prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
     ) -> Any:
-        """Encodes images.
+        """Encode images.
 
         Args:
             images: uint8 or normalised float [B, 3, H, W]; or, without a prefix, a list of [3, H, W] of different sizes
                 (packed without padding, equal to one at a time; native models).
-            prefix_len: int64 [B], each in 1..I-1: causal attention behind a prefix that all see (training).
-                None: bidirectional.
-            layers: indices of blocks whose outputs are wanted too (before the last norm; negative counts from the end).
+            prefix_len: int64 [B], each in 1..I-1: prefix attention (training). None: bidirectional.
+            layers: indices of blocks whose outputs are returned too (before the last norm; negative counts from the end).
 
         Returns:
             [B, I, D] after the last norm, or for a list a list of [I, D]; with ``layers`` a pair of that and a list of
             the same for each layer.
 
         Raises:
-            TypeError: arrays or pictures instead of tensors.
-            ValueError: layers that there are not, images that the model can't see, a list with a prefix.
+            TypeError: arrays or PIL images instead of tensors.
+            ValueError: a layer out of range, images of the wrong size, a list with a prefix.
         """
         if self.frozen and torch.is_grad_enabled():
             with torch.no_grad():
@@ -147,7 +146,7 @@ class VisionEncoder(nn.Module):
         return x if layers is None else (x, kept)
 
     def forward_batch(self, batch: Batch, bidirectional: bool = False) -> Tensor:
-        """Features of a training batch, under its prefixes unless ``bidirectional``: [B, I, D]; a packed batch [1, N, D]."""
+        """Features of a training batch, with prefix attention unless ``bidirectional``: [B, I, D]; a packed batch [1, N, D]."""
         if batch.places is None:
             return self(batch.images, None if bidirectional else batch.prefix_len)
         assert batch.image_len is not None and batch.prefix_len is not None
@@ -155,7 +154,7 @@ class VisionEncoder(nn.Module):
             with torch.no_grad():
                 return self.forward_batch(batch, bidirectional)
         x = self.patch_embed(self.normalize(batch.images), batch.places)
-        prefix = batch.image_len if bidirectional else batch.prefix_len  # padding behind an image is never seen
+        prefix = batch.image_len if bidirectional else batch.prefix_len  # padding after an image is never attended to
         if batch.layout is None or not batch.layout.image_groups:
             mask: Any = prefix_attention_mask(prefix, x.shape[1], self.compiled and torch.is_grad_enabled())
         else:
@@ -202,12 +201,15 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: the model has none.
         """
+        head, features = self._pooling_head(), self(images)
+        if isinstance(features, Tensor):
+            return head(features)
+        return torch.cat([head(x[None]) for x in features])
+
+    def _pooling_head(self) -> AttentionPool:
         if self.head is None:
             raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
-        features = self(images)
-        if isinstance(features, Tensor):
-            return self.head(features)
-        return torch.cat([self.head(x[None]) for x in features])
+        return self.head
 
     def encode(
         self,
@@ -216,11 +218,11 @@ class VisionEncoder(nn.Module):
         pool: str | None = None,
         as_map: bool = False,
     ) -> Any:
-        """Features in the form that is wanted.
+        """Features per patch, pooled, or as a spatial map.
 
         Args:
             images: uint8 or normalised float [B, 3, H, W], or a list of [3, H, W] (native models: of any sizes).
-            layers: blocks whose outputs are wanted, each through the last norm; None: the last one's.
+            layers: blocks whose outputs are returned, each through the last norm; None: only the last.
             pool: ``none`` or None for all patches, ``mean`` of the patches, or ``attention``: the pooling head, where the
                 model has one.
             as_map: [B, D, h, w] instead of [B, I, D]; without ``pool``.
@@ -230,14 +232,14 @@ class VisionEncoder(nn.Module):
             of that.
 
         Raises:
-            ValueError: an unknown pool, a pool and a map at once, no pooling head, images that the model can't see.
+            ValueError: an unknown pool, a pool and a map at once, no pooling head, images of the wrong size.
         """
         if pool not in (None, "none", "mean", "attention"):
             raise ValueError(f"pool: 'none', 'mean' or 'attention' expected, got {pool!r}")
         if as_map and pool not in (None, "none"):
             raise ValueError(f"as_map gives all patches; pool='{pool}' gives none of them: choose one")
-        if pool == "attention" and self.head is None:
-            raise ValueError(f"{self.config.name} has no pooling head; pool='mean' gives the mean of the patches")
+        if pool == "attention":
+            self._pooling_head()
         if layers is None:
             found = [self(images)]
         else:
@@ -253,8 +255,7 @@ class VisionEncoder(nn.Module):
         if pool == "mean":
             return features.mean(dim=1)
         if pool == "attention":
-            assert self.head is not None
-            return self.head(features)
+            return self._pooling_head()(features)
         if as_map:
             patch = self.config.patch_size
             return features.transpose(1, 2).unflatten(2, (images.shape[-2] // patch, images.shape[-1] // patch))

@@ -1,4 +1,4 @@
-"""Arithmetic of a step, and what the device could do at most: the two halves of MFU."""
+"""FLOPs of a training step and peak FLOP/s of a device, from which MFU is computed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ from aimv2.models.layers import Block
 from aimv2.models.lit import TunedLiT
 from aimv2.models.sizes import encoder_flops
 
-# dense bf16 FLOP/s of accelerators, by a part of their name
+# dense bf16 FLOP/s of accelerators, by a substring of their name
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
 
 
 def _block_flops(block: Block, rows: float, length: float) -> float:
-    """Forward multiply-adds x 2 of a block over ``rows`` rows in sequences of ``length`` (attention over all pairs)."""
+    """Forward FLOPs (2 per multiply-add) of a block over ``rows`` rows in sequences of ``length`` (full attention)."""
     width = block.attn.proj.in_features
     weights = 4 * width**2 + 3 * width * block.mlp.down.in_features
     return rows * (2 * weights + 4 * width * length)
 
 
 def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float:
-    """FLOPs of one training step (forward and backward = 3 forwards): ``tokens`` real caption tokens in all.
+    """FLOPs of one training step (forward and backward = 3 forwards).
 
-    A frozen teacher's are not among them: they are the objective's, which knows them (see :func:`counted`).
+    A frozen teacher is not counted here: the distillation objective measures it with :func:`count_flops`.
+
+    Args:
+        model: any model that training builds.
+        pairs: B.
+        patches: I.
+        tokens: real caption tokens of the whole batch.
     """
     encoder = model.encoder
     if isinstance(model, Classifier):
@@ -62,35 +68,35 @@ def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float
 
 
 def _pair_flops(model: TunedLiT, pairs: float, tokens: float) -> float:
-    """The frozen trunk forwards (not at all where its features are read), and three times what learns: pooling head, text
-    tower, projections and the scores of all pairs."""
+    """One forward of the frozen trunk (none where cached features are read) and 3 forwards of what is trained: pooling head,
+    text tower, projections and the logits of all pairs."""
     image, width = model.image.config, model.image.config.width
     trunk = 0.0 if model.from_features else pairs * encoder_flops(image)
     rows, shared = pairs * image.patches, model.config.projection
-    learnt = rows * (2 * 2 * width**2 + 4 * width) + pairs * 2 * width**2  # keys and values; one query; output
+    trained = rows * (2 * 2 * width**2 + 4 * width) + pairs * 2 * width**2  # keys and values; one query; output
     for block in model.text.blocks:
-        learnt += _block_flops(block, tokens, tokens / pairs)  # type: ignore[arg-type]  # maybe wrapped
-    learnt += pairs * 2 * shared * (width + model.config.text.width)
-    learnt += (1 if model.bias is not None else 2) * 2 * pairs**2 * shared
-    return trunk + 3 * learnt
+        trained += _block_flops(block, tokens, tokens / pairs)  # type: ignore[arg-type]  # maybe wrapped
+    trained += pairs * 2 * shared * (width + model.config.text.width)
+    trained += (1 if model.bias is not None else 2) * 2 * pairs**2 * shared
+    return trunk + 3 * trained
 
 
-def counted(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``run`` gives, and the FLOPs of its matrix products, convolutions and attention: of a model of any origin; 0
-    where it leaves PyTorch."""
-    cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # which the counter leaves out
+def count_flops(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of ``run`` and the FLOPs of its matmuls, convolutions and attention, for a model of any origin; 0 where it
+    leaves PyTorch."""
+    cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # unknown to the counter
 
     def attention(query: Any, key: Any, value: Any, *more: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     with FlopCounterMode(display=False, custom_mapping={cpu: attention} if cpu is not None else None) as counter:
-        found = run()
-    return found, float(counter.get_total_flops())
+        result = run()
+    return result, float(counter.get_total_flops())
 
 
 @cache
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of a large matrix product: a table for accelerators (bf16), a quick measurement on a CPU; None unknown."""
+    """Peak FLOP/s of a large matmul: from a table for accelerators (bf16), measured on a CPU; None if unknown."""
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), None)
@@ -100,7 +106,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     best = float("inf")
     began = time.perf_counter()
     with torch.no_grad():
-        for count in range(20):  # something else may run meanwhile: the best is told
+        for count in range(20):  # other processes may run meanwhile: the best counts
             if count >= 5 and time.perf_counter() - began > 0.2:
                 break
             start = time.perf_counter()

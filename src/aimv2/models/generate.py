@@ -1,6 +1,6 @@
-"""Writing captions: greedy, sampled, or by beam search, with a key-value cache.
+"""Caption generation: greedy, sampling or beam search, with a key-value cache.
 
-Legend: B images, I patches, V vocabulary, K beams. The image tokens are read once.
+Legend: B images, I patches, V vocabulary, K beams.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from aimv2.models.aimv2 import AIMv2
 
 
-class _Writer:
-    """The next token's log-probabilities, from caches or (the plain path) by reading everything again each time."""
+class _NextToken:
+    """Logits of the next token, from caches or (reference path) by a full forward pass each time."""
 
     def __init__(self, model: AIMv2, features: Tensor, cached: bool) -> None:
         self.model, self.features = model, features
@@ -26,7 +26,7 @@ class _Writer:
         if self.caches is not None:
             model.decoder.read_image(features, self.caches)
 
-    def next(self, written: Tensor) -> Tensor:
+    def logits(self, written: Tensor) -> Tensor:
         """int64 [B, t] tokens so far -> fp32 [B, V] logits of the next."""
         if self.caches is None:
             return self.model.decoder.full_logits(self.features, written)[:, -1].float()
@@ -35,30 +35,30 @@ class _Writer:
         return logits.float()
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with samples ``rows`` (repeats are copies)."""
+        """Continue with samples ``rows``, repeats allowed."""
         self.features = self.features[rows]
         for cache in self.caches or ():
             cache.select(rows)
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row: the likeliest at temperature 0, else drawn from the smallest set of mass ``top_p``.
+    """One token per row: the most likely at temperature 0, else nucleus sampling.
 
     Args:
         logits: fp32 [B, V].
         temperature: at least 0.
-        top_p: in (0, 1].
-        generator: of the draw.
+        top_p: probability mass to sample from, in (0, 1].
+        generator: random generator for sampling.
 
     Returns:
         int64 [B].
     """
     if temperature == 0:
         return logits.argmax(-1)
-    shares, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    outside = shares.cumsum(-1) - shares >= top_p  # mass before a token: the likeliest always stays
-    drawn = torch.multinomial(shares.masked_fill(outside, 0), 1, generator=generator)
-    return order.gather(-1, drawn)[:, 0]
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    outside = probs.cumsum(-1) - probs >= top_p  # mass before a token: the most likely one always stays
+    sampled = torch.multinomial(probs.masked_fill(outside, 0), 1, generator=generator)
+    return order.gather(-1, sampled)[:, 0]
 
 
 @torch.no_grad()
@@ -73,18 +73,18 @@ def generate(
     seed: int = 0,
     cached: bool = True,
 ) -> list[list[int]]:
-    """Captions as token ids, each up to and with end of text (or ``max_tokens``).
+    """Generate captions as token ids, each up to and including end of text (or ``max_tokens``).
 
     Args:
         model: with a text head, in evaluation mode.
         images: uint8 or normalised float [B, 3, H, W], on the model's device.
-        eos_id: end of text.
+        eos_id: end-of-text id.
         max_tokens: 1..max_text of the decoder.
-        temperature: 0 takes the likeliest token each time.
-        top_p: of the draw, in (0, 1].
-        beams: more than 1: beam search by mean log-probability (temperature must be 0).
-        seed: of the draw.
-        cached: False reads everything again for each token (the plain path).
+        temperature: 0 is greedy decoding.
+        top_p: probability mass to sample from, in (0, 1].
+        beams: beam width; above 1 beam search by mean log-probability (temperature must be 0).
+        seed: sampling seed.
+        cached: False runs a full forward pass for each token (reference path).
 
     Raises:
         ValueError: options out of range, or a model without a text head.
@@ -99,15 +99,15 @@ def generate(
             f"temperature >= 0, 0 < top_p <= 1 and beams >= 1 are expected, got {temperature}, {top_p}, {beams}"
         )
     if beams > 1 and temperature:
-        raise ValueError(f"beam search does not draw: temperature must be 0 with beams {beams}, got {temperature}")
-    writer = _Writer(model, model.encoder(images), cached)
+        raise ValueError(f"beam search does not sample: temperature must be 0 with beams {beams}, got {temperature}")
+    next_token = _NextToken(model, model.encoder(images), cached)
     if beams > 1:
-        return _beam_search(writer, len(images), eos_id, max_tokens, beams)
+        return _beam_search(next_token, len(images), eos_id, max_tokens, beams)
     generator = torch.Generator(images.device).manual_seed(seed)
     written = torch.zeros(len(images), 0, dtype=torch.int64, device=images.device)
     ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     while written.shape[1] < max_tokens and not bool(ended.all()):
-        token = pick(writer.next(written), temperature, top_p, generator)
+        token = pick(next_token.logits(written), temperature, top_p, generator)
         token = token.masked_fill(ended, eos_id)
         written = torch.cat([written, token[:, None]], 1)
         ended |= token == eos_id
@@ -118,14 +118,14 @@ def _until_end(ids: Sequence[int], eos_id: int) -> list[int]:
     return list(ids[: ids.index(eos_id) + 1]) if eos_id in ids else list(ids)
 
 
-def _beam_search(writer: _Writer, samples: int, eos_id: int, max_tokens: int, beams: int) -> list[list[int]]:
-    """Keeps the ``beams`` best beginnings of each image; the best finished caption by mean log-probability wins."""
-    device = writer.features.device
+def _beam_search(next_token: _NextToken, samples: int, eos_id: int, max_tokens: int, beams: int) -> list[list[int]]:
+    """Beam search with ``beams`` hypotheses per image; the best finished caption by mean log-probability wins."""
+    device = next_token.features.device
     written = torch.zeros(samples, 0, dtype=torch.int64, device=device)
     scores = torch.zeros(samples, 1, device=device)  # [B, K]
     best: list[tuple[float, list[int]]] = [(float("-inf"), []) for _ in range(samples)]
     for length in range(1, max_tokens + 1):
-        logs = writer.next(written).log_softmax(-1).view(samples, scores.shape[1], -1)
+        logs = next_token.logits(written).log_softmax(-1).view(samples, scores.shape[1], -1)
         vocabulary = logs.shape[-1]
         total = (scores[:, :, None] + logs).flatten(1)  # [B, K * V]
         scores, places = total.topk(min(2 * beams, total.shape[1]), dim=1)
@@ -135,22 +135,22 @@ def _beam_search(writer: _Writer, samples: int, eos_id: int, max_tokens: int, be
         for sample in range(samples):
             alive: list[int] = []
             for at in range(scores.shape[1]):
-                beginning = written[rows[sample, at]].tolist()
+                prefix = written[rows[sample, at]].tolist()
                 score = scores[sample, at].item() / length
                 if int(tokens[sample, at]) == eos_id or length == max_tokens:
                     if score > best[sample][0]:
-                        best[sample] = (score, [*beginning, int(tokens[sample, at])])
+                        best[sample] = (score, [*prefix, int(tokens[sample, at])])
                 elif len(alive) < beams:
                     alive.append(at)
             alive += [alive[-1] if alive else 0] * (beams - len(alive))
             open_.append(scores[sample, alive])
             chosen += [(int(rows[sample, at]), int(tokens[sample, at])) for at in alive]
-        # mean log-probability can only fall behind the best finished one if even a free ride would not win
+        # stop once no open hypothesis could win even if all its further tokens had probability 1
         if all(bool((o.max() / max_tokens) < b[0]) for o, b in zip(open_, best)):
             break
         scores = torch.stack(open_)
-        picked = torch.tensor([row for row, _ in chosen], device=device)
-        writer.select(picked)
+        kept = torch.tensor([row for row, _ in chosen], device=device)
+        next_token.select(kept)
         new = torch.tensor([token for _, token in chosen], device=device)
-        written = torch.cat([written[picked], new[:, None]], 1)
+        written = torch.cat([written[kept], new[:, None]], 1)
     return [ids for _, ids in best]

@@ -1,4 +1,4 @@
-"""All initialisation in one place (the released training code)."""
+"""All weight initialisation, as in the released training code."""
 
 import math
 
@@ -14,11 +14,13 @@ from aimv2.models.lit import LiT, TextEncoder, TunedLiT
 from aimv2.models.pool import AttentionPool
 from aimv2.models.probe_head import AttentiveProbe
 
-SIGMOID_BIAS = -10.0  # of the logits, so that a first step does not mend a batch of negatives (SigLIP, section 3.2)
+SIGMOID_BIAS = (
+    -10.0
+)  # initial logit bias, so that the first steps do not only correct for the negatives (SigLIP, section 3.2)
 
 
 def _xavier(weight: torch.Tensor, parts: int, generator: torch.Generator | None) -> None:
-    """Xavier-uniform for each of ``parts`` projections fused along the outputs, as if they were separate."""
+    """Xavier-uniform for each of ``parts`` projections fused along the output dimension, as if they were separate."""
     fan_out, fan_in = weight.shape[0] // parts, weight[0].numel()
     bound = math.sqrt(6 / (fan_in + fan_out))
     nn.init.uniform_(weight, -bound, bound, generator=generator)
@@ -79,11 +81,11 @@ def _decoder(decoder: MultimodalDecoder, generator: torch.Generator | None) -> N
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int | None = None) -> None:
-    """Fills every parameter and buffer of an encoder or a model around one, whatever it held.
+    """Overwrite every parameter and buffer of an encoder or a model that contains one.
 
     Args:
-        model: VisionEncoder, AIMv2, LiT or Classifier, on any real device.
-        seed: of a generator of its own; None draws from torch's global one.
+        model: VisionEncoder, AIMv2, LiT or Classifier, on any device but meta.
+        seed: seed of a separate generator; None uses torch's global one.
     """
     device = next(model.parameters()).device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)

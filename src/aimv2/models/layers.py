@@ -1,4 +1,4 @@
-"""The parts of every trunk: attention in its forms, SwiGLU, and the pre-norm block (AIMV2, Table 1).
+"""Building blocks of every trunk: attention in its forms, SwiGLU, and the pre-norm block (AIMV2, Table 1).
 
 Legend: B samples, N positions, D width, H heads, d = D / H, R packed rows.
 """
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NORM_EPS = 1e-5  # RMSNorm, everywhere
-PRODUCT_LENGTH = {False: 256, True: 1024}  # positions; True: bf16. Beyond, SDPA is faster or the scores too large
+MATMUL_LENGTH = {False: 256, True: 1024}  # positions; True: bf16. Above, SDPA is faster or the scores too large
 
 
 class Packed(NamedTuple):
-    """How B sequences of I image and up to T text positions lie in rows without padding.
+    """Layout of B sequences of I image and up to T text positions in rows without padding.
 
     The first B * I rows are the image positions; row B * I + r is the text position ``token_rows[r]`` of the flat
     [B * T] text (B * T itself marks a padding row).
@@ -31,14 +31,14 @@ class Packed(NamedTuple):
     samples: int  # B
     patches: int  # I
     text: int  # T
-    spans: Spans | None = None  # images of different sizes: takes the place of the numbers above
+    spans: Spans | None = None  # images of different sizes: replaces the numbers above
 
 
 class Spans(NamedTuple):
     """Sequences of different lengths in one row of R without padding, for attention within each.
 
-    Sequences of about one length form a group and are padded for attention alone: group g has ``groups[g] = (n, L)``, n
-    sequences of up to L positions. ``slots`` is the place of every row in all the groups' n * L positions laid end to end;
+    Sequences of similar length form a group and are padded for attention only: group g has ``groups[g] = (n, L)``, n
+    sequences of up to L positions. ``slots`` is the index of every row in the concatenated n * L positions of all groups;
     padding rows hold their sum.
     """
 
@@ -55,9 +55,9 @@ def prefix_spans(slots: Tensor, groups: tuple[tuple[int, int], ...], prefix_len:
 
 
 class Documents(NamedTuple):
-    """Images of different sizes in one row without padding: each attends to itself alone.
+    """Images of different sizes in one row without padding, for attention within each image.
 
-    ``lengths`` are their numbers of patches; ``starts`` is int32 [images + 1] on the device, the running sum from 0.
+    ``lengths`` are their numbers of patches; ``starts`` is int32 [images + 1] on the device, the cumulative sum from 0.
     """
 
     lengths: tuple[int, ...]
@@ -65,27 +65,27 @@ class Documents(NamedTuple):
 
 
 class Cache:
-    """Keys and values already computed, for one block: [B, H, cached, d] each."""
+    """Key-value cache of one block: [B, H, cached, d] each."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends along the positions and returns all keys and values so far."""
+        """Append along the positions; return all keys and values so far."""
         if self.key is not None and self.value is not None:
             key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
         self.key, self.value = key, value
         return key, value
 
     def select(self, rows: Tensor) -> None:
-        """Keeps samples ``rows`` (int64 [B']), in that order; repeats are copies (beam search)."""
+        """Reorder to samples ``rows`` (int64 [B']), repeats allowed (beam search)."""
         if self.key is not None and self.value is not None:
             self.key, self.value = self.key[rows], self.value[rows]
 
 
-def product_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """Attention as two products around a masked softmax; faster than SDPA on a CPU where sequences are short.
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention as two matmuls around a masked softmax; faster than SDPA on a CPU for short sequences.
 
     Args:
         q, k, v: [B, H, N, d].
@@ -101,9 +101,9 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -
 
 
 def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None) -> Tensor:
-    """:func:`product_attention`, causal or with a prefix, for torch.compile on a CPU.
+    """:func:`matmul_attention`, causal or with a prefix, for torch.compile on a CPU.
 
-    The mask is a comparison of positions fused into the softmax: no [B, N, N] mask is ever stored.
+    The mask is a comparison of positions fused into the softmax: no [B, N, N] mask is materialised.
 
     Args:
         q, k, v: [B, H, N, d].
@@ -114,15 +114,15 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, prefix_len: Tensor | None)
     """
     length = q.shape[2]
     if prefix_len is None:
-        return product_attention(q, k, v, causal_mask(length, q.device))
-    return product_attention(q, k, v, prefix_mask(prefix_len, length)[:, None])
+        return matmul_attention(q, k, v, causal_mask(length, q.device))
+    return matmul_attention(q, k, v, prefix_mask(prefix_len, length)[:, None])
 
 
-def prefers_products(q: Tensor) -> bool:
-    """Whether two products beat SDPA: on a CPU up to PRODUCT_LENGTH positions (its kernel's backward pass is slow)."""
-    if torch.compiler.is_exporting():  # the length may be unknown, and other engines know attention by its name
+def prefers_matmul(q: Tensor) -> bool:
+    """Whether two matmuls beat SDPA: on a CPU up to MATMUL_LENGTH positions (its kernel's backward pass is slow)."""
+    if torch.compiler.is_exporting():  # the length may be unknown, and other engines recognise the SDPA operator
         return False
-    return q.device.type == "cpu" and q.shape[2] <= PRODUCT_LENGTH[q.dtype == torch.bfloat16]
+    return q.device.type == "cpu" and q.shape[2] <= MATMUL_LENGTH[q.dtype == torch.bfloat16]
 
 
 class Attention(nn.Module):
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
         Args:
             qkv: [B, N, 3 * D].
-            mask: None = all see all; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask; or
+            mask: None = bidirectional; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask; or
                 Documents or Spans (B = 1).
 
         Returns:
@@ -156,11 +156,11 @@ class Attention(nn.Module):
         q, k, v = self.split(qkv)
         if isinstance(mask, Documents):
             return self.attend_documents(q, k, v, mask)
-        compiling, products = torch.compiler.is_compiling() and q.device.type == "cpu", prefers_products(q)
+        compiling, by_matmul = torch.compiler.is_compiling() and q.device.type == "cpu", prefers_matmul(q)
         if mask is None:
-            out = product_attention(q, k, v, None) if products else F.scaled_dot_product_attention(q, k, v)
+            out = matmul_attention(q, k, v, None) if by_matmul else F.scaled_dot_product_attention(q, k, v)
         elif isinstance(mask, str):
-            if compiling or products:
+            if compiling or by_matmul:
                 out = inline_attention(q, k, v, None)
             else:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 
             out = flex_attention(q, k, v, block_mask=mask)
         elif mask.dtype == torch.bool:
-            plain = product_attention if products else F.scaled_dot_product_attention
+            plain = matmul_attention if by_matmul else F.scaled_dot_product_attention
             out = plain(q, k, v, mask)
         else:
             out = inline_attention(q, k, v, mask)
@@ -178,7 +178,7 @@ class Attention(nn.Module):
     def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: Documents) -> Tensor:
         """Bidirectional attention within each document: [1, H, N, d] each -> [1, N, D].
 
-        On CUDA in half precision one variable-length kernel, elsewhere one call a document.
+        On CUDA in half precision one variable-length kernel, elsewhere one call per document.
         """
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_available():
             from torch.nn.attention.varlen import varlen_attn
@@ -189,9 +189,9 @@ class Attention(nn.Module):
             return out.flatten(1)[None]
         parts = []
         for q1, k1, v1 in zip(*(part.split(rows.lengths, dim=2) for part in (q, k, v))):
-            products = prefers_products(q1)
-            plain = product_attention(q1, k1, v1, None) if products else F.scaled_dot_product_attention(q1, k1, v1)
-            parts.append(plain.transpose(1, 2).flatten(2))
+            by_matmul = prefers_matmul(q1)
+            out = matmul_attention(q1, k1, v1, None) if by_matmul else F.scaled_dot_product_attention(q1, k1, v1)
+            parts.append(out.transpose(1, 2).flatten(2))
         return torch.cat(parts, dim=1)
 
     def attend_packed(self, qkv: Tensor, rows: Packed) -> Tensor:
@@ -243,8 +243,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: attention, then SwiGLU, each added to its input.
 
-    One class serves the encoder (padded [B, N, D] with a mask), the decoder in training (packed rows) and the decoder
-    that writes captions (cache).
+    One class serves the encoder (padded [B, N, D] with a mask), the decoder in training (packed rows) and caption
+    generation (cache).
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -262,13 +262,13 @@ class Block(nn.Module):
         keep: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Applies the block.
+        """Apply the block.
 
         Args:
             x: [B, N, D], or packed rows [B * I + R, D].
             mask: see :meth:`Attention.attend` (padded input only).
             packed: the row layout, for packed input.
-            keep: int64 [K]; of packed rows only these leave the block (the last block scores no others).
+            keep: int64 [K]; only these packed rows leave the block (the last block needs scored rows only).
             cache: keys and values so far; ``x`` holds the new positions.
 
         Returns:
@@ -288,19 +288,19 @@ class Block(nn.Module):
 
 
 def varlen_available() -> bool:
-    """True where torch has variable-length attention."""
+    """Whether torch has variable-length attention."""
     import importlib.util
 
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def flex_available() -> bool:
-    """True where FlexAttention may serve training (it has no backward pass on a CPU)."""
+    """Whether FlexAttention can be used in training (it has no backward pass on a CPU)."""
     return torch.cuda.is_available()
 
 
 def prefix_attention_mask(prefix_len: Tensor, length: int, compiled: bool) -> Tensor | BlockMask:
-    """The form of the prefix mask that suits the device; made once a batch, used by every block.
+    """The prefix mask in the form that suits the device; built once per batch, used by every block.
 
     Args:
         prefix_len: int64 [B], each in 1..length.

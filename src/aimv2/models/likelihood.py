@@ -1,8 +1,8 @@
-"""How well captions fit images, by the decoder's own probabilities: log p(caption | image), for all of both.
+"""Caption likelihood under the decoder: log p(caption | image) for every image with every caption.
 
-Legend: B images, C captions, c captions of a part, T tokens of its longest, I patches, H heads, d width of a head.
+Legend: B images, C captions, c captions of a chunk, T tokens of its longest, I patches, H heads, d width of a head.
 
-An image is read once: its keys and values of every block stay, and all captions are read behind them, in parts.
+An image is prefilled once: its keys and values of every block are cached, and all captions are scored on top, in chunks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from aimv2.models.aimv2 import AIMv2, CaptionTokenizer
 from aimv2.models.decoder import IGNORED, MultimodalDecoder
 from aimv2.models.layers import Cache
 
-CHUNK_POSITIONS = 16384  # image and caption positions that attention holds at once
+CHUNK_POSITIONS = 16384  # image and caption positions in attention at once
 CHUNK_ROWS = 1024  # rows of fp32 logits at once: 128 MiB of a vocabulary of 32,000
 
 
-class ImageMemory:
-    """What the decoder keeps of B images: keys and values [B, H, I, d] of every block."""
+class ImageCache:
+    """The decoder's key-value cache of B images: [B, H, I, d] of every block."""
 
     def __init__(self, caches: list[Cache]) -> None:
         self.caches = caches
@@ -39,8 +39,8 @@ class ImageMemory:
         assert self.caches[0].key is not None
         return self.caches[0].key.shape[2]
 
-    def behind(self, block: int, begin: int, end: int, captions: int) -> Cache:
-        """A block's cache of images ``begin`` to ``end``, each for ``captions`` rows; what is added to it is not kept here."""
+    def expanded(self, block: int, begin: int, end: int, captions: int) -> Cache:
+        """A copy of a block's cache of images ``begin`` to ``end``, each repeated for ``captions`` rows."""
         cache, held = Cache(), self.caches[block]
         assert held.key is not None and held.value is not None
         cache.key, cache.value = (
@@ -50,12 +50,12 @@ class ImageMemory:
 
 
 @torch.no_grad()
-def read_images(model: AIMv2, images: Tensor) -> ImageMemory:
-    """Encoder and decoder over the images, once whatever is asked of them.
+def read_images(model: AIMv2, images: Tensor) -> ImageCache:
+    """Prefill the decoder's cache with images.
 
     Args:
         model: with a text head, in evaluation mode.
-        images: uint8 or normalised float [B, 3, H, W]; all patches see each other, as when captions are written.
+        images: uint8 or normalised float [B, 3, H, W]; bidirectional attention, as in caption generation.
 
     Raises:
         ValueError: a model without a text head.
@@ -65,18 +65,18 @@ def read_images(model: AIMv2, images: Tensor) -> ImageMemory:
     caches = model.decoder.new_caches()
     with torch.compiler.set_stance("force_eager"):
         model.decoder.read_image(model.encoder(images.to(model.encoder.mean.device)), caches)
-    return ImageMemory(caches)
+    return ImageCache(caches)
 
 
 @torch.no_grad()
-def log_likelihood(model: AIMv2, memory: ImageMemory, captions: Sequence[Sequence[int]]) -> Tensor:
+def log_likelihood(model: AIMv2, memory: ImageCache, captions: Sequence[Sequence[int]]) -> Tensor:
     """log p(caption | image) of every image with every caption: the sum over its tokens, end of text included.
 
-    Neither padding nor what else is in the batch changes a value.
+    Values do not depend on padding or on the rest of the batch.
 
     Args:
-        model: that read the images, in evaluation mode.
-        memory: of B images, from :func:`read_images`.
+        model: the model that filled ``memory``, in evaluation mode.
+        memory: cache of B images, from :func:`read_images`.
         captions: C lists of 1 to ``max_text`` token ids, each ending with end of text.
 
     Returns:
@@ -85,26 +85,26 @@ def log_likelihood(model: AIMv2, memory: ImageMemory, captions: Sequence[Sequenc
     limit = model.decoder.config.max_text
     assert all(1 <= len(caption) <= limit for caption in captions), f"captions of 1 to {limit} tokens expected"
     out = torch.empty(memory.images, len(captions), dtype=torch.float64)
-    for places, text in _parts(captions, memory.patches):
+    for places, text in _chunks(captions, memory.patches):
         text = text.to(model.decoder.bos.device)
         size = max(1, CHUNK_POSITIONS // (len(text) * (memory.patches + text.shape[1])))
         for begin in range(0, memory.images, size):
             end = min(begin + size, memory.images)
-            out[begin:end, places] = _of_images(model.decoder, memory, begin, end, text)
+            out[begin:end, places] = _score_chunk(model.decoder, memory, begin, end, text)
     return out
 
 
 def score(
     model: AIMv2, images: Tensor, captions: Sequence[str], tokenizer: CaptionTokenizer | None = None, mean: bool = False
 ) -> Tensor:
-    """Scores captions as texts: log p(caption | image) for every image with every caption.
+    """:func:`log_likelihood` of captions given as texts.
 
     Args:
         model: with a text head, in evaluation mode.
         images: uint8 or normalised float [B, 3, H, W].
         captions: C texts.
-        tokenizer: other than the model's own.
-        mean: a token, instead of the sum.
+        tokenizer: replaces the model's own.
+        mean: mean per token instead of the sum.
 
     Returns:
         float64 [B, C] on the CPU, nats.
@@ -118,7 +118,7 @@ def score(
 
 
 def tokenize(model: AIMv2, captions: Sequence[str], tokenizer: CaptionTokenizer | None = None) -> list[list[int]]:
-    """Texts as the decoder was taught them: cut to ``max_text`` tokens, end of text the last.
+    """Token ids as in training: truncated to ``max_text`` tokens, end of text last.
 
     Raises:
         ValueError: no tokeniser.
@@ -129,11 +129,11 @@ def tokenize(model: AIMv2, captions: Sequence[str], tokenizer: CaptionTokenizer 
     return [tokenizer.encode(text, model.decoder.config.max_text) for text in captions]  # type: ignore[attr-defined]
 
 
-def _parts(captions: Sequence[Sequence[int]], patches: int) -> list[tuple[Tensor, Tensor]]:
-    """Captions of similar length together: (places int64 [c], tokens int64 [c, T], padded with IGNORED)."""
+def _chunks(captions: Sequence[Sequence[int]], patches: int) -> list[tuple[Tensor, Tensor]]:
+    """Captions grouped by similar length: (indices int64 [c], tokens int64 [c, T], padded with IGNORED)."""
     order = sorted(range(len(captions)), key=lambda place: len(captions[place]))
     parts, begun = list[list[int]](), list[int]()
-    for place in order:  # lengths only grow, so the newest is the part's longest
+    for place in order:  # lengths only grow, so the newest is the chunk's longest
         if begun and (len(begun) + 1) * (patches + len(captions[place])) > CHUNK_POSITIONS:
             parts.append(begun)
             begun = []
@@ -148,15 +148,15 @@ def _parts(captions: Sequence[Sequence[int]], patches: int) -> list[tuple[Tensor
     return out
 
 
-def _of_images(decoder: MultimodalDecoder, memory: ImageMemory, begin: int, end: int, text: Tensor) -> Tensor:
-    """Captions [c, T], padded with IGNORED, behind images begin..end-1: float64 [end - begin, c] on the CPU.
+def _score_chunk(decoder: MultimodalDecoder, memory: ImageCache, begin: int, end: int, text: Tensor) -> Tensor:
+    """Captions [c, T], padded with IGNORED, for images begin..end-1: float64 [end - begin, c] on the CPU.
 
-    Padding lies behind the real tokens, which read causally: it is fed as token 0 and its output is dropped.
+    Padding follows the real tokens and attention is causal: it is fed as token 0 and its output is dropped.
     """
     count = end - begin
     x = decoder.caption_inputs(text.clamp(min=0), text.shape[1]).repeat(count, 1, 1)
     for number, block in enumerate(decoder.trunk.blocks):
-        x = block(x, cache=memory.behind(number, begin, end, len(text)))
+        x = block(x, cache=memory.expanded(number, begin, end, len(text)))
     targets = text.repeat(count, 1).flatten()
     real = (targets != IGNORED).nonzero().flatten()
     rows = decoder.trunk.norm(x).flatten(0, 1).index_select(0, real)

@@ -1,7 +1,6 @@
-"""The image-text pair of locked-image tuning: frozen encoder with a pooling head, causal text tower, shared space
-(AIMV2, locked-image tuning).
+"""Locked-image tuning (LiT): frozen image encoder with a pooling head and a causal text tower, in one embedding space.
 
-Legend: B images or texts, N patches, T tokens, D width, P width of the shared space.
+Legend: B images or texts, N patches, T tokens, D width, P width of the joint embedding space.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from aimv2.models.sizes import EncoderConfig
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text tower; the defaults are the released one's."""
+    """Shape of the text tower; the defaults are the released model's."""
 
     width: int = 768
     depth: int = 12
@@ -30,22 +29,22 @@ class TextConfig:
     hidden: int = 2048
     vocab_size: int = 49408  # CLIP's BPE
     max_text: int = 77
-    end: int = 49407  # end-of-text token; the first one is where a text is pooled
+    end: int = 49407  # end-of-text id; a text is pooled at the first one
 
 
 @dataclass(frozen=True)
 class LiTConfig:
-    """Shape of a pair. ``encoder.pool_heads`` is set."""
+    """Shape of a LiT pair. ``encoder.pool_heads`` is set."""
 
     encoder: EncoderConfig
     text: TextConfig
     projection: int = 768
     temperature: float = 0.07  # at the start of training
-    max_scale: float = 100.0  # of the logits
+    max_scale: float = 100.0  # upper bound of the logit scale
 
 
 class TextEncoder(nn.Module):
-    """Causal transformer over tokens, pooled at the first end of text."""
+    """Causal text transformer, pooled at the first end of text."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -69,10 +68,10 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """int64 [B, T] -> [B, D]: the features at each text's first end of text (causal: what follows is unseen).
+        """int64 [B, T] -> [B, D]: the features at each text's first end of text (causal: later tokens have no effect).
 
-        Without an end of text a row gives its first position; :class:`aimv2.data.text.clip.ClipTokenizer` always
-        writes one.
+        A row without an end of text gives its first position; :class:`aimv2.data.text.clip.ClipTokenizer` always
+        appends one.
         """
         features = self(tokens)
         at = (tokens == self.config.end).to(torch.int64).argmax(dim=1)
@@ -80,7 +79,7 @@ class TextEncoder(nn.Module):
 
 
 class LiT(nn.Module):
-    """Image encoder and text tower in one space; ``.image`` is the VisionEncoder."""
+    """Image encoder and text tower in one embedding space; ``.image`` is the VisionEncoder."""
 
     def __init__(self, config: LiTConfig) -> None:
         super().__init__()
@@ -99,19 +98,19 @@ class LiT(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by: exp of the learned logarithm, which is held in 0..ln(max_scale); []."""
-        learnt = self.log_scale
-        held = (learnt >= 0) & (learnt <= self.max_log_scale)
-        # not the gradient of clamp, which newer torch has as 0 at a bound: a scale that came there would stay for ever
-        return torch.where(held, learnt, learnt.detach().clamp(0, self.max_log_scale)).exp()
+        """Logit scale (inverse temperature): exp of the learned logarithm, clamped to 0..ln(max_scale); []."""
+        log_scale = self.log_scale
+        inside = (log_scale >= 0) & (log_scale <= self.max_log_scale)
+        # not torch.clamp: newer versions have gradient 0 at the bound itself, where the scale would then stay for ever
+        return torch.where(inside, log_scale, log_scale.detach().clamp(0, self.max_log_scale)).exp()
 
     @property
     def max_log_scale(self) -> float:
-        """ln(max_scale), as fp32 has it."""
+        """ln(max_scale) in fp32."""
         return torch.tensor(self.config.max_scale).log().item()
 
     def config_dict(self) -> dict[str, Any]:
-        """What ``config.json`` keeps of the pair."""
+        """Contents of ``config.json``."""
         return {"lit": {**asdict(self.config), "encoder": self.image.config_dict()}}
 
     def encode_image(self, images: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
@@ -131,28 +130,28 @@ class LiT(nn.Module):
         return F.normalize(out, dim=-1) if normalize else out
 
     def forward(self, images: Tensor | Sequence[Tensor], texts: Tensor | list[str]) -> Tensor:
-        """Logits: every image beside every text, [images, texts]."""
+        """Logits of every image with every text, [images, texts]."""
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T
 
 
 class PairFeatures(NamedTuple):
-    """What a contrastive loss compares, all fp32."""
+    """Inputs of a contrastive loss, all fp32."""
 
     image: Tensor  # [B, P], of unit length
     text: Tensor  # [B, P], of unit length
-    scale: Tensor  # [1], of the cosines
-    bias: Tensor | None  # [1], added to the logits; of the sigmoid loss alone
+    scale: Tensor  # [1], logit scale
+    bias: Tensor | None  # [1], added to the logits; sigmoid loss only
 
 
 class TunedLiT(LiT):
-    """A pair in training: the image trunk is frozen; pooling head, text tower, projections and scale learn.
+    """A LiT pair in training: the image trunk is frozen; pooling head, text tower, projections and scale are trained.
 
-    Scale and bias are tensors of one value, since FSDP2 shards no scalars. The bias of the sigmoid loss is no part of a
-    saved pair: it moves all logits alike, so no comparison of texts or images knows it.
+    Scale and bias have shape [1], since FSDP2 shards no scalars. The bias of the sigmoid loss is not saved: it shifts all
+    logits alike, so no ranking of texts or images depends on it.
     """
 
     def __init__(self, config: LiTConfig, bias: bool, from_features: bool = False) -> None:
-        """``bias``: for the sigmoid loss. ``from_features``: training reads the trunk's features from a cache."""
+        """``bias``: for the sigmoid loss. ``from_features``: training reads cached features of the trunk."""
         super().__init__(config)
         assert self.image.head is not None
         self.from_features = from_features
@@ -162,7 +161,7 @@ class TunedLiT(LiT):
         self.image.head.requires_grad_(True)
 
     def block_lists(self) -> list[nn.ModuleList]:
-        """Its blocks, tower by tower."""
+        """Transformer blocks, one list per tower."""
         return [self.image.blocks, self.text.blocks]
 
     def forward(self, batch: Batch) -> PairFeatures:  # type: ignore[override]  # the loss needs more than the logits
@@ -184,5 +183,5 @@ class TunedLiT(LiT):
             return PairFeatures(*unit, self.scale, None if self.bias is None else self.bias.clone())
 
     def saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model folder keeps of the weights: the pair's."""
+        """The weights to save: all but the bias."""
         return {key: value for key, value in weights.items() if key != "bias"}

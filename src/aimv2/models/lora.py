@@ -1,4 +1,4 @@
-"""Low-rank updates of the encoder's products (LoRA, arXiv 2106.09685), through ``peft``: ``W x + B (A x)``, W frozen."""
+"""LoRA on the encoder's linears (arXiv 2106.09685), through ``peft``: ``W x + B (A x)``, W frozen."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_up|down))"
 BASE, LEFT, RIGHT = ".base_layer.weight", ".lora_B.default.weight", ".lora_A.default.weight"
 
 
-def add_updates(encoder: VisionEncoder, rank: int, seed: int) -> None:
-    """Puts updates beside every product of the blocks, in place, and freezes what was there; B starts at zero.
+def add_lora(encoder: VisionEncoder, rank: int, seed: int) -> None:
+    """Add LoRA to every linear of the blocks, in place, and freeze the original weights; B starts at zero.
 
     Args:
-        encoder: with its weights.
-        rank: of A [rank, in] and B [out, rank]; their product counts as it is (peft's alpha equals the rank).
-        seed: of A.
+        encoder: encoder with its weights.
+        rank: rank of A [rank, in] and B [out, rank]; their product is not scaled (peft's alpha equals the rank).
+        seed: seed for A.
 
     Raises:
         UsageError: peft is not installed.
@@ -34,8 +34,8 @@ def add_updates(encoder: VisionEncoder, rank: int, seed: int) -> None:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), encoder)
 
 
-def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Plain weights ``W + B A`` by plain names, of the weights of an adapted model; what has no update stays."""
+def merge_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Plain weights ``W + B A`` under plain names, from the weights of a model with LoRA; other weights pass unchanged."""
     plain = {}
     for key, value in weights.items():
         if key.endswith(BASE):

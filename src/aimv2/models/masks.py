@@ -1,11 +1,11 @@
-"""Who may attend to whom. Pure functions of lengths; True = may attend; rows ask, columns answer."""
+"""Boolean attention masks, pure functions of lengths. True = may attend; rows are queries, columns are keys."""
 
 import torch
 from torch import Tensor
 
 
 def causal_mask(length: int, device: torch.device | str | None = None) -> Tensor:
-    """Each position sees itself and what is before it (decoder, AIMV2, Figure 1).
+    """Causal mask: each position attends to itself and earlier ones (decoder, AIMV2, Figure 1).
 
     Returns:
         bool [length, length].
@@ -15,7 +15,7 @@ def causal_mask(length: int, device: torch.device | str | None = None) -> Tensor
 
 
 def prefix_mask(prefix_len: Tensor, length: int) -> Tensor:
-    """Causal, and the first ``prefix_len`` positions are seen by all (encoder, AIMV2, Figure 1).
+    """Prefix mask: causal, and every position attends to the first ``prefix_len`` ones (encoder, AIMV2, Figure 1).
 
     Args:
         prefix_len: int [B], each in 1..length.
@@ -29,7 +29,7 @@ def prefix_mask(prefix_len: Tensor, length: int) -> Tensor:
 
 
 def cached_mask(cached: int, new: int, device: torch.device | str | None = None) -> Tensor:
-    """Causal rows of ``new`` positions that follow ``cached`` ones already held in a key-value cache.
+    """Causal mask of ``new`` positions that follow ``cached`` ones in a key-value cache.
 
     Returns:
         bool [new, cached + new].

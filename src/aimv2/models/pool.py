@@ -1,4 +1,4 @@
-"""The pooling head of the released pair (AIMV2, Table 1): one learned query reads all patch tokens.
+"""The attention pooling head of the released LiT pair (AIMV2, Table 1): one learned query over all patch tokens.
 
 Legend: B images, N tokens, D width, H heads, d = D / H.
 """

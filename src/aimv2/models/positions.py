@@ -1,4 +1,4 @@
-"""Patches and their positions: pure functions.
+"""Patchify and position embeddings, as pure functions.
 
 Legend: B images, p patch side, h x w grid, I = h * w patches in row-major order, D width.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, I, C * p * p], row-major patches, channel first inside a patch (as a convolution reads)."""
+    """[B, C, H, W] -> [B, I, C * p * p], row-major patches, channel first inside a patch (the order of a convolution)."""
     batch, channels, height, width = images.shape
     h, w = height // patch, width // patch
     x = images[:, :, : h * patch, : w * patch].reshape(batch, channels, h, patch, w, patch)
@@ -50,7 +50,7 @@ def grid_places(height: int, width: int, device: torch.device | str | None = Non
 
 
 def sincos_at(places: Tensor, dim: int) -> Tensor:
-    """:func:`sincos_positions` of single patches.
+    """:func:`sincos_positions` of given patches.
 
     Args:
         places: int64 [..., 2], row and column.
@@ -61,13 +61,13 @@ def sincos_at(places: Tensor, dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {dim}")
-    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=places.device) / (dim // 4))
-    row, column = (axis[..., None].float() * rate for axis in places.unbind(-1))
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=places.device) / (dim // 4))
+    row, column = (axis[..., None].float() * frequency for axis in places.unbind(-1))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1)
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Learned positions of a square grid for another grid (bicubic, antialiased).
+    """Interpolate learned positions of a square grid to another grid (bicubic, antialiased).
 
     Args:
         positions: [1, I, D], I a square.

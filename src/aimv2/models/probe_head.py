@@ -1,5 +1,4 @@
-"""Heads that measure a frozen encoder: the attentive probe (AIMV1, attentive probe; AIMV2, Table A2), the efficient probe,
-and many of either at once.
+"""Probe heads on a frozen encoder: attentive (AIMV1, attentive probe; AIMV2, Table A2), efficient, and sweeps of either.
 
 Legend: B images, N tokens, D width, H heads or queries, d = D / H, C classes, G probes.
 """
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 from aimv2.batch import Batch
 
 NORM_EPS = 1e-6
-PROTOCOLS = ("attentive", "efficient")
 
 
 class AttentiveProbe(nn.Module):
     """Batch norm without affine, one learned query over keys and values without bias, then a linear classifier."""
 
     def __init__(self, width: int, classes: int, heads: int | None = None, norm: bool = True) -> None:
-        """``heads`` None: width / 64, at least 1 (released v1 models: width / 128). ``norm`` False: it is done before."""
+        """``heads`` None: width / 64, at least 1 (released v1 models: width / 128). ``norm`` False: the caller applies it."""
         super().__init__()
         self.heads = heads or max(1, width // 64)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=NORM_EPS) if norm else None
@@ -47,18 +45,18 @@ class AttentiveProbe(nn.Module):
         return self.linear(pooled)
 
     def scorers(self) -> Tensor:
-        """What each head's query asks of a token: [H, D]; the key projection folded into the query, ``K^T q / sqrt(d)``."""
+        """Score vectors [H, D]: the key projection folded into each head's query, ``K^T q / sqrt(d)``."""
         key = self.key.weight.unflatten(0, (self.heads, -1))  # [H, d, D]
         query = self.query.view(self.heads, -1)  # [H, d]
         return torch.einsum("hd,hdw->hw", query, key) / math.sqrt(query.shape[1])
 
 
 class EfficientProbe(nn.Module):
-    """Several learned queries on the tokens themselves (no key projection), each reading its own slice of the values;
+    """Several learned queries on the tokens themselves (no key projection), each pooling its own slice of the values;
     then batch norm without affine and a linear classifier (efficient probing, arXiv 2506.10178, and its code)."""
 
     def __init__(self, width: int, classes: int, heads: int | None = None, norm: bool = True) -> None:
-        """``heads`` is the number of queries; None: 32, or as many as divide the width. ``norm`` False: it is done outside."""
+        """``heads``: number of queries; None: 32, or as many as divide the width. ``norm`` False: the caller applies it."""
         super().__init__()
         self.heads = heads or math.gcd(32, width)
         self.query = nn.Parameter(torch.empty(1, self.heads, width))
@@ -76,7 +74,7 @@ class EfficientProbe(nn.Module):
         return self.linear(pooled if self.norm is None else self.norm(pooled))
 
     def scorers(self) -> Tensor:
-        """[H, D]: the queries, divided by sqrt(D)."""
+        """Score vectors [H, D]: the queries, divided by sqrt(D)."""
         return self.query[0] / math.sqrt(self.query.shape[-1])
 
 
@@ -90,11 +88,11 @@ class Trial:
 
 
 class ProbeSweep(nn.Module):
-    """G probes at once over the same frozen features, each with its own rate and decay.
+    """G probes trained at once on the same frozen features, each with its own learning rate and weight decay.
 
-    Keys only meet a learned query and values only a learned average, and neither has a bias: so the key matrix is folded
-    into the query and the value matrix is applied after averaging. A probe then costs 4 N D H products an image and not
-    4 N D D, with the same result and gradients; all probes of a layer are two batched products over its tokens.
+    Queries are learned constants and no projection has a bias, so the key matrix is folded into the query and the value matrix
+    is applied after averaging. A probe then costs 4 N D H multiply-adds per image instead of 4 N D D, with the same result and
+    gradients; all probes of a layer are two batched matmuls over its tokens.
     """
 
     def __init__(
@@ -110,9 +108,9 @@ class ProbeSweep(nn.Module):
         Args:
             width: D.
             classes: C.
-            trials: G of them; every layer has equally many.
+            trials: G of them, the same number for every layer.
             protocol: attentive or efficient.
-            heads: of the attention, or queries; None: see the probes.
+            heads: attention heads, or queries; None: the default of the probe.
             trunk: :class:`aimv2.features.frozen.Frozen` that turns a batch's images into features; None: they are features.
         """
         super().__init__()
@@ -120,10 +118,10 @@ class ProbeSweep(nn.Module):
         self.layers = list(dict.fromkeys(trial.layer for trial in trials))
         kind = AttentiveProbe if protocol == "attentive" else EfficientProbe
         self.heads = nn.ModuleList(kind(width, classes, heads, norm=False) for _ in trials)
-        # one norm for the probes of a layer where it comes before them: it has no weights
+        # the attentive probe's norm comes first and has no weights: one serves all probes of a layer
         norms = len(self.layers) if protocol == "attentive" else len(self.trials)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False, eps=NORM_EPS) for _ in range(norms))
-        self.trunk = [trunk]  # in a list: frozen weights are no part of this module
+        self.trunk = [trunk]  # in a list, so that the frozen weights are not registered in this module
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every probe: [G, B, C]. Without a trunk ``batch.images`` holds features [B, layers, N, D], or [layers, R,
@@ -164,7 +162,7 @@ class ProbeSweep(nn.Module):
         if one_length:
             x, scores = (part.unflatten(0, features.shape[:2]) for part in (x, scores))  # type: ignore[union-attr]
             means = scores.softmax(1).transpose(1, 2) @ x  # [B, gH, D]
-        else:  # every image by itself: nothing is padded
+        else:  # image by image, without padding
             lengths = [len(tokens) for tokens in features]
             pairs = zip(scores.split(lengths), x.split(lengths))
             means = torch.stack([of_one.softmax(0).t() @ tokens for of_one, tokens in pairs])
@@ -178,13 +176,13 @@ class ProbeSweep(nn.Module):
         return torch.baddbmm(bias[:, None], pooled, weight.transpose(1, 2))
 
     def config_dict(self) -> dict[str, Any]:
-        """What ``config.json`` keeps: everything that builds the heads again."""
+        """Contents of ``config.json``: everything needed to rebuild the heads."""
         return {
             "sweep": {
                 "width": self.width,
                 "classes": self.classes,
                 "protocol": self.protocol,
-                "heads": getattr(self.heads[0], "heads"),  # noqa: B009  mypy knows modules alone
+                "heads": getattr(self.heads[0], "heads"),  # noqa: B009  to mypy it is a plain Module
                 "trials": [asdict(trial) for trial in self.trials],
             }
         }

@@ -1,4 +1,4 @@
-"""Every model by name: one row a size (AIMV2, Table 1). Adding a size is adding a row."""
+"""The table of model sizes (AIMV2, Table 1). To add a size, add a row to SIZES and one to SERIES."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NATIVE_PATCHES = (112, 4096)  # supported range of the released native model
 
 
-def not_pixels(dtype: Any) -> str:
-    """What is wrong with images of this type of integers."""
-    return f"images of {dtype}: uint8 (0..255), or float that is normalised already, expected; images.to(torch.uint8) where they are 0..255"
+def wrong_image_dtype(dtype: Any) -> str:
+    """Error message for images of an integer type other than uint8."""
+    return (
+        f"images of {dtype}: uint8 (0..255) or normalised float expected; use images.to(torch.uint8) if they are 0..255"
+    )
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,35 @@ class EncoderConfig:
     width: int
     depth: int
     heads: int
-    hidden: int  # SwiGLU width as it is, never a ratio
+    hidden: int  # SwiGLU width in units, not a ratio
     patch_size: int
     image_size: int | None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     min_patches: int = NATIVE_PATCHES[0]  # native only
     max_patches: int = NATIVE_PATCHES[1]
-    pool_heads: int = 0  # heads of a pooling head behind the encoder (released LiT); 0: none
+    pool_heads: int = 0  # heads of the attention pooling head (released LiT); 0: no such head
 
     @property
     def patches(self) -> int:
-        """I, patches an image of the fixed size."""
+        """I, patches per image of the fixed size."""
         assert self.image_size is not None, "a native model has no fixed number of patches"
         return (self.image_size // self.patch_size) ** 2
 
     def check_pixels(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for a shape of images that this model can't see correctly."""
+        """Raise ValueError for an image shape that this model does not support."""
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W], got {list(shape)}")
         height, width = shape[2:]
         if self.image_size is not None and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"{self.name} sees {self.image_size} x {self.image_size} px, got {height} x {width}; resize with "
+                f"{self.name} takes {self.image_size} x {self.image_size} px, got {height} x {width}; resize with "
                 "aimv2.image_transform, or create the model with another image_size"
             )
         patches = (height // self.patch_size) * (width // self.patch_size)
         if self.image_size is None and not self.min_patches <= patches <= self.max_patches:
             raise ValueError(
-                f"{self.name} sees {self.min_patches} to {self.max_patches} patches of {self.patch_size} px, "
+                f"{self.name} takes {self.min_patches} to {self.max_patches} patches of {self.patch_size} px, "
                 f"got {height} x {width} px = {patches} patches; scale with aimv2.image_transform"
             )
 
@@ -75,7 +77,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """Encoder width and depth, and the decoder that pre-trains it."""
+    """Encoder shape, and the decoder used in its pre-training."""
 
     width: int
     depth: int
@@ -84,7 +86,7 @@ class Size:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
-# head dim 128 unless said otherwise
+# head dim 128 unless noted
 SIZES = {
     "large": Size(1024, 24, 8, 2816),
     "huge": Size(1536, 24, 12, 4096),
@@ -133,10 +135,10 @@ def list_models() -> list[str]:
 def model_config(
     name: str, decoder: dict[str, Any] | None = None, **overrides: Any
 ) -> tuple[EncoderConfig, DecoderConfig]:
-    """The row of ``name`` with some values replaced.
+    """Configs of a named model, with overrides.
 
     Args:
-        name: a row of the table.
+        name: one of :func:`list_models`.
         decoder: values of :class:`DecoderConfig` to replace.
         **overrides: values of :class:`EncoderConfig` to replace.
 
@@ -144,7 +146,7 @@ def model_config(
         UsageError: an unknown name or value, an image size that the patch does not divide, heads that do not divide
             the width.
     """
-    if name == "auto":  # a run without a recipe goes by the size of its images
+    if name == "auto":  # a run without a recipe chooses by the size of its images
         raise UsageError(
             "model.name auto: the recipe names no model; give --model.name NAME (`aimv2 models` lists them)"
         )
@@ -172,11 +174,11 @@ def encoder_parameters(config: EncoderConfig) -> int:
 
 
 def encoder_flops(config: EncoderConfig, patches: int | None = None) -> int:
-    """FLOPs (2 a multiply-add) of one image: products of the linears and of attention.
+    """Forward FLOPs (2 per multiply-add) of one image: matmuls of the linears and of attention.
 
     Args:
         config: the encoder.
-        patches: of the image; None: those of the fixed size, 256 for a native model.
+        patches: patches of the image; None: those of the fixed size, 256 for a native model.
     """
     count = patches or (config.patches if config.image_size is not None else 256)
     width = config.width
@@ -185,7 +187,7 @@ def encoder_flops(config: EncoderConfig, patches: int | None = None) -> int:
 
 
 def check_config(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
-    """Raises UsageError where the numbers do not fit each other."""
+    """Raise UsageError where the numbers do not fit each other."""
     for part, names, shape in (
         ("model.", ("patch_size", "width", "depth", "heads", "hidden"), encoder),
         ("model.decoder_", ("width", "depth", "heads", "hidden", "vocab_size", "max_text"), decoder),

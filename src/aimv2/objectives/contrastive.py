@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from aimv2.batch import Batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.lit import PairFeatures
-
-Terms = dict[str, tuple[Tensor, Tensor]]
+from aimv2.objectives import Terms
 
 
 class _Gather(torch.autograd.Function):

@@ -13,9 +13,9 @@ from aimv2.batch import Batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.features.teacher import Teacher
 from aimv2.models.decoder import Prediction
+from aimv2.objectives import Terms
 from aimv2.objectives.pretrain import PretrainObjective
 
-Terms = dict[str, tuple[Tensor, Tensor]]
 NORM_EPS = 1e-6  # of the layer normalisation of a teacher's features
 
 

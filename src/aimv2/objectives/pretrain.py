@@ -13,10 +13,9 @@ from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.decoder import IGNORED, Prediction
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import pixel_patches
+from aimv2.objectives import Terms
 
 TARGET_EPS = 1e-6
-
-Terms = dict[str, tuple[Tensor, Tensor]]
 
 
 def normalized_patches(images: Tensor, patch: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from aimv2.batch import Batch
 from aimv2.config.schema import ObjectiveConfig
+from aimv2.objectives import Terms
 
-Terms = dict[str, tuple[Tensor, Tensor]]
 UNLABELLED = -1
 
 

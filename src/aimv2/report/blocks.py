@@ -1,4 +1,4 @@
-"""What a page of pictures is made of: sections of blocks. Data alone; the template draws them."""
+"""Data of a report page: sections of blocks, drawn by the template."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from aimv2.report.images import Picture
 
 @dataclass
 class Shot:
-    """A picture.
+    """A picture with its caption.
 
     Attributes:
-        picture: uint8 [H, W, 3], one value a pixel; the page enlarges it.
-        under: what stands below it.
-        pixels: sharp squares when enlarged (maps, small images) rather than smooth.
+        picture: uint8 [H, W, 3], unscaled; the page enlarges it.
+        under: caption below it.
+        pixels: enlarge with sharp pixels (maps, small images) instead of smoothly.
     """
 
     picture: Picture
@@ -26,13 +26,13 @@ class Shot:
 
 @dataclass
 class Tinted:
-    """A token on a tint.
+    """A token on a coloured background.
 
     Attributes:
-        text: of the token.
-        figure: below it.
-        share: 0..1, how strong the tint is.
-        tip: what a pointer over it says.
+        text: text of the token.
+        figure: figure below it.
+        share: strength of the colour, 0..1.
+        tip: tooltip.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Tinted:
 
 @dataclass
 class Strip:
-    """Pictures that belong together, in a row, with tokens below."""
+    """A row of pictures, with tokens below."""
 
     kind: ClassVar[str] = "strip"
     title: str
@@ -55,7 +55,7 @@ class Strip:
 
 @dataclass
 class Chart:
-    """A drawn curve: ``svg`` is ready to stand in the page."""
+    """A chart as inline SVG."""
 
     kind: ClassVar[str] = "chart"
     title: str
@@ -64,7 +64,7 @@ class Chart:
 
 @dataclass
 class Table:
-    """Rows of text; marked rows stand out, ``folded`` hides all behind a line that opens it."""
+    """Rows of text; ``marked`` rows are highlighted, ``folded`` is the summary line of a collapsed table."""
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
@@ -75,14 +75,14 @@ class Table:
 
 @dataclass
 class Section:
-    """A heading, how to read what follows, and the blocks; or why there are none.
+    """A section of a page, or the reason why it is missing.
 
     Attributes:
-        name: short, of the link and of the file of its pictures.
-        title: of the heading.
-        lead: what one sees and how to read it.
-        blocks: what is drawn.
-        missing: one line where the section can't be.
+        name: short name, for the link and the PNG file.
+        title: heading.
+        lead: what the section shows and how to read it.
+        blocks: its content.
+        missing: reason, if the section can't be drawn.
     """
 
     name: str

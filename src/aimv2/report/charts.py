@@ -1,4 +1,4 @@
-"""Curves of runs: as SVG that follows the page's colours, and as one PNG."""
+"""Training curves, as SVG in the page's colours and as one PNG."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from aimv2.report.blocks import Chart
 from aimv2.report.runs import Run
 
-WIDTH, HEIGHT = 520, 250  # of a chart's own coordinates
+WIDTH, HEIGHT = 520, 250  # SVG units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34
-POINTS = 400  # of a curve; longer ones are averaged
-WIDE = 20.0  # values that span more than this factor are drawn on a logarithmic axis
-COLOURS = 8  # line colours that the page knows; then they repeat
+POINTS = 400  # points per curve; longer ones are averaged
+WIDE = 20.0  # ratio of values above which the axis is logarithmic
+COLOURS = 8  # line colours in the page's style; then they repeat
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass
 class Panel:
-    """Curves on one pair of axes; ``log``: a logarithmic axis where the values span much."""
+    """Curves on one pair of axes; ``log``: logarithmic axis if the values span more than WIDE."""
 
     title: str
     lines: list[Line] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Panel:
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The curves of runs: each loss with its validation, other held-out figures, learning rate, gradient, throughput."""
+    """Panels of runs: each loss with its validation, other held-out figures, learning rate, gradient norm, throughput."""
     keys = list(dict.fromkeys(key for run in runs for key in run.figures()))
     losses = [key for key in keys if key.endswith("loss") and not key.startswith("val_")]
     taken = set(losses)
@@ -69,24 +69,24 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
 
 TITLES = {
     "loss": "Loss (weighted sum)",
-    "text_loss": "Text loss, nats a token",
+    "text_loss": "Text loss, nats per token",
     "pixel_loss": "Pixel loss, mean squared error of normalised patches",
-    "class_loss": "Class loss, nats an image",
+    "class_loss": "Class loss, nats per image",
     "feature_loss": "Feature loss, to the teacher",
-    "contrastive_loss": "Contrastive loss, nats a pair",
+    "contrastive_loss": "Contrastive loss, nats per pair",
     "val_perplexity": "Perplexity of held-out captions",
     "val_top1": "Top-1 of held-out images",
     "lr": "Learning rate",
-    "grad_norm": "Norm of the gradient, before clipping",
-    "pairs_per_s": "Throughput, pairs a second",
-    "tokens_per_s": "Throughput, image and text positions a second",
+    "grad_norm": "Gradient norm, before clipping",
+    "pairs_per_s": "Throughput, pairs per second",
+    "tokens_per_s": "Throughput, image and text positions per second",
     "mfu": "Model FLOP utilisation",
     "memory_gb": "Memory, GB",
 }
 
 
 def title_of(key: str) -> str:
-    """A figure's name for people."""
+    """Display title of a metric."""
     if match := re.fullmatch(r"(val_\w+_loss)_(\d+)", key):
         return f"{title_of(match[1])}, prefix {match[2]}%"
     return TITLES.get(key) or key.removeprefix("val_").replace("_", " ").capitalize() + (
@@ -112,13 +112,13 @@ def _panel(runs: Sequence[Run], keys: Sequence[str], title: str, log: bool = Fal
 
 
 def _levels(runs: Sequence[Run], key: str, panel: Panel) -> list[Line]:
-    """What unigrams and bigrams of the training captions reach, where the run was measured against them."""
-    told = runs[0].summary if len(runs) == 1 else {}
+    """Losses of unigram and bigram baselines of the training captions, where the run has them."""
+    summary = runs[0].summary if len(runs) == 1 else {}
     names = {f"{key}_unigram": "word frequencies", f"{key}_bigram": "bigrams"}
     return [
-        _level(label, told[name], panel, 3 + place)
+        _level(label, summary[name], panel, 3 + place)
         for place, (name, label) in enumerate(names.items())
-        if isinstance(told.get(name), int | float)
+        if isinstance(summary.get(name), int | float)
     ]
 
 
@@ -131,7 +131,7 @@ def _level(label: str, value: float, panel: Panel, colour: int) -> Line:
 
 
 def draw(panel: Panel, last: int) -> Chart:
-    """A panel as SVG, steps 0 to ``last``: colours are classes of the page, so that it follows light and dark."""
+    """Draw a panel as SVG, steps 0 to ``last``; colours are CSS classes, so that it follows light and dark mode."""
     lines = [_thin(line) for line in panel.lines]
     values = [v for line in lines for v in line.values if math.isfinite(v)]
     log = panel.log and bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
@@ -145,8 +145,8 @@ def draw(panel: Panel, last: int) -> Chart:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
 
     def y_of(value: float) -> float:
-        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+        scaled = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * scaled
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.title)}">']
     for tick in _log_ticks(low, high) if log else _ticks(low, high, 5):
@@ -185,7 +185,7 @@ def _path(line: Line, x_of: object, y_of: object) -> str:
 
 
 def _thin(line: Line) -> Line:
-    """At most POINTS points, each the mean of its neighbours."""
+    """Average to at most POINTS points."""
     count = len(line.values)
     if count <= POINTS:
         return line
@@ -196,7 +196,7 @@ def _thin(line: Line) -> Line:
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round values within the range, about as many as wanted."""
+    """About ``wanted`` round values within the range."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
@@ -211,7 +211,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """A tick's text: 1500000 is 1.5M."""
+    """Tick label: 1500000 is 1.5M."""
     if value and abs(value) < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-")
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -224,7 +224,7 @@ def _short(value: float) -> str:
 
 
 def draw_png(panels: Sequence[Panel], file: Path) -> None:
-    """All panels as one picture, for documents."""
+    """Draw all panels as one PNG, for documents."""
     from matplotlib.figure import Figure
 
     columns = 2 if len(panels) > 1 else 1

@@ -1,4 +1,4 @@
-"""What an encoder's features look like: maps a layer, PCA as colours, similarity to a patch, attention.
+"""Visualise an encoder's features: maps per layer, PCA colours, similarity to a patch, attention.
 
 Legend: B images, h x w patch grid, I = h * w, D width, H heads, d = D / H.
 """
@@ -17,14 +17,14 @@ from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
 
-LOW, HIGH = 2.0, 98.0  # percentiles that become the darkest and the brightest value of a colour
+LOW, HIGH = 2.0, 98.0  # percentiles mapped to the ends of the colour scale
 LAST = "last"
 
 Map = NDArray[np.float32]
 
 
 class PatchEncoder(Protocol):
-    """What maps of features are read from: a :class:`VisionEncoder`, or another model behind the same face."""
+    """An encoder of patch features: a :class:`VisionEncoder`, or another model with the same interface."""
 
     @property
     def config(self) -> EncoderConfig: ...
@@ -41,19 +41,19 @@ class PatchEncoder(Protocol):
 
 @torch.inference_mode()
 def patch_maps(encoder: PatchEncoder, images: Tensor, layers: Sequence[int] | None = None) -> dict[str, Map]:
-    """Features of every patch, bidirectional, in the form that everything downstream reads: after the last norm.
+    """Features of every patch (bidirectional attention, after the last norm).
 
     Args:
         encoder: in evaluation mode.
-        images: uint8 [B, 3, H, W], as the encoder sees them; moved to its device.
+        images: uint8 [B, 3, H, W], of the encoder's size; moved to its device.
         layers: indices of blocks, negative ones from the end; None: all.
 
     Returns:
         float32 [B, h, w, D] by the layer's name: its index, or ``last`` for the last block.
 
     Raises:
-        UsageError: a layer that there is not.
-        ValueError: images that the encoder can't see.
+        UsageError: a layer out of range.
+        ValueError: images of the wrong size.
     """
     depth = len(encoder.blocks)
     wanted = [check_layer(encoder, layer) for layer in (range(depth) if layers is None else layers)]
@@ -64,17 +64,16 @@ def patch_maps(encoder: PatchEncoder, images: Tensor, layers: Sequence[int] | No
 
 
 def pca_rgb(maps: Sequence[Map]) -> list[NDArray[np.uint8]]:
-    """The three main directions of all patches as red, green and blue: like colours mean like features.
+    """First three principal components of all patches as red, green and blue: similar colours mean similar features.
 
-    One basis and one scale for all the maps, so that colours compare between them. The 2nd and the 98th percentile of a
-    direction are its darkest and brightest; each points to where its largest weight is positive, so that the same
-    features give the same colours.
+    All maps share one basis and one scale, so that their colours compare. Colours span the 2nd to the 98th percentile; the sign
+    of a component makes its largest weight positive, so that the same features give the same colours.
 
     Args:
-        maps: [h, w, D] each, of one D; h and w may differ.
+        maps: [h, w, D] each, with the same D; h and w may differ.
 
     Returns:
-        uint8 [h, w, 3] each; a direction without any variance is 128.
+        uint8 [h, w, 3] each; a component without variance is 128.
     """
     rows = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
     centred = rows - rows.mean(0)
@@ -84,17 +83,17 @@ def pca_rgb(maps: Sequence[Map]) -> list[NDArray[np.uint8]]:
     low, high = np.percentile(scores, [LOW, HIGH], axis=0)
     span = high - low
     flat = values <= 1e-12 * max(float(np.square(rows).sum()), 1e-300)
-    shares = np.where(flat | (span <= 0), 128 / 255, (scores - low) / np.where(span > 0, span, 1))
+    scaled = np.where(flat | (span <= 0), 128 / 255, (scores - low) / np.where(span > 0, span, 1))
     colours = np.full((len(rows), 3), 128, np.uint8)
-    colours[:, : main.shape[1]] = np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
+    colours[:, : main.shape[1]] = np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
     ends = np.cumsum([one.shape[0] * one.shape[1] for one in maps])[:-1]
     return [part.reshape(*one.shape[:2], 3) for part, one in zip(np.split(colours, ends), maps)]
 
 
 def main_directions(centred: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Up to three largest eigenvalues [K] of the scatter of rows [N, D] and their directions [D, K], unit length or zero.
+    """Top three (or fewer) eigenvalues [K] of the scatter matrix of rows [N, D] and unit eigenvectors [D, K], or zero vectors.
 
-    The smaller of scatter [D, D] and products of rows [N, N] is taken apart, and only its top: both have the same values.
+    The smaller of the scatter matrix [D, D] and the Gram matrix [N, N] is decomposed: their nonzero eigenvalues are equal.
     """
     from scipy.linalg import eigh
 
@@ -110,12 +109,12 @@ def main_directions(centred: NDArray[np.float64]) -> tuple[NDArray[np.float64], 
 
 
 def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[Map]:
-    """How like one patch every patch of other maps is.
+    """Cosine similarity of one patch to every patch of other maps.
 
     Args:
-        map: [h, w, D], in which the patch lies.
+        map: [h, w, D], the map of the patch.
         patch: its row and column.
-        others: [h', w', D] each; give ``map`` itself among them to see it too.
+        others: [h', w', D] each; may include ``map``.
 
     Returns:
         float32 [h', w'] each, cosine -1..1; 0 where a patch's features are all zero.
@@ -124,13 +123,13 @@ def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[
         UsageError: a patch outside the map, maps of another width.
     """
     check_patch(patch, (map.shape[0], map.shape[1]))
-    asked = map[patch].astype(np.float64)
+    query = map[patch].astype(np.float64)
     out = []
     for other in others:
-        if other.shape[-1] != len(asked):
-            raise UsageError(f"maps of one width expected, got {len(asked)} and {other.shape[-1]}")
-        norms = np.linalg.norm(other.astype(np.float64), axis=-1) * np.linalg.norm(asked)
-        dots = other.astype(np.float64) @ asked
+        if other.shape[-1] != len(query):
+            raise UsageError(f"maps of one width expected, got {len(query)} and {other.shape[-1]}", code="mismatch")
+        norms = np.linalg.norm(other.astype(np.float64), axis=-1) * np.linalg.norm(query)
+        dots = other.astype(np.float64) @ query
         cosine = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
         out.append(cosine.clip(-1, 1).astype(np.float32))
     return out
@@ -138,20 +137,20 @@ def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[
 
 @torch.inference_mode()
 def attention_maps(encoder: VisionEncoder, image: Tensor, layer: int, patch: tuple[int, int] | None) -> Map:
-    """Where a patch looks: ``softmax(q k / sqrt(d))`` of a block's heads, all patches seeing each other.
+    """Attention ``softmax(q k / sqrt(d))`` of a patch in each head of a block (bidirectional).
 
     Args:
         encoder: in evaluation mode.
-        image: uint8 [3, H, W], as the encoder sees it; moved to its device.
+        image: uint8 [3, H, W], of the encoder's size; moved to its device.
         layer: index of the block, negative ones from the end.
-        patch: row and column of the query; None: the mean over all queries, which is how much each patch is looked at.
+        patch: row and column of the query; None: the mean over all queries.
 
     Returns:
         float32 [H, h, w]; each head sums to 1.
 
     Raises:
-        UsageError: a layer or a patch that there is not.
-        ValueError: an image that the encoder can't see.
+        UsageError: a layer or a patch out of range.
+        ValueError: an image of the wrong size.
     """
     layer = check_layer(encoder, layer)
     grid = grid_of(encoder, image[None])
@@ -163,9 +162,9 @@ def attention_maps(encoder: VisionEncoder, image: Tensor, layer: int, patch: tup
 
 
 def attention_weights(encoder: VisionEncoder, image: Tensor, layer: int) -> Tensor:
-    """Softmax weights of a block for one image uint8 [3, H, W]: fp32 [H, I, I], rows ask.
+    """Attention weights of a block for one image uint8 [3, H, W]: fp32 [H, I, I], rows are queries.
 
-    The block's own input is computed first and then its projections: no hook, so that two threads may ask at once.
+    Computed from the block's input without a hook, so that it is thread-safe.
     """
     images = image[None].to(encoder.mean.device)
     if layer == 0:
@@ -181,7 +180,7 @@ def grid_of(encoder: PatchEncoder, images: Tensor) -> tuple[int, int]:
     """Rows and columns of patches of [B, 3, H, W].
 
     Raises:
-        ValueError: images that the encoder can't see.
+        ValueError: images of the wrong size.
     """
     encoder.config.check_pixels(tuple(images.shape))
     patch = encoder.config.patch_size
@@ -189,10 +188,10 @@ def grid_of(encoder: PatchEncoder, images: Tensor) -> tuple[int, int]:
 
 
 def check_layer(encoder: PatchEncoder, layer: int) -> int:
-    """The index of a block, counted from 0.
+    """Index of a block, from 0.
 
     Raises:
-        UsageError: there is no such block.
+        UsageError: out of range.
     """
     depth = len(encoder.blocks)
     if not -depth <= layer < depth:
@@ -201,6 +200,6 @@ def check_layer(encoder: PatchEncoder, layer: int) -> int:
 
 
 def check_patch(patch: tuple[int, int], grid: tuple[int, int]) -> None:
-    """Raises UsageError for a patch outside a grid of (rows, columns)."""
+    """Raise UsageError for a patch outside a grid of (rows, columns)."""
     if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise UsageError(f"patch {patch[0]},{patch[1]} lies outside the grid of {grid[0]} rows and {grid[1]} columns")

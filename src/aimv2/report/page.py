@@ -1,12 +1,14 @@
-"""Sections to one self-contained page, and to PNGs beside it."""
+"""Render a report as one self-contained HTML page, and its images as PNG files."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from aimv2.errors import UsageError
 from aimv2.io import write_aside
@@ -15,21 +17,21 @@ from aimv2.report.charts import Panel, draw_png
 from aimv2.report.images import to_png, to_uri
 from aimv2.report.sheet import draw_sheet
 
-LARGEST = 5_000_000  # bytes of a page
-QUALITIES = ((256, 88), (224, 75), (160, 65), (112, 50), (64, 40))  # pixels a side and JPEG quality, tried in turn
+LARGEST = 5_000_000  # bytes per page
+QUALITIES = ((256, 88), (224, 75), (160, 65), (112, 50), (64, 40))  # pixels per side and JPEG quality, tried in turn
 
 
 @dataclass
 class Page:
-    """All of a report.
+    """Content of a report.
 
     Attributes:
-        title: of the page.
-        state: a line below it.
-        tiles: (what, figure) at its head.
-        sections: in order.
-        panels: of the curves, for their PNG.
-        reload: seconds after which the page loads itself anew; None: never.
+        title: title of the page.
+        state: a line below the title.
+        tiles: (label, figure) pairs at the top.
+        sections: sections in order.
+        panels: curves for the PNG.
+        reload: seconds between reloads in the browser; None: never.
     """
 
     title: str
@@ -41,27 +43,47 @@ class Page:
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %Z").strip())
 
 
-def render(page: Page) -> str:
-    """The page as HTML of less than LARGEST bytes: pictures shrink until it fits.
+def render_template(
+    package: str, file: str, context: dict[str, Any], qualities: Sequence[tuple[int, int]] = QUALITIES
+) -> str:
+    """Fill an HTML template, with smaller images until the page has fewer than LARGEST bytes or ``qualities`` end.
 
-    Raises:
-        UsageError: it does not fit with the smallest pictures.
+    Args:
+        package: package and folder of the template, such as ``aimv2.report/template``.
+        file: name of the template.
+        context: its variables; ``style`` and ``uri`` (a picture as data URI) are added.
+        qualities: pixels per side and JPEG quality, tried in turn.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("aimv2.report", "template")
+    loader = PackageLoader(*package.split("/"))
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.get_template("report.html.j2")
+    template = environment.get_template(file)
     style = files("aimv2.report").joinpath("template/report.css").read_text(encoding="utf-8")
-    for side, quality in QUALITIES:
-        html = template.render(page=page, style=style, uri=lambda picture: to_uri(picture, side, quality))  # noqa: B023
+    html = ""
+    for side, quality in qualities:
+        html = template.render(**context, style=style, uri=partial(to_uri, side=side, quality=quality))
         if len(html.encode()) < LARGEST:
-            return html
-    raise UsageError(f"the page would be larger than {LARGEST / 1e6:g} MB; --images asks for fewer pictures")
+            break
+    return html
+
+
+def render(page: Page) -> str:
+    """Render the page as HTML of less than LARGEST bytes.
+
+    Raises:
+        UsageError: it does not fit with the smallest images.
+    """
+    html = render_template("aimv2.report/template", "report.html.j2", {"page": page})
+    if len(html.encode()) >= LARGEST:
+        raise UsageError(
+            f"the page would be larger than {LARGEST / 1e6:g} MB; reduce --images", option="--images", code="limit"
+        )
+    return html
 
 
 def write_page(page: Page, out: Path) -> int:
-    """Writes the page to ``out`` and its pictures into ``report/`` beside it; returns the page's bytes.
+    """Write the page to ``out`` and its images into a folder of the same name next to it; returns the page's bytes.
 
     Raises:
         UsageError: can't be written.
@@ -74,7 +96,7 @@ def write_page(page: Page, out: Path) -> int:
             picture = draw_sheet(section)
             if picture is not None:
                 _write_bytes(folder / f"{section.name}.png", to_png(picture))
-        if page.panels and page.reload is None:  # of a page that lives, at its end
+        if page.panels and page.reload is None:  # with --watch only once, at the end
             aside = folder / ".curves.png"
             draw_png(page.panels, aside)
             aside.replace(folder / "curves.png")

@@ -1,10 +1,9 @@
-"""A run folder as a report reads it: configuration, figures, results, newest checkpoint, machine. No torch."""
+"""Read a run folder for a report: configuration, metrics, results, newest checkpoint, machine. No torch."""
 
 from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,25 @@ from typing import Any
 from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
+from aimv2.io import git_state
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
 NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at"}  # differ between any two runs
-DEEP = 3  # folders below the run in which results are looked for
+DEEP = 3  # levels of folders below the run in which results are searched
 NO_RESULTS = {"checkpoints", "data", "tensorboard", "wandb", "tokenizer", "report"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds now.
+    """Current content of a run folder.
 
     Attributes:
-        folder: of the run.
+        folder: the run folder.
         config: its configuration.
         metrics: lines of metrics.jsonl, in order.
-        summary: {} before the end.
-        checkpoint: (step, folder) of the newest complete one; None before the first.
-        results: (place within the run, result) of measuring verbs.
+        summary: summary.json, {} before the end.
+        checkpoint: (step, folder) of the newest complete checkpoint; None before the first.
+        results: (path within the run, result) of evaluation commands.
     """
 
     folder: Path
@@ -46,30 +46,30 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that was told."""
+        """The last logged step."""
         return max((line["step"] for line in self.metrics), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether it reached its last step and was measured."""
+        """Whether it reached its last step and was evaluated."""
         return self.summary.get("step") == self.config.train.steps
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a figure, where it was told."""
+        """Steps and values of a metric where it was logged."""
         found = [(line["step"], line[key]) for line in self.metrics if isinstance(line.get(key), int | float)]
         return [step for step, _ in found], [float(value) for _, value in found]
 
     def figures(self) -> list[str]:
-        """Figures that were told, in the order of their first line."""
+        """Logged metrics, in order of first appearance."""
         return [key for key in dict.fromkeys(key for line in self.metrics for key in line) if key != "step"]
 
 
 def read_run(folder: str | Path, waiting: bool = False) -> Run:
-    """A run as it is now; half-written lines are left out.
+    """Read a run; half-written lines are skipped.
 
     Args:
-        folder: of the run.
-        waiting: take one without metrics too.
+        folder: the run folder.
+        waiting: accept a run without metrics.
 
     Raises:
         UsageError: not a run, or no metrics yet.
@@ -79,17 +79,19 @@ def read_run(folder: str | Path, waiting: bool = False) -> Run:
     path = Path(folder).expanduser()
     if not (path / CONFIG).is_file():
         what = "a run folder (with config.yaml) is expected" if path.exists() else "no such folder"
-        raise UsageError(f"RUN {folder}: {what}")
-    config = parse(read_recipe(path / CONFIG))
+        raise UsageError(f"RUN {folder}: {what}", code="not-found")
+    config = parse(read_recipe(path / CONFIG), stored=True)
     metrics = read_metrics(path / METRICS)
     if not metrics and not waiting:
-        raise UsageError(f"RUN {folder}: no figures yet ({METRICS} is empty or not there); wait for the first line")
+        raise UsageError(
+            f"RUN {folder}: no metrics yet ({METRICS} is empty or missing); wait for the first line", code="missing"
+        )
     found = checkpoints(path)
     return Run(path, config, metrics, _read_json(path / SUMMARY), found[-1] if found else None, find_results(path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl that speak of a step."""
+    """The complete lines of metrics.jsonl that have a step."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -102,7 +104,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def find_results(run: Path) -> list[tuple[str, dict[str, Any]]]:
-    """result.json files of measuring verbs within the run, by place."""
+    """result.json files of evaluation commands within the run, by path."""
     found = []
     for depth in range(1, DEEP + 1):
         for path in sorted(run.glob("/".join(["*"] * depth) + f"/{RESULT}")):
@@ -122,15 +124,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def config_rows(config: Config) -> list[tuple[str, str, bool]]:
-    """Every key, its value, and whether it is not the default."""
-    usual = Config()
+    """Every key, its value, and whether it differs from the default."""
+    default = type(config)()
     return [
-        (key, shown(get_value(config, key)), get_value(config, key) != get_value(usual, key)) for key in leaf_keys()
+        (key, shown(get_value(config, key)), get_value(config, key) != get_value(default, key))
+        for key in leaf_keys(type(config))
     ]
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Keys whose values are not the same in all runs, with the value of each."""
+    """Keys whose values differ between runs, with the value in each."""
     rows = []
     for key in leaf_keys():
         values = [shown(get_value(run.config, key)) for run in runs]
@@ -140,7 +143,7 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def shown(value: Any) -> str:
-    """A value of a configuration as text."""
+    """Format a configuration value as text."""
     if value is None:
         return "–"
     if isinstance(value, list | tuple):
@@ -151,43 +154,23 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def git_state(folder: Path | None = None) -> str | None:
-    """Commit of the code, and whether it was changed since; None where it is not under git."""
-    home = folder or Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if not commit or git("ls-files", "--error-unmatch", str(home)) is None:  # installed inside another project's tree
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}, {'with changes' if changed else 'clean'}"
-
-
 def about(run: Run) -> list[tuple[str, str]]:
-    """Machine, versions and git state: of the run where it said so, else of this report."""
+    """Machine, versions and git state: the run's if recorded, else those of this report."""
     import torch
 
     import aimv2
 
-    told = run.summary
+    summary = run.summary
     here = f"{platform.machine()}, {platform.system()}"
     rows = [
-        ("machine", told.get("machine") or f"{here} (of this report)"),
-        ("aimv2", told.get("version") or f"{aimv2.__version__} (of this report)"),
-        ("torch", told.get("torch") or f"{torch.__version__} (of this report)"),
+        ("machine", summary.get("machine") or f"{here} (of this report)"),
+        ("aimv2", summary.get("version") or f"{aimv2.__version__} (of this report)"),
+        ("torch", summary.get("torch") or f"{torch.__version__} (of this report)"),
         ("Python", f"{platform.python_version()} (of this report)"),
-        ("git", told.get("git") or f"{git_state() or 'not under git'} (of this report)"),
-        ("command", told.get("command") or ""),
-        ("finished", told.get("finished") or f"not yet: step {run.step} of {run.config.train.steps}"),
-        ("weights (SHA-256)", told.get("weights_sha256") or ""),
+        ("git", summary.get("git") or f"{git_state() or 'not under git'} (of this report)"),
+        ("command", summary.get("command") or ""),
+        ("finished", summary.get("finished") or f"not yet: step {run.step} of {run.config.train.steps}"),
+        ("weights (SHA-256)", summary.get("weights_sha256") or ""),
         ("report made by", " ".join(["aimv2", *sys.argv[1:]])),
     ]
     return [(key, value) for key, value in rows if value]

@@ -1,4 +1,4 @@
-"""Pictures that a report shows: training samples as the run draws them, and held-out images.
+"""Images for a report: training samples as the run draws them, and held-out images.
 
 Legend: p patch side, I patches of an image.
 """
@@ -25,22 +25,22 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
 from aimv2.report.runs import Run
-from aimv2.tasks import stage_of
+from aimv2.tasks import task_of
 from aimv2.tasks.held_out import read_held_out
 from aimv2.train.prepare import known_tokenizer
 from aimv2.train.view import make_view
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A training sample at one visit, as the model sees it.
+class TrainingSample:
+    """A training sample at one visit, as the model receives it.
 
     Attributes:
-        key: of the sample.
-        source: its name in the mixture; "" where there is one source.
+        key: sample key.
+        source: name of its source in the mixture; "" with a single source.
         image: uint8 [3, h * p, w * p], cropped, resized, perhaps flipped.
-        caption: the drawn caption as its tokens spell it; "" without text.
-        prefix: patches that see each other.
+        caption: the drawn caption, decoded from its tokens; "" without text.
+        prefix: prefix length.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class HeldOutImage:
-    """A validation image in its centre view, uint8 [3, H, W], with its first caption and label (-1: none)."""
+    """A centre-cropped validation image uint8 [3, H, W], with its first caption and label (-1: none)."""
 
     key: str
     image: Tensor
@@ -61,7 +61,7 @@ class HeldOutImage:
 
 
 def open_model(folder: Path, device: str | torch.device | None) -> AIMv2 | VisionEncoder:
-    """The model of a checkpoint, with its decoder and tokeniser where it has them; of a pair the image tower.
+    """Load the model of a checkpoint, with decoder and tokeniser if it has them; of a LiT pair the image tower.
 
     Raises:
         UsageError: nothing to load there.
@@ -78,17 +78,17 @@ def open_model(folder: Path, device: str | torch.device | None) -> AIMv2 | Visio
 
 
 def view_of(config: Config, encoder: EncoderConfig) -> View:
-    """How a run's samples are seen, by one process whatever the run had.
+    """The view of a run's samples, in one process whatever the run had.
 
     Raises:
         UsageError: options that do not fit the encoder.
     """
-    return make_view(config, encoder, stage_of(config).text(config), World(0, 1, torch.device("cpu")))
+    return make_view(config, encoder, task_of(config).reads_text(), World(0, 1, torch.device("cpu")))
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The run's tokeniser; None for images alone, or where it is not at hand."""
-    if not stage_of(run.config).text(run.config):
+    """The run's tokeniser; None for images alone, or where it is not available."""
+    if not task_of(run.config).reads_text():
         return None
     home = known_tokenizer(run.folder)
     source = home if home is not None else run.config.data.tokenizer
@@ -98,15 +98,17 @@ def tokenizer_of(run: Run) -> Tokenizer | None:
         return None
 
 
-def training_samples(config: Config, view: View, tokenizer: Tokenizer | None, count: int, visit: int = 0) -> list[Seen]:
-    """The first samples of each source, at one visit: crop, flip, caption and prefix by the stream's own rules.
+def training_samples(
+    config: Config, view: View, tokenizer: Tokenizer | None, count: int, visit: int = 0
+) -> list[TrainingSample]:
+    """The first samples of each source at one visit, with crop, flip, caption and prefix drawn as in training.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         view: see :func:`view_of`.
-        tokenizer: None shows no captions.
-        count: over all sources.
-        visit: another one draws other crops, captions and prefixes.
+        tokenizer: None: no captions.
+        count: number of samples over all sources.
+        visit: index that crops, captions and prefixes depend on.
 
     Raises:
         UsageError: no data there.
@@ -115,19 +117,19 @@ def training_samples(config: Config, view: View, tokenizer: Tokenizer | None, co
         config.data, replace(view, teacher=0), tokenizer, config.seed, WorkerConfig(rank=0, world_size=1, num_workers=0)
     )
     shards = training_shards(config.data)
-    shares = [count // len(shards) + (at < count % len(shards)) for at in range(len(shards))]
+    counts = [count // len(shards) + (at < count % len(shards)) for at in range(len(shards))]
     found = []
-    for number, (tars, share) in enumerate(zip(shards, shares)):
+    for number, (tars, wanted) in enumerate(zip(shards, counts)):
         source = encoder.sources[number]
         name = (source.name or Path(source.path).name) if len(shards) > 1 else ""
-        for key, parts in islice((pair for tar in tars for pair in read_samples(tar)), share):
+        for key, parts in islice((pair for tar in tars for pair in read_samples(tar)), wanted):
             sample = {"__key__": key, "__restore_key__": (), "__subflavors__": {"source": number}, **parts}
             try:
-                seen = encoder.see(sample, sample_rng(config.seed, key, 0, visit))
+                drawn = encoder.draw(sample, sample_rng(config.seed, key, 0, visit))
             except ImageError:
                 continue
-            caption = tokenizer.decode(seen["tokens"]) if tokenizer else ""
-            found.append(Seen(key, name, torch.from_numpy(seen["image"]), caption, seen["prefix"]))
+            caption = tokenizer.decode(drawn["tokens"]) if tokenizer else ""
+            found.append(TrainingSample(key, name, torch.from_numpy(drawn["image"]), caption, drawn["prefix"]))
     return found
 
 

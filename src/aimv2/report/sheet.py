@@ -1,4 +1,4 @@
-"""The pictures of a section as one picture, for documents: a row a strip, with what the page shows below them."""
+"""Draw a section's pictures as one PNG, for documents: one row per strip, with captions and tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 GAP = 6  # pixels between pictures
-LINE = 15  # pixels of a line of text
-LETTERS = 11  # pixels of its letters
+LINE = 15  # line height in pixels
+FONT_SIZE = 11
 INK, PALE = (40, 40, 40), (120, 120, 120)
-TINT = (255, 150, 130)  # of the dearest token
-WIDEST = 6  # pictures that a sheet with tokens has room for, at least
+TINT = (255, 150, 130)  # background of a token at full strength
+WIDEST = 6  # minimum width of a sheet with tokens, in pictures
 
 
 def draw_sheet(section: Section, side: int = 128) -> Picture | None:
-    """Every strip of a section below the other; tokens stand beside a single picture, below a row of several.
+    """Draw all strips of a section, one per row; tokens go to the right of a single picture, else below the row.
 
     Args:
-        section: of a report.
-        side: pixels of the longer side of each picture.
+        section: section of a report.
+        side: longer side of each picture in pixels.
 
     Returns:
         uint8 [H, W, 3] on white; None: the section has no picture.
@@ -37,7 +37,7 @@ def draw_sheet(section: Section, side: int = 128) -> Picture | None:
     strips = [block for block in section.blocks if isinstance(block, Strip) and block.shots]
     if not strips:
         return None
-    font = letters()
+    font = load_font()
     places = max(len(strip.shots) for strip in strips)
     if any(strip.tokens for strip in strips):
         places = max(places, WIDEST)
@@ -68,30 +68,30 @@ def draw_sheet(section: Section, side: int = 128) -> Picture | None:
     return np.asarray(canvas)
 
 
-def letters() -> FreeTypeFont:
-    """The font that matplotlib brings: Latin, Greek, Cyrillic, and more."""
+def load_font() -> FreeTypeFont:
+    """Matplotlib's own font: Latin, Greek, Cyrillic, and more."""
     from matplotlib import get_data_path
     from PIL import ImageFont
 
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", LETTERS)
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
 
 
 def tallest(strip: Strip, side: int) -> int:
-    """Pixels of a row's highest picture."""
+    """Height in pixels of the tallest picture of a row."""
     return max(round(shot.picture.shape[0] * side / max(shot.picture.shape[:2])) for shot in strip.shots)
 
 
 def strip_height(strip: Strip, side: int) -> int:
-    """Pixels of a row of pictures with what stands below them and the gap that follows."""
+    """Height in pixels of a row of pictures with captions and gap."""
     return tallest(strip, side) + GAP + (LINE if any(shot.under for shot in strip.shots) else 0)
 
 
 def token_lines(
     tokens: Sequence[Tinted], ruler: ImageDraw, font: FreeTypeFont, start: int, end: int
 ) -> list[list[tuple[Tinted, int, int]]]:
-    """Tokens broken into lines between two columns of pixels: each with its left edge and width."""
+    """Wrap tokens into lines between two x coordinates: each with its left edge and width."""
     lines: list[list[tuple[Tinted, int, int]]] = []
-    left = end  # the first begins a line
+    left = end  # so that the first token begins a line
     for token in tokens:
         wide = round(max(ruler.textlength(shown(token.text), font=font), ruler.textlength(token.figure, font=font))) + 6
         if left + wide > end:
@@ -103,10 +103,10 @@ def token_lines(
 
 
 def write_tokens(line: Sequence[tuple[Tinted, int, int]], pen: ImageDraw, font: FreeTypeFont, top: int) -> None:
-    """A line of tokens, each on its tint, with its figure below."""
+    """Draw a line of tokens, each on its background, with its figure below."""
     for token, left, wide in line:
-        share = min(max(token.share, 0), 1)
-        tint = tuple(round(255 + (part - 255) * share) for part in TINT)
+        strength = min(max(token.share, 0), 1)
+        tint = tuple(round(255 + (part - 255) * strength) for part in TINT)
         pen.rectangle((left, top, left + wide, top + LINE - 1), fill=tint)
         pen.text((left + 3, top), shown(token.text), fill=INK, font=font)
         pen.text((left + 3, top + LINE - 1), token.figure, fill=PALE, font=font)
@@ -118,7 +118,7 @@ def shown(text: str) -> str:
 
 
 def shorten(text: str, pen: ImageDraw, font: FreeTypeFont, width: int) -> str:
-    """The beginning of a text that fits into so many pixels."""
+    """Truncate a text to ``width`` pixels."""
     text = shown(text)
     if pen.textlength(text, font=font) <= width:
         return text

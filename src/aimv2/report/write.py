@@ -1,4 +1,4 @@
-"""``aimv2 report``: one run in full, or several beside one another; once, or again and again while a run trains."""
+"""``aimv2 report``: a report of one run or a comparison of several, written once or repeatedly while a run trains."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from aimv2.train.log import say
 
 PAGE = "report.html"
 BATCH = 8  # training samples shown
-IDLE = 600.0  # seconds without a new line of metrics after which a run that is watched counts as stopped
+IDLE = 600.0  # seconds without new metrics after which a watched run counts as stopped
 
 
 @dataclass
 class Reporter:
-    """What stays the same between two pages of the same runs.
+    """Writer of report pages of the same runs.
 
     Attributes:
-        folders: of the runs.
+        folders: the run folders.
         out: the page.
-        images: pictures a section.
-        device: of the model.
-        kept: sections drawn from a checkpoint, by (run, step): drawn once.
+        images: images per section.
+        device: the model's device.
+        kept: cache of sections drawn from a checkpoint, by (run, step).
     """
 
     folders: Sequence[str]
@@ -52,11 +52,11 @@ class Reporter:
     kept: dict[tuple[Path, int], list[Section]] = field(default_factory=dict)
 
     def write(self, reload: float | None = None, waiting: bool = False) -> tuple[list[Run], dict[str, Any]]:
-        """One page of the runs as they are now; ``reload``: seconds, see :class:`Page`; ``waiting``: without figures too."""
+        """Write a page of the runs' current state; ``reload``: see :class:`Page`; ``waiting``: accept runs without metrics."""
         runs = [read_run(folder, waiting) for folder in self.folders]
         if all(run.finished for run in runs):
             reload = None
-        page = self.alone(runs[0]) if len(runs) == 1 else self.beside(runs)
+        page = self.single(runs[0]) if len(runs) == 1 else self.comparison(runs)
         page.reload = reload
         size = write_page(page, self.out)
         return runs, {
@@ -67,15 +67,15 @@ class Reporter:
             "left_out": {section.name: section.missing for section in page.sections if section.missing},
         }
 
-    def alone(self, run: Run) -> Page:
-        """Everything of one run."""
+    def single(self, run: Run) -> Page:
+        """The page of one run."""
         panels = panels_of([run])
         parts = [facts.curve_section([run], panels), *self.pictures(run), facts.result_section(run)]
         parts += [facts.config_section(run), facts.machine_section(run)]
         return Page(run.name, facts.state_of(run), facts.headlines(run), parts, panels)
 
-    def beside(self, runs: Sequence[Run]) -> Page:
-        """Curves over one another, figures, and what differs."""
+    def comparison(self, runs: Sequence[Run]) -> Page:
+        """The page of several runs: shared curves, figures and differences."""
         panels = panels_of(runs)
         parts = [facts.curve_section(runs, panels), facts.figure_section(runs), facts.difference_section(runs)]
         parts.append(self.same_pictures(runs))
@@ -88,7 +88,7 @@ class Reporter:
         return Page(names, f"{len(runs)} runs", [], parts, panels)
 
     def pictures(self, run: Run) -> list[Section]:
-        """The sections that need pictures, drawn once a checkpoint."""
+        """The sections that need a model, drawn once per checkpoint."""
         step = run.checkpoint[0] if run.checkpoint else -1
         if (run.folder, step) not in self.kept:
             self.kept.clear()
@@ -96,8 +96,8 @@ class Reporter:
         return self.kept[run.folder, step]
 
     def same_pictures(self, runs: Sequence[Run]) -> Section:
-        """Held-out images as each of several runs sees them."""
-        title = "The same pictures"
+        """Outputs of several runs for the same held-out images."""
+        title = "The same images"
         if any(run.checkpoint is None for run in runs):
             waiting = ", ".join(run.name for run in runs if run.checkpoint is None)
             return Section("beside", title, missing=f"no checkpoint yet: {waiting}")
@@ -107,7 +107,7 @@ class Reporter:
             found += [views.compared(scene_of(run, self.images, self.device)) for run in runs[1:]]
         except (UsageError, OSError) as error:
             return Section("beside", title, missing=f"not drawn: {error}")
-        return views.beside_section([run.name for run in runs], first, found)
+        return views.comparison_section([run.name for run in runs], first, found)
 
 
 def write_report(
@@ -120,26 +120,26 @@ def write_report(
 def watch(
     folders: Sequence[str], every: float, out: str | None = None, images: int = 6, device: str | None = None
 ) -> dict[str, Any]:
-    """Rewrites the page every so many seconds until every run has ended; see :func:`aimv2.api.report`.
+    """Rewrite the page periodically until every run has ended; see :func:`aimv2.api.report`.
 
     Raises:
-        KeyboardInterrupt: the page that was written last stays, and no longer reloads itself.
+        KeyboardInterrupt: after writing a last page that no longer reloads.
     """
     if every <= 0:
         raise UsageError(f"--watch {every:g}: seconds above 0 expected")
     made = reporter(folders, out, images, device)
-    seen, since = -1, time.monotonic()
+    known, since = -1, time.monotonic()
     try:
         while True:
             runs, result = made.write(every, waiting=True)
             lines = sum(len(run.metrics) for run in runs)
-            if lines != seen:
+            if lines != known:
                 say(f"{made.out}: " + ", ".join(f"{run.name} at step {run.step}" for run in runs))
-                seen, since = lines, time.monotonic()
+                known, since = lines, time.monotonic()
             if all(run.finished for run in runs):
                 return result
             if time.monotonic() - since > IDLE:
-                say(f"no new figures for {IDLE / 60:g} minutes: taken as stopped")
+                say(f"no new metrics for {IDLE / 60:g} minutes: the run counts as stopped")
                 return made.write(waiting=True)[1]
             time.sleep(every)
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def watch(
 
 
 def reporter(folders: Sequence[str], out: str | None, images: int, device: str | torch.device | None) -> Reporter:
-    """Checks the options.
+    """Validate the options.
 
     Raises:
         UsageError: no run, a number of images below 1, an unknown device, a page that is not HTML.
@@ -170,11 +170,11 @@ def reporter(folders: Sequence[str], out: str | None, images: int, device: str |
 
 
 def after_run(run: Path, device: torch.device, tell: Callable[[str], None]) -> str | None:
-    """The report at the end of a run, its path; a warning and None in place of an error, as the run itself is done."""
+    """Write the report at the end of a run and return its path; an error is only a warning (None), as the run is done."""
     try:
         return str(write_report([str(run)], device=device)["report"])
-    except Exception as error:  # whatever it is, the run has its summary
-        tell(f"no report: {' '.join(str(error).split()) or type(error).__name__} (`aimv2 report {run}` tries again)")
+    except Exception as error:  # the run has its summary already
+        tell(f"no report: {' '.join(str(error).split()) or type(error).__name__} (try again: `aimv2 report {run}`)")
         return None
 
 
@@ -182,7 +182,7 @@ def after_run(run: Path, device: torch.device, tell: Callable[[str], None]) -> s
 
 
 def picture_sections(run: Run, images: int, device: torch.device) -> list[Section]:
-    """The sections of pictures; those that can't be say why."""
+    """The sections that need a model; those that can't be drawn have a reason."""
     if run.checkpoint is None:
         return views.without_model("the run has no checkpoint yet")
     try:
@@ -192,8 +192,8 @@ def picture_sections(run: Run, images: int, device: torch.device) -> list[Sectio
     return views.sections(scene)
 
 
-def scene_of(run: Run, images: int, device: torch.device) -> views.Scene:
-    """Model and pictures of a run's newest checkpoint.
+def scene_of(run: Run, images: int, device: torch.device) -> views.ModelViews:
+    """Model and images of a run's newest checkpoint.
 
     Raises:
         UsageError: no model to load, no data.
@@ -204,11 +204,11 @@ def scene_of(run: Run, images: int, device: torch.device) -> views.Scene:
     assert isinstance(encoder, views.VisionEncoder)
     tokenizer, view = tokenizer_of(run), view_of(run.config, encoder.config)
     training = training_samples(run.config, view, tokenizer, BATCH)
-    held_out = held_out_images(run.config, view, tokenizer, views.searched(encoder, view.patches, images))
+    held_out = held_out_images(run.config, view, tokenizer, views.pool_size(encoder, view.patches, images))
     origin = "held-out"
     if not held_out:
-        plain = training_samples(run.config, view, tokenizer, views.searched(encoder, view.patches, images))
-        held_out, origin = [HeldOutImage(one.key, one.image, one.caption, -1) for one in plain], "training"
+        others = training_samples(run.config, view, tokenizer, views.pool_size(encoder, view.patches, images))
+        held_out, origin = [HeldOutImage(one.key, one.image, one.caption, -1) for one in others], "training"
     why = f"a run of objective.name={run.config.objective.name} has no decoder"
     whole = model if isinstance(model, AIMv2) else None
-    return views.Scene(encoder, whole, why, training, held_out, tokenizer, images, origin)
+    return views.ModelViews(encoder, whole, why, training, held_out, tokenizer, images, origin)

@@ -1,70 +1,101 @@
-"""The stage ``probe``: classes through an attentive probe, the encoder frozen or trained with it."""
+"""Classification: classes through an attentive probe, the encoder frozen or trained with it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from aimv2.config.objective import ClassifyTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.stream.samples import training_shards, training_sources
-from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.load import load_model
-from aimv2.interop.model_folder import checkpoints
 from aimv2.models.classifier import Classifier
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.flops import step_flops
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.objectives import Objective
 from aimv2.objectives.probe import ProbeObjective
 from aimv2.tasks.held_out import HeldOut, validate_classes
+from aimv2.tasks.init_weights import origin_of
 from aimv2.tasks.pretrain import shapes
+from aimv2.tasks.task import CardText, Context, Task
 
 
-def reads_text(config: Config) -> bool:
-    return False
+class Classify(Task):
+    """An encoder under an attentive probe."""
 
+    options: ClassVar[type[Any]] = ClassifyTaskOptions
 
-def objective(config: Config) -> ProbeObjective:
-    return ProbeObjective(config.objective)
+    def check_world(self, world: World) -> None:
+        if world.size > 1:
+            raise UsageError(
+                "objective.name=probe: its batch norm sees one process; start it without torchrun", code="unsupported"
+            )
 
+    def reads_text(self) -> bool:
+        return False
 
-def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
-    """Loss and accuracy; see :func:`aimv2.tasks.held_out.validate_classes`."""
-    return validate_classes(model, data, world)
+    def encoder_config(self, vocab_size: int) -> EncoderConfig:
+        init = self.config.init
+        return shapes(self.config, 1)[0] if init is None else origin_of(init).encoder
 
+    def build(self, context: Context) -> Classifier:
+        """The encoder of ``init`` (or a new one) under an attentive probe, its size that of ``init``."""
+        config, options = self.config, self.config.objective
+        source: VisionEncoder | None = None
+        # a resumed run has its encoder in its own folder: init may be gone by then
+        origin = config.run if context.resuming else config.init
+        if origin is not None:
+            loaded = load_model(origin)
+            image: nn.Module = getattr(loaded, "image", loaded)  # of a pair its image tower
+            assert isinstance(image, VisionEncoder)
+            source = image
+        shape = source.config if source is not None else shapes(config, 1)[0]
+        if shape.image_size is None:
+            raise UsageError(f"init {config.init}: a native model; training sees one image size, give model.image_size")
+        options.classes = options.classes or count_classes(config)  # counted once: config.yaml keeps it
+        heads = options.heads
+        if heads is not None and shape.width % heads:
+            raise UsageError(
+                f"objective.heads {heads} does not divide the encoder's width {shape.width}", code="mismatch"
+            )
+        with torch.device("meta"):
+            model = Classifier(replace(shape, pool_heads=0), options.classes, heads)
+        model.to_empty(device="cpu")
+        init_weights(model, config.seed)
+        if source is not None and not context.resuming:
+            weights = {key: value.float() for key, value in source.state_dict().items() if not key.startswith("head.")}
+            model.encoder.load_state_dict(weights)
+        if options.freeze:
+            model.encoder.requires_grad_(False)
+        return model
 
-def build_model(config: Config, tokenizer: Tokenizer | None, resuming: bool) -> Classifier:
-    """The encoder of ``init`` (or a new one) under an attentive probe, its size that of ``init``."""
-    objective = config.objective
-    source = None
-    # a run that goes on has its encoder in its own folder: --init may be gone by then
-    origin = config.run if resuming and config.run and checkpoints(Path(config.run)) else config.init
-    if origin is not None:
-        loaded = load_model(origin)
-        source = getattr(loaded, "image", loaded)
-        assert isinstance(source, VisionEncoder)
-    shape: EncoderConfig = source.config if source is not None else shapes(config, 1)[0]  # type: ignore[assignment]
-    if shape.image_size is None:
-        raise UsageError(f"init {config.init}: a native model; training sees one image size, give model.image_size")
-    objective.classes = objective.classes or count_classes(config)  # counted once: config.yaml keeps it
-    heads = objective.heads
-    if heads is not None and shape.width % heads:
-        raise UsageError(f"objective.heads {heads} does not divide the encoder's width {shape.width}")
-    with torch.device("meta"):
-        model = Classifier(replace(shape, pool_heads=0), objective.classes, heads)
-    model.to_empty(device="cpu")
-    init_weights(model, config.seed)
-    if source is not None and not resuming:
-        weights = {key: value.float() for key, value in source.state_dict().items() if not key.startswith("head.")}
-        model.encoder.load_state_dict(weights)
-    if objective.freeze:
-        model.encoder.requires_grad_(False)
-    return model
+    def objective(self, model: nn.Module) -> Objective:
+        return ProbeObjective(self.config.objective)
+
+    def flops(self, model: nn.Module, pairs: float, patches: float, tokens: float) -> float:
+        return step_flops(model, pairs, patches, tokens)
+
+    def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
+        """Loss and accuracy; see :func:`aimv2.tasks.held_out.validate_classes`."""
+        return validate_classes(model, data, world)
+
+    def card(self) -> CardText:
+        frozen = self.config.objective.freeze
+        return (
+            super()
+            .card()
+            ._replace(
+                what="AIMV2 vision encoder with an attentive probe" + ("" if frozen else ", both trained on labels"),
+                learned=f"classes, {'frozen encoder' if frozen else 'encoder trained'}, init {self.config.init}",
+            )
+        )
 
 
 def count_classes(config: Config) -> int:
@@ -85,3 +116,6 @@ def count_classes(config: Config) -> int:
             "class-folder tree, or use objective.name=pretrain"
         )
     return largest + 1
+
+
+TASK = Classify

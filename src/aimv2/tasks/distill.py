@@ -1,19 +1,18 @@
-"""The stage ``distill``: pre-training with a feature term to a frozen teacher, which whoever starts the run has opened."""
+"""Distillation: pre-training with a feature term to a frozen teacher."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aimv2.config.objective import STORED, DistillTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.shards.format import MANIFEST
 from aimv2.data.stream.samples import training_shards
-from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.features.teacher import Teacher
@@ -22,59 +21,97 @@ from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.objectives import Objective
 from aimv2.objectives.distill import PROJECTED, DistillObjective
-from aimv2.tasks import pretrain
-from aimv2.tasks.held_out import HeldOut, held_out_batches, mean_loss
+from aimv2.tasks.held_out import HeldOut, evaluating, held_out_batches, mean_loss
+from aimv2.tasks.pretrain import Pretrain
+from aimv2.tasks.task import CardText, Context
 
-STORED = "stored"  # the teacher whose features lie beside the images
 BATCH = 64  # held-out pairs in the models at once
 
 
-def build(
-    config: Config, tokenizer: Tokenizer | None, resuming: bool, open_teacher: Callable[[int], Teacher]
-) -> tuple[Distiller, DistillObjective]:
-    """The student, with the weights that pre-training would begin with, its projection, and the objective.
+class Distill(Pretrain):
+    """A student under a decoder, and the teacher that its patch features are compared with."""
 
-    Args:
-        config, tokenizer, resuming: see :class:`aimv2.tasks.Stage`.
-        open_teacher: patches a side of the student -> the teacher; one that sees any size is opened for these.
+    options: ClassVar[type[Any]] = DistillTaskOptions
+    cools = False
+    may_change = ("objective.teacher", "objective.teacher_image_mean", "objective.teacher_image_std")
+    teacher: Teacher
 
-    Raises:
-        UsageError: the patch grids differ, or the teacher is not the one that the run began with.
-    """
-    student = pretrain.build_model(config, tokenizer, resuming)
-    shape, options = student.encoder.config, config.objective
-    if shape.image_size is None:
-        raise UsageError(
-            f"model.name {shape.name}: a native student has no one patch grid to compare with a teacher's; give "
-            "model.image_size"
-        )
-    teacher = (
-        stored_teacher(config) if options.teacher == STORED else open_teacher(shape.image_size // shape.patch_size)
-    )
-    check_teacher(config, teacher)
-    check_grids(shape, shape.image_size, teacher)
-    width = teacher.width if options.teacher_loss in PROJECTED else None
-    model = Distiller(student, width, options.teacher_view == "whole")
-    if model.to_teacher is not None:
-        init_weights(model.to_teacher, config.seed + 1)  # the student's own weights are those of pre-training alone
-    return model, DistillObjective(options, teacher)
+    def models(self) -> dict[str, str]:
+        teacher = self.config.objective.teacher
+        return {} if teacher in (None, STORED) else {"teacher": teacher}
 
+    def stored_width(self) -> int:
+        return stored_teacher(self.config).width if self.config.objective.teacher == STORED else 0
 
-@torch.no_grad()
-def validate(model: nn.Module, objective: Objective, data: HeldOut, config: Config, world: World) -> dict[str, float]:
-    """Losses of pre-training, and of a teacher that runs along ``val_feature_loss`` of whole images (mean of a patch); features
-    are stored for training images alone."""
-    figures = pretrain.validate(model, objective, data, config, world)
-    assert isinstance(model, Distiller) and isinstance(objective, DistillObjective)
-    if objective.teacher.run is None:
+    def build(self, context: Context) -> Distiller:
+        """The student with the weights that pre-training would begin with, and its projection.
+
+        Raises:
+            UsageError: the patch grids differ, or the teacher is not the one that the run began with.
+        """
+        student, options = super().build(context), self.config.objective
+        shape = student.encoder.config
+        if shape.image_size is None:
+            raise UsageError(
+                f"model.name {shape.name}: a native student has no one patch grid to compare with a teacher's; give "
+                "model.image_size",
+                code="unsupported",
+            )
+        self.teacher = self.open_teacher(shape.image_size // shape.patch_size, context.world.device)
+        check_teacher(self.config, self.teacher)
+        check_grids(shape, shape.image_size, self.teacher)
+        width = self.teacher.width if options.teacher_loss in PROJECTED else None
+        model = Distiller(student, width, options.teacher_view == "whole")
+        if model.to_teacher is not None:
+            init_weights(model.to_teacher, self.config.seed + 1)  # the student's own weights are those of pre-training
+        return model
+
+    def open_teacher(self, grid: int, device: torch.device) -> Teacher:
+        """The teacher of ``objective.teacher``; one that takes any size is opened for ``grid`` patches a side."""
+        options = self.config.objective
+        if options.teacher == STORED:
+            return stored_teacher(self.config)
+        assert options.teacher is not None
+        from aimv2.features.pixels import read_stats
+        from aimv2.features.teacher import open_teacher
+
+        names = "objective.teacher_image_mean", "objective.teacher_image_std"
+        stats = read_stats(options.teacher_image_mean, options.teacher_image_std, names)
+        return open_teacher(options.teacher, device, grid, stats=stats, options=names)
+
+    def objective(self, model: nn.Module) -> Objective:
+        return DistillObjective(self.config.objective, self.teacher)
+
+    def flops(self, model: nn.Module, pairs: float, patches: float, tokens: float) -> float:
+        return super().flops(model, pairs, patches, tokens) + pairs * self.teacher.flops
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
+        """Losses of pre-training, and ``val_feature_loss`` (mean of a patch, whole images) of a teacher that runs here; stored
+        features are of training images only."""
+        figures = super().validate(model, objective, data, world)
+        assert isinstance(model, Distiller) and isinstance(objective, DistillObjective)
+        if objective.teacher.run is not None:
+            with evaluating(model):
+                batches = held_out_batches(data, model.encoder.config.patch_size, BATCH, 1.0, model.decoder.config.text)
+                figures["val_feature_loss"] = mean_loss(model, objective.whole, batches, world)
         return figures
-    was_training = model.training
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        batches = held_out_batches(data, model.encoder.config.patch_size, BATCH, 1.0, model.decoder.config.text)
-        figures["val_feature_loss"] = mean_loss(model, objective.whole, batches, world)
-    model.train(was_training)
-    return figures
+
+    def exported(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(model, Distiller)
+        return model.saved(super().exported(model, weights))
+
+    def card(self) -> CardText:
+        options, card = self.config.objective, super().card()
+        return card._replace(
+            what=f"{card.what} as the student of a frozen teacher",
+            learned=f"{card.learned}; patch features of {Path(options.teacher or '').name} (weights {options.teacher_sha256}), "
+            f"{options.teacher_loss} loss, weight {options.teacher_weight:g}, {options.teacher_view} view",
+        )
+
+    def about(self) -> dict[str, Any]:
+        options = self.config.objective
+        return {"teacher": options.teacher, "teacher_sha256": options.teacher_sha256}
 
 
 def check_teacher(config: Config, teacher: Teacher) -> None:
@@ -146,3 +183,6 @@ def read_teacher(folder: Path) -> dict[str, Any]:
             "`aimv2 data teach TEACHER DATA OUT --views K`, or name a teacher that runs along"
         )
     return about
+
+
+TASK = Distill

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from aimv2.data.stream.samples import View, image_bytes
 from aimv2.data.stream.transforms import Box, centre_crop_box, crop_resize, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
-from aimv2.objectives.pretrain import PretrainObjective, Terms
+from aimv2.objectives import Terms
+from aimv2.objectives.pretrain import PretrainObjective
 
 
 @dataclass
@@ -42,26 +45,28 @@ class HeldOut:
     keys: list[str]
 
 
-def read_held_out(
-    shards: Sequence[Path],
-    view: View,
-    tokenizer: Tokenizer | None,
-    limit: int,
-    max_tokens: int = 77,
-    rank: int = 0,
-    world_size: int = 1,
-) -> HeldOut:
+class HeldOutSample(NamedTuple):
+    """One of them: pixels uint8 [3, H, W], key, first caption ("" without one), label (-1 without)."""
+
+    pixels: np.ndarray
+    key: str
+    caption: str
+    label: int
+
+
+def held_out_samples(
+    shards: Sequence[Path], view: View, limit: int, rank: int = 0, world_size: int = 1
+) -> Iterator[HeldOutSample]:
     """The first ``limit`` samples in shard order (0: all), every ``world_size``-th for ``rank``; unreadable ones left out."""
-    images, captions, tokens, labels, keys = [], [], [], [], []
-    seen = 0
+    count = 0
     for key, sample in (pair for shard in shards for pair in read_samples(shard)):
-        if limit and seen >= limit:
+        if limit and count >= limit:
             break
         texts = [text for field in captions_of(sample).values() for text in field]
         if view.captions and not texts:
             continue
-        seen += 1
-        if (seen - 1) % world_size != rank:
+        count += 1
+        if (count - 1) % world_size != rank:
             continue
         try:
             image = decode_image(image_bytes(sample))
@@ -72,34 +77,58 @@ def read_held_out(
         if view.native is None:
             box = centre_crop_box(*image.size)
         else:
-            columns, rows = fit_area(*image.size, middle_area(view.native.shares))
+            columns, rows = fit_area(*image.size, middle_area(view.native.areas))
             size = columns * view.native.patch, rows * view.native.patch
-        images.append(to_pixels(crop_resize(image, box, size)))
-        captions.append(texts[0] if texts else "")
-        tokens.append(tokenizer.encode(texts[0], max_tokens) if tokenizer and texts else [])
-        labels.append(label_of(sample))
-        keys.append(key)
-    if view.native is not None:
-        return HeldOut([torch.from_numpy(one) for one in images], captions, tokens, torch.tensor(labels), keys)
-    pixels = np.stack(images) if images else np.zeros((0, 3, view.image_size, view.image_size), np.uint8)
-    return HeldOut(torch.from_numpy(pixels), captions, tokens, torch.tensor(labels), keys)
+        pixels = to_pixels(crop_resize(image, box, size))
+        yield HeldOutSample(pixels, key, texts[0] if texts else "", label_of(sample))
 
 
-def held_out_batches(data: HeldOut, patch: int, size: int, share: float, text: bool) -> list[Batch]:
-    """Batches of ``size`` pairs, the last one smaller, all with the same share of patches as prefix.
+def read_held_out(
+    shards: Sequence[Path],
+    view: View,
+    tokenizer: Tokenizer | None,
+    limit: int,
+    max_tokens: int = 77,
+    rank: int = 0,
+    world_size: int = 1,
+) -> HeldOut:
+    """Those of :func:`held_out_samples`, all in memory."""
+    found = list(held_out_samples(shards, view, limit, rank, world_size))
+    images: Any = [torch.from_numpy(one.pixels) for one in found]
+    if view.native is None:
+        images = (
+            torch.stack(images) if found else torch.zeros(0, 3, view.image_size, view.image_size, dtype=torch.uint8)
+        )
+    captions = [one.caption for one in found]
+    tokens = [tokenizer.encode(caption, max_tokens) if tokenizer and caption else [] for caption in captions]
+    return HeldOut(images, captions, tokens, torch.tensor([one.label for one in found]), [one.key for one in found])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and uncompiled, as validation has it; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    model.train(was_training)
+
+
+def held_out_batches(data: HeldOut, patch: int, size: int, fraction: float, text: bool) -> list[Batch]:
+    """Batches of ``size`` pairs, the last one smaller, all with the same fraction of patches as prefix.
 
     Args:
         data: what to score.
         patch: p.
         size: pairs a batch.
-        share: 0..1, of an image's patches; held in 1..I-1 of them.
+        fraction: 0..1, of an image's patches that are prefix; held in 1..I-1 of them.
         text: with the captions.
     """
     batches = []
     for at in range(0, len(data.keys), size):
         images, keys = data.images[at : at + size], data.keys[at : at + size]
         counts = [(image.shape[1] // patch) * (image.shape[2] // patch) for image in images]
-        prefix = [min(max(round(share * count), 1), max(count - 1, 1)) for count in counts]
+        prefix = [min(max(round(fraction * count), 1), max(count - 1, 1)) for count in counts]
         tokens = data.tokens[at : at + size] if text else [[]] * len(keys)
         if isinstance(images, list):
             batches.append(make_native_batch(images, tokens, prefix, patch, max(counts), keys))
@@ -140,7 +169,7 @@ def validate_pairs(
 ) -> dict[str, float]:
     """Losses on held-out pairs.
 
-    The pixel loss is scored at each prefix length (share of the patches, of side ``patch``) with prefix attention; the
+    The pixel loss is scored at each prefix length (fraction of the patches, of side ``patch``) with prefix attention; the
     text loss with all patches seen, as captions are written.
 
     Returns:
@@ -148,9 +177,7 @@ def validate_pairs(
         ``val_pixel_loss_10`` and so on (a prefix of 10%).
     """
     figures: dict[str, float] = {}
-    was_training = model.training
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with evaluating(model):
         if text:
             objective = PretrainObjective(ObjectiveConfig(targets="text", attention="bidirectional"))
             loss = mean_loss(model, objective, held_out_batches(data, patch, size, 1.0, True), world)
@@ -158,11 +185,10 @@ def validate_pairs(
         if pixels:
             objective = PretrainObjective(ObjectiveConfig(targets="image"))
             losses = {}
-            for share in prefixes:
-                batches = held_out_batches(data, patch, size, share, False)
-                losses[f"val_pixel_loss_{round(100 * share)}"] = mean_loss(model, objective, batches, world)
+            for fraction in prefixes:
+                batches = held_out_batches(data, patch, size, fraction, False)
+                losses[f"val_pixel_loss_{round(100 * fraction)}"] = mean_loss(model, objective, batches, world)
             figures |= {"val_pixel_loss": sum(losses.values()) / len(losses), **losses}
-    model.train(was_training)
     return figures
 
 
@@ -173,10 +199,8 @@ def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 
     Returns:
         ``val_class_loss`` (nats an image) and ``val_top1`` (0..1).
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right, labelled
-    with torch.compiler.set_stance("force_eager"):
+    with evaluating(model):
         for at in range(0, len(data.keys), size):
             images, labels = data.images[at : at + size], data.labels[at : at + size]
             assert isinstance(images, torch.Tensor)
@@ -185,6 +209,5 @@ def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 
             loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
             right = (logits.argmax(-1) == batch.labels).sum()
             sums += torch.stack([loss.double(), right.double(), (batch.labels >= 0).sum().double()])
-    model.train(was_training)
     loss_sum, right_sum, count = world.sum(sums).tolist()
     return {"val_class_loss": loss_sum / max(count, 1), "val_top1": right_sum / max(count, 1)}

@@ -16,13 +16,13 @@ from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop import layouts
 from aimv2.interop.layouts import Rules
-from aimv2.interop.load import Source, Weights, check_all_read, fill_tensor, has_decoder, locate, plan
-from aimv2.interop.shapes import usual_name
+from aimv2.interop.load import ModelSource, Weights, check_all_read, fill_tensor, has_decoder, locate, plan
+from aimv2.interop.shapes import config_name
+from aimv2.io import say
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.positions import resize_positions
 from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig
-from aimv2.train.log import say
 
 SHAPE = ("patch_size", "width", "depth", "heads", "hidden")  # of the encoder: what must be equal
 SIGHT = ("image_size", "min_patches", "max_patches")  # of the encoder: what may change
@@ -41,7 +41,7 @@ class Origin:
         rules: key of an AIMv2 -> keys of the file.
     """
 
-    at: Source
+    at: ModelSource
     encoder: EncoderConfig
     decoder: DecoderConfig | None
     rules: Rules
@@ -98,7 +98,7 @@ def take_shape(config: Config) -> None:
 def row_for(shape: EncoderConfig, name: str) -> str:
     """The row of the sizes table that a shape is told by: its own, that of ``name``, or the one nearest in width."""
     rows = {key: row for key, (row, _) in MODELS.items() if (row.image_size is None) == (shape.image_size is None)}
-    for known in (usual_name(shape), name):
+    for known in (config_name(shape), name):
         if known in rows:
             return known
     return min(rows, key=lambda key: abs(rows[key].width - shape.width))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from aimv2.config.load import parse, read_recipe
+from aimv2.config.objective import find_task
 from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -72,9 +73,10 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"got {init}"
         )
     stored = {key: value for key, value in read_recipe(point.run / CONFIG).items() if key not in OWN}
-    before = parse(stored | {"init": init})
+    before = parse(stored | {"init": init}, stored=True)
     name = given.get("objective.name", before.objective.name)
-    if name != "pretrain":
+    task = find_task(name)
+    if task is None or not task.cools:
         raise UsageError(
             f"init {init}: a cooldown goes on with pre-training, got objective.name={name}; --config says what else to do"
         )

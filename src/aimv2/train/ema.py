@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from aimv2.distributed import World
+from aimv2.distributed import World, local
 
 WRAPPED = "_checkpoint_wrapped_module."  # recomputation wraps blocks; names are those of the model without it
 
@@ -61,8 +61,3 @@ class Ema:
             if world.main:
                 found[name] = whole.cpu()
         return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, over the same memory."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,27 @@ from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream.samples import validation_shards
 from aimv2.distributed import World, join_world, leave_world
 from aimv2.errors import UsageError
-from aimv2.evals.after_training import measure
 from aimv2.features.fingerprint import file_hash
-from aimv2.features.pixels import read_stats
-from aimv2.features.teacher import open_teacher
-from aimv2.interop.load import load_model
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
-from aimv2.io import write_aside
-from aimv2.models.aimv2 import AIMv2
-from aimv2.report.runs import git_state
-from aimv2.report.write import after_run
-from aimv2.tasks import stage_of
-from aimv2.tasks.pretrain import shapes
+from aimv2.io import git_state, say, write_aside
+from aimv2.tasks import task_of
+from aimv2.tasks.task import Context
 from aimv2.train import prepare
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
-from aimv2.train.log import say
 from aimv2.train.loop import Trainer, memory_gb
 from aimv2.train.parallel import want_compile
 from aimv2.train.schedule import learning_rate
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEMO_SCENES = 20_000
-TRIED = 3  # steps of a dry run; the quickest is told
+TRIED = 3  # steps of a dry run; the fastest is reported
 
 
 def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_config: bool) -> dict[str, Any]:
     """See :func:`aimv2.api.pretrain`."""
     started = time.perf_counter()
-    check_keys(given, "on the command line")
     base = read_recipe(recipe) if recipe else {}
+    check_keys(given, "on the command line", base)
     options = parse({**base, **given})
     try:
         if options.resume:
@@ -114,7 +105,7 @@ def settle(
         filled = parse({**base, **given})
         filled.data, filled.init = config.data, config.init
         config = filled
-    prepare.check_init(config)
+    task_of(config).check()
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
     return config, base
@@ -126,8 +117,7 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     config = parse({**base, **given})
     if print_config:
         return describe_config(config, provenance(base, given, "demo"))
-    prepare.check_init(config)
-    shapes(config, config.data.vocab_size)  # mistakes come before anything is drawn or cleared
+    task_of(config).check()  # mistakes come before anything is drawn or cleared
     if config.data.tokenizer != "auto":
         prepare.load_tokenizer(config.data.tokenizer)
     if dry_run:
@@ -175,24 +165,16 @@ def build_trainer(
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'")
-    if config.objective.name == "probe" and world.size > 1:
-        raise UsageError("objective.name=probe: its batch norm sees one process; start it without torchrun")
+    task = task_of(config)
+    task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
-    stage, objective = stage_of(config), None
-    if stage.taught is None:
-        model = stage.build(config, tokenizer, resuming)
-    else:
-        options = config.objective
-        names = "objective.teacher_image_mean", "objective.teacher_image_std"
-        stats = read_stats(options.teacher_image_mean, options.teacher_image_std, names)
-        opener = partial(open_teacher, options.teacher or "", world.device, stats=stats, options=names)
-        model, objective = stage.taught(config, tokenizer, resuming, opener)
+    model = task.build(Context(tokenizer, world, resuming))
     compiled, line = want_compile(config.train, world)
     if config.data.pack and compiled:  # rows of ever new lengths
         compiled, line = False, "running eager: packed rows (data.pack) have a new length each step"
     if line:
         say(line)
-    return Trainer(config, model, tokenizer, run, world, compiled, objective=objective)
+    return Trainer(config, model, tokenizer, run, world, compiled, task=task)
 
 
 def start(config: Config, run: Path, started: float, keep_warmup: bool = False) -> dict[str, Any]:
@@ -217,7 +199,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     if options.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite removes it; give one of them")
     run = Path(options.run)
-    config = prepare.resumed_values(run, given, parse)
+    config = prepare.resumed_values(run, given)
     config.run, config.resume = str(run), False
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
@@ -237,44 +219,57 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
 
 
 def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
-    """Trains, measures, writes and returns the summary."""
+    """Trains, evaluates, reports and writes the summary.
+
+    Once training is over the ranks leave the process group, and all but the first return: nobody waits while it evaluates.
+
+    Args:
+        trainer: everything built.
+        started: when this start began, of ``time.perf_counter``.
+        before: seconds that earlier starts of the run trained for.
+
+    Returns:
+        the summary; on other ranks than the first ``run`` and ``step`` only.
+    """
     config, run, world = trainer.config, trainer.run, trainer.world
+    parameters, inside = count(trainer.model), count(trainer.unwrapped().encoder)
     log = trainer.open_log()
     try:
-        log.say(
-            f"run {run}: {count(trainer.model) / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}"
-        )
+        log.say(f"run {run}: {parameters / 1e6:.1f}M parameters, steps {trainer.step} to {config.train.steps}")
         trainer.train()
     finally:
         trainer.close()
     result: dict[str, Any] = {"run": str(run), "step": trainer.step}
     if trainer.step < config.train.steps:
         return {**result, "stopped_at": trainer.step, "seconds": trainer.seconds}
-    if world.main:
-        result |= trainer.figures
-        if config.objective.name in ("pretrain", "distill"):
-            model = load_model(checkpoints(run)[-1][1] / "model", decoder=True, device=world.device)
-            assert isinstance(model, AIMv2)
-            result |= measure(config, model, trainer.tokenizer, say)
-        result |= {"parameters": count(trainer.model), "encoder_parameters": count(trainer.unwrapped().encoder)}
-        result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
-        result |= about_run(config, checkpoints(run)[-1][1] / "model" / WEIGHTS)
-        write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
-        if config.log.report and (path := after_run(run, world.device, say)):
-            result["report"] = path
-            write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
     world.barrier()
-    return world.broadcast(result)
+    leave_world()
+    if not world.main:
+        return result
+    folder = checkpoints(run)[-1][1] / "model"
+    result |= trainer.figures
+    result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
+    result |= {"parameters": parameters, "encoder_parameters": inside}
+    result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
+    result |= about_run(config, folder / WEIGHTS)
+    write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+    if config.log.report:
+        from aimv2.report.write import after_run
+
+        if path := after_run(run, world.device, say):
+            write_aside(run / "summary.json", json.dumps(result | {"report": path}, indent=1) + "\n")
+            result["report"] = path
+    return result
 
 
 def about_run(config: Config, weights: Path) -> dict[str, Any]:
     """What a result must say of itself: data, seed, weights, machine, versions, command."""
-    data, stage = to_dict(config)["data"], config.objective
+    data = to_dict(config)["data"]
     return {
         "data": data["train"],
         "val_data": data["val"] or "val-* or test-* beside the training shards",
         "seed": config.seed,
-        **({"teacher": stage.teacher, "teacher_sha256": stage.teacher_sha256} if stage.teacher else {}),
+        **task_of(config).about(),
         "weights_sha256": file_hash(weights),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
@@ -309,7 +304,7 @@ def rate_curve(config: Config, points: int = 11) -> list[dict[str, float]]:
 
 def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
     """The effective configuration, where each value came from, and the learning-rate curve."""
-    values = {key: get_value(config, key) for key in leaf_keys()}
+    values = {key: get_value(config, key) for key in leaf_keys(type(config))}
     if isinstance(config.data.train, list):
         values["data.train"] = to_dict(config)["data"]["train"]
     if config.data.train is not None and sources["data.train"] == "default":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,13 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aimv2.config.schema import LogConfig
+from aimv2.io import say as say
 from aimv2.io import write_aside
-
-
-def say(line: str) -> None:
-    """A line for the user, on standard error, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The one loop: every stage is an objective and a recipe over it."""
+"""The training loop of every task."""
 
 from __future__ import annotations
 
@@ -18,14 +18,10 @@ from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import write_model
-from aimv2.models.distilled import Distiller
-from aimv2.models.flops import peak_flops, step_flops
-from aimv2.models.lit import TunedLiT
-from aimv2.models.lora import merged
-from aimv2.objectives import Objective
-from aimv2.objectives.distill import DistillObjective
-from aimv2.tasks import stage_of
+from aimv2.models.flops import peak_flops
+from aimv2.tasks import Task, task_of
 from aimv2.tasks.held_out import HeldOut, read_held_out
+from aimv2.tasks.task import Context
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.interrupt import Interrupted, StopFlag
@@ -66,11 +62,11 @@ class Trainer:
         world: World,
         compiled: bool = False,
         stream: Stream | None = None,
-        objective: Objective | None = None,
+        task: Task | None = None,
     ) -> None:
         """``model`` has its weights already, equal on every rank. Writes nothing yet.
 
-        ``stream`` and ``objective``: other than those of ``config``.
+        ``task``: has built the model; that of ``config`` by default. ``stream``: in place of the task's.
         """
         part, accumulate = config.train.batch_size // world.size, config.train.accumulate
         if config.train.patch_budget is None and part % accumulate:
@@ -80,19 +76,17 @@ class Trainer:
             )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
         self.flag: StopFlag | None = None
-        self.stage = stage_of(config)
+        self.task = task or task_of(config)
         if stream is None:
             self.encoder = cast(Trainable, model).encoder.config
-            self.view = make_view(config, self.encoder, self.stage.text(config), world)
-            if isinstance(objective, DistillObjective):
-                self.view.teacher = objective.stored_width
-            other = self.stage.stream(config, model, tokenizer, world) if self.stage.stream else None
-            self.stream: Stream = other or TrainStream(
+            self.view = make_view(config, self.encoder, self.task.reads_text(), world)
+            self.view.teacher = self.task.stored_width()
+            self.stream: Stream = self.task.stream(Context(tokenizer, world), model) or TrainStream(
                 config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
             )
         else:
             self.stream, self.view = stream, View(0, 0, False)
-        self.update = TrainStep(model, config, world, compiled, objective)
+        self.update = TrainStep(model, config, world, compiled, task=self.task)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.last: StepFigures | None = None
         self.compiled = compiled
@@ -101,7 +95,7 @@ class Trainer:
         # terms, norm, tokens
         self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
         self.window_steps = 0
-        self.seen_pairs = self.seen_patches = 0  # since the last line of metrics, this start of the run alone
+        self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
         self.log: Log | None = None
@@ -126,8 +120,8 @@ class Trainer:
         self.model.train()
         if self.compiled and self.step < last:
             log.say("compiling the blocks")
-            share = train.batch_size // self.world.size // train.accumulate
-            self.update.warm_up(share, self.config.data.max_tokens, self.view)
+            pairs = train.batch_size // self.world.size // train.accumulate
+            self.update.warm_up(pairs, self.config.data.max_tokens, self.view)
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds
         saved = self.step if self.step else -1
@@ -143,7 +137,7 @@ class Trainer:
             if self.step == last or (train.save_every and self.step % train.save_every == 0):
                 self.save()
                 saved = self.step
-            self.leave_if_asked(saved, self.step == last)
+            self.stop_if_signalled(saved, self.step == last)
         if saved != self.step:
             self.save()
 
@@ -155,17 +149,17 @@ class Trainer:
         tokens = 0
         for part in batch if isinstance(batch, list) else [batch]:
             tokens += int(part.token_count) * self.world.size
-            self.seen_pairs += len(part) * self.world.size
+            self.pairs += len(part) * self.world.size
             patches = len(part) * self.view.patches if part.places is None else part.places[..., 0].numel()
-            self.seen_patches += patches * self.world.size
+            self.patches += patches * self.world.size
         read = torch.full_like(figures.norm, tokens)  # where no term counts them: as if all ranks had as many
         means, counts = (dict(zip(figures.names, values)) for values in (figures.means, figures.counts))
         row = [*(means[term] for term in self.terms), figures.norm, counts.get("text", read)]
         self.window += torch.stack(row)
         if self.first_broken is None:
             self.first_broken = torch.zeros_like(figures.broken, dtype=torch.int64)
-        unseen = figures.broken & (self.first_broken == 0)
-        self.first_broken = torch.where(unseen, self.step, self.first_broken)
+        new = figures.broken & (self.first_broken == 0)
+        self.first_broken = torch.where(new, self.step, self.first_broken)
 
     def check_finite(self) -> None:
         """Stops all ranks together where a step since the last look met NaN or infinity; it has not been applied."""
@@ -189,8 +183,8 @@ class Trainer:
         self.window.zero_()
         self.window_steps = 0
         *means, norm, tokens = (value / steps for value in window)
-        pairs, patches = self.seen_pairs / max(done, 1), self.seen_patches / max(done, 1)  # a step
-        self.seen_pairs = self.seen_patches = 0
+        pairs, patches = self.pairs / max(done, 1), self.patches / max(done, 1)  # per step
+        self.pairs = self.patches = 0
         weights = self.update.objective.weights
         figures: dict[str, Any] = {"loss": sum(weights[term] * mean for term, mean in zip(self.terms, means))}
         figures |= {f"{term}_loss": mean for term, mean in zip(self.terms, means)}
@@ -198,10 +192,7 @@ class Trainer:
         figures["grad_norm"] = norm
         figures["pairs_per_s"] = pairs * done / seconds
         figures["tokens_per_s"] = (tokens + patches) * done / seconds
-        if self.peak:
-            flops = step_flops(self.unwrapped(), pairs, patches / pairs, max(tokens, 1))
-            if isinstance(self.update.objective, DistillObjective):
-                flops += pairs * self.update.objective.teacher.flops
+        if self.peak and (flops := self.task.flops(self.model, pairs, patches / pairs, max(tokens, 1))) is not None:
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
         log.write(self.step, figures)
@@ -226,9 +217,7 @@ class Trainer:
             return
         start = time.perf_counter()
         with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
-            self.figures = self.stage.validate(
-                self.model, self.update.objective, self.held_out, self.config, self.world
-            )
+            self.figures = self.task.validate(self.model, self.update.objective, self.held_out, self.world)
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
 
@@ -258,18 +247,12 @@ class Trainer:
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The model folder of this step."""
-        model = self.unwrapped()
-        if self.config.optim.lora:
-            weights = merged(weights)
-        if isinstance(self.model, Distiller | TunedLiT):
-            weights = self.model.saved(weights)
-        write_model(
-            folder, model.config_dict(), weights, model_card(self.config, self.encoder, self.step, self.figures)
-        )
+        card = model_card(self.config, self.task.card(), self.encoder, self.step, self.figures)
+        write_model(folder, self.unwrapped().config_dict(), self.task.exported(self.model, weights), card)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
-    def leave_if_asked(self, saved: int, now: bool) -> None:
+    def stop_if_signalled(self, saved: int, now: bool) -> None:
         """After a signal on any rank: all ranks save and leave together (``now``: look, whatever the step)."""
         code = self.flag.code if self.flag else 0
         if self.world.size > 1:

@@ -9,9 +9,6 @@ import torch
 from torch import nn
 
 from aimv2.config.schema import OptimConfig
-from aimv2.models.lit import TunedLiT
-from aimv2.models.probe_head import ProbeSweep
-from aimv2.train.ema import local
 
 DECAYED = (nn.Linear, nn.Conv2d, nn.Embedding)  # their matrices; norms, biases, positions and [BOS] are not decayed
 
@@ -33,7 +30,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """How deep a parameter of the encoder lies: 0 for the patches, i + 1 for block i, depth + 1 for all behind them.
+    """Depth of a parameter: 0 for the patch embedding, i + 1 for block i, depth + 1 for everything after them.
 
     Args:
         name: in the whole model.
@@ -45,17 +42,24 @@ def layer_of(name: str, depth: int) -> int:
     return int(parts[2]) + 1 if parts[1] == "blocks" else 0
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW.
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.AdamW:
+    """Fused AdamW on a task's own groups, else on those by kind, layer and encoder.
 
     With ``decay=full`` a step does ``p *= 1 - weight_decay * lr / peak`` (AIMV2, Table A1), which is AdamW's rule with
     ``weight_decay / peak``.
     """
+    return torch.optim.AdamW(
+        groups or trained_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def trained_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of what learns, each with ``weight_decay`` and ``scale``, its learning rate as a fraction of the last layer's."""
     strength = config.weight_decay
     if config.decay == "full" and strength:
         strength /= config.lr
-    if isinstance(model, ProbeSweep):
-        return torch.optim.AdamW(sweep_groups(model), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     groups = parameter_groups(model)
     groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
     if config.freeze_encoder:
@@ -65,21 +69,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = [{"scale": 1.0, **group} for group in groups if any(p.requires_grad for p in group["params"])]
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def sweep_groups(model: ProbeSweep) -> list[dict[str, Any]]:
-    """Each head at its own peak rate and weight decay (``lr * decay``, as PyTorch means it; AIMV2, Table A2)."""
-    groups = []
-    for head, trial in zip(model.heads, model.trials):
-        for group, decay in zip(parameter_groups(head), (trial.weight_decay, 0.0)):
-            if group["params"]:
-                groups.append({**group, "weight_decay": decay, "peak": trial.lr, "scale": 1.0})
     return groups
 
 
 def split_encoder(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups, those of the encoder apart, with ``encoder``: what stands still in the first steps."""
+    """The same groups, split into encoder and decoder by the flag ``encoder``: what is frozen in the first steps."""
     inside = {id(p) for p in model.encoder.parameters()}  # type: ignore[union-attr]
     out = []
     for group in groups:
@@ -91,7 +85,7 @@ def split_encoder(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[s
 
 
 def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """The same groups cut by depth, each with ``scale``: its rate as a part of the last layer's."""
+    """The same groups split by depth, each with ``scale``: its learning rate as a fraction of the last layer's."""
     depth = len(model.encoder.blocks)  # type: ignore[arg-type, union-attr]
     layer = {
         id(p): layer_of(name.replace("_checkpoint_wrapped_module.", ""), depth) for name, p in model.named_parameters()
@@ -104,15 +98,15 @@ def split_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float)
     return out
 
 
-def hold_encoder(encoder: nn.Module) -> None:
-    """Zeros for the gradients that a frozen encoder has not got, so that AdamW knows its weights from the first step."""
+def zero_frozen_grads(encoder: nn.Module) -> None:
+    """Gives a frozen encoder zero gradients, so that AdamW has state for its weights from the first step."""
     for parameter in encoder.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def release_encoder(optimizer: torch.optim.AdamW) -> None:
-    """Counts the encoder's steps from here: its moments are those of no step yet, also where a cooldown brought some."""
+    """Clears AdamW's state of the encoder as it starts to learn, also where a cooldown brought some."""
     for group in optimizer.param_groups:
         if group.get("encoder"):
             for parameter in group["params"]:
@@ -120,17 +114,16 @@ def release_encoder(optimizer: torch.optim.AdamW) -> None:
                     value.zero_()
 
 
-def hold_scale(model: TunedLiT) -> None:
-    """After a step: puts the learned scale back into its range. Outside it would get no gradient, and stay there."""
-    local(model.log_scale).clamp_(0, model.max_log_scale)
-
-
-def step_unless(
+def step_if_finite(
     optimizer: torch.optim.AdamW, broken: torch.Tensor, rate: Callable[[float | None], float], frozen: bool = False
 ) -> None:
-    """One step, left out on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1: no wait for it.
+    """One optimizer step, skipped on the device where ``broken`` (float32 [], 1.0 or 0.0) is 1, without a sync.
 
-    ``rate`` gives the learning rate for a group's own peak (None: the run's); with ``frozen`` that of the encoder is 0.
+    Args:
+        optimizer: of :func:`make_optimizer`.
+        broken: whether a loss or the gradient is not finite.
+        rate: learning rate for a group's own peak (None: the run's).
+        frozen: that of the encoder is 0.
     """
     for group in optimizer.param_groups:
         held = frozen and group.get("encoder", False)

@@ -14,17 +14,16 @@ from typing import Any
 
 import yaml
 
+from aimv2.config.load import parse, read_recipe
 from aimv2.config.schema import Config, DataConfig, Source, get_value, leaf_keys, to_dict
 from aimv2.data.shards.format import captions_of, read_samples
 from aimv2.data.stream.samples import image_bytes, training_shards
-from aimv2.data.text.clip import START, started
 from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
 from aimv2.io import write_aside
-from aimv2.tasks import stage_of
-from aimv2.tasks.init_weights import tokenizer_of_init
+from aimv2.tasks import Task, task_of
 from aimv2.train.checkpoint import read_about, remove_unfinished
 from aimv2.train.log import say
 
@@ -47,8 +46,6 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokeniser is trained on
 # what may differ from the run's own configuration when it goes on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
-    "objective.teacher",  # by another path: its weights must be the same, and what is done to pixels before it
-    "objective.teacher_image_mean", "objective.teacher_image_std",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
@@ -63,28 +60,30 @@ def locate_data(config: Config) -> None:
     if data.train is None:
         data.train = root
     if isinstance(data.train, str):
-        data.train = os.path.abspath(os.path.expanduser(data.train))
+        data.train = absolute(data.train)
     for source in data.train if isinstance(data.train, list) else []:
         if not source.path and root and source.name:
             source.path = str(Path(root) / source.name)
-        source.path = os.path.abspath(os.path.expanduser(source.path)) if source.path else ""
-    if data.val is not None:
-        data.val = os.path.abspath(os.path.expanduser(data.val))
-    if os.path.exists(os.path.expanduser(data.tokenizer)) and data.tokenizer != "auto":
-        data.tokenizer = os.path.abspath(os.path.expanduser(data.tokenizer))  # else a hub name
-    if config.init is not None and Path(config.init.rpartition("@")[0] or config.init).expanduser().exists():
-        config.init = os.path.abspath(os.path.expanduser(config.init))  # else a released name or a hub id
-    teacher = config.objective.teacher
-    if (
-        teacher is not None
-        and teacher != "stored"
-        and Path(teacher.rpartition("@")[0] or teacher).expanduser().exists()
-    ):
-        config.objective.teacher = os.path.abspath(os.path.expanduser(teacher))
-    if data.index_dir is not None:
-        data.index_dir = os.path.abspath(os.path.expanduser(data.index_dir))
-    if data.features is not None:
-        data.features = os.path.abspath(os.path.expanduser(data.features))
+        source.path = absolute(source.path) if source.path else ""
+    for key in ("val", "index_dir", "features"):
+        if (given := getattr(data, key)) is not None:
+            setattr(data, key, absolute(given))
+    if data.tokenizer != "auto":
+        data.tokenizer = absolute_model(data.tokenizer)
+    if config.init is not None:
+        config.init = absolute_model(config.init)
+    for key, model in task_of(config).models().items():
+        setattr(config.objective, key, absolute_model(model))
+
+
+def absolute(path: str) -> str:
+    """The path from the root, ``~`` expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_model(given: str) -> str:
+    """The absolute path of a local model or run (perhaps RUN@STEP); a released name or a hub id as it is."""
+    return absolute(given) if Path(given.rpartition("@")[0] or given).expanduser().exists() else given
 
 
 def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
@@ -98,23 +97,12 @@ def first_samples(config: Config, count: int) -> list[dict[str, bytes]]:
 
 
 def check_captions(samples: list[dict[str, bytes]], config: Config) -> None:
-    """Raises UsageError where no sample has a caption and the objective wants text."""
-    if stage_of(config).text(config) and not any(captions_of(sample) for sample in samples):
-        instead = (
-            "" if config.objective.name == "contrastive" else ", or train on images alone with objective.targets=image"
-        )
+    """Raises UsageError where no sample has a caption and the task reads text."""
+    task = task_of(config)
+    if task.reads_text() and not any(captions_of(sample) for sample in samples):
         raise UsageError(
             f"data.train: captions missing: none of the first {len(samples)} samples of {_names(config)} has a KEY.txt or "
-            f"captions in KEY.json; import them with --captions{instead}"
-        )
-
-
-def check_init(config: Config) -> None:
-    """Raises UsageError where the stage starts from a model and none is given."""
-    if config.objective.name == "contrastive" and config.init is None:
-        raise UsageError(
-            "objective.name=contrastive trains a text tower beside a frozen encoder: --init MODEL says which (released name, "
-            "hub id, folder, file, RUN or RUN@STEP)"
+            f"captions in KEY.json; import them with --captions{task.no_captions}"
         )
 
 
@@ -200,21 +188,18 @@ def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer
         known: a folder with the tokeniser of the run that goes on; used where the configured one is not at hand.
         world: the ranks.
     """
-    if not stage_of(config).text(config):
-        return None
-    found = find_tokenizer(config, known, world)
-    return started(found) if config.objective.name == "contrastive" else found
+    task = task_of(config)
+    return task.ready(find_tokenizer(config, task, known, world)) if task.reads_text() else None
 
 
-def find_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer:
+def find_tokenizer(config: Config, task: Task, known: Path | None, world: World) -> Tokenizer:
     """See :func:`get_tokenizer`."""
-    pair = config.objective.name == "contrastive"
     source = config.data.tokenizer
     if source != "auto" and (known is None or Path(source).exists()):
         return load_tokenizer(source)
     if known is not None:
         return load_tokenizer(known)
-    if not pair and (home := tokenizer_of_init(config)) is not None:
+    if (home := task.tokenizer_home()) is not None:
         kept, asked = load_tokenizer(home), config.data.vocab_size
         if world.main and asked not in (kept.vocab_size, DataConfig().vocab_size):
             say(
@@ -224,7 +209,7 @@ def find_tokenizer(config: Config, known: Path | None, world: World) -> Tokenize
     trained = None
     if world.main:
         captions = islice(training_captions(config), TOKENIZER_CAPTIONS)
-        trained = train_tokenizer(captions, config.data.vocab_size, start=START if pair else None)
+        trained = train_tokenizer(captions, config.data.vocab_size, start=task.start_text)
     return world.broadcast(trained)
 
 
@@ -267,7 +252,7 @@ def check_overwrite(config: Config, run: Path) -> None:
     """Raises UsageError where clearing the run folder would take the data away."""
     inside = [
         path
-        for path in [*_paths(config), config.data.val, config.init, config.objective.teacher]
+        for path in [*_paths(config), config.data.val, config.init, *task_of(config).models().values()]
         if path and _within(path, run)
     ]
     if config.overwrite and inside:
@@ -315,13 +300,12 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
 # ---- going on ----
 
 
-def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
+def resumed_values(run: Path, given: dict[str, Any]) -> Config:
     """The run's own configuration, with those of the given values that may change.
 
     Args:
         run: the run folder.
         given: flat values of the command line and of a recipe.
-        parse: flat values -> Config.
 
     Raises:
         UsageError: no run there, or a given value that may not change and differs.
@@ -331,10 +315,11 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
     stored = stored_values(run)
     wanted = parse({**stored, **given})
     locate_data(wanted)
-    own = parse(stored)
+    own = parse(stored, stored=True)
+    may_change = {*MAY_CHANGE, *task_of(own).may_change}
     for key in given:
         old, new = get_value(own, key), get_value(wanted, key)
-        if key not in MAY_CHANGE and old != new:
+        if key not in may_change and old != new:
             raise UsageError(
                 f"--resume goes on with the run's own configuration: {key} is {_plain(old)} there, got {_plain(new)}; "
                 "leave it out, or start another run"
@@ -344,8 +329,6 @@ def resumed_values(run: Path, given: dict[str, Any], parse: Any) -> Config:
 
 def stored_values(run: Path) -> dict[str, Any]:
     """The flat values of the run's config.yaml."""
-    from aimv2.config.load import read_recipe
-
     return read_recipe(run / CONFIG)
 
 

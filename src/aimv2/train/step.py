@@ -18,13 +18,11 @@ from aimv2.config.schema import Config
 from aimv2.data.stream.native import make_native_batch
 from aimv2.data.stream.samples import View, kept_patches
 from aimv2.distributed import World
-from aimv2.models.lit import TunedLiT
-from aimv2.models.matmul import fast_products
-from aimv2.models.probe_head import ProbeSweep
+from aimv2.models.matmul import fast_matmul
 from aimv2.objectives import Objective
-from aimv2.tasks import stage_of
+from aimv2.tasks import Task, task_of
 from aimv2.train.ema import Ema
-from aimv2.train.optim import hold_encoder, hold_scale, make_optimizer, release_encoder, step_unless
+from aimv2.train.optim import make_optimizer, release_encoder, step_if_finite, zero_frozen_grads
 from aimv2.train.parallel import Trainable, parallelize
 from aimv2.train.schedule import learning_rate
 
@@ -33,7 +31,7 @@ FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
 
 @dataclass
 class StepFigures:
-    """What a step met, still on the device and equal on every rank.
+    """Figures of a step, still on the device and equal on every rank.
 
     Attributes:
         names: terms of the objective.
@@ -55,22 +53,26 @@ class TrainStep:
     """A model made ready for the machine, its optimizer, and the step over both."""
 
     def __init__(
-        self, model: nn.Module, config: Config, world: World, compiled: bool, objective: Objective | None = None
+        self,
+        model: nn.Module,
+        config: Config,
+        world: World,
+        compiled: bool,
+        objective: Objective | None = None,
+        task: Task | None = None,
     ) -> None:
-        """``objective``: other than that of ``config``."""
+        """``task`` and ``objective``: the ones of ``config`` and of the task by default."""
         self.config, self.world = config, world
-        self.objective: Objective = objective or stage_of(config).objective(config)
-        self.patches, self.image_size = 2, 0  # of a sweep, which is never split or warmed up
-        if not isinstance(model, ProbeSweep):
-            trainable = cast(Trainable, model)
-            shape = trainable.encoder.config
-            self.image_size = shape.image_size or 0
-            self.patches = shape.patches if shape.image_size else 0  # native batches come split already
-        fast_products(world.device)
+        self.task = task or task_of(config)
+        self.objective: Objective = objective or self.task.objective(model)
+        self.patches = self.image_size = 0
+        encoder = getattr(model, "encoder", None)  # heads on features have none; they are never split or warmed up
+        if encoder is not None and encoder.config.image_size:  # native batches come split already
+            self.image_size, self.patches = encoder.config.image_size, encoder.config.patches
+        fast_matmul(world.device)
         self.model: nn.Module = model.to(world.device)
-        if not isinstance(model, ProbeSweep):
-            parallelize(trainable, config.train, world, compiled)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        parallelize(cast(Trainable, model), config.train, world, compiled)
+        self.optimizer = make_optimizer(self.model, config.optim, self.task.parameter_groups(self.model, config.optim))
         self.ema = Ema(self.model, config.train.ema) if config.train.ema else None
         # of the loss, in fp16: (factor, steps since it last changed); kept on the device
         start = FIRST_SCALE if config.train.precision == "fp16" else 1.0
@@ -91,14 +93,13 @@ class TrainStep:
                 self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
             sums += self.backward(part, counts)
         if frozen:
-            hold_encoder(self.model.encoder)  # type: ignore[arg-type]
+            zero_frozen_grads(self.model.encoder)  # type: ignore[arg-type]
         means = world.sum(sums) / counts.clamp(min=1)
         norm = self.clip()
         broken = ~torch.isfinite(torch.cat([means, norm[None]]))
         rate = partial(learning_rate, step, config.train.steps, config.optim)
-        step_unless(self.optimizer, broken.any().float(), rate, frozen)
-        if isinstance(self.model, TunedLiT):
-            hold_scale(self.model)
+        step_if_finite(self.optimizer, broken.any().float(), rate, frozen)
+        self.task.after_step(self.model)
         if self.ema is not None:
             self.ema.update()
         if config.train.precision == "fp16":
@@ -109,7 +110,7 @@ class TrainStep:
         return StepFigures(names, means, counts, norm, broken)
 
     def freeze(self, step: int) -> bool:
-        """Whether the encoder stands still in step ``step``; told to the encoder, which then keeps nothing to go back by."""
+        """Sets and returns whether the encoder is frozen in step ``step``; a frozen one keeps nothing for the backward pass."""
         until = self.config.optim.freeze_encoder
         if not until:
             return False
@@ -126,11 +127,11 @@ class TrainStep:
             max_tokens: of a caption.
             view: what the model sees; None: all of one size.
         """
-        reads_text = any(self.objective.weights.get(term) for term in ("text", "contrastive"))
-        kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from what is made up here
+        reads_text = self.task.reads_text()
+        kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from these zeros
         for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
             text = [0] * min(width, max_tokens) if reads_text else []
-            for batch in self.made_up(pairs, text, view):
+            for batch in self.blank_batches(pairs, text, view):
                 counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
                 self.backward(batch.to(self.world.device), counts)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -139,12 +140,12 @@ class TrainStep:
         for buffer, before in zip(self.model.buffers(), kept):
             buffer.copy_(before)
 
-    def made_up(self, pairs: int, text: list[int], view: View | None) -> Iterator[Batch]:
+    def blank_batches(self, pairs: int, text: list[int], view: View | None) -> Iterator[Batch]:
         """A batch of every shape that the view gives with captions of this length."""
         if view is None or view.native is None:
             size, patches = self.image_size, self.patches
-            images, share = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), view.keep if view else 1.0
-            kept = torch.arange(kept_patches(patches, share)).expand(pairs, -1) if share < 1 else None
+            images, keep = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), view.keep if view else 1.0
+            kept = torch.arange(kept_patches(patches, keep)).expand(pairs, -1) if keep < 1 else None
             teacher = None
             if view and view.teacher:
                 levels = torch.zeros(pairs, patches, view.teacher, dtype=torch.int8)
@@ -153,7 +154,7 @@ class TrainStep:
             yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
             return
         patch = view.native.patch
-        for area in view.native.shares:
+        for area in view.native.areas:
             count = view.native.budget // area
             image = torch.zeros(3, patch, area * patch, dtype=torch.uint8)
             yield make_native_batch([image] * count, [text] * count, [max(area // 2, 1)] * count, patch, area)
@@ -169,7 +170,7 @@ class TrainStep:
         return torch.stack(list(totals.values())).detach().double()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Half-precision products where the config asks for them; weights, residual stream, targets and losses stay fp32."""
+        """Half-precision matmuls where the config says so; weights, residual stream, targets and losses stay fp32."""
         if self.config.train.precision == "fp32":
             return contextlib.nullcontext()
         half = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float16
@@ -183,14 +184,11 @@ class TrainStep:
         self.loss_scale = torch.stack([factor, torch.where(overflowed | grows, torch.zeros_like(since), since + 1)])
 
     def clip(self) -> Tensor:
-        """Takes the scale of the loss out of the gradient and cuts it to ``optim.clip``; its norm before, float64 []."""
+        """Divides the gradient by the loss scale and clips it to ``optim.clip``; its norm before, float64 []."""
         limit = self.config.optim.clip or math.inf
         if self.config.train.precision == "fp16":
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale[0])
-        if isinstance(self.model, ProbeSweep):  # heads that know nothing of each other
-            norms = [nn.utils.clip_grad_norm_(head.parameters(), limit) for head in self.model.heads]
-            return torch.stack(norms).max().double()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = self.task.clip(self.model, limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aimv2.config.schema import Config, DataConfig
-from aimv2.data.stream.native import area_shares
+from aimv2.data.stream.native import area_probabilities
 from aimv2.data.stream.samples import Native, View
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -17,7 +17,7 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
         UsageError: options that do not go with a native model, or only with one; areas that it is not meant for; a budget
             that they do not divide.
     """
-    share = config.objective.decoder_share
+    keep = config.objective.decoder_share
     if encoder.image_size is not None:
         given = {
             "train.patch_budget": config.train.patch_budget is not None,
@@ -31,9 +31,9 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
             raise UsageError(
                 f"{name} is for native models; {encoder.name} sees {encoder.image_size} px: {instead}, or give a native model.name"
             )
-        return View(encoder.image_size, encoder.patches, captions, share)
-    if share < 1:
-        raise UsageError(f"objective.decoder_share {share}: a native model's decoder sees all image positions; use 1")
+        return View(encoder.image_size, encoder.patches, captions, keep)
+    if keep < 1:
+        raise UsageError(f"objective.decoder_share {keep}: a native model's decoder sees all image positions; use 1")
     return View(0, 2 ** config.data.areas[1], captions, native=make_native(config, encoder, world))
 
 
@@ -60,4 +60,4 @@ def make_native(config: Config, encoder: EncoderConfig, world: World) -> Native:
             f"train.patch_budget {budget} over {world.size} ranks x {workers} data.workers x {accumulate} train.accumulate x "
             f"{max(pack, 1)} data.pack is not a multiple of the largest area, {most} patches (data.areas)"
         )
-    return Native(encoder.patch_size, area_shares(low, high), part, rounds, pack)
+    return Native(encoder.patch_size, area_probabilities(low, high), part, rounds, pack)

@@ -36,24 +36,24 @@ _LAND = (
     *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
     *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
 )
-_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # 16,200, 5,400 and 5,400 of 27,000
+_FRACTIONS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # 16,200, 5,400 and 5,400 of 27,000
 _SEED = 0
 
 
 def eurosat(root: Path, source: str) -> Form | None:
     """``2750/CLASS/*.jpg``: all images in one folder a class, without splits.
 
-    The lists ``eurosat-{train,val,test}.txt`` of TorchGeo, where they lie beside, give the splits; else a fixed draw
+    The lists ``eurosat-{train,val,test}.txt`` of TorchGeo, where they are next to it, give the splits; else a fixed draw
     has the sizes of VTAB's, which the paper counts.
     """
     home = find_home(root, _LAND, ("2750", "EuroSAT/2750", "eurosat/2750", "EuroSAT_RGB", "EuroSAT"))
     if home is None:
         return None
     lists = next(
-        (d for d in (root, home, home.parent) if all((d / f"eurosat-{s}.txt").is_file() for s in _SHARES)), None
+        (d for d in (root, home, home.parent) if all((d / f"eurosat-{s}.txt").is_file() for s in _FRACTIONS)), None
     )
     how = "TorchGeo's lists" if lists else f"drawn with seed {_SEED}, 60/20/20%"
-    splits = {split: partial(_list_eurosat, home, lists, source, split) for split in _SHARES}
+    splits = {split: partial(_list_eurosat, home, lists, source, split) for split in _FRACTIONS}
     return Form(f"EuroSAT's folders, splits: {how}", splits, "eurosat")
 
 
@@ -66,7 +66,7 @@ def _list_eurosat(home: Path, lists: Path | None, source: str, split: str) -> Li
             raise wrong(source, f"eurosat-{split}.txt names {len(wanted):,} images, {len(keys):,} of them are there")
     else:
         _say_once(f"{source}: EuroSAT comes without splits; drawn with seed {_SEED}: 60% train, 20% val, 20% test")
-        low, high = (round(share * len(keys)) for share in _SHARES[split])
+        low, high = (round(fraction * len(keys)) for fraction in _FRACTIONS[split])
         drawn = np.random.default_rng(_SEED).permutation(len(keys))[low:high]
         keys = [keys[row] for row in np.sort(drawn)]
     numbers = {name: number for number, name in enumerate(_LAND)}
@@ -101,7 +101,7 @@ def imagenet(root: Path, source: str) -> Form | None:
     inside = _children(home / "val")
     flat = [name for name in inside if name.lower().endswith((".jpeg", ".jpg"))]
     if not set(wnids).isdisjoint(inside):
-        flat = []  # sorted by class; an image beside the folders is a stray
+        flat = []  # sorted by class; an image next to the folders is a stray
     if not wnids or (home == root and not flat):
         return None  # not ImageNet's, or class folders like any other
     dataset = "imagenet1k" if len(wnids) == 1000 else None
@@ -160,7 +160,7 @@ def _wnids_of_val(flat: Sequence[str], above: Sequence[Path], source: str) -> di
         if len(lines) != len(flat):
             raise wrong(source, f"{_TRUTH} has {len(lines):,} lines, val has {len(flat):,} images")
         return {Path(name).stem: wnids.get(line, line) for name, line in zip(flat, lines)}
-    lacks = f"meta.mat beside {_TRUTH}" if truth else f"{_SOLUTION} (Kaggle) or ILSVRC2012_devkit_t12/data"
+    lacks = f"meta.mat next to {_TRUTH}" if truth else f"{_SOLUTION} (Kaggle) or ILSVRC2012_devkit_t12/data"
     raise wrong(
         source,
         f"val has no class folders and its labels are missing: {lacks} expected; or sort val into val/WNID/*.JPEG",

@@ -71,7 +71,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
         Its keys as text.
 
     Raises:
-        UsageError: missing, broken, or it asks for anything that such a dictionary does not need.
+        UsageError: missing, broken, or it needs anything that such a dictionary does not need.
     """
     try:
         with path.open("rb") as file:
@@ -125,4 +125,4 @@ class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if found := self.allowed.get((module, name)):
             return found
-        raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"refused: it needs {module}.{name}")

@@ -56,7 +56,8 @@ class LineListed:
         return Form(self.kind, splits, self.name)
 
     def _list(self, home: Path, split: str, source: str) -> Listed:
-        train, rows = self._rows(home, "train", source), self._rows(home, split, source)
+        train = self._rows(home, "train", source)
+        rows = train if split == "train" else self._rows(home, split, source)
         if rows and rows[0][1] is None:
             classes = tuple(sorted({name for _, _, name in train}))
             numbers = {name: number for number, name in enumerate(classes)}

@@ -1,7 +1,7 @@
 """The fourteen data sets of the paper's frozen evaluation, and the forms on disk that are their own.
 
 Sizes are those of AIMV2, Table B1. Where a set has its own form (pickles, lists in ``meta/``), a row or a function of the other
-files here finds it in a folder and says what its splits hold; :mod:`aimv2.data.images.forms` has those of any data set.
+files here finds it in a folder and lists its splits; :mod:`aimv2.data.images.forms` has those of any data set.
 """
 
 from __future__ import annotations

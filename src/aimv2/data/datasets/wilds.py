@@ -98,7 +98,7 @@ def _read_fmow(row: dict[str, str], number: int) -> tuple[str, str, str]:
 
 
 def _read_iwildcam(row: dict[str, str], number: int) -> tuple[str, str, str]:
-    """The images of all splits lie in ``train/``."""
+    """The images of all splits are in ``train/``."""
     return row["split"], f"train/{row['filename']}", row["y"]
 
 

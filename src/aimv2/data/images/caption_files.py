@@ -42,7 +42,7 @@ def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -
     """The first few files that may be captions of the images.
 
     A file that is called so (captions, prompts, metadata, ...); one whose name begins with an image's (a sidecar); one that is no
-    text; and a list of images that says something of them: an image's file name in a list, or several names without their
+    text; and a list that describes images: an image's file name in a list, or several names without their
     extensions, with words that are no checksum and no folder's name.
 
     Args:
@@ -56,7 +56,7 @@ def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -
         if file in known or path.name in SYSTEM:
             continue
         called = _SAYS_SO.search(path.name) or path.suffix in CLOSED or _is_sidecar(path.name, own)
-        if called or speaks_of_images(root / file, own):
+        if called or describes_images(root / file, own):
             found.append(file)
             if len(found) == SHOWN:
                 break
@@ -64,8 +64,8 @@ def may_hold_captions(root: Path, files: Sequence[str], images: Sequence[str]) -
 
 
 def names_images(file: Path, images: Sequence[str]) -> bool:
-    """Whether a text file says something of the images."""
-    return speaks_of_images(file, _Images(images))
+    """Whether a text file describes the images."""
+    return describes_images(file, _Images(images))
 
 
 def _is_sidecar(name: str, own: _Images) -> bool:
@@ -74,7 +74,7 @@ def _is_sidecar(name: str, own: _Images) -> bool:
     return any(name[:at] in own.names or _plain(name[:at]) in own.stems for at in ends if at)
 
 
-def speaks_of_images(file: Path, own: _Images) -> bool:
+def describes_images(file: Path, own: _Images) -> bool:
     """See :func:`may_hold_captions`."""
     lists, named = file.suffix.lower() in LISTS, set[str]()
     few = min(3, (len(own.stems) + 1) // 2)
@@ -158,11 +158,11 @@ def why_no_captions(others: list[str], refused: dict[str, str], folders: list[st
     if folders:
         kind = "one folder is no class" if len(folders) == 1 else "their names are no classes"
         return (
-            f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt or .json beside the "
+            f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt or .json next to the "
             f"images; give --captions FILE, or --class-folders to take the folders' names all the same"
         )
     return (
-        "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json beside the images and no class folders; give "
+        "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json next to the images and no class folders; give "
         "--captions FILE"
     )
 
@@ -173,10 +173,10 @@ def _why(file: str, refused: dict[str, str]) -> str:
     if file in refused and path.suffix.lower() != ".txt":
         return f"{refused[file]}; or name another with --captions FILE"
     if path.suffix.lower() in LISTS and len(path.parts) > 1:
-        return "it lies in a folder below; name it with --captions FILE"
+        return "it is in a folder below; name it with --captions FILE"
     if path.suffix.lower() == ".json":
         return "it is neither COCO captions nor a list of rows with an image and a caption; --captions FILE names one that is"
     return (
-        "captions are read from NAME.txt or NAME.json beside an image of that name, or from a CSV, TSV, JSONL or COCO JSON that "
+        "captions are read from NAME.txt or NAME.json next to an image of that name, or from a CSV, TSV, JSONL or COCO JSON that "
         "--captions FILE names; rename or convert it"
     )

@@ -36,7 +36,6 @@ def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[S
     if kind in ("hub", "missing"):
         raise UsageError(
             f"--data {source}: no such file or folder; images with captions, or shards, are expected",
-            option="--data",
             code="not-found",
         )
     if kind == "folder" and not any(path.glob("*.tar")):

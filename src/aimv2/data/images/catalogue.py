@@ -1,4 +1,4 @@
-"""What a source of pictures is, which files lie below a folder, and what columns hold: one rule for every command.
+"""What a source of pictures is, which files are below a folder, and what columns hold: one rule for every command.
 
 Each command has a table of the forms that it reads, by kind of source and by extension: a new form is one row there.
 """
@@ -156,16 +156,24 @@ class Columns:
         listed = ", ".join(known.values())
         image = known.get(self.image.lower()) if self.image else find_column(known.values(), "image", types)
         if image is None:
-            wanted = f"{self.image!r}" if self.image else "of the usual names (image, file_name, path, ...)"
-            raise _no_column(f"{source}: no image column {wanted} among {listed}; give --image-column")
+            wanted = f"{self.image!r}" if self.image else "of the known names (image, file_name, path, ...)"
+            raise UsageError(
+                f"{source}: no image column {wanted} among {listed}; give --image-column",
+                option="--image-column",
+                code="missing",
+            )
         found = [name for name in named_columns(known.values(), "caption") if name != image]
         captions = self.captions or [name.strip().lower() for name in found]
         if lost := next((name for name in captions if name.lower() not in known), None):
-            raise _no_column(f"{source}: no column {lost!r} among {listed}; change --caption-column")
+            raise UsageError(
+                f"{source}: no column {lost!r} among {listed}; change --caption-column",
+                option="--caption-column",
+                code="missing",
+            )
         if not captions:
-            raise _no_column(f"{source}: captions missing: no caption column among {listed}; give --caption-column")
+            raise UsageError(
+                f"{source}: captions missing: no caption column among {listed}; give --caption-column",
+                option="--caption-column",
+                code="missing",
+            )
         return image, {known[name.lower()]: name if len(captions) > 1 else "caption" for name in captions}
-
-
-def _no_column(message: str) -> UsageError:
-    return UsageError(message, option=f"--{message.rpartition('--')[2]}", code="missing")

@@ -83,10 +83,10 @@ def image_size(data: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, i
 def store_image(
     data: bytes, max_side: int | None = None, max_pixels: int = MAX_PIXELS, quality: int = 95
 ) -> StoredImage:
-    """The bytes that a shard should hold: the original ones where every reader can use them, else anew.
+    """The bytes that a shard should hold: the original ones where every reader can use them, else encoded again.
 
     JPEG, PNG and WebP stay untouched unless animated, 16-bit, CMYK or above ``max_side``. What is encoded
-    anew becomes PNG if it was PNG or GIF (drawings), else JPEG at ``quality``.
+    again becomes PNG if it was PNG or GIF (drawings), else JPEG at ``quality``.
 
     Args:
         data: Encoded bytes.
@@ -107,7 +107,7 @@ def store_image(
 
     draft_size = None
     if shrink and max_side is not None:
-        # Twice the wanted size leaves the filter enough to work on; DCT scaling alone is a box filter.
+        # Twice the wanted size leaves the filter enough to work on; DCT scaling by itself is a box filter.
         draft_size = math.ceil(2 * min(image.size) * max_side / longest)
     rgb = decode_image(data, max_pixels, draft_size)
     if max_side is not None and max(rgb.size) > max_side:

@@ -9,6 +9,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +61,15 @@ class Reader:
 
     def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
         """One result for each entry, in order."""
-        for entry in entries:
-            try:
-                yield self.read(entry)
-            except ImageError as error:
-                yield Reject(entry.key, entry.image, str(error))
+        return (loaded_or_reject(entry, partial(self.read, entry)) for entry in entries)
+
+
+def loaded_or_reject(entry: SourceEntry, read: Callable[[], Loaded]) -> Loaded | Reject:
+    """What is read, or the reason why it cannot be used."""
+    try:
+        return read()
+    except ImageError as error:
+        return Reject(entry.key, entry.image, str(error))
 
 
 class SourceEntry(NamedTuple):
@@ -119,7 +124,7 @@ class FileReader(Reader):
 
 
 def _read_sidecars(text: str, record: str) -> tuple[Captions, dict[str, Any]]:
-    """Captions of the JSON file, else of the text file, and what else the JSON file says."""
+    """Captions of the JSON file, else of the text file, and the other keys of the JSON file."""
     parts = {"json": Path(record).read_bytes() if record else b"{}"}
     captions = captions_of(parts)
     if not captions and record:
@@ -157,7 +162,7 @@ def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts
 
 
 def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[SourceEntry]]:
-    """What the headers of a tar say, and the entries of its whole samples; ``image`` is the key as the tar has it.
+    """What the headers of a tar hold, and the entries of its whole samples; ``image`` is the key as the tar has it.
 
     Raises:
         OSError: it cannot be read.

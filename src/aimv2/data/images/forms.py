@@ -1,6 +1,6 @@
 """The forms of labelled images: class folders, WebDataset shards, CSV lists, what the library `datasets` reads.
 
-Each function looks at a source and says which splits it has (:class:`Form`); a split is listed when it is needed
+Each function looks at a source and returns the splits that it has (:class:`Form`); a split is listed when it is needed
 (:class:`Listed`: names, labels, and what reads an image), and an image is read when *it* is needed.
 
 Legend: N images, C classes.
@@ -54,7 +54,7 @@ class Form:
     Attributes:
         kind: in words.
         splits: train, val, test -> what lists it.
-        dataset: the registered set that alone has this form.
+        dataset: the only registered set with this form.
     """
 
     kind: str
@@ -128,7 +128,7 @@ def split_folders(root: Path, source: str) -> Form | None:
     classnames.txt in ROOT may name the classes: one line a folder, in the order of the folders' names; or the
     folders' own names in another order, which then is the labels' order.
     """
-    # a folder `train` of images alone is a class of vehicles
+    # a folder `train` with nothing but images is a class of vehicles
     return _folder_form(
         root, _by_split((root / name for name in _folders(root) if _folders(root / name)), source), source
     )
@@ -202,7 +202,7 @@ def shard_pattern(path: Path, source: str) -> Form | None:
 
 
 def _shard_form(groups: Mapping[str, list[Path]], homes: list[Path], source: str) -> Form | None:
-    """``homes``: folders where class names may lie."""
+    """``homes``: folders that may hold class names."""
     listed = {split: partial(_list_shards, tars, homes, source) for split, tars in groups.items() if tars}
     return Form("WebDataset shards", listed) if listed else None
 

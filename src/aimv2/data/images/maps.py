@@ -29,7 +29,7 @@ MASKS = ("masks", "annotations", "labels")
 DEPTHS = ("depth", "depths")
 TRAIN = ("train", "training")
 VAL = ("val", "validation", "test")
-VAL_LIST = "val.txt"  # beside the images folder
+VAL_LIST = "val.txt"  # next to the images folder
 FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
 _ORIENTATION_TAG = 0x0112
 Item = TypeVar("Item")
@@ -68,7 +68,7 @@ class MapScan:
     Attributes:
         largest: value, and the file that holds it.
         empty: maps without any value that counts.
-        maps: [N, S, S], memory-mapped; None where none was asked for.
+        maps: [N, S, S], memory-mapped; None where none was wanted.
     """
 
     largest: tuple[float, Path]
@@ -135,7 +135,7 @@ def _split(root: Path, names: Sequence[str], kind: MapKind) -> tuple[Path, Path,
     """
     part = _find(root, names)
     if part and (images := _find(part, IMAGES)):  # ROOT/SPLIT/images
-        maps, wanted = _find(part, kind.folders), f"({', '.join(kind.folders)}) in {part}, beside its images"
+        maps, wanted = _find(part, kind.folders), f"({', '.join(kind.folders)}) in {part}, next to its images"
     elif images := _find(_find(root, IMAGES), names):  # ROOT/images/SPLIT
         maps = _find(_find(root, kind.folders), names)
         wanted = f"({', '.join(kind.folders)}) in {root} with {' or '.join(names)}, though {images} is there"
@@ -306,7 +306,7 @@ def nearest_map(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def whole_images(source: str, split: str, pairs: Sequence[MappedImage], size: int) -> Labelled:
-    """The images, each all of it squeezed to S x S, in the form that features are computed from; labels say nothing."""
+    """The images, each all of it squeezed to S x S, in the form that features are computed from; labels mean nothing."""
 
     def image(row: int) -> Image.Image:
         picture = decode_image(pairs[row].image)

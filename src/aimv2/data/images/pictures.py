@@ -1,6 +1,6 @@
 """Images of a folder, a list of files or shards: named in a fixed order, and read only when needed.
 
-What can't be read is named all the same, and says why when it is read: nothing among a million images ends the work on them.
+What can't be read is named all the same, and raises the reason when it is read: one image among a million ends nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
         source: a folder (read recursively, names are paths within it; without an image in it all its tars, of every
             split), a text file with a path a line (relative to its own folder), shards (glob, brace pattern or one tar;
             names are keys), or one image. A name that is not UTF-8 holds surrogates (os.fsencode gives its bytes).
-        option: what an error tells the user to change.
+        option: the option that an error names.
 
     Raises:
         UsageError: nothing there, or no image among what is there; a list that is not UTF-8.
@@ -39,14 +39,14 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
     if kind == "folder":
         found = _of_folder(path)
     elif kind == "tars":
-        found = _of_shards(find_shards(source, "train", option=option))
+        found = _of_shards(find_shards(source, "train"))
     elif kind == "file":
         found = _of_list(path, option) if path.suffix.lower() in LISTS else iter([(path.name, partial(_read, path))])
     else:
-        raise UsageError(f"{option} {source}: no such file or folder", option=option, code="not-found")
+        raise UsageError(f"{option} {source}: no such file or folder", code="not-found")
     first = next(found, None)
     if first is None:
-        raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)", option=option)
+        raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)")
     return chain([first], found)
 
 
@@ -100,7 +100,6 @@ def _of_list(path: Path, option: str) -> Iterator[Picture]:
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{option} {path}: UTF-8 text with a path a line is expected ({error.reason})",
-                option=option,
                 code="unreadable",
             ) from None
 

@@ -1,7 +1,7 @@
 """What reads image i of a listed split: files, samples of tars, rows of tables, arrays. Threads may share a reader.
 
-Each is called with a row, raises :class:`aimv2.data.images.decode.ImageError`, and tells by ``contents(rows)`` whether the
-images under these rows (int64 [M]) are still those that were read before.
+Each is called with a row, raises :class:`aimv2.data.images.decode.ImageError`, and has ``contents(rows)``: a mark of the
+images of these rows (int64 [M]), the same as long as none of them has been replaced.
 
 Legend: N images.
 """
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,17 +21,7 @@ from PIL import Image
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.entries import read_tar_sample
 
-UNKNOWN = "unknown"  # contents that nothing can tell
-
-
-class ImageReader(Protocol):
-    """Reads image i of a split."""
-
-    def __call__(self, row: int) -> Image.Image:
-        """The decoded, upright RGB image."""
-
-    def contents(self, rows: np.ndarray) -> str:
-        """A mark of the images of these rows, the same as long as none of them has been replaced."""
+UNKNOWN = "unknown"  # contents of images that cannot be compared
 
 
 def contents_of_rows(reader: Callable[[int], Image.Image], rows: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
 from aimv2.data.images.catalogue import Columns, is_image, kind_of, stem, walk_files
@@ -45,7 +46,7 @@ class SourceOptions:
         template: caption of a class-folder tree, ``{}`` standing for the class.
         split: of a hub data set, or of a folder of tables.
         skip: a folder inside the source that is not part of it (the output).
-        class_folders: the user says that the folders are classes, whatever else lies there.
+        class_folders: the user states that the folders are classes, whatever else lies there.
     """
 
     captions: str | None = None
@@ -145,16 +146,13 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
     candidates, refused = folder.captions_files
     several = f"{folder.root} has several captions files: "
     if len(candidates) > 1:
-        raise UsageError(
-            f"{several}{', '.join(candidates)}; choose one with --captions FILE", option="--captions", code="conflict"
-        )
+        raise UsageError(f"{several}{', '.join(candidates)}; choose one with --captions FILE", code="conflict")
     if not candidates:
         return None
     for name, why in refused.items():
         if why.startswith(NOT_UTF8) and names_images(folder.root / name, folder.images):
             raise UsageError(
                 f"{several}{candidates[0]}, and {name}, which {why}; choose one with --captions FILE",
-                option="--captions",
                 code="conflict",
             )
     return _captions_source(folder.root / candidates[0], folder)
@@ -163,6 +161,8 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
     known, planned, reader = set(folder.files), list[SourceEntry | Reject](), FileReader()
+    if not any(f"{stem(name)}.{kind}" in known for name in folder.images for kind in ("txt", "json")):
+        return None
     for name in folder.images:
         found = [f"{stem(name)}.{kind}" for kind in ("txt", "json")]
         paths = [str(folder.root / side) if side in known else "" for side in found]
@@ -172,7 +172,7 @@ def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
     total = sum(isinstance(item, SourceEntry) for item in planned)
-    return PlannedSource("sidecar captions", planned, total) if total else None
+    return PlannedSource("sidecar captions", planned, total)
 
 
 def _class_folder(folder: ImageFolder) -> PlannedSource:
@@ -193,7 +193,8 @@ def _class_folder(folder: ImageFolder) -> PlannedSource:
     raise UsageError(f"{root}: captions missing: {why}", code="missing")
 
 
-FOLDER_FORMS: tuple[Callable[[ImageFolder], PlannedSource | None], ...] = (
+FolderForm = Callable[[ImageFolder], PlannedSource | None]
+FOLDER_FORMS: tuple[FolderForm, ...] = (
     _stated_classes,
     _stated_captions,
     _tar_folder,
@@ -205,9 +206,7 @@ FOLDER_FORMS: tuple[Callable[[ImageFolder], PlannedSource | None], ...] = (
 IMAGE_FORMS = tuple(form for form in FOLDER_FORMS if form not in (_tar_folder, _table_folder))
 
 
-def open_folder(
-    root: Path, options: SourceOptions, forms: tuple[Callable[[ImageFolder], PlannedSource | None], ...] = FOLDER_FORMS
-) -> PlannedSource:
+def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...] = FOLDER_FORMS) -> PlannedSource:
     """Plan a folder by the first of the forms that it has.
 
     Raises:
@@ -222,28 +221,24 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     """The images that a captions file names, looked up in the folder."""
     images, reader = folder.images, FileReader()
     finder = _ImageFinder(folder.root, file.parent, images)
-    captions = dict[str, Captions]()
-    about = dict[str, dict[str, object]]()
+    named = dict[str, tuple[Captions, dict[str, Any]]]()
     planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns):
         if isinstance(row, Reject):
             planned.append(row)
             continue
-        name, found, more = row
-        merged = captions.setdefault(name, {})
-        for column, more_texts in found.items():
-            merged.setdefault(column, []).extend(more_texts)
-        about.setdefault(name, more)
+        name, found, about = row
+        captions = named.setdefault(name, ({}, about))[0]
+        for column, texts in found.items():
+            captions.setdefault(column, []).extend(texts)
     used = set[str]()
-    for name, texts in captions.items():
+    for name, (captions, about) in named.items():
         path, reason = finder.find(name)
         used.add(path)
-        if not reason and not texts:
-            reason = "no caption"
-        if reason:
-            planned.append(Reject(safe_key(name), name, reason))
+        if reason or not captions:
+            planned.append(Reject(safe_key(name), name, reason or "no caption"))
         else:
-            planned.append(SourceEntry(safe_key(name), name, (path,), texts, None, about[name], reader))
+            planned.append(SourceEntry(safe_key(name), name, (path,), captions, None, about, reader))
     total = sum(isinstance(item, SourceEntry) for item in planned)
     if not images and not total:
         raise UsageError(
@@ -256,9 +251,7 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
 def _class_source(folder: ImageFolder) -> PlannedSource:
     root, images, reader = folder.root, folder.images, FileReader()
     if loose := [name for name in images if "/" not in name]:
-        raise UsageError(
-            f"--class-folders: {root / loose[0]} lies in no class folder; move it, or leave the option out"
-        )
+        raise UsageError(f"--class-folders: {root / loose[0]} is in no class folder; move it, or leave the option out")
     classes = sorted({name.split("/", 1)[0] for name in images})
     if not images:
         raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")
@@ -305,7 +298,7 @@ class _ImageFinder:
 
 
 def _tar_source(tars: list[Path]) -> PlannedSource:
-    """The samples of WebDataset tars, to shard them anew."""
+    """The samples of WebDataset tars, to shard them again."""
 
     def items() -> Iterator[SourceEntry | Reject]:
         for tar in tars:

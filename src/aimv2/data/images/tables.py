@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from aimv2.data.images.catalogue import Columns, find_column
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.entries import UNREAD, Loaded, PlannedSource, Reader, Reject, SourceEntry, first_line
+from aimv2.data.images.entries import (
+    UNREAD,
+    Loaded,
+    PlannedSource,
+    Reader,
+    Reject,
+    SourceEntry,
+    first_line,
+    loaded_or_reject,
+)
 from aimv2.data.images.readers import image_cell
 from aimv2.data.images.text_tables import captions_by_field
 from aimv2.data.shards.format import safe_key
@@ -93,7 +102,7 @@ def open_tables(files: list[Path], root: Path, columns: Columns) -> PlannedSourc
     counts = []
     try:
         for file in files:
-            counts.append(_row_count(file))
+            counts.append(sum(count for count, _ in _row_groups(file)))
         schema = _schema(files[0])
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
@@ -133,25 +142,58 @@ class TableReader(Reader):
             reason = "no such row any more"
             try:
                 for row in _rows_of(file, self.layout.names(), [entry.where[1] for entry in left]):
-                    yield self._sample(left[0], row, file.parent)
+                    yield loaded_or_reject(left[0], partial(self.layout.sample, row, file.parent))
                     left.popleft()
             except (pyarrow.ArrowException, OSError, KeyError) as error:
                 reason = f"cannot be read: {first_line(error)}"
             yield from (Reject(entry.key, entry.image, reason) for entry in left)
 
-    def _sample(self, entry: SourceEntry, row: dict[str, Any], folder: Path) -> Loaded | Reject:
-        try:
-            return self.layout.sample(row, folder)
-        except ImageError as error:
-            return Reject(entry.key, entry.image, str(error))
+
+def _rows_of(file: Path, columns: list[str], rows: list[int]) -> Iterator[dict[str, Any]]:
+    """The given rows (ascending) of a file, holding one batch at a time; groups without a wanted row are skipped."""
+    at = start = 0
+    for count, read in _row_groups(file):
+        if at == len(rows):
+            return
+        offset, start = start, start + count
+        if rows[at] >= start:
+            continue
+        for batch in read(columns):
+            while at < len(rows) and rows[at] < offset + batch.num_rows:
+                yield batch.slice(rows[at] - offset, 1).to_pylist()[0]
+                at += 1
+            offset += batch.num_rows
 
 
-def _row_count(file: Path) -> int:
+def _row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable[Any]]]]:
+    """Number of rows of each group of a file, and what reads the batches of a group."""
     import pyarrow.parquet
 
     if file.suffix == ".parquet":
-        return pyarrow.parquet.read_metadata(file).num_rows
-    return sum(batch.num_rows for batch in _arrow_batches(file))
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                read = partial(parquet.iter_batches, BATCH_ROWS, [group])
+                yield parquet.metadata.row_group(group).num_rows, read
+        return
+    with _arrow_reader(file) as reader:
+        numbers = range(getattr(reader, "num_record_batches", 0))
+        for batch in map(reader.get_batch, numbers) if numbers else reader:
+            yield batch.num_rows, partial(_select, batch)
+
+
+def _select(batch: Any, columns: list[str]) -> list[Any]:
+    return [batch.select(columns)]
+
+
+@contextmanager
+def _arrow_reader(file: Path) -> Iterator[Any]:
+    """A reader of a stream (as `datasets` writes) or a Feather file."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(file)) as memory:
+        feather = memory.read(6) == b"ARROW1"
+        memory.seek(0)
+        yield pyarrow.ipc.open_file(memory) if feather else pyarrow.ipc.open_stream(memory)
 
 
 def _schema(file: Path) -> Any:
@@ -161,59 +203,6 @@ def _schema(file: Path) -> Any:
         return pyarrow.parquet.read_schema(file)
     with _arrow_reader(file) as reader:
         return reader.schema
-
-
-@contextmanager
-def _arrow_reader(file: Path) -> Iterator[Any]:
-    """A reader of a stream (as `datasets` writes) or a Feather file."""
-    import pyarrow
-    import pyarrow.ipc
-
-    with pyarrow.memory_map(str(file)) as memory:
-        feather = memory.read(6) == b"ARROW1"
-        memory.seek(0)
-        yield pyarrow.ipc.open_file(memory) if feather else pyarrow.ipc.open_stream(memory)
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    with _arrow_reader(file) as reader:
-        if hasattr(reader, "num_record_batches"):
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from reader
-
-
-def _rows_of(file: Path, columns: list[str], rows: list[int]) -> Iterator[dict[str, Any]]:
-    """The given rows (ascending) of a file, holding one batch at a time."""
-    at = 0
-    for start, batch in _batches(file, columns, rows):
-        while at < len(rows) and rows[at] < start + batch.num_rows:
-            yield batch.slice(rows[at] - start, 1).select(columns).to_pylist()[0]
-            at += 1
-        if at == len(rows):
-            return
-
-
-def _batches(file: Path, columns: list[str], rows: list[int]) -> Iterator[tuple[int, Any]]:
-    """(first row, batch) in order; Parquet row groups without a wanted row are skipped."""
-    import pyarrow.parquet
-
-    start = 0
-    if file.suffix != ".parquet":
-        for batch in _arrow_batches(file):
-            yield start, batch
-            start += batch.num_rows
-        return
-    with pyarrow.parquet.ParquetFile(file) as parquet:
-        for group in range(parquet.num_row_groups):
-            count = parquet.metadata.row_group(group).num_rows
-            first = bisect_left(rows, start)
-            if first < len(rows) and rows[first] < start + count:
-                offset = start
-                for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                    yield offset, batch
-                    offset += batch.num_rows
-            start += count
 
 
 # ---- the library `datasets` ----
@@ -238,7 +227,7 @@ def hub_library(source: str, option: str) -> Iterator[Any]:
         raise
     except Exception as error:  # network, missing repository, configurations, scripts: `datasets` raises anything
         words = f"the hub can't be reached ({why})" if why else f"the hub gives no such data set: {first_line(error)}"
-        raise UsageError(f"{option} {source}: no path here, and {words}", option=option, code="not-found") from error
+        raise UsageError(f"{option} {source}: no path here, and {words}", code="not-found") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 

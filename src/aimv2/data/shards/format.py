@@ -1,4 +1,4 @@
-"""WebDataset shards: find them, read them, write them; `shard_index` makes what energon needs beside them.
+"""WebDataset shards: find them, read them, write them; `index` makes what energon needs to open them.
 
 A shard is a tar of samples, a sample is consecutive members with one base name.
 """
@@ -49,7 +49,7 @@ def find_shards(source: str | Path, split: Split, *, option: str = "data.train")
     every tar is training data. A glob, a brace pattern or one tar is exactly those tars, whatever the split.
 
     Args:
-        option: What the error should tell the user to change.
+        option: the option that an error names.
 
     Raises:
         UsageError: nothing there, or no tar among what is there.
@@ -128,7 +128,7 @@ def _how_to_import(source: str | Path) -> str:
 
 @dataclass
 class ShardScan:
-    """What the headers of a tar say.
+    """What the headers of a tar hold.
 
     Attributes:
         keys: Base name of each whole sample.
@@ -148,7 +148,7 @@ class ShardScan:
 
 
 def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInfo], None] | None = None) -> ShardScan:
-    """Read a tar's headers, skipping over the bodies; ``met`` is shown each. A sample that the file's end cuts is left out."""
+    """Read a tar's headers, skipping over the bodies; ``met`` is called with each. A sample that the file's end cuts is left out."""
     scan, last_name, end = ShardScan(), None, 0
     for member, name, _ in _members(path, scan):
         if met is not None:
@@ -247,7 +247,7 @@ def clean_captions(value: Any) -> dict[str, list[str]]:
 
 
 def _members(path: Path, scan: ShardScan) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Whole members of samples with base name and extension; ``scan.cut`` tells what stopped it early."""
+    """Whole members of samples with base name and extension; ``scan.cut`` is what stopped it early."""
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as archive:
@@ -319,7 +319,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Parts]]) -> int:
 
 
 def write_manifest(out: Path, counts: dict[str, int], **about: Any) -> None:
-    """Mark a folder as finished shards of ours: ``aimv2.json`` with samples per split and their story."""
+    """Mark a folder as finished shards of ours: ``aimv2.json`` with samples per split and where they are from."""
     aside = out / f".{MANIFEST}.tmp-{os.getpid()}"
     text = json.dumps({"format": MANIFEST_FORMAT, "counts": counts, **about}, indent=2, ensure_ascii=False)
     aside.write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """`aimv2 data import`: whatever people have, to shards, in several processes, resumable to the same bytes.
 
-The plan is fixed by the source alone: item i of a split goes to shard i // shard_size, whether or not it
+The plan is fixed by the source: item i of a split goes to shard i // shard_size, whether or not it
 turns out readable. So each shard is a job of its own: any process may write it, in any order, and a shard
 that is there is done. OUT/.import holds the options and a note for each shard (its count, its rejects) until
 all are done.
@@ -86,7 +86,7 @@ def import_data(
     quality: int = 95,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it goes on.
+    """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
 
     Args:
         source: A folder, a captions file, Parquet, Arrow, tars (a folder, glob or brace pattern of them) or a
@@ -97,13 +97,13 @@ def import_data(
         template: Caption of class folders, ``{}`` standing for the class.
         class_folders: The sub-folders are classes, whatever other files lie there.
         split: Which split, where a hub data set or a folder of Parquet files has several.
-        val_fraction: Share of keys, chosen by their hash, that goes to ``val``.
+        val_fraction: Fraction of keys, chosen by their hash, that goes to ``val``.
         val_list: File with one key or image name a line that go to ``val``.
         max_side: Shrink images whose longest side has more pixels than this.
         shard_size: Planned samples a shard.
         workers: Processes; 0 and 1 work in this one, None means one a core, at most 8.
         max_pixels: Refuse larger images.
-        quality: Of the JPEGs that are encoded anew.
+        quality: of the JPEGs that are encoded here.
 
     Returns:
         out, train, val, rejected, shards (numbers of each), seconds.
@@ -121,7 +121,7 @@ def import_data(
         **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
         "val_list": None,
         **image_options._asdict(),
-        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version goes on
+        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version resumes
     }
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
@@ -172,7 +172,7 @@ class ValChooser:
 
 @dataclass
 class Plan:
-    """Iterates the jobs of a source, in an order that depends on the source and the options alone.
+    """Iterates the jobs of a source, in an order that depends only on the source and the options.
 
     Attributes:
         rejects: What needed no reading to be refused; complete after the iteration.
@@ -186,13 +186,13 @@ class Plan:
     def __iter__(self) -> Iterator[ShardJob]:
         waiting: dict[str, list[SourceEntry]] = {"train": [], "val": []}
         numbers = {"train": 0, "val": 0}
-        seen = set[str]()
+        used = set[str]()
         for item in self.source.items:
             if isinstance(item, Reject):
                 self.rejects.append(item)
                 continue
             if not self.source.unique_keys:
-                item = item._replace(key=_unused(item.key, seen))
+                item = item._replace(key=_unused(item.key, used))
             split = "val" if self.is_val(item) else "train"
             waiting[split].append(item)
             if len(waiting[split]) == self.shard_size:
@@ -204,11 +204,11 @@ class Plan:
                 yield ShardJob(f"{split}-{numbers[split]:06d}", items)
 
 
-def _unused(key: str, seen: set[str]) -> str:
+def _unused(key: str, used: set[str]) -> str:
     number, found = 2, key
-    while found in seen:
+    while found in used:
         found, number = f"{key}-{number}", number + 1
-    seen.add(found)
+    used.add(found)
     return found
 
 
@@ -219,7 +219,7 @@ _stop: Any = None  # an event shared with the parent, in a worker process
 
 
 def _start_worker(stop: Any) -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent answers it, and tells by ``stop``."""
+    """Ctrl-C reaches every process of the terminal; only the parent handles it, and sets ``stop``."""
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -380,7 +380,7 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         changed = ", ".join(f"{k} {old.get(k)!r} -> {v!r}" for k, v in options.items() if old.get(k) != v)
         raise UsageError(
             f"OUT: {out} holds an interrupted import with other options ({changed or 'another version'});"
-            " give the same ones to go on, or choose another OUT"
+            " give the same ones to resume, or choose another OUT"
         )
 
 
@@ -434,18 +434,22 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
     if not source:
         raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
     val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
-    allowed = {
-        f"--template {template!r}: expected {{}} where the class goes": "{}" in template,
-        f"--val-fraction {val_fraction}: expected 0 or more and below 1": 0 <= val_fraction < 1,
-        "--val-fraction and --val-list exclude each other; give one": not (val_fraction and val_list),
-        f"--val-list {val_list}: no such file; expected one key or image name a line": val_list is None
-        or Path(val_list).expanduser().is_file(),
-        f"--max-side {max_side}: expected 16 pixels or more": max_side is None or max_side >= 16,
-        f"--shard-size {options['shard_size']}: expected 1 sample or more": options["shard_size"] >= 1,
-        f"--quality {options['quality']}: expected 1 to 100": 1 <= options["quality"] <= 100,
-    }
-    if wrong := next((message for message, holds in allowed.items() if not holds), None):
-        raise UsageError(wrong)
+    if "{}" not in template:
+        raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: expected 0 or more and below 1")
+    if val_fraction and val_list:
+        raise UsageError("--val-fraction and --val-list exclude each other; give one", code="conflict")
+    if val_list is not None and not Path(val_list).expanduser().is_file():
+        raise UsageError(
+            f"--val-list {val_list}: no such file; expected one key or image name a line", code="not-found"
+        )
+    if max_side is not None and max_side < 16:
+        raise UsageError(f"--max-side {max_side}: expected 16 pixels or more")
+    if options["shard_size"] < 1:
+        raise UsageError(f"--shard-size {options['shard_size']}: expected 1 sample or more")
+    if not 1 <= options["quality"] <= 100:
+        raise UsageError(f"--quality {options['quality']}: expected 1 to 100")
 
 
 def _stable_name(source: str) -> str:

@@ -1,7 +1,7 @@
 """The index of shards that energon opens: a folder of links to the tars, the offsets of their samples, a little metadata.
 
 energon imports any class that its YAML and JSON files name. So they are written anew at every start, into a folder of the
-user's own: nothing of the kind is ever read from where the data lie, or from what an earlier start left. Next to a tar only
+user's own: nothing of the kind is ever read from the data folder, or from what an earlier start left. Next to a tar only
 ``TAR.idx`` is read, as validated numbers. The index knows samples by position: equal keys in two shards are fine.
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 INDEX_FORMAT = 2
 META = ".nv-meta"
-INDEX_SUFFIX = ".idx"  # of TAR.idx, which energon writes beside a tar: the offsets of its samples
+INDEX_SUFFIX = ".idx"  # of TAR.idx, which energon writes next to a tar: the offsets of its samples
 TARS = "tars.json"  # the links that have samples, and why a tar could not be read to its end
 BLOCK = tarfile.BLOCKSIZE
 
@@ -47,7 +47,7 @@ class _Shard(NamedTuple):
 def build_index(shards: list[Path], index_dir: Path | None = None, progress: bool = False) -> Path:
     """Make, or find again, the folder that energon opens as a data set of these tars (split part ``train``).
 
-    It lies in ``index_dir``, without one in the user's cache folder. It is named by the tars' paths, sizes and times, so
+    It is in ``index_dir``, without one in the user's cache folder. It is named by the tars' paths, sizes and times, so
     changed tars get a new one. Offsets that were found once are kept there; YAML and JSON are written at every call. Any
     number of processes may call this at once: all write the same.
 
@@ -197,7 +197,7 @@ def _read_shard(tar: Path) -> _Shard:
 def _fits(offsets: np.ndarray, tar: Path) -> bool:
     """Whether at each offset there is the header of another sample than before, and nothing after the last.
 
-    An offset that is left out is not seen here; energon then ends the run (see :data:`aimv2.data.stream.samples.BAD_INDEX`).
+    An offset that is left out is not noticed here; energon then ends the run (see :data:`aimv2.data.stream.samples.BAD_INDEX`).
     """
     last, end = "", int(offsets[-1])
     with open(tar, "rb") as file:
@@ -208,7 +208,7 @@ def _fits(offsets: np.ndarray, tar: Path) -> bool:
             except tarfile.HeaderError:
                 return False
             name = member.name.rpartition("/")[0] + "/" + member.name.rpartition("/")[2].partition(".")[0]
-            if member.isreg() and name == last:  # an extended header does not tell the name
+            if member.isreg() and name == last:  # an extended header does not hold the name
                 return False
             last = name if member.isreg() else ""
         file.seek(end - BLOCK)

@@ -1,7 +1,7 @@
-"""The augmentation of the attentive probe (AIMV2, Table A2): random crop, flip, colour jitter, RandAugment, all in Pillow.
+"""Augmentation of the attentive probe (AIMV2, Table A2): random crop, flip, colour jitter, RandAugment, all in Pillow.
 
-``rand-m9-mstd0.5-inc1`` in timm's words: two operations an image, each done with probability 0.5, at a magnitude drawn from
-N(9, 0.5) held in 0..10, with the variants of the operations whose strength grows with the magnitude.
+RandAugment is timm's ``rand-m9-mstd0.5-inc1``: two operations per image, each applied with probability 0.5, at a magnitude drawn
+from N(9, 0.5) and clipped to 0..10, with the variants of the operations whose strength grows with the magnitude.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Im
 
 
 def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation by factors from U(0.7, 1.3), in a random order."""
+    """Scale brightness, contrast and saturation by factors from U(0.7, 1.3), in random order."""
     kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for at in rng.permutation(len(kinds)):
         image = kinds[at](image).enhance(float(rng.uniform(1 - JITTER, 1 + JITTER)))
@@ -39,7 +39,7 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Two operations, drawn with replacement."""
+    """Apply two operations, drawn with replacement."""
     for at in rng.integers(0, len(OPERATION_TABLE), OPERATIONS):
         if rng.random() > CHANCE:
             continue

@@ -1,8 +1,8 @@
-"""Images of their own size for training (AIMV2, native resolution): areas, strips of patches, packed rows.
+"""Native-resolution training (AIMV2, native resolution): areas, strips of patches, packed rows.
 
 An area A is a number of patches; an image is scaled to at most A patches with its aspect ratio kept. A mini-batch of one
-area holds strips [B, 3, p, A * p]: an image's patches side by side, zeros behind them (the paper's way). Packed, images of
-several areas lie in one strip without padding.
+area holds strips [B, 3, p, A * p]: an image's patches side by side, zero-padded at the end (as in the paper). Packed, images
+of several areas share one strip without padding.
 
 Legend: B images, p patch side, h x w grid, A area, N patches of a packed row, T padded caption length.
 """
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2.batch import PATCH_BUCKET, Batch, Layout, captions_of, make_batch, pad_rows, scored
+from aimv2.batch import PATCH_BUCKET, Batch, PackedLayout, captions_of, make_batch, pad_rows, scored
 from aimv2.models.positions import grid_places
 
 
-def area_shares(low: int, high: int) -> dict[int, float]:
-    """How often each area is drawn: A = 2^n, n a normal truncated to [-1, 1], mapped to [low, high] and rounded.
+def area_probabilities(low: int, high: int) -> dict[int, float]:
+    """Distribution of areas A = 2^n, n a normal truncated to [-1, 1], mapped to [low, high] and rounded.
 
     Returns:
-        {A: probability}; together 1.
+        {A: probability}, summing to 1.
     """
     middle, half = (low + high) / 2, max((high - low) / 2, 0.5)
 
@@ -35,27 +35,27 @@ def area_shares(low: int, high: int) -> dict[int, float]:
     if low == high:
         return {2**low: 1.0}
     mass = {2**n: below(n + 0.5) - below(n - 0.5) for n in range(low, high + 1)}
-    whole = sum(mass.values())
-    return {area: share / whole for area, share in mass.items()}
+    total = sum(mass.values())
+    return {area: part / total for area, part in mass.items()}
 
 
-def middle_area(shares: dict[int, float]) -> int:
-    """The area that images are measured at."""
-    return list(shares)[len(shares) // 2]
+def middle_area(areas: dict[int, float]) -> int:
+    """The area used in evaluation."""
+    return list(areas)[len(areas) // 2]
 
 
-def draw_area(rng: np.random.Generator, shares: dict[int, float]) -> int:
-    """The area of one image.
+def draw_area(rng: np.random.Generator, areas: dict[int, float]) -> int:
+    """Sample the area of one image.
 
-    A mini-batch of area A takes C / A images, so images draw A with a chance that is A times smaller than the mini-batches'.
+    A mini-batch of area A takes C / A images, so an image draws A with 1 / A of the mini-batches' probability, renormalised.
     """
-    areas = np.array(list(shares))
-    chance = np.array(list(shares.values())) / areas
-    return int(rng.choice(areas, p=chance / chance.sum()))
+    sizes = np.array(list(areas))
+    weights = np.array(list(areas.values())) / sizes
+    return int(rng.choice(sizes, p=weights / weights.sum()))
 
 
 def fit_area(width: int, height: int, area: int) -> tuple[int, int]:
-    """The grid of at most ``area`` patches that an image of this shape fills best.
+    """The grid of at most ``area`` patches that fits the aspect ratio of an image best.
 
     Returns:
         (columns, rows).
@@ -85,10 +85,10 @@ def make_native_batch(
     labels: Sequence[int] | None = None,
     sources: Sequence[int] = (),
 ) -> Batch:
-    """A mini-batch of one area.
+    """Collate a mini-batch of one area.
 
     Args:
-        images: B of uint8 [3, h * p, w * p], each of at most ``area`` patches.
+        images: B images uint8 [3, h * p, w * p], each of at most ``area`` patches.
         captions, keys, bad, labels, sources: see :func:`aimv2.batch.make_batch`.
         prefix_len: B prefix lengths, each in 1..h * w - 1 of its image.
         patch: p.
@@ -110,9 +110,9 @@ def make_native_batch(
 
 
 def pack(batches: Sequence[Batch]) -> Batch:
-    """One packed row of mini-batches of one area each: the same pairs, no padding.
+    """Pack mini-batches of one area each into one row without padding.
 
-    Attention alone pads, within a mini-batch, to the longest of it.
+    Only attention pads, to the longest sequence of each mini-batch.
     """
     strips, places, lengths = [], [], []
     for batch in batches:
@@ -125,7 +125,7 @@ def pack(batches: Sequence[Batch]) -> Batch:
     captions = [caption for batch in batches for caption in captions_of(batch)]
     prefix = torch.cat([batch.prefix_len for batch in batches if batch.prefix_len is not None])
     image_len = torch.tensor(lengths)
-    # the widest image as the number of patches: the rows below are counted anew
+    # the widest image as the number of patches: the rows are recomputed below
     joined = make_batch(
         torch.cat(strips, dim=2)[None],
         captions,
@@ -151,8 +151,8 @@ def pack(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def strip_layout(area: int, batch: Batch) -> Layout:
-    """The decoder's slots of strips: [B * A] image rows, then the captions, each behind its image's real patches."""
+def strip_layout(area: int, batch: Batch) -> PackedLayout:
+    """The decoder's slots of strips: [B * A] image rows, then the captions, each after its image's real patches."""
     assert batch.image_len is not None
     width = batch.text.shape[1]
     length, count = area + width, len(batch)
@@ -160,21 +160,21 @@ def strip_layout(area: int, batch: Batch) -> Layout:
     image = torch.arange(count)[:, None] * length + position
     image = image.masked_fill(position >= batch.image_len[:, None], count * length).flatten()
     text = _text_slots(batch.token_rows, width, batch.image_len, torch.arange(count) * length, count * length)
-    return Layout(image[:0], (), torch.cat([image, text]), ((count, length),))
+    return PackedLayout(image[:0], (), torch.cat([image, text]), ((count, length),))
 
 
 def _text_slots(token_rows: Tensor, width: int, image_len: Tensor, starts: Tensor, total: int) -> Tensor:
-    """int64 [R]: the slot of each caption row, behind its image's patches; ``total`` for padding rows."""
+    """int64 [R]: the slot of each caption row, after its image's patches; ``total`` for padding rows."""
     sample, token = token_rows // width, token_rows % width
     own = sample.clamp(max=len(image_len) - 1)
     return torch.where(sample >= len(image_len), total, starts[own] + image_len[own] + token)
 
 
-def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_rows: Tensor, width: int) -> Layout:
-    """The slots of a packed row for attention.
+def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_rows: Tensor, width: int) -> PackedLayout:
+    """The attention slots of a packed row.
 
     Args:
-        sizes: images a group, in order.
+        sizes: images per group, in order.
         image_len: int64 [B], patches of each image.
         text_len: int64 [B], tokens of each caption.
         token_rows: int64 [R], see :class:`Batch`.
@@ -194,7 +194,7 @@ def lay_out(sizes: Sequence[int], image_len: Tensor, text_len: Tensor, token_row
     within = torch.arange(len(owner)) - (image_len.cumsum(0) - image_len)[owner]
     starts = torch.tensor(at)
     text_slots = _text_slots(token_rows, width, image_len, starts, total)
-    return Layout(
+    return PackedLayout(
         torch.tensor(image_at)[owner] + within,
         tuple(image_groups),
         torch.cat([starts[owner] + within, text_slots]),

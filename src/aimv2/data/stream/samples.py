@@ -1,7 +1,7 @@
-"""The stream of training batches: shards -> samples -> crops and tokens -> batches, through megatron-energon.
+"""The training dataloader: shards -> samples -> crops and tokens -> batches, through megatron-energon.
 
-Everything random about a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart
-repeats nothing and no two workers share a stream.
+All randomness of a sample is a function of (seed, key, global worker, the worker's own sample index), so a restart repeats
+nothing and no two workers share a random stream.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from aimv2.data.stream.transforms import Box, crop_resize, random_crop_box, to_p
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
 
-FATAL = "the data stream ends: "  # marks our own words in what energon makes of them
-# energon's words where offsets and tar differ
+FATAL = "the data stream ends: "  # marks our own message within the one that energon builds around it
+# energon's messages where offsets and tar differ
 BAD_INDEX = ("Inconsistent sample base name", "Unexpected end of tar file")
 
 
 @dataclass
 class View:
-    """How the model wants to see a sample.
+    """What the model takes of a sample.
 
     Attributes:
-        image_size: pixels a side.
-        patches: I, patches an image.
+        image_size: pixels per side.
+        patches: I, patches per image.
         captions: whether a sample without a caption is bad.
-        keep: share of the image positions that the decoder sees.
-        native: images of their own size instead of ``image_size``.
-        teacher: E, width of the teacher's features that lie beside each image, whose crops are then seen; 0: none.
+        keep: fraction of the image positions that the decoder reads.
+        native: native resolution instead of ``image_size``.
+        teacher: E, width of the teacher features stored with each image, whose crops are then used; 0: none.
     """
 
     image_size: int
@@ -65,25 +65,25 @@ class View:
 
 @dataclass
 class Native:
-    """How images of their own size are batched.
+    """How images of native resolution are batched.
 
     Attributes:
         patch: p.
-        shares: {area: share of the mini-batches}.
-        budget: patches a mini-batch of one worker; every area divides it.
-        rounds: mini-batches that each worker gives a step.
+        areas: {area: fraction of the mini-batches}.
+        budget: patches per mini-batch of one worker; every area divides it.
+        rounds: mini-batches per worker and step.
         pack: mini-batches in a packed row; 0: strips of one area.
     """
 
     patch: int
-    shares: dict[int, float]
+    areas: dict[int, float]
     budget: int
     rounds: int = 1
     pack: int = 0
 
 
 def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Generator:
-    """The generator of one visit of one sample."""
+    """The random generator of one visit to one sample."""
     digest = hashlib.blake2b(f"{seed}|{key}|{worker}|{index}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
@@ -93,18 +93,18 @@ def draw_prefix(rng: np.random.Generator, patches: int) -> int:
     return int(rng.integers(1, patches)) if patches > 1 else 1
 
 
-def draw_kept(rng: np.random.Generator, patches: int, share: float) -> np.ndarray:
-    """The image positions that the decoder sees: int64 [K], ascending."""
-    return np.sort(rng.choice(patches, kept_patches(patches, share), replace=False))
+def draw_kept(rng: np.random.Generator, patches: int, fraction: float) -> np.ndarray:
+    """The image positions that the decoder reads: int64 [K], ascending."""
+    return np.sort(rng.choice(patches, kept_patches(patches, fraction), replace=False))
 
 
-def kept_patches(patches: int, share: float) -> int:
-    """K: the share of the patches, at least 2."""
-    return max(round(share * patches), min(2, patches))
+def kept_patches(patches: int, fraction: float) -> int:
+    """K, the number of patches that the decoder reads, at least 2."""
+    return max(round(fraction * patches), min(2, patches))
 
 
 def native_crop_box(rng: np.random.Generator, width: int, height: int, scale: float) -> Box:
-    """A random crop of the image's own aspect ratio, its share of the area uniform in [scale, 1]."""
+    """Random crop of the image's own aspect ratio, area fraction uniform in [scale, 1]."""
     side = math.sqrt(rng.uniform(scale, 1.0))
     w, h = side * width, side * height
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -114,20 +114,20 @@ def native_crop_box(rng: np.random.Generator, width: int, height: int, scale: fl
 def draw_caption(
     rng: np.random.Generator, captions: dict[str, list[str]], weights: dict[str, float] | None
 ) -> str | None:
-    """One caption of a sample: a field by weight and one of its captions, or any caption where no weights are given."""
+    """Sample a caption: a field by weight, then one of its captions; any caption with equal probability without weights."""
     if weights is None:
         every = [caption for field in captions.values() for caption in field]
         return every[int(rng.integers(len(every)))] if every else None
     fields = [field for field in captions if captions[field] and weights.get(field, 0) > 0]
     if not fields:
         return None
-    shares = np.array([weights[field] for field in fields])
-    chosen = captions[fields[int(rng.choice(len(fields), p=shares / shares.sum()))]]
+    given = np.array([weights[field] for field in fields])
+    chosen = captions[fields[int(rng.choice(len(fields), p=given / given.sum()))]]
     return chosen[int(rng.integers(len(chosen)))]
 
 
 def image_bytes(parts: dict[str, bytes]) -> bytes:
-    """The picture of a WebDataset sample. Raises ImageError where there is none."""
+    """The encoded image of a WebDataset sample. Raises ImageError where there is none."""
     found = image_of(parts)
     if found is None:
         raise ImageError("no image in the sample")
@@ -139,7 +139,7 @@ def _as_is(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 class PairEncoder(TaskEncoder):
-    """What energon runs in each worker: one sample to pixels and token ids, samples to a Batch."""
+    """Energon task encoder, run in each worker: sample to pixels and token ids, samples to a Batch."""
 
     decoder = None
     cookers = (Cooker(stateless(_as_is)),)
@@ -153,7 +153,7 @@ class PairEncoder(TaskEncoder):
         self.fresh: list[str] = []
 
     def place(self) -> tuple[int, int]:
-        """(global worker, the worker's own index of the sample in hand)."""
+        """(global worker, the worker's own index of the current sample)."""
         workers = max(self.worker.num_workers, 1)
         local = self.worker.rank_worker_id()
         return self.worker.rank * workers + local, self.current_sample_index // workers
@@ -162,28 +162,28 @@ class PairEncoder(TaskEncoder):
     def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         key = sample["__key__"]
         try:
-            return self.see(sample, sample_rng(self.seed, key, *self.place()))
+            return self.draw(sample, sample_rng(self.seed, key, *self.place()))
         except ImageError as error:
             self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
             raise SkipSample() from None
-        except Exception as error:  # not the sample's fault: energon would try a hundred others
+        except Exception as error:  # not the sample's fault: energon would try a hundred more
             raise FatalSampleError(
                 f"{FATAL}{sample.get('__shard__', '')}/{key}: {type(error).__name__}: {error}"
             ) from error
 
     def reject(self, name: str) -> None:
-        """Notes a bad sample; past ``data.max_bad`` the worker gives up, naming them."""
+        """Record a bad sample; more than ``data.max_bad`` end the worker with their names."""
         self.bad.append(name)
         self.fresh.append(name)
         if len(self.bad) > self.config.max_bad:
             raise FatalSampleError(FATAL + too_many_bad(self.bad, self.config.max_bad))
 
-    def see(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Crop, flip, caption and prefix of one visit."""
+    def draw(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Decode a sample and draw its crop, flip, caption and prefix."""
         config, size, native = self.config, self.view.image_size, self.view.native
         patches, area = self.view.patches, 0
         if native is not None:
-            area = draw_area(rng, native.shares)
+            area = draw_area(rng, native.areas)
             size = math.ceil(math.sqrt(area) * native.patch)
         draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
         parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
@@ -209,7 +209,7 @@ class PairEncoder(TaskEncoder):
             tokens = self.tokenizer.encode(caption, config.max_tokens)
         if native is not None:
             patches = columns * rows
-        seen = {
+        drawn = {
             "__key__": sample["__key__"],
             "__restore_key__": sample["__restore_key__"],
             "image": to_pixels(image),
@@ -220,10 +220,10 @@ class PairEncoder(TaskEncoder):
             "source": sample["__subflavors__"]["source"],
         }
         if self.view.keep < 1:
-            seen["kept"] = draw_kept(rng, patches, self.view.keep)
+            drawn["kept"] = draw_kept(rng, patches, self.view.keep)
         if stored is not None:
-            seen["teacher"] = (stored.features, stored.scales)
-        return seen
+            drawn["teacher"] = (stored.features, stored.scales)
+        return drawn
 
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> Batch:
@@ -250,7 +250,7 @@ class PairEncoder(TaskEncoder):
 
 
 class NativePairEncoder(PairEncoder):
-    """Mini-batches of one area each, as many images as the budget holds."""
+    """Collates mini-batches of one area each, as many images as the budget holds."""
 
     @stateless
     def batch_group_criterion(self, sample: dict[str, Any]) -> tuple[int, int]:
@@ -275,7 +275,7 @@ class NativePairEncoder(PairEncoder):
 
 
 def too_many_bad(names: Sequence[str], limit: int) -> str:
-    """The line that ends a run with too many undecodable samples."""
+    """Error message for too many bad samples."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{len(names)} samples could not be read, data.max_bad allows {limit}: {shown}"
 
@@ -287,7 +287,7 @@ def training_sources(config: DataConfig) -> list[Source]:
         UsageError: no data given, or a source without a path.
     """
     if config.train is None:
-        raise UsageError("data.train is not given: a folder of shards is expected, by --data.train or $AIMV2_DATA")
+        raise UsageError("data.train is not set: give a folder of shards by --data.train or $AIMV2_DATA")
     if isinstance(config.train, str):
         return [Source(config.train)]
     if not config.train:
@@ -313,7 +313,7 @@ def training_shards(config: DataConfig) -> list[list[Path]]:
 
 
 def validation_shards(config: DataConfig) -> list[Path]:
-    """``data.val``, or the val-* (or test-*) tars beside the training ones; [] without either."""
+    """``data.val``, or the val-* (or test-*) tars in the folder of the training ones; [] without either."""
     if config.val is not None:
         found = find_shards(config.val, "val", option="data.val")
         return found or find_shards(config.val, "train", option="data.val")
@@ -322,7 +322,7 @@ def validation_shards(config: DataConfig) -> list[Path]:
 
 
 class TrainStream:
-    """Endless batches of this rank, restorable to the sample.
+    """Endless batches of this rank; the position can be saved and restored to the sample.
 
     A global step takes the same number of samples from each global worker, so any split of the same number of workers
     over ranks gives the same global batches.
@@ -338,10 +338,10 @@ class TrainStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """``batch_size`` is global; a native view has its budget instead.
+        """``batch_size`` is global; a native view has a patch budget instead.
 
         Raises:
-            UsageError: it does not divide, or the data are too few.
+            UsageError: ``batch_size`` does not divide, or there are too few samples.
         """
         self.view, self.max_bad, self.bad = view, config.max_bad, list[str]()
         self.parts = max(config.workers, 1)
@@ -355,7 +355,7 @@ class TrainStream:
         if view.native is None and self.samples < batch_size:
             raise UsageError(
                 f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
-                "give more data or a smaller batch"
+                "give more data or a smaller train.batch_size"
             )
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
         kind = PairEncoder if view.native is None else NativePairEncoder
@@ -371,8 +371,8 @@ class TrainStream:
             blend_mode=DatasetBlendMode.DATASET_WEIGHT,
             repeat=True,
         )
-        warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always asks for it
-        # a restart decodes again what was read since a worker's last own checkpoint: ten seconds' worth at most
+        warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always sets pin_memory
+        # a restart decodes again what was read since a worker's last own checkpoint, at most ten seconds' worth
         self.loader = get_savable_loader(dataset, checkpoint_every_sec=10)
         if config.workers:
             self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
@@ -389,14 +389,14 @@ class TrainStream:
             rounds = 1 if self.view.native is None else self.view.native.rounds
             parts = [next(self.batches) for _ in range(self.parts * rounds)]
         except FatalSampleError as error:
-            line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback comes along
+            line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback follows
             raise RankError(line.strip() or str(error)) from None
         except Exception as error:
             if not any(words in str(error) for words in BAD_INDEX):
                 raise
             raise RankError(
-                "data.train: a shard is not as its index says: it changed, or a .tar.idx beside it is wrong; remove that file and "
-                f"{' and '.join(map(str, self.indices))}, which are made anew, and start again"
+                "data.train: a shard does not match its index: it changed, or its .tar.idx is wrong; remove that file and "
+                f"{' and '.join(map(str, self.indices))}, which are rebuilt, and start again"
             ) from None
         self.bad += [bad for part in parts for bad in part.bad]
         if len(self.bad) > self.max_bad:
@@ -407,7 +407,7 @@ class TrainStream:
         return [pack(parts[at : at + row]) for at in range(0, len(parts), row)] if row else parts
 
     def close(self) -> None:
-        """Ends the data workers (they ignore the signal by which Python would end them at exit)."""
+        """Shut down the dataloader workers (they ignore the signal that Python sends at exit)."""
         atexit.unregister(self.close)
         self.batches = None
         shut_down = getattr(getattr(self.loader, "_iterator", None), "_shutdown_workers", None)
@@ -415,31 +415,31 @@ class TrainStream:
             shut_down()
 
     def state(self) -> Any:
-        """The position after the batches taken so far (picklable)."""
+        """The data position after the batches taken so far (picklable)."""
         return self.loader.save_state_rank()
 
     def restore(self, state: Any) -> None:
-        """Goes to a position that :meth:`state` gave; before the first batch only."""
+        """Restore a position of :meth:`state`; only before the first batch."""
         self.loader.restore_state_rank(state)
 
 
 class _ReadMembers(list[tarfile.TarInfo]):
-    """Headers that a tar has read: none is kept.
+    """A list of tar headers that stays empty.
 
-    energon leaves tars open and reads samples by their offsets; ``tarfile`` would remember a header for every read, for
-    as long as the tar is open: some kilobytes a sample, without end where a data set has few shards.
+    Energon keeps tars open and reads samples by offset; ``tarfile`` would keep the header of every read while the tar is
+    open, some kilobytes per sample, without bound in a data set of few shards.
     """
 
     def append(self, member: tarfile.TarInfo) -> None:
         pass
 
 
-# tarfile sets and fills the attribute; every tar that energon opens gets this one
+# tarfile sets and fills this attribute in every tar that energon opens
 ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
 
 
 def _start_worker(init: Callable[[int], None], number: int) -> None:
-    """A terminal's Ctrl-C reaches data workers too; they must live until the position is saved."""
+    """Ignore signals in a worker: Ctrl-C reaches it too, but it must live until the position is saved."""
     for caught in (signal.SIGINT, signal.SIGTERM):
         signal.signal(caught, signal.SIG_IGN)
     init(number)

@@ -1,4 +1,4 @@
-"""From a picture to uint8 pixels: the crops of AIMV2, Table A1, and the plain transforms for everyone else."""
+"""Image transforms to uint8 pixels: the crops of AIMV2, Table A1, and the public ``image_transform``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Box = tuple[float, float, float, float]
 
 
 def random_crop_box(rng: np.random.Generator, width: int, height: int, scale: float, ratio: tuple[float, float]) -> Box:
-    """A random crop: its share of the area uniform in [scale, 1], its aspect ratio log-uniform in ``ratio``.
+    """Random resized crop: area fraction uniform in [scale, 1], aspect ratio log-uniform in ``ratio``.
 
-    Ten draws; if none fits, the largest centred crop whose ratio is within range.
+    Ten attempts; if none fits, the largest centred crop whose ratio is within range.
 
     Returns:
         (left, top, right, bottom) in pixels.
@@ -48,8 +48,8 @@ def centre_crop_box(width: int, height: int) -> Box:
 
 
 def resized_crop_box(width: int, height: int, size: int) -> Box:
-    """What is left of an image whose shorter side is resized to ``size`` and whose middle is cropped, in whole pixels of the
-    resized image (the preprocessor files of the released models)."""
+    """The box that resizing the shorter side to ``size`` and centre-cropping keeps, in whole pixels of the resized image (as the
+    preprocessor files of the released models)."""
     longer = int(size * max(width, height) / min(width, height))
     start, scale = (longer - size) // 2, max(width, height) / longer
     if width >= height:
@@ -70,7 +70,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def native_size(width: int, height: int, patch: int, low: int, high: int) -> tuple[int, int]:
-    """The nearest size, in whole patches, of the same aspect ratio and with ``low`` to ``high`` patches.
+    """The nearest size in whole patches with about the same aspect ratio and ``low`` to ``high`` patches.
 
     Returns:
         (width, height) in pixels.
@@ -82,22 +82,22 @@ def native_size(width: int, height: int, patch: int, low: int, high: int) -> tup
         w, h = (w - 1, h) if w >= h else (w, h - 1)
     while w * h < low:
         w, h = (w + 1, h) if w >= h else (w, h + 1)
-    if w * h > high:  # a range too narrow to be met by steps of one: the best grid within it
+    if w * h > high:  # the range is too narrow to be hit by steps of one: search all grids within it
         grids = [(x, y) for y in range(1, high + 1) for x in range(-(-low // y), high // y + 1)]
         w, h = min(grids, key=lambda grid: abs(math.log(grid[0] * height / (grid[1] * width))))
     return w * patch, h * patch
 
 
 def image_transform(model: object, train: bool = False, seed: int | None = None) -> Callable[[Image.Image], Tensor]:
-    """The transform that a model was trained with: PIL image -> uint8 [3, H, W] (the model normalises by itself).
+    """The transform that a model was trained with: PIL image -> uint8 [3, H, W] (the model normalises inside).
 
     Args:
         model: a name of the sizes table, a VisionEncoder, or an AIMv2.
         train: random crop and flip (AIMV2, Table A1) instead of resize and centre crop.
-        seed: of the random crops; None: from the operating system.
+        seed: random seed for the crops; None: from the operating system.
 
     Returns:
-        a function. Native models: the image scaled into the model's range of patches, aspect ratio kept.
+        a function. For native models it scales into the model's range of patches and keeps the aspect ratio.
     """
     config = _encoder_config(model)
     rng = np.random.default_rng(seed)
@@ -110,8 +110,8 @@ def image_transform(model: object, train: bool = False, seed: int | None = None)
         image = to_rgb(image)
         width, height = image.size
         if config.image_size is None:
-            whole = native_size(width, height, config.patch_size, config.min_patches, config.max_patches)
-            image = crop_resize(image, (0, 0, width, height), whole)
+            target = native_size(width, height, config.patch_size, config.min_patches, config.max_patches)
+            image = crop_resize(image, (0, 0, width, height), target)
         else:
             size = config.image_size
             box = (

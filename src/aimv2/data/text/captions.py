@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from aimv2.data.images.catalogue import COLUMNS, find_column
+from aimv2.data.images.catalogue import COLUMNS, find_column, kind_of
 from aimv2.data.images.text_tables import delimiter_of, read_delimited, read_json_lines
 from aimv2.data.shards.format import captions_of, clean_captions, find_shards, read_samples
 from aimv2.errors import UsageError
@@ -31,7 +31,7 @@ def read_captions(path: str | Path) -> Iterator[str]:
 
 
 def _of_shards(path: str | Path) -> Iterator[str]:
-    if not any(mark in str(path) for mark in "*?[{") and not Path(path).expanduser().exists():
+    if kind_of(str(path))[0] in ("missing", "hub"):
         raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
     for shard in find_shards(path, "train", option="CAPTIONS"):
         for _, sample in read_samples(shard):

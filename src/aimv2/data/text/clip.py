@@ -67,7 +67,7 @@ class ClipTokenizer:
 
 
 def find_clip_tokenizer(folder: Path, text: TextConfig) -> ClipTokenizer | None:
-    """The tokenizer beside a pair's weights; None where there is none.
+    """The tokenizer saved with a pair's weights; None where there is none.
 
     Raises:
         UsageError: a tokenizer that is not the pair's.
@@ -78,7 +78,7 @@ def find_clip_tokenizer(folder: Path, text: TextConfig) -> ClipTokenizer | None:
     start = tokenizer.id_of(START)
     if start is None or tokenizer.eos_id != text.end or tokenizer.vocab_size > text.vocab_size:
         raise UsageError(
-            f"MODEL {folder}: the tokenizer beside the weights is not CLIP's (start {start}, end {tokenizer.eos_id}, "
+            f"MODEL {folder}: the tokenizer with the weights is not CLIP's (start {start}, end {tokenizer.eos_id}, "
             f"{tokenizer.vocab_size} tokens; end {text.end} and at most {text.vocab_size} tokens expected)"
         )
     return ClipTokenizer(tokenizer, start, text.max_text)

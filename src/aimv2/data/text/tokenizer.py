@@ -3,7 +3,7 @@
 Cleaning follows the released code (AIMV2's tokenisation): broken Unicode repaired, HTML entities undone
 twice, white space collapsed, lower case. A token row is the caption's ids and then the end-of-text id, at
 most ``max_tokens`` in all. The beginning of text is an embedding that the decoder learns, so it has no id,
-and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths tell them apart.
+and nothing here pads: where pad and end of text share an id (SigLIP, CLIP), only lengths distinguish them.
 """
 
 import hashlib
@@ -189,7 +189,7 @@ def _with_end(backend: Any, named: list[Any], pad: Any, source: str, option: str
 
 
 def _from_hub(name: str, option: str) -> Tokenizer:
-    """Cached files first; one short request tells whether the hub can be reached at all."""
+    """Cached files first; one short request finds out whether the hub can be reached."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise _refuse(name, option)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -221,7 +221,7 @@ def train_tokenizer(
     Args:
         captions: raw captions; they are cleaned here.
         vocab_size: at most this many ids, at least 258 (every byte, pad, end of text), 259 with ``start``.
-        min_frequency: pairs seen less often are not merged.
+        min_frequency: rarer pairs are not merged.
         start: a third special token (id 2) for models that begin their texts with one; not written by ``encode``.
     """
     from tokenizers import Tokenizer as Backend

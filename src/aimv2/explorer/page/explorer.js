@@ -3,7 +3,7 @@
 import {contrasts, drawCells, drawMap, drawPicture, edge, fade, frame, load} from '/draw.js';
 
 const $ = (query, within = document) => within.querySelector(query);
-const now = {        // what is looked at; the place is a share of the whole picture's width and height
+const now = {        // current selection; the place is a fraction of the whole image's width and height
   picture: null, place: [0.5, 0.5], cursor: [0.5, 0.5], layer: 1, mode: 'similarity', head: 'mean', share: 0.5,
 };
 let about, views = [], blocks = {};
@@ -79,7 +79,7 @@ function askParts(at) {
   });
 }
 
-// where attention is asked for, a model that shows none goes on with its similar patches and says so
+// in attention mode, a model without attention keeps showing similar patches and says so
 const modeOf = (model) => model.cannot.attention ? 'similarity' : now.mode;
 
 async function askMap(at) {
@@ -108,7 +108,7 @@ function drawParts(at) {
   frame(canvas, view, patch);
   const where = `row ${patch[0] + 1}, column ${patch[1] + 1}`;
   const caption = $('.map figcaption', node), bold = document.createElement('b');
-  bold.textContent = attends ? 'Where the patch looks' : 'Similar patches';
+  bold.textContent = attends ? 'Attention of the patch' : 'Similar patches';
   caption.replaceChildren(bold, attends
     ? `Attention of the framed patch (${where}) in block ${layerOf(about.models[at]) + 1}, ${now.head === 'mean' ? 'mean over the heads' : `head ${+now.head + 1}`}.`
     : `Cosine of every patch with the framed one (${where}).${now.mode === mode ? '' : ` ${about.models[at].cannot.attention}`}`);
@@ -122,7 +122,7 @@ const lowest = (found) => Math.min(...found.own.flat(), ...found.others.flatMap(
 
 async function drawOthers(at, found) {
   const {node} = blocks.parts[at], list = $('.others ul', node), low = lowest(found), under = $('#under').checked;
-  $('.others h4', node).textContent = (about.own_folder ? 'Most alike in the folder' : 'Most alike among the examples')
+  $('.others h4', node).textContent = (about.own_folder ? 'Most similar in the folder' : 'Most similar among the examples')
     + (found.compared < found.of ? ` (${found.compared} of ${found.of} read so far)` : '');
   const rows = await Promise.all(found.others.map(async (one) => {
     const view = await seen(at, one.image), item = document.createElement('li'), button = document.createElement('button');
@@ -132,7 +132,7 @@ async function drawOthers(at, found) {
     frame(canvas, view, [Math.floor(best / view.columns), best % view.columns], 3);
     text.textContent = `best ${one.best.toFixed(2)} · ${name}`;
     button.type = 'button';
-    button.title = `Look at ${name}`;
+    button.title = `Open ${name}`;
     button.append(canvas, text);
     button.onclick = () => track(choose(one.image));
     canvas.setAttribute('role', 'img');
@@ -149,7 +149,7 @@ function drawCursor(at) {
   frame(canvas, view, patchAt(view, now.place));
   if (`${now.cursor}` !== `${now.place}`) frame(canvas, view, patchAt(view, now.cursor), 0.5);
   const [row, column] = patchAt(view, now.cursor);
-  canvas.setAttribute('aria-label', `${describe(now.picture)} as the model sees it, ${view.rows} rows and ${view.columns} columns of patches. Arrow keys move, Enter chooses: row ${row + 1}, column ${column + 1}`);
+  canvas.setAttribute('aria-label', `${describe(now.picture)} as the model receives it, ${view.rows} rows and ${view.columns} columns of patches. Arrow keys move, Enter chooses: row ${row + 1}, column ${column + 1}`);
 }
 
 function pick(place) {
@@ -211,8 +211,8 @@ function drawWord(at, place) {
   [...$('.caption', node).children].forEach((button, other) => button.setAttribute('aria-pressed', other === place));
   drawMap(canvas, view, word.attention, 0, Math.max(...word.attention.flat()), true);
   const shown = (text) => text === '⏎' ? 'end of the caption' : text.trim() ? `“${text.trim()}”` : 'a space';
-  canvas.setAttribute('aria-label', `Where the decoder looked as it chose ${shown(word.text)}`);
-  $('.looked figcaption', node).textContent = `Where the decoder looked as it chose ${shown(word.text)}: ${percent(word.share)} of its attention went to the picture, the rest to the words before.`;
+  canvas.setAttribute('aria-label', `Attention of the decoder at ${shown(word.text)}`);
+  $('.looked figcaption', node).textContent = `Attention of the decoder at ${shown(word.text)}: ${percent(word.share)} of its attention is on the image, the rest on earlier tokens.`;
   const list = document.createElement('ul');
   for (const [text, chance] of word.alternatives) {
     const item = document.createElement('li'), [name, bar, number] = ['span', 'i', 'span'].map((kind) => document.createElement(kind));
@@ -242,10 +242,10 @@ function askNext(at) {
     edge(predicted, view, found.prefix);
     drawPicture(truth, view, view.image);
     $('.given span', block.node).textContent = `the first ${found.prefix} of ${total} patches.`;
-    $('.predicted span', block.node).textContent = `each patch behind the line, from the true ones before it. Error ${found.loss.toFixed(2)}; a plain grey patch has 1.`;
+    $('.predicted span', block.node).textContent = `each patch after the line, from the true ones before it. Error ${found.loss.toFixed(2)}; a flat grey patch has 1.`;
     $('.note', block.node).textContent = found.note;
     given.setAttribute('aria-label', `The first ${found.prefix} patches of ${now.picture.name}`);
-    predicted.setAttribute('aria-label', `Predicted patches behind the first ${found.prefix}, error ${found.loss.toFixed(2)}`);
+    predicted.setAttribute('aria-label', `Predicted patches after the first ${found.prefix}, error ${found.loss.toFixed(2)}`);
     truth.setAttribute('aria-label', describe(now.picture));
   });
 }
@@ -259,8 +259,8 @@ function roll() {
       if (query.image !== now.picture.image || query.share !== now.share) return;
       drawPicture(canvas, views[at], image);
       edge(canvas, views[at], found.prefix);
-      canvas.setAttribute('aria-label', `The rest painted on its own behind the first ${found.prefix} patches`);
-      $('.rolled span', block.node).textContent = `each patch from what was painted before it. Error ${found.loss.toFixed(2)}.`;
+      canvas.setAttribute('aria-label', `The rest, generated after the first ${found.prefix} patches`);
+      $('.rolled span', block.node).textContent = `each patch from the generated ones before it. Error ${found.loss.toFixed(2)}.`;
       $('.rolled', block.node).hidden = false;
     });
   });
@@ -287,7 +287,7 @@ function find(text) {
 function drawResults(at, found) {
   const {node} = blocks.search[at], likely = found.by === 'likelihood';
   say($('.status', node), (likely ? 'By the decoder: how many nats likelier the text is with this picture than on average.' : 'By the cosine of text and picture.')
-    + (found.compared < found.of ? ` ${found.compared} of ${found.of} pictures read so far…` : ` ${found.of} pictures.`));
+    + (found.compared < found.of ? ` ${found.compared} of ${found.of} images read so far…` : ` ${found.of} images.`));
   const rows = found.ranked.map((one, rank) => {
     const item = document.createElement('li'), button = document.createElement('button'), image = document.createElement('img');
     const text = document.createElement('span'), score = document.createElement('b');
@@ -356,7 +356,7 @@ async function choose(number) {
   say($('#message'), '');
   now.place = now.cursor = firstPlace(picture, views[0]);
   for (const button of document.querySelectorAll('#strip button')) button.setAttribute('aria-pressed', +button.dataset.image === number);
-  $('#drawn-as').textContent = picture.says ? `This scene was drawn as: “${picture.says}”.` : '';
+  $('#drawn-as').textContent = picture.says ? `Caption of this example: “${picture.says}”.` : '';
   views.forEach((view, at) => {
     $('.size', blocks.parts[at].node).textContent = `${view.width} × ${view.height} pixels, ${view.columns} × ${view.rows} patches.`;
     blocks.parts[at].map = null;
@@ -390,7 +390,7 @@ function upload(file) {
 
 function facts(model) {
   const item = document.createElement('li'), name = document.createElement('b');
-  const input = model.image_size ? `${model.image_size} × ${model.image_size} pixels` : 'pictures of any size';
+  const input = model.image_size ? `${model.image_size} × ${model.image_size} pixels` : 'images of any size';
   name.textContent = model.name;
   item.append(name, ` ${model.architecture === model.name ? '' : `(${model.architecture}) `}${model.kind}, ${(model.parameters / 1e6).toFixed(1)}M parameters, ${model.depth} blocks, ${input}, patches of ${model.patch}`);
   return item;

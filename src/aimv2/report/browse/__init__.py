@@ -1,1 +1,1 @@
-"""`aimv2 data browse`: a run's samples as its model will see them, before it starts."""
+"""`aimv2 data browse`: a page of a run's training samples as its model will receive them, before it starts."""

@@ -1,4 +1,4 @@
-"""The first samples of a run, through the configuration, tokeniser and stream that training uses.
+"""The first samples of a run, through the same configuration, tokeniser and dataloader as training.
 
 Legend: p patch side, h x w patch grid, I = h * w patches.
 """
@@ -23,29 +23,25 @@ from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig
-from aimv2.tasks import stage_of
-from aimv2.tasks.contrastive import check_shape
-from aimv2.tasks.distill import STORED, stored_teacher
-from aimv2.tasks.init_weights import origin_of, take_shape
-from aimv2.tasks.pretrain import shapes
+from aimv2.tasks import task_of
 from aimv2.train import launch, prepare
 from aimv2.train.view import make_view
 
-DEMO = "captioned scenes"  # the name of the demo's source
+DEMO = "captioned scenes"  # source name of the demo
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A sample at its first visit.
+class DrawnSample:
+    """A training sample at its first visit.
 
     Attributes:
-        key: its name.
-        source: place of its source in the mixture.
+        key: sample key.
+        source: index of its source in the mixture.
         image: uint8 [h * p, w * p, 3], cropped, resized, perhaps flipped.
         grid: (h, w).
-        prefix: patches that see each other, in raster order.
+        prefix: prefix length, patches in raster order.
         tokens: ids of the drawn caption; [] without text.
-        kept: int64 [K], positions that the decoder sees; None: all.
+        kept: int64 [K], positions that the decoder reads; None: all.
     """
 
     key: str
@@ -59,17 +55,17 @@ class Sample:
 
 @dataclass
 class Drawn:
-    """What a run begins with.
+    """The first samples of a run, with its resolved configuration.
 
     Attributes:
-        config: its configuration, every value settled.
-        encoder: the shape of its model.
-        view: how that sees samples.
-        tokenizer: None for images alone.
-        sources: of the mixture.
-        total: samples of the training data.
-        samples: the first ones drawn, in the stream's order.
-        bad: samples met that can't be read, with the reason.
+        config: the resolved configuration.
+        encoder: the encoder's config.
+        view: what the model takes of a sample.
+        tokenizer: None without text.
+        sources: sources of the mixture.
+        total: samples in the training data.
+        samples: the first samples, in order.
+        bad: samples that can't be read, with the reason.
     """
 
     config: Config
@@ -78,28 +74,28 @@ class Drawn:
     tokenizer: Tokenizer | None
     sources: list[Source]
     total: int
-    samples: list[Sample]
+    samples: list[DrawnSample]
     bad: list[str] = field(default_factory=list)
 
 
 def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -> Drawn:
-    """The first ``count`` samples that ``pretrain`` would train on.
+    """Draw the first ``count`` samples that ``pretrain`` would train on.
 
     Args:
-        recipe, given: as of :func:`aimv2.api.pretrain`.
-        count: samples.
-        scratch: a folder for the demo's scenes and for the index of shards.
+        recipe, given: as in :func:`aimv2.api.pretrain`.
+        count: number of samples.
+        scratch: folder for the demo's scenes and the index of shards.
 
     Raises:
-        UsageError: what ``pretrain`` would refuse.
+        UsageError: whatever ``pretrain`` rejects.
     """
     config, demo = settled(recipe, given, scratch)
     world = World(0, 1, torch.device("cpu"))
     tokenizer = prepare.get_tokenizer(config, None, world)
-    encoder = encoder_of(config, tokenizer)
-    view = make_view(config, encoder, stage_of(config).text(config), world)
-    if config.objective.name == "distill" and config.objective.teacher == STORED:
-        view.teacher = stored_teacher(config).width
+    task = task_of(config)
+    encoder = task.encoder_config(tokenizer.vocab_size if tokenizer else 1)
+    view = make_view(config, encoder, task.reads_text(), world)
+    view.teacher = task.stored_width()
     stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
     total = stream.samples
     if view.native is None and count < config.train.batch_size:  # a part of the first batch is enough
@@ -115,19 +111,20 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
 
 
 def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:
-    """The configuration that a run of these values would have, its data located and looked at; and whether it is the demo."""
-    check_keys(given, "on the command line")
+    """The resolved configuration of a run with these values, its data located; and whether it is the demo."""
     base = read_recipe(recipe) if recipe else {}
+    check_keys(given, "on the command line", base)
     options = parse({**base, **given})
     if options.resume:
         raise UsageError(
-            "--resume: `data browse` shows how a run begins; leave it out (a run's own values: --config RUN/config.yaml)"
+            "--resume: `data browse` shows the start of a run; leave it out (for a run's own values: --config RUN/config.yaml)",
+            code="conflict",
         )
     recipe, base = launch.recipe_of(options, recipe, base, given)
     demo = launch.wants_demo(options, recipe)
     if demo:
         config = parse({**read_recipe(launch.DEMO), **given})
-        prepare.check_init(config)
+        task_of(config).check()
         config.data.train = launch.draw_scenes(config, scratch / "data")
         prepare.locate_data(config)
     else:
@@ -138,41 +135,25 @@ def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[C
             launch.say(line)
     if config.data.features is not None:
         raise UsageError(
-            "data.features: its batches hold stored features, not pictures; leave it out to browse the data"
+            "data.features: its batches hold stored features, not images; leave it out to browse the data",
+            code="conflict",
         )
     config.data.index_dir = config.data.index_dir or str(scratch / "index")
     return config, demo
 
 
-def encoder_of(config: Config, tokenizer: Tokenizer | None) -> EncoderConfig:
-    """The shape of the encoder that a run would build, without its weights.
-
-    Raises:
-        UsageError: no such shape, or an ``init`` that does not fit.
-    """
-    stage, init = config.objective.name, config.init
-    if init is not None and stage in ("contrastive", "probe"):
-        origin = origin_of(init)
-        if stage == "contrastive":
-            check_shape(origin, config)
-        return origin.encoder
-    if init is not None and config.model.name == "auto":
-        take_shape(config)
-    return shapes(config, tokenizer.vocab_size if tokenizer else 1)[0]
-
-
 def batches(stream: TrainStream) -> Iterator[Batch]:
-    """Every batch of a stream, native ones one by one."""
+    """Batches of a stream, native ones one by one."""
     for batch in stream:
         yield from batch if isinstance(batch, list) else [batch]
 
 
-def samples_of(batch: Batch, view: View, patch: int) -> Iterator[Sample]:
-    """The samples of a batch, each with its picture.
+def samples_of(batch: Batch, view: View, patch: int) -> Iterator[DrawnSample]:
+    """Samples of a batch, each with its image.
 
     Args:
-        batch: of a stream.
-        view: of the same stream.
+        batch: a batch of the stream.
+        view: the stream's view.
         patch: p.
     """
     assert batch.prefix_len is not None
@@ -180,18 +161,18 @@ def samples_of(batch: Batch, view: View, patch: int) -> Iterator[Sample]:
     for row, (key, source, image) in enumerate(zip(batch.keys, batch.sources, pictures(batch, view, patch))):
         kept = None if batch.kept is None else batch.kept[row].numpy()
         grid = image.shape[0] // patch, image.shape[1] // patch
-        yield Sample(key, source, image, grid, int(batch.prefix_len[row]), captions[row], kept)
+        yield DrawnSample(key, source, image, grid, int(batch.prefix_len[row]), captions[row], kept)
 
 
 def pictures(batch: Batch, view: View, patch: int) -> Iterator[NDArray[np.uint8]]:
-    """uint8 [h * p, w * p, 3] of each image: as it is, or laid together from a strip of patches."""
+    """uint8 [h * p, w * p, 3] of each image, reassembled from patches if the batch is native."""
     if batch.places is None or batch.image_len is None:
         for image in batch.images:
             yield image.permute(1, 2, 0).numpy()
         return
     begin = 0
     for row, count in enumerate(batch.image_len.tolist()):
-        if batch.images.shape[0] == len(batch):  # a strip an image
+        if batch.images.shape[0] == len(batch):  # one strip per image
             strip, places = batch.images[row, :, :, : count * patch], batch.places[row, :count]
         else:  # packed: all in one
             strip = batch.images[0, :, :, begin * patch : (begin + count) * patch]
@@ -201,21 +182,10 @@ def pictures(batch: Batch, view: View, patch: int) -> Iterator[NDArray[np.uint8]
 
 
 def from_strip(strip: torch.Tensor, places: torch.Tensor, patch: int) -> NDArray[np.uint8]:
-    """Patches side by side, uint8 [3, p, I * p], to their rows and columns, int64 [I, 2]: [h * p, w * p, 3]."""
+    """Place patches of a strip uint8 [3, p, I * p] at their rows and columns int64 [I, 2]: [h * p, w * p, 3]."""
     height, width = (int(side) + 1 for side in places.max(0).values)
     parts = strip.unflatten(2, (-1, patch)).permute(2, 1, 3, 0).numpy()  # [I, p, p, 3]
     out = np.zeros((height, patch, width, patch, 3), np.uint8)
     for part, (row, column) in zip(parts, places.tolist()):
         out[row, :, column] = part
     return out.reshape(height * patch, width * patch, 3)
-
-
-def words(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
-    """Each token's text as it adds to what stands before it, its leading space kept."""
-    said, texts = "", []
-    for number, token in enumerate(tokens):
-        whole = tokenizer.decode(tokens[: number + 1])
-        # half a character decodes to other text than the whole one
-        texts.append(whole[len(said) :] if whole.startswith(said) else tokenizer.decode([token]))
-        said = whole
-    return texts

@@ -1,34 +1,32 @@
-"""Drawn samples to one self-contained HTML page."""
+"""Render drawn samples as one self-contained HTML page."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from aimv2.config.schema import Config, Source
 from aimv2.errors import UsageError
 from aimv2.io import write_aside
-from aimv2.report.browse.drawn import Drawn, Sample, words
+from aimv2.report.browse.drawn import Drawn, DrawnSample
 from aimv2.report.charts import Line, Panel, draw
-from aimv2.report.images import to_uri
-from aimv2.report.predictions import visible
+from aimv2.report.page import render_template
+from aimv2.report.predictions import token_texts, visible
 from aimv2.train.launch import rate_curve
 
-BINS = 16  # of the histogram, at most
-POINTS = 200  # of the learning-rate curve
-QUALITIES = ((256, 90), (224, 75), (160, 65), (112, 50))  # pixels a side and JPEG quality, tried in turn
-LARGEST = 5_000_000  # bytes that a page should not pass; past the smallest pictures it may
-COLOURS = 8  # of sources, then they repeat
-END = "end"  # how the end of a text is shown
+BINS = 16  # bins of the histogram at most
+POINTS = 200  # points of the learning-rate curve
+QUALITIES = ((256, 90), (224, 75), (160, 65), (112, 50))  # pixels per side and JPEG quality, tried in turn
+COLOURS = 8  # colours of sources; then they repeat
+END = "end"  # display of end of text
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A token of a caption: its text, its id, and whether it goes on with the word before it or is no text."""
+    """A token of a caption: text, id, whether it continues the previous word, whether it is a special token."""
 
     text: str
     number: int
@@ -38,7 +36,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a histogram: its range in words, captions, and height among all (0..1)."""
+    """A bar of a histogram: label of its range, number of captions, relative height (0..1)."""
 
     label: str
     count: int
@@ -46,8 +44,8 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A source of the mixture: shares are of the weights, and of the samples drawn."""
+class MixtureRow:
+    """A source of the mixture; ``wanted`` and ``share`` are its fractions of the weights and of the drawn samples."""
 
     name: str
     path: str
@@ -58,7 +56,7 @@ class Row:
 
 
 def write_page(drawn: Drawn, out: Path) -> dict[str, Any]:
-    """Writes the page and returns what it shows in figures.
+    """Write the page and return its figures.
 
     Raises:
         UsageError: it can't be written.
@@ -85,53 +83,41 @@ def write_page(drawn: Drawn, out: Path) -> dict[str, Any]:
 
 
 def render(drawn: Drawn) -> str:
-    """The page as HTML; many pictures are made smaller."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("aimv2.report.browse", "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.get_template("browse.html")
-    style = files("aimv2.report").joinpath("template/report.css").read_text(encoding="utf-8")
-    html = ""
-    for side, quality in QUALITIES:
-        html = template.render(
-            style=style,
-            title=title_of(drawn.sources),
-            tiles=tiles(drawn),
-            samples=[card(one, drawn) for one in drawn.samples],
-            mixture=mixture(drawn),
-            bars=histogram(text_lengths(drawn)),
-            cut=cut(drawn),
-            most=drawn.config.data.max_tokens,
-            curve=curve(drawn.config),
-            bad=drawn.bad,
-            lead=lead(drawn),
-            made=time.strftime("%Y-%m-%d %H:%M:%S %Z").strip(),
-            uri=lambda picture: to_uri(picture, side, quality),  # noqa: B023
-        )
-        if len(html.encode()) < LARGEST:
-            break
-    return html
+    """Render the page as HTML; with many samples the images are smaller."""
+    context = {
+        "title": title_of(drawn.sources),
+        "tiles": tiles(drawn),
+        "samples": [card(one, drawn) for one in drawn.samples],
+        "mixture": mixture(drawn),
+        "bars": histogram(text_lengths(drawn)),
+        "cut": cut(drawn),
+        "most": drawn.config.data.max_tokens,
+        "curve": curve(drawn.config),
+        "bad": drawn.bad,
+        "lead": lead(drawn),
+        "made": time.strftime("%Y-%m-%d %H:%M:%S %Z").strip(),
+    }
+    return render_template("aimv2.report.browse/templates", "browse.html", context, QUALITIES)
 
 
 def title_of(sources: list[Source]) -> str:
-    """The data in a few words."""
+    """Names of the sources as a title."""
     names = [source.name or Path(source.path).name for source in sources]
     return " + ".join(names) if len(names) <= 4 else f"a mixture of {len(names)} sources"
 
 
 def tiles(drawn: Drawn) -> list[tuple[str, str]]:
-    """(what, figure) for the head of the page."""
+    """(label, figure) pairs for the top of the page."""
     config, shape = drawn.config, drawn.encoder
     if drawn.view.native is None:
-        sight = f"{shape.image_size} px, {shape.patches} patches"
+        size = f"{shape.image_size} px, {shape.patches} patches"
         step, passes = f"{config.train.batch_size:,} pairs", config.train.steps * config.train.batch_size / drawn.total
     else:
         least, most = (2**power for power in config.data.areas)
-        sight, step, passes = f"{least} to {most} patches", f"{config.train.patch_budget:,} patches", None
-    rows = [("model", shape.name), ("an image", sight), ("patch", f"{shape.patch_size} px"), ("a step", step)]
+        size, step, passes = f"{least} to {most} patches", f"{config.train.patch_budget:,} patches", None
+    rows = [("model", shape.name), ("image", size), ("patch", f"{shape.patch_size} px"), ("per step", step)]
     rows += [("steps", f"{config.train.steps:,}"), ("training samples", f"{drawn.total:,}")]
-    rows += [("visits of each", f"{passes:,.3g}")] if passes is not None else []
+    rows += [("epochs", f"{passes:,.3g}")] if passes is not None else []
     if drawn.tokenizer is not None:
         rows.append(("vocabulary", f"{drawn.tokenizer.vocab_size:,}"))
     return rows
@@ -141,22 +127,22 @@ def lead(drawn: Drawn) -> str:
     """How to read the samples."""
     data = drawn.config.data
     text = (
-        f"The first {len(drawn.samples)} that a run with seed {drawn.config.seed} draws, in its order, each as the model "
-        f"sees it: after crop (data.crop_scale {data.crop_scale:g}) and flip (data.flip {data.flip:g}). Clear patches are "
-        "the prefix, which see each other; dimmed ones are read causally, and each is to be predicted from those before it."
+        f"The first {len(drawn.samples)} samples of a run with seed {drawn.config.seed}, in training order and as the model "
+        f"receives them: after crop (data.crop_scale {data.crop_scale:g}) and flip (data.flip {data.flip:g}). Clear patches are "
+        "the prefix, with bidirectional attention; dimmed ones have causal attention and are predicted, each from those before it."
     )
     if drawn.view.keep < 1:
-        text += f" The decoder sees {drawn.view.keep:.0%} of the positions, those with a dot."
+        text += f" The decoder reads {drawn.view.keep:.0%} of the positions, those with a dot."
     if drawn.tokenizer is not None:
-        text += " Below, the drawn caption as the tokeniser cuts it."
+        text += " Below, the drawn caption split into tokens."
     return text
 
 
 # ---- a sample ----
 
 
-def card(sample: Sample, drawn: Drawn) -> dict[str, Any]:
-    """What the template shows of a sample."""
+def card(sample: DrawnSample, drawn: Drawn) -> dict[str, Any]:
+    """Template variables of a sample."""
     rows, columns = sample.grid
     source = drawn.sources[sample.source]
     return {
@@ -167,8 +153,8 @@ def card(sample: Sample, drawn: Drawn) -> dict[str, Any]:
         "columns": columns,
         "prefix": sample.prefix,
         "patches": rows * columns,
-        "behind": behind(sample.prefix, rows, columns),
-        "edge": edge(sample.prefix, rows, columns),
+        "rest": rest_path(sample.prefix, rows, columns),
+        "edge": edge_path(sample.prefix, rows, columns),
         "dots": []
         if sample.kept is None
         else [(at % columns + 0.5, at // columns + 0.5) for at in sample.kept.tolist()],
@@ -179,29 +165,29 @@ def card(sample: Sample, drawn: Drawn) -> dict[str, Any]:
     }
 
 
-def behind(prefix: int, rows: int, columns: int) -> str:
-    """The patches behind a prefix as an SVG path, one unit a patch."""
+def rest_path(prefix: int, rows: int, columns: int) -> str:
+    """SVG path around the patches after a prefix, one unit per patch."""
     row, column = divmod(prefix, columns)
     path = f"M{column} {row}H{columns}V{row + 1}H{column}Z" if column else ""
     first = row + bool(column)
     return path + (f"M0 {first}H{columns}V{rows}H0Z" if first < rows else "")
 
 
-def edge(prefix: int, rows: int, columns: int) -> str:
-    """The line between a prefix and what is behind it, as an SVG path."""
+def edge_path(prefix: int, rows: int, columns: int) -> str:
+    """SVG path of the line between a prefix and the patches after it."""
     row, column = divmod(prefix, columns)
     if not column:
         return f"M0 {row}H{columns}" if row < rows else ""
     return f"M0 {row + 1}H{column}V{row}H{columns}"
 
 
-def chips(sample: Sample, drawn: Drawn) -> list[Chip]:
+def chips(sample: DrawnSample, drawn: Drawn) -> list[Chip]:
     """The tokens of a sample's caption."""
     tokenizer = drawn.tokenizer
     if tokenizer is None:
         return []
     out = []
-    for place, (number, text) in enumerate(zip(sample.tokens, words(sample.tokens, tokenizer))):
+    for place, (number, text) in enumerate(zip(sample.tokens, token_texts(sample.tokens, tokenizer))):
         if number == tokenizer.eos_id:
             out.append(Chip(END, number, special=True))
         elif not text.strip():  # the start of a text, or the first bytes of a character
@@ -212,28 +198,28 @@ def chips(sample: Sample, drawn: Drawn) -> list[Chip]:
     return out
 
 
-# ---- all of them ----
+# ---- all samples ----
 
 
 def text_lengths(drawn: Drawn) -> list[int]:
-    """Tokens of each drawn caption, end of text counted."""
+    """Number of tokens of each drawn caption, end of text included."""
     return [len(one.tokens) for one in drawn.samples if one.tokens]
 
 
 def cut(drawn: Drawn) -> int:
-    """Captions that fill ``data.max_tokens``: they may have been cut."""
+    """Number of captions with ``data.max_tokens`` tokens, which may have been truncated."""
     return sum(length == drawn.config.data.max_tokens for length in text_lengths(drawn))
 
 
-def mixture(drawn: Drawn) -> list[Row]:
-    """Weights and what was drawn of each source."""
-    counts, whole = Counter(one.source for one in drawn.samples), sum(source.weight for source in drawn.sources)
+def mixture(drawn: Drawn) -> list[MixtureRow]:
+    """Weight and drawn samples of each source."""
+    counts, total = Counter(one.source for one in drawn.samples), sum(source.weight for source in drawn.sources)
     return [
-        Row(
+        MixtureRow(
             source.name or Path(source.path).name,
             source.path,
             source.weight,
-            source.weight / whole,
+            source.weight / total,
             counts[place],
             counts[place] / max(len(drawn.samples), 1),
         )
@@ -242,7 +228,7 @@ def mixture(drawn: Drawn) -> list[Row]:
 
 
 def histogram(lengths: list[int]) -> list[Bar]:
-    """Lengths in at most BINS ranges of equal width; [] of nothing."""
+    """Histogram of lengths with at most BINS bins of equal width; [] if there are none."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -258,7 +244,7 @@ def histogram(lengths: list[int]) -> list[Bar]:
 
 
 def spread(values: list[int]) -> dict[str, float]:
-    """Least, mean and most; {} of nothing."""
+    """Minimum, mean and maximum; {} if there are none."""
     return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)} if values else {}
 
 

@@ -393,7 +393,7 @@ WRONG: list[tuple[Tree, str]] = [
     ({"one": {}}, "verb is missing"),
     ({"one": ["data_shapes"]}, "keys such as verb and options expected"),
     ({"one": shapes(option={})}, "unknown key 'option'; did you mean 'options'?"),
-    ({"one": shapes(count=3)}, "unknown key 'count'; options of the verb go below `options:`"),
+    ({"one": shapes(count=3)}, "unknown key 'count'; options of the command go below `options:`"),
     ({"one": shapes(options={"cuont": 3})}, "unknown option '--cuont'; did you mean '--count'?"),
     ({"one": shapes(options={"count": "many"})}, "count"),
     ({"one": shapes(options={"out": "x"})}, "options.out: the chain decides it"),

@@ -42,11 +42,7 @@ BREAKS = [
     ),
     ("        aside.rename(final)\n", "        shutil.copytree(aside, final)\n", "train/test_resume.py"),
     ('"both": config.alpha,', '"both": 1.0,', "objectives/test_ablations.py train/test_ablation_runs.py"),
-    (
-        ("half = z / (1 + square / n)", "half = z / (1 - square / n)", "evals/test_classify.py"),
-        "share * (1 - share) / n - square",
-        "evals/test_show.py evals/test_classify.py",
-    ),
+    ("half = z / (1 + square / n)", "half = z / (1 - square / n)", "evals/test_classify.py"),
     ("int((ranks < k).sum())", "int((ranks <= k).sum())", "evals/test_match.py"),
 ]
 
@@ -69,7 +65,7 @@ def first_failure(copy: Path, files: str) -> str | None:
     done = subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
     if found is None:
         sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return found[1]

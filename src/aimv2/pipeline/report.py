@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,5 +150,6 @@ def as_markdown(report: dict[str, Any]) -> str:
 def as_text(report: dict[str, Any], width: int = 80) -> str:
     """The report as tables within ``width`` columns."""
     written = [f"written: {report['out']}/report.md, report.json"] if report["finished"] else []
-    parts = [*(table.to_text(width) for table in tables(report)), "\n".join([*closing(report), *written])]
+    lines = [textwrap.fill(line, width) for line in [*closing(report), *written]]
+    parts = [*(table.to_text(width) for table in tables(report)), "\n".join(lines)]
     return "\n\n".join(parts).rstrip()

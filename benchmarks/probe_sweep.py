@@ -76,7 +76,7 @@ def main() -> None:
     features = torch.randn(options.cached, 1, patches, width).half()
     images = torch.randint(256, (options.images, 3, frozen.image_size, frozen.image_size), dtype=torch.uint8)
     cached, seen = (
-        make_batch(x, [[]] * len(x), [1] * len(x), 2, labels=torch.randint(CLASSES, (len(x),)))
+        make_batch(None, [[]] * len(x), None, 0, labels=torch.randint(CLASSES, (len(x),)), features=x)
         for x in (features, images)
     )
     paths: dict[str, Callable[[], None]] = {

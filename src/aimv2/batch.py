@@ -47,7 +47,7 @@ class Batch:
 
     Attributes:
         images: uint8 [B, 3, H, W] in 0..255, or float [B, 3, H, W], already normalised. Native training: strips
-            [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p].
+            [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p]. Of a batch of features [0, 3, 0, 0].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
         prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
@@ -71,6 +71,8 @@ class Batch:
         teacher: int8 [B, I, E], stored teacher features for these crops; None: none are stored.
         teacher_scale: float16 [B, I], their scale.
         sources: index of each sample's source in the mixture; [] without a mixture.
+        features: of a frozen encoder instead of images: [B, I, D]; of several layers [B, layers, I, D], or with ``image_len``
+            [layers, sum of it, D]. None: the batch holds images.
     """
 
     images: Tensor
@@ -92,6 +94,7 @@ class Batch:
     teacher: Tensor | None = None
     teacher_scale: Tensor | None = None
     sources: list[int] = field(default_factory=list)
+    features: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
@@ -176,7 +179,7 @@ def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
 
 
 def make_batch(
-    images: Tensor,
+    images: Tensor | None,
     captions: Sequence[Sequence[int]],
     prefix_len: Sequence[int] | Tensor | None,
     patches: int,
@@ -188,11 +191,12 @@ def make_batch(
     image_len: Tensor | None = None,
     teacher: tuple[Tensor, Tensor] | None = None,
     sources: Sequence[int] = (),
+    features: Tensor | None = None,
 ) -> Batch:
     """Collate images and tokenised captions, and index what is scored.
 
     Args:
-        images: [B, 3, H, W].
+        images: [B, 3, H, W]; None: ``features`` are given.
         captions: B lists of token ids, each ending with end of text; an empty list is no caption.
         prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
         patches: I, patches per image.
@@ -204,6 +208,7 @@ def make_batch(
         image_len: int64 [B], real patches of each image; None: all I.
         teacher: int8 [B, I, E] and float16 [B, I], see :class:`Batch`.
         sources: B indices into the mixture; none by default.
+        features: see :class:`Batch`.
     """
     import torch
 
@@ -221,7 +226,7 @@ def make_batch(
     if prefix is not None:
         rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
     return Batch(
-        images=images,
+        images=torch.empty(0, 3, 0, 0, dtype=torch.uint8) if images is None else images,
         text=text,
         text_len=text_len,
         prefix_len=prefix,
@@ -238,6 +243,7 @@ def make_batch(
         teacher=teacher[0] if teacher else None,
         teacher_scale=teacher[1] if teacher else None,
         sources=list(sources),
+        features=features,
     )
 
 
@@ -296,6 +302,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         teacher=optional("teacher"),
         teacher_scale=optional("teacher_scale"),
         sources=[source for batch in batches for source in batch.sources],
+        features=optional("features"),
     )
 
 
@@ -343,6 +350,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 teacher=None if batch.teacher is None else batch.teacher[own],
                 teacher_scale=None if batch.teacher_scale is None else batch.teacher_scale[own],
                 sources=batch.sources[own],
+                features=None if batch.features is None else batch.features[own],
             )
         )
     return found

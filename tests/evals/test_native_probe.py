@@ -182,7 +182,7 @@ def test_a_sweep_on_images_of_different_lengths_equals_each_probe_alone(tmp_path
         norm.running_mean.normal_()  # type: ignore[operator,union-attr]
         norm.running_var.uniform_(0.5, 2.0)  # type: ignore[operator,union-attr]
     batch = next(FeatureStream([layers], np.arange(4) % 3, 4, seed=0))
-    assert batch.images.shape == (2, 19, 24) and sorted(batch.image_len.tolist()) == sorted(lengths)  # type: ignore[union-attr]
+    assert batch.features.shape == (2, 19, 24) and sorted(batch.image_len.tolist()) == sorted(lengths)  # type: ignore[union-attr]
     got = sweep(batch)  # rows in the file's order
     got.square().sum().backward()
     for g, trial in enumerate(trials):

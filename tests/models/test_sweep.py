@@ -113,5 +113,5 @@ def test_separable_features_are_told_apart(protocol: str, tmp_path) -> None:  # 
 def test_a_sweep_knows_batches_of_features() -> None:
     sweep, _ = sweep_and_singles("attentive")
     features = torch.randn(3, 2, 9, 24)
-    batch = make_batch(features, [[]] * 3, [1] * 3, 2)
+    batch = make_batch(None, [[]] * 3, None, 0, features=features)
     assert torch.equal(sweep(batch), sweep.logits([features[:, 0], features[:, 1]]))

@@ -63,8 +63,9 @@ class FeatureStream:
         if isinstance(view[0], Ragged):
             lengths = torch.tensor([len(view[0][int(row)]) for row in rows])
             layers = [np.concatenate([layer[int(row)] for row in rows]) for layer in view]
-            return replace(_batch(torch.from_numpy(np.stack(layers)), self.labels[rows]), image_len=lengths)
-        return _batch(torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1)), self.labels[rows])
+            return replace(_batch(None, self.labels[rows], torch.from_numpy(np.stack(layers))), image_len=lengths)
+        features = torch.from_numpy(np.stack([layer[rows] for layer in view], axis=1))
+        return _batch(None, self.labels[rows], features)
 
     def state(self) -> int:
         return self.step
@@ -149,8 +150,9 @@ def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:
     return _batch(pixels, np.array([label for _, label in samples]))
 
 
-def _batch(images: torch.Tensor, labels: np.ndarray) -> Batch:
-    return make_batch(images, [[]] * len(labels), None, 0, labels=torch.from_numpy(labels.astype(np.int64)))
+def _batch(images: torch.Tensor | None, labels: np.ndarray, features: torch.Tensor | None = None) -> Batch:
+    classes = torch.from_numpy(labels.astype(np.int64))
+    return make_batch(images, [[]] * len(labels), None, 0, labels=classes, features=features)
 
 
 def _ignore_signals(number: int) -> None:

@@ -225,7 +225,7 @@ class CachedPairStream:
         chosen = [rows[at] for at in own]
         self.step += 1
         features = torch.from_numpy(self.found.features[chosen])
-        return make_batch(features, tokens, None, 0, [self.found.rows[row].key for row in chosen])
+        return make_batch(None, tokens, None, 0, [self.found.rows[row].key for row in chosen], features=features)
 
     def _next_of(self, source: int) -> int:
         """The next row of a source."""

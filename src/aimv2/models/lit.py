@@ -168,13 +168,13 @@ class TunedLiT(LiT):
         """Features of a batch's images and captions.
 
         Args:
-            batch: ``images`` uint8 or normalised float [B, 3, H, W], or the trunk's features [B, N, D]; ``text`` rows of
-                start, caption, end.
+            batch: ``images`` uint8 or normalised float [B, 3, H, W], or ``features`` of the trunk, [B, N, D]; ``text`` rows
+                of start, caption, end.
         """
-        features = batch.images
-        if features.ndim == 4:
+        features = batch.features
+        if features is None:
             with torch.no_grad():
-                features = self.image(features)
+                features = self.image(batch.images)
         assert self.image.head is not None
         image = self.image_projection(self.image.head(features.float()))
         text = self.text_projection(self.text.pool(batch.text[:, : self.config.text.max_text]))

@@ -124,19 +124,15 @@ class ProbeSweep(nn.Module):
         self.trunk = [trunk]  # in a list, so that the frozen weights are not registered in this module
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of every probe: [G, B, C]. Without a trunk ``batch.images`` holds features [B, layers, N, D], or [layers, R,
-        D] of images with ``batch.image_len`` tokens each."""
-        if batch.image_len is not None:
-            lengths = batch.image_len.tolist()
-            return self.logits([layer.split(lengths) for layer in batch.images])
-        return self.logits(self.features(batch.images))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """[B, N, D] of each layer."""
-        trunk = self.trunk[0]
-        if trunk is None:
-            return list(images.unbind(1))
-        return [x.clone() for x in trunk(images, self.layers)]  # inference tensors can't enter autograd
+        """Logits of every probe: [G, B, C]. Without a trunk ``batch.features`` are [B, layers, N, D], or [layers, R, D] of
+        images with ``batch.image_len`` tokens each."""
+        if batch.features is None:
+            found = self.trunk[0](batch.images, self.layers)
+            return self.logits([x.clone() for x in found])  # inference tensors can't enter autograd
+        if batch.image_len is None:
+            return self.logits(list(batch.features.unbind(1)))
+        lengths = batch.image_len.tolist()
+        return self.logits([layer.split(lengths) for layer in batch.features])
 
     def logits(self, features: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
         """[B, N, D] of each layer, or B tensors [N, D] of different lengths -> [G, B, C], in fp32."""

@@ -204,7 +204,7 @@ def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 
         for at in range(0, len(data.keys), size):
             images, labels = data.images[at : at + size], data.labels[at : at + size]
             assert isinstance(images, torch.Tensor)
-            batch = make_batch(images, [[]] * len(labels), [1] * len(labels), 2, labels=labels).to(world.device)
+            batch = make_batch(images, [[]] * len(labels), None, 0, labels=labels).to(world.device)
             logits = model(batch).float()
             loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
             right = (logits.argmax(-1) == batch.labels).sum()

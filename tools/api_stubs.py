@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
@@ -54,8 +53,8 @@ def stub() -> str:
         for key, parameter in signature_of(name).parameters.items():
             default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
             lines.append(f"    {key}: {written(hints[key], types[key])}{default},")
-        doc = textwrap.indent(doc_of(name), "    ").strip()
-        lines.append(f') -> dict[str, Any]:\n    """{doc}\n    """\n')
+        about = doc_of(name).split("\n\n")[0].replace("\n", "\n    ")
+        lines.append(f') -> dict[str, Any]:\n    """{about}"""\n')
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import inspect
 import torch
 
 from aimv2 import api
+from aimv2.commands.parse import doc_of, signature_of
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.sizes import SIZES, model_config
@@ -40,5 +41,12 @@ def memory() -> str:
 
 
 def functions() -> str:
-    """The function of every command, for mkdocstrings."""
-    return "\n".join(f"::: aimv2.api.{function_name(name)}" for name in COMMANDS)
+    """The function of every command: its signature, what it does, and where its options are explained."""
+    parts = []
+    for name in COMMANDS:
+        function, about = function_name(name), " ".join(doc_of(name).split("\n\n")[0].split())
+        parameters = (str(one).replace("typing.", "") for one in signature_of(name).parameters.values())
+        call = f"{function}({', '.join(parameters)})"
+        page = f"verbs/{name.replace(' ', '-')}.md"
+        parts.append(f"### {function}\n\n```python\n{call}\n```\n\n{about} Parameters: [`aimv2 {name}`]({page}).\n")
+    return "\n".join(parts)

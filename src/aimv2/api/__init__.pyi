@@ -12,22 +12,7 @@ def pretrain(
     dry_run: bool = False,
     print_config: bool = False,
 ) -> dict[str, Any]:
-    """Pre-train an AIMV2: recipe, run folder and dotted options in, a trained run out.
-
-    Args:
-        config: YAML recipe; without one and without data: the demo on captioned scenes
-        run: run folder
-        options: values by dotted key, which override the recipe's (``{"train.steps": 100, "resume": True}``)
-        dry_run: build everything, run one step, say what a run takes
-        print_config: show the effective values and where they came from
-
-    Returns:
-        the run's summary (also in ``summary.json``), or what ``dry_run`` or ``print_config`` found.
-
-    Raises:
-        UsageError: a mistake of input, in one line.
-        Interrupted: a signal came; the run has been saved.
-    """
+    """Pre-train an AIMV2: recipe, run folder and dotted options in, a trained run out."""
 
 def run(
     chain: str,
@@ -37,23 +22,7 @@ def run(
     redo: bool = False,
     status: bool = False,
 ) -> dict[str, Any]:
-    """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written.
-
-    Args:
-        chain: YAML file of stages, as in the example below
-        out: folder of the stages and of report.json and report.md; null: the file's out
-        data: value of {data}; null: the file's data
-        only: stages with commas; these and what they need
-        redo: clear finished stages whose options, recipe, data or earlier stages changed, and run them again
-        status: show what is done, stale, interrupted and to do, and run nothing
-
-    Returns:
-        the report: ``stages``, a row each, and ``figures`` over the seeds.
-
-    Raises:
-        UsageError: a mistake in the file, a missing input, a stale stage without ``redo``, a stage that failed.
-        Interrupted: a signal came; the stage that ran has saved what it can.
-    """
+    """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 
 def data_import(
     source: str,
@@ -70,36 +39,14 @@ def data_import(
     workers: int | None = None,
     class_folders: bool = False,
 ) -> dict[str, Any]:
-    """Convert captioned images, in whatever form they are, to WebDataset shards.
-
-    Args:
-        source: folder with a captions file, images with sidecars, COCO JSON, class folders, Parquet/Arrow, tars, or a datasets hub id
-        out: folder for the shards; an interrupted import resumes and ends with the same shards
-        captions: the captions file, if a folder has several
-        image_column: image column of a table
-        caption_column: caption column of a table; one, or several as [a, b]; each is a caption field
-        template: caption of a class folder; {} is the class
-        split: split of a hub id
-        val_fraction: fraction of the keys that becomes validation data
-        val_list: file with the keys or file names of the validation data, one per line
-        max_side: shrink images whose longer side is larger, pixels
-        shard_size: samples per shard
-        workers: number of processes; null: as many as there are cores, at most 8
-        class_folders: use the names of the sub-folders as captions (see template), whatever other files there are; by default only if there are two or more and no file that may hold captions
-    """
+    """Convert captioned images, in whatever form they are, to WebDataset shards."""
 
 def data_check(
     source: str,
     tokenizer: str | None = None,
     min_side: int = 16,
 ) -> dict[str, Any]:
-    """Check shards before training: counts, sizes, caption lengths, duplicates, unreadable and tiny images.
-
-    Args:
-        source: folder, glob, brace pattern or one tar
-        tokenizer: count caption lengths in its tokens; null: in those of a BPE trained on the captions, as a run trains it
-        min_side: images with a shorter side count as tiny, pixels
-    """
+    """Check shards before training: counts, sizes, caption lengths, duplicates, unreadable and tiny images."""
 
 def data_browse(
     config: str | None = None,
@@ -108,23 +55,7 @@ def data_browse(
     count: int = 32,
     open: bool = False,
 ) -> dict[str, Any]:
-    """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture.
-
-    Values are those of ``pretrain``; the samples are those that a run with the same values trains on first.
-
-    Args:
-        config: YAML recipe; without one and without data: the demo's captioned scenes
-        options: values by dotted key, which override the recipe's (``{"data.train": "shards", "seed": 1}``)
-        out: the page, NAME.html
-        count: number of samples on the page
-        open: open the page in the browser
-
-    Returns:
-        ``page``: its path; ``samples``, ``sources`` (weight, share, drawn), ``caption_tokens``, ``learning_rate``, ...
-
-    Raises:
-        UsageError: what ``pretrain`` would refuse, or a page that can't be written.
-    """
+    """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture."""
 
 def data_shapes(
     out: str,
@@ -133,15 +64,7 @@ def data_shapes(
     largest: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the built-in captioned scenes as shards: shapes with colour, size and place, and unseen validation scenes.
-
-    Args:
-        out: folder for the shards
-        count: number of training scenes
-        size: side in pixels
-        largest: height and width of each picture are sampled between SIZE and this, pixels; null: all are SIZE x SIZE
-        seed: random seed of the scenes
-    """
+    """Write the built-in captioned scenes as shards: shapes with colour, size and place, and unseen validation scenes."""
 
 def data_teach(
     teacher: str,
@@ -158,36 +81,14 @@ def data_teach(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Write a teacher's patch features of random views of each image into new shards, for objective.teacher=stored.
-
-    Args:
-        teacher: released name, hub id, folder, RUN, a transformers vision model, or timm:NAME
-        data: folder, glob, brace pattern or one tar of shards
-        out: folder for the new shards, the same samples with KEY.teacher; an interrupted command continues there
-        views: random views of each image; a run samples one of them at each visit
-        crop_scale: smallest fraction of the image's area that a crop keeps; the run's data.crop_scale must be the same
-        crop_ratio: range of the crop's aspect ratio; as data.crop_ratio
-        flip: probability of a horizontal flip; as data.flip
-        seed: random seed of crops and flips
-        batch_size: views per forward pass
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the matmuls: fp32 or bf16
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Write a teacher's patch features of random views of each image into new shards, for objective.teacher=stored."""
 
 def tokenizer_train(
     captions: str,
     out: str,
     vocab_size: int = 4096,
 ) -> dict[str, Any]:
-    """Train a byte-level BPE on captions.
-
-    Args:
-        captions: text file with one caption per line, CSV, TSV, JSONL, or a folder or pattern of shards
-        out: folder for the tokenizer
-        vocab_size: number of tokens, end of text included
-    """
+    """Train a byte-level BPE on captions."""
 
 def caption(
     model: str,
@@ -205,24 +106,7 @@ def caption(
     out: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references.
-
-    Args:
-        model: a model folder, RUN or RUN@STEP
-        images: files or folders of images; none if data are scored
-        max_tokens: end of text included; null: as many as the model can write
-        temperature: 0 takes the likeliest token each time
-        top_p: sample from the smallest set of tokens with this mass, 0 to 1
-        beams: more than 1: beam search
-        seed: random seed of sampling
-        batch_size: images per forward pass
-        data: images with reference captions to score against: shards (test-*, else val-*), a folder with captions.txt (image,caption), a captions file
-        score: CIDEr, BLEU and exact match of captions of the data; needs the extra aimv2[caption]
-        limit: number of the data's images to sample; 0: all
-        baselines: of the scores: random (the same model with an untrained encoder); null: none
-        out: folder for result.json, if data are scored
-        device: cpu, cuda, ...; null: cuda where there is one
-    """
+    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references."""
 
 def compare(
     results: list[str],
@@ -230,19 +114,11 @@ def compare(
     format: str = 'text',
     plot: str | None = None,
 ) -> dict[str, Any]:
-    """Compare results with one another and with the paper's figures on the same data sets.
-
-    Args:
-        results: result files or folders with a result.json, of the evaluation commands or of CLIP_benchmark
-        dataset: only results on this data set, by its registered name or the paper's
-        format: text, markdown or json
-        plot: file of a plot: PNG, PDF or SVG
-    """
+    """Compare results with one another and with the paper's figures on the same data sets."""
 
 def models(
 ) -> dict[str, Any]:
-    """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones.
-    """
+    """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones."""
 
 def convert(
     source: str,
@@ -254,18 +130,7 @@ def convert(
     samples: int = 300,
     licence: str | None = None,
 ) -> dict[str, Any]:
-    """Write a model in the layout of the tool that will open it.
-
-    Args:
-        source: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
-        out: a new or empty folder
-        to: released, transformers, timm, onnx, openvino or safetensors (ours, with the decoder)
-        revision: of a hub id
-        precision: of openvino: fp32, bf16 or int8
-        images: for int8: a folder of images like those that the model will see
-        samples: number of these images to read
-        licence: of the weights, for the model card
-    """
+    """Write a model in the layout of the tool that will open it."""
 
 def embed(
     model: str,
@@ -279,20 +144,7 @@ def embed(
     device: str | None = None,
     precision: str = 'fp32',
 ) -> dict[str, Any]:
-    """Write features of many images, in files of equal parts; under torchrun several processes share the work.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
-        images: a folder of images (or of tars, all of them), a text file with one path per line, shards, or one image
-        out: folder for the features: features-PPPPP.npy with keys-PPPPP.txt (a key per line, written as in a JSON string), or features-PPPPP.parquet; rejected.jsonl lists what could not be read; an interrupted command continues there
-        pool: mean of the patches, attention (models with a pooling head), or none: every patch
-        layers: last; or blocks, counted from 0 or from the end, with commas: 5,11,-1
-        format: npy (float arrays and lists of keys) or parquet (a column key and a column per layer)
-        shard_size: images per file; null: 1000, or for pool none as many as make about 512 MB
-        batch_size: images per forward pass
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the matmuls: fp32 (stored as float32) or bf16 (stored as float16)
-    """
+    """Write features of many images, in files of equal parts; under torchrun several processes share the work."""
 
 def probe(
     model: str,
@@ -324,37 +176,7 @@ def probe(
     image_std: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a frozen encoder by probes on its patch features: the whole grid of learning rates and weight decays at once
-    (AIMV2, Table A2).
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
-        dataset: registered name, whose counts are then checked; null: any data set
-        protocol: attentive, or efficient (several queries, no key projection)
-        features: cached (one forward pass of the encoder, no augmentation) or augmented (random crop, flip, jitter, RandAugment)
-        layers: last, avg6, all, or block numbers with commas; all are trained in the same pass
-        epochs: passes over the training images
-        warmup: warmup epochs (the paper uses 5 for ImageNet)
-        batch_size: images per step (the paper uses 1024 for ImageNet)
-        rates: peak learning rates of the grid
-        decays: weight decays of the grid
-        heads: attention heads, or queries; null: width / 64, or 32
-        flip: cached features of mirrored images too
-        select: where the best head is chosen: auto (the validation split, else a held-out tenth of the training images), val, heldout, or test (as the paper reports it; the result says so)
-        seeds: random seeds of heads and order, with commas
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        train_limit: number of training images to sample; 0: all
-        test_limit: number of test images to sample; 0: all
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        trunk_batch: images per forward pass of the encoder
-        workers: processes that augment
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the encoder's matmuls, fp32 or bf16; the heads are fp32
-        cache: feature folder shared by several commands; null: in the result's folder
-        out: folder for result.json, feature cache and checkpoints; an interrupted command continues there
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    (AIMV2, Table A2)."""
 
 def knn(
     model: str,
@@ -379,31 +201,7 @@ def knn(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a frozen encoder by its nearest neighbours: no training, cosine similarity, a sweep over k.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
-        dataset: registered name, whose counts are then checked; null: any data set
-        k: numbers of neighbours; all are reported, the headline is chosen on the validation split, and is 20 without one
-        weights: uniform (one vote each) or distance (votes of exp(cosine / temperature), as in DINO)
-        temperature: of the votes by distance
-        backend: torch, faiss, or auto (faiss on a CPU where it is installed); both are exact
-        layers: last, avg6, all, or block numbers with commas; one forward pass serves all of them
-        pool: mean of the patches, or attention (models with a pooling head)
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        train_limit: number of training images to sample; 0: all
-        test_limit: number of test images to sample; 0: all
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        batch_size: images per forward pass
-        seed: random seed of the sampled images and the random baseline
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the encoder's matmuls, fp32 or bf16
-        cache: feature folder shared by several commands; null: in the result's folder
-        out: folder for result.json and the feature cache; an interrupted command continues there
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Evaluate a frozen encoder by its nearest neighbours: no training, cosine similarity, a sweep over k."""
 
 def linear(
     model: str,
@@ -424,30 +222,7 @@ def linear(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a frozen encoder by a linear classifier on the mean of its patch features, following CLIP's protocol.
-
-    The value of the sweep is chosen on the validation split, else on a held-out fifth of the training images; the classifier
-    is then fitted on all of them and tested once.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
-        dataset: registered name, whose counts are then checked; null: any data set
-        solver: lbfgs (logistic regression, CLIP's search over C) or sgd (a grid of learning rates in one computation)
-        layers: last, avg6, all, or block numbers with commas; one forward pass serves all of them, the best on the validation images is reported
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        train_limit: number of training images to sample; 0: all
-        test_limit: number of test images to sample; 0: all
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        batch_size: images per forward pass
-        seed: random seed of held-out images, the order of SGD and the random baseline
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the encoder's matmuls, fp32 or bf16
-        cache: feature folder shared by several commands; null: in the result's folder
-        out: folder for result.json and the feature cache; an interrupted command continues there
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Evaluate a frozen encoder by a linear classifier on the mean of its patch features, following CLIP's protocol."""
 
 def fewshot(
     model: str,
@@ -468,27 +243,7 @@ def fewshot(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a frozen encoder by a classifier fitted on a few images per class, over several draws.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
-        dataset: registered name, whose counts are then checked; null: any data set
-        shots: images per class; the headline is of the largest number
-        seeds: number of draws
-        layers: last, avg6, all, or block numbers with commas; the headline is of last if it is among them, else of the first
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        test_limit: number of test images to sample; 0: all
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        batch_size: images per forward pass
-        seed: the first random seed; draws and the random baseline follow from it
-        device: cpu, cuda, ...; null: cuda where there is one
-        precision: of the encoder's matmuls, fp32 or bf16
-        cache: feature folder shared by several commands; null: in the result's folder
-        out: folder for result.json and the feature cache; an interrupted command continues there
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Evaluate a frozen encoder by a classifier fitted on a few images per class, over several draws."""
 
 def segment(
     model: str,
@@ -512,32 +267,7 @@ def segment(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1.
-
-    Classes that neither occur nor are predicted are left out of the mean.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: images and masks (PNG of class ids): ROOT/{train,val}/{images,masks}, ROOT/{images,masks}/{train,val} (ADE20K: images/training, annotations/training), or ROOT/{images,masks} with a list or a fraction
-        classes: number of classes; null: the largest id in the masks plus one
-        ignore: mask value to ignore; -1: none
-        reduce_zero: ignore mask value 0 too and move ids down by one (ADE20K)
-        val_list: for data without a test split: a file with one image name per line; null: ROOT/val.txt if it exists
-        val_fraction: for data without a test split: fraction of images sampled for it
-        layers: last, avg6, or block numbers with commas; several are concatenated
-        rates: peak learning rates; all are trained at once, one is chosen on a held-out tenth of the training images
-        weight_decay: AdamW weight decay, 0 to 1
-        epochs: passes over the training images
-        batch_size: images per step
-        seeds: random seeds of weights and order, with commas
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        trunk_batch: images per forward pass of the encoder
-        device: cpu, cuda, ...; null: cuda where there is one
-        out: folder for result.json and the feature cache
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1."""
 
 def depth(
     model: str,
@@ -559,30 +289,7 @@ def depth(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
-
-    The probe is a linear regression of metres by least squares, kept within the range of the training depths.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a folder of a transformers vision model, timm:NAME, or a folder written by convert --to openvino
-        data: images and depth maps (16-bit PNG, 0 where there is no value): ROOT/{train,val}/{images,depth}, ROOT/{images,depth}/{train,val}, or ROOT/{images,depth} with a list or a fraction
-        depth_scale: units of the depth maps per metre
-        val_list: for data without a test split: a file with one image name per line; null: ROOT/val.txt if it exists
-        val_fraction: for data without a test split: fraction of images sampled for it
-        layers: last, avg6, or block numbers with commas; several are concatenated
-        rates: peak learning rates; all are trained at once, one is chosen on a held-out tenth of the training images
-        weight_decay: AdamW weight decay, 0 to 1
-        epochs: passes over the training images
-        batch_size: images per step
-        seeds: random seeds of weights and order, with commas
-        baselines: random (the same encoder untrained), pixels, or both with a comma; null: none
-        image_size: side in pixels, learned positions interpolated; native: each image at its own size (native models)
-        trunk_batch: images per forward pass of the encoder
-        device: cpu, cuda, ...; null: cuda where there is one
-        out: folder for result.json and the feature cache
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25)."""
 
 def zeroshot(
     model: str,
@@ -601,25 +308,7 @@ def zeroshot(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5).
-
-    Args:
-        model: a LiT pair, a folder or hub id of a transformers pair such as CLIP or SigLIP, or a model that kept its decoder: RUN, RUN@STEP, or a folder written by convert --to safetensors
-        data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
-        dataset: registered name, whose counts are then checked; null: any data set
-        templates: default (three for photographs; of a pair on imagenet1k CLIP's eighty), imagenet (these eighty), one with {} for the class, or a file with one per line
-        classes: file of class names, one per line in the order of the labels; null: the data set's own
-        by: contrastive (the two towers of a pair), likelihood (of the texts, by the decoder), or auto: what the model has
-        normalize: of the likelihood: sum, mean (per token), or prior (the sum minus the text's log-likelihood over other, unlabelled images)
-        limit: number of images to sample; 0: all
-        seed: random seed of the sampled images
-        baselines: random (the same model with an untrained encoder); null: none
-        batch_size: images per forward pass
-        device: cpu, cuda, ...; null: cuda where there is one
-        out: folder for result.json
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5)."""
 
 def retrieve(
     model: str,
@@ -637,24 +326,7 @@ def retrieve(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Find the image of a caption and a caption of an image: recall at k, both ways, with chance.
-
-    Args:
-        model: a LiT pair, a folder or hub id of a transformers pair such as CLIP or SigLIP, or a model that kept its decoder: RUN, RUN@STEP, or a folder written by convert --to safetensors
-        data: shards with captions (test-*, else val-*, else train-*), a folder of images with a captions file (image,caption) or sidecars, or a captions file next to its images
-        captions: the captions file, if a folder has several; null: captions.txt
-        candidates: number of images to sample, which are searched with all their captions; null: 100 by likelihood, all for a pair
-        k: ranks that count as found, with commas
-        by: contrastive (the two towers of a pair), likelihood (of the texts, by the decoder), or auto: what the model has
-        normalize: of the likelihood, for image to text (text to image is the same with all): sum, mean (per token), or prior (the sum minus the caption's log-likelihood over up to 100 other images)
-        seed: random seed of the candidates
-        baselines: random (the same model with an untrained encoder); null: none
-        batch_size: images per forward pass
-        device: cpu, cuda, ...; null: cuda where there is one
-        out: folder for result.json
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Find the image of a caption and a caption of an image: recall at k, both ways, with chance."""
 
 def report(
     runs: list[str],
@@ -663,18 +335,7 @@ def report(
     device: str | None = None,
     watch: float | None = None,
 ) -> dict[str, Any]:
-    """Write a page of what a run has learned; for several runs their curves, figures and differences.
-
-    Args:
-        runs: run folders, training or finished
-        out: the page, NAME.html, or a folder for it; null: report.html in the run folder, for several runs in the working folder. Pictures go into a folder of the same name next to it
-        images: held-out images per section
-        device: of the model, such as cuda; null: the CPU
-        watch: seconds until the page is written again, until the runs end; the page reloads itself
-
-    Returns:
-        ``report``: its path; ``pictures``, ``bytes``, ``sections``, and ``left_out``: reasons by section.
-    """
+    """Write a page of what a run has learned; for several runs their curves, figures and differences."""
 
 def explore(
     model: str,
@@ -689,36 +350,12 @@ def explore(
     image_mean: str | None = None,
     image_std: str | None = None,
 ) -> dict[str, Any]:
-    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text.
-
-    Args:
-        model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a decoder adds captions, painting and search, a LiT pair search; of a vision model of transformers or timm:NAME its features
-        images: a folder of images, a text file with one path per line, shards, or a folder that embed wrote (pool attention for a pair, none for others: its pictures are then not encoded again); null: captioned scenes, drawn on the spot
-        other: a second model, shown next to the first
-        limit: images of the folder, the first; 0: all
-        host: address to listen on; any but the default lets other machines in
-        port: port to listen on; 0: a free one
-        open: open the page in the browser
-        upload_mb: largest picture that the page may send, MB
-        device: cpu, cuda, ...; null: cuda where there is one
-        image_mean: for a transformers or timm model: mean R,G,B of pixels in 0 to 1; null: from its preprocessor_config.json
-        image_std: standard deviation, given with image_mean
-    """
+    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text."""
 
 def doctor(
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing.
-
-    The command ends with exit code 0 if nothing failed, else with 1.
-
-    Args:
-        quick: leave out the tiny run, which trains, saves and loads a model
-
-    Returns:
-        ``checks``: a list of group, name, status (ok, off = not here and not needed, warn, fail), found, advice, seconds;
-        ``failed`` and ``warned``: how many.
-    """
+    """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing."""
 
 def push(
     model: str,
@@ -728,13 +365,4 @@ def push(
     licence: str | None = None,
     message: str = 'Upload an AIMV2 encoder',
 ) -> dict[str, Any]:
-    """Upload a model to the hub, with its card.
-
-    Args:
-        model: a folder, .safetensors file, RUN or RUN@STEP
-        repository: owner/name on the hub; created if it does not exist
-        to: the layout: transformers, released, timm, onnx or safetensors (ours, with the decoder)
-        private: make a new repository private
-        licence: of the weights, for the model card
-        message: of the commit
-    """
+    """Upload a model to the hub, with its card."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Writes ``text`` beside ``path`` and renames it there: a reader never meets half of it."""
+    """Writes ``text`` next to ``path`` and renames it: a reader never sees half of it."""
     aside = path.with_name(f".{path.name}.aside")
     try:
         aside.write_text(text)

@@ -1,4 +1,4 @@
-"""Work done ahead in threads, results in order."""
+"""Prefetching in threads, results in order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Made = TypeVar("Made")
 THREADS = 4
 
 
-def ahead(function: Callable[[Item], Made], items: Iterable[Item], threads: int = THREADS) -> Iterator[Made]:
-    """``function`` of each item, in their order, at most a few items ahead of who asks (Pillow decodes beside Python)."""
+def prefetch_map(function: Callable[[Item], Made], items: Iterable[Item], threads: int = THREADS) -> Iterator[Made]:
+    """Maps ``function`` in a thread pool, in order, with bounded look-ahead (Pillow releases the GIL while it decodes)."""
     waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

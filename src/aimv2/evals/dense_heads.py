@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.data.images.maps import shown
-from aimv2.data.prefetch import ahead
+from aimv2.data.prefetch import prefetch_map
 from aimv2.features.frozen import LAST
 from aimv2.models.probe_head import NORM_EPS
 
@@ -293,7 +293,7 @@ def sums_of(
     ``map_of`` gives the map [H, W] of a row; outputs are upsampled to its size.
     """
     sums: list[Any] = [0] * len(which)
-    targets = ahead(map_of, rows.tolist())
+    targets = prefetch_map(map_of, rows.tolist())
     for at in range(0, len(rows), size):
         low = heads(take(layers, rows[at : at + size], device))
         for image in range(low.shape[1]):

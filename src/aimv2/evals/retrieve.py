@@ -20,7 +20,7 @@ from torch import Tensor
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.entries import SourceEntry
-from aimv2.data.prefetch import ahead
+from aimv2.data.prefetch import prefetch_map
 from aimv2.data.text.tokenizer import clean_text
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation
@@ -114,7 +114,7 @@ def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int
         except ImageError as error:
             return row, str(error), ()
 
-    for row, image, captions in ahead(read, order):
+    for row, image, captions in prefetch_map(read, order):
         if isinstance(image, str):
             found.rejected.append({"key": items[row].image, "reason": image})
         elif len(found.images) < count:

@@ -20,7 +20,7 @@ from torch import Tensor
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, Split, subset
 from aimv2.data.images.opening import EXPECTED, open_labelled
-from aimv2.data.prefetch import ahead
+from aimv2.data.prefetch import prefetch_map
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.options import ZeroshotData
@@ -161,7 +161,7 @@ def image_batches(
             return str(error)
 
     def good() -> Iterator[Tensor]:
-        for row, found in enumerate(ahead(read, range(len(data.labels)))):
+        for row, found in enumerate(prefetch_map(read, range(len(data.labels)))):
             if isinstance(found, str):
                 rejected.append({"key": data.keys[row], "reason": found})
             else:

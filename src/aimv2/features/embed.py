@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.pictures import Picture, content_identity, pictures
-from aimv2.data.prefetch import ahead, batched
+from aimv2.data.prefetch import batched, prefetch_map
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import RankError, UsageError
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
@@ -252,7 +252,7 @@ def decoded(images: Iterator[Picture], encoder: VisionEncoder) -> Iterator[tuple
         except ValueError as error:
             return key, f"cannot be used: {error}"
 
-    return ahead(read, images)
+    return prefetch_map(read, images)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ import torch
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.readers import contents_of_rows
-from aimv2.data.prefetch import ahead, batched
+from aimv2.data.prefetch import batched, prefetch_map
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
@@ -141,7 +141,7 @@ def _views(frozen: Frozen, data: Labelled, rows: Iterable[int]) -> Iterator[View
         except ImageError as error:
             return row, str(error)
 
-    return ahead(read, rows)
+    return prefetch_map(read, rows)
 
 
 def _stacked(frozen: Frozen, data: Labelled, views: Sequence[View]) -> tuple[list[int], Any, list[dict[str, Any]]]:

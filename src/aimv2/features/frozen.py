@@ -1,4 +1,4 @@
-"""Frozen encoders of any origin behind one interface: images in, patch features out.
+"""Frozen encoders of any origin with one interface: images in, patch features out.
 
 Legend: B images, N patches, D width.
 """

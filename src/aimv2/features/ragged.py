@@ -1,4 +1,4 @@
-"""Patch features of images with different numbers of patches, on disk: the rows of each image behind those of the last.
+"""Patch features of images with different numbers of patches, on disk: the rows of each image after those of the last.
 
 Legend: N images, I patches of one image, D width.
 """
@@ -31,7 +31,7 @@ class Ragged:
 
 
 class RaggedWriter:
-    """Appends features of several layers; what an interrupted pass wrote behind its last note is cut off first."""
+    """Appends features of several layers; what an interrupted pass wrote after its last note is cut off first."""
 
     def __init__(self, folder: Path, layers: Sequence[str], width: int, count: int, written: int) -> None:
         """

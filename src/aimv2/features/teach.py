@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.readers import contents_of_files
-from aimv2.data.prefetch import ahead, batched
+from aimv2.data.prefetch import batched, prefetch_map
 from aimv2.data.shards.format import (
     MANIFEST,
     find_shards,
@@ -155,7 +155,7 @@ def with_features(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a shard with their KEY.teacher; one that can't be read has none. Adds to ``counts``."""
     together = max(batch_size // lesson.views, 1)
-    views = ahead(lambda sample: draw_views(*sample, lesson), read_samples(shard))
+    views = prefetch_map(lambda sample: draw_views(*sample, lesson), read_samples(shard))
     for group in batched(views, together):
         pictures = [one.images for one in group if one.images is not None]
         features = iter(())

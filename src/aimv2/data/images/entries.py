@@ -25,6 +25,7 @@ from aimv2.data.shards.format import (
     safe_key,
     scan_shard,
 )
+from aimv2.errors import first_line
 
 NOT_UTF8 = "is not UTF-8"
 Captions = dict[str, list[str]]
@@ -181,8 +182,3 @@ class TarReader(Reader):
         data, parts = read_tar_sample(*entry.where)
         label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
         return Loaded(data, captions_of(parts), label or None, json_of(parts))
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -21,13 +21,12 @@ from PIL import Image
 
 from aimv2.data.images.caption_files import are_classes
 from aimv2.data.images.catalogue import find_column, walk
-from aimv2.data.images.entries import first_line
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 
 SPLITS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},

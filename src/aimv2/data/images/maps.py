@@ -20,7 +20,7 @@ from rich.progress import track
 from aimv2.data.images.catalogue import walk
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
-from aimv2.data.prefetch import ahead
+from aimv2.data.prefetch import prefetch_map
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.errors import UsageError
 
@@ -264,7 +264,7 @@ def scan_maps(
     """
     kept: np.ndarray | None = None
     largest, where, empty = float(kind.floor), pairs[0].map, 0
-    rows = ahead(partial(_read_checked, kind), pairs)
+    rows = prefetch_map(partial(_read_checked, kind), pairs)
     for row, values in enumerate(shown(rows, f"reading {kind.word}s", len(pairs))):
         top = float(values.max())
         empty += top <= kind.floor

@@ -1,6 +1,6 @@
-"""Features of a teacher as they lie beside an image: KEY.teacher, a few views each with its crop, in 8 bits a value.
+"""Stored features of a teacher, next to an image: KEY.teacher, a few views each with its crop, in 8 bits a value.
 
-An ``.npz`` without pickles: ``boxes`` float32 [K, 4] (left, top, right, bottom as shares of width and height), ``flips``
+An ``.npz`` without pickles: ``boxes`` float32 [K, 4] (left, top, right, bottom as fractions of width and height), ``flips``
 uint8 [K], ``features`` int8 [K, I, E], ``scales`` float16 [K, I]. A value is ``features * scales``.
 
 Legend: K views, I patches, E width of the teacher.
@@ -23,11 +23,11 @@ LEAST_SCALE = 6.2e-5  # the smallest number that float16 holds in full precision
 
 
 @dataclass(frozen=True)
-class TaughtView:
+class StoredView:
     """One stored view.
 
     Attributes:
-        box: left, top, right, bottom as shares of the image.
+        box: left, top, right, bottom as fractions of the image.
         flip: whether the crop was mirrored.
         features: int8 [I, E].
         scales: float16 [I].
@@ -63,7 +63,7 @@ def write_views(boxes: np.ndarray, flips: np.ndarray, features: np.ndarray) -> b
     return out.getvalue()
 
 
-def draw_view(rng: np.random.Generator, parts: dict[str, bytes], patches: int, width: int) -> TaughtView:
+def draw_view(rng: np.random.Generator, parts: dict[str, bytes], patches: int, width: int) -> StoredView:
     """One of a sample's stored views, each as likely.
 
     Args:
@@ -85,4 +85,4 @@ def draw_view(rng: np.random.Generator, parts: dict[str, bytes], patches: int, w
         raise ImageError(f"features of a teacher {list(features.shape[1:])}, expected {[patches, width]}")
     at = int(rng.integers(len(boxes)))
     left, top, right, bottom = boxes[at].tolist()
-    return TaughtView((left, top, right, bottom), bool(flips[at]), features[at], scales[at])
+    return StoredView((left, top, right, bottom), bool(flips[at]), features[at], scales[at])

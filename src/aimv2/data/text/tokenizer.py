@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 from aimv2.interop.hub import unreachable
 
 MAX_TOKENS = 77
@@ -148,10 +148,6 @@ def _refuse(source: str, option: str, why: str = "") -> UsageError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _from_file(path: Path, config: Path | None, source: str, option: str) -> Tokenizer:
     import tokenizers
 
@@ -159,7 +155,7 @@ def _from_file(path: Path, config: Path | None, source: str, option: str) -> Tok
         backend = tokenizers.Tokenizer.from_file(str(path))
         about = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
     except Exception as error:  # tokenizers raises bare Exception
-        raise _refuse(source, option, f"{path.name} cannot be read: {_first_line(error)}") from error
+        raise _refuse(source, option, f"{path.name} cannot be read: {first_line(error)}") from error
     named = [about.get("eos_token"), about.get("sep_token")]
     return _with_end(backend, named, about.get("pad_token"), source, option)
 
@@ -170,7 +166,7 @@ def _from_transformers(where: str, source: str, option: str, offline: bool) -> T
     try:
         loaded = AutoTokenizer.from_pretrained(where, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError of a missing backend, ...
-        raise _refuse(source, option, _first_line(error)) from error
+        raise _refuse(source, option, first_line(error)) from error
     backend = getattr(loaded, "backend_tokenizer", None) or loaded
     return _with_end(backend, [loaded.eos_token, loaded.sep_token], loaded.pad_token, source, option)
 
@@ -209,7 +205,7 @@ def _from_hub(name: str, option: str) -> Tokenizer:
         except EntryNotFoundError:
             return _from_transformers(name, name, option, offline=False)
         except Exception as error:
-            raise _refuse(name, option, _first_line(error)) from error
+            raise _refuse(name, option, first_line(error)) from error
     return _from_file(Path(found), Path(found).with_name("tokenizer_config.json"), name, option)
 
 

@@ -71,7 +71,7 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eos_id={self.eos_id})"
 
     def encode(self, text: str, max_tokens: int = MAX_TOKENS) -> list[int]:
-        """Ids of the cleaned text: 1 to ``max_tokens``, ``eos_id`` always the last; no BOS, no padding."""
+        """Ids of the cleaned text, truncated to ``max_tokens`` with ``eos_id`` always the last; no BOS, no padding."""
         if max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1 for the end of text")
         text = clean_text(text)
@@ -81,7 +81,7 @@ class Tokenizer:
             ids = self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
         # A unigram vocabulary can match its own "</s>" inside text; it ends texts and does nothing else.
         ids = [i for i in ids if i != self.eos_id]
-        return [*ids[: max_tokens - 1], self.eos_id]
+        return [*ids[: max_tokens - 1], self.eos_id]  # a longer caption is truncated (data.max_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first ``eos_id``, without special tokens, single spaces."""

@@ -205,8 +205,8 @@ def test_wrong_use(data: Path, run: Path, tmp_path: Path, capsys: pytest.Capture
         ([run, "--score", "--data", bare], "class folders without captions"),
         ([run, "--score", "--data", bare / "a"], "captions missing"),
         ([run, "--score", "--data", no_captions], "no captions in the data"),
-        ([encoder, *scored], "an encoder alone, without a decoder"),
-        ([mute, *scored], "no tokenizer beside its weights"),
+        ([encoder, *scored], "only an encoder, without a decoder"),
+        ([mute, *scored], "no tokenizer with its weights"),
         ([run, *scored, "--max-tokens", 0], "max_tokens"),
         ([run], "IMAGES: at least one image"),
     ):

@@ -323,9 +323,9 @@ def test_templates(tmp_path: Path) -> None:
 WRONG = [
     (
         "zeroshot ENCODER --data CLASSES",
-        "an encoder alone, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by",
+        "an encoder only, which reads no text; a pair (LiT, CLIP, SigLIP) does, and so does scoring by",
     ),
-    ("zeroshot WORDLESS --data CLASSES", "no tokenizer beside the weights; put CLIP's tokenizer.json there"),
+    ("zeroshot WORDLESS --data CLASSES", "no tokenizer with the weights; put CLIP's tokenizer.json there"),
     ("zeroshot MODEL --data CLASSES --by contrastive", "has no text tower; --by likelihood"),
     ("zeroshot PAIR --data CLASSES --by likelihood", "is a pair without a decoder"),
     ("zeroshot IMAGEONLY --data CLASSES", "its decoder has no text head"),
@@ -341,7 +341,7 @@ WRONG = [
     ("retrieve MODEL --data SCENES --candidates 9 --k best", "--k best: whole numbers"),
     ("retrieve MODEL --data CLASSES", "class folders without captions"),
     ("retrieve MODEL --data nowhere", "no such file or folder"),
-    ("retrieve ENCODER --data SCENES", "an encoder alone"),
+    ("retrieve ENCODER --data SCENES", "an encoder only"),
     ("retrieve MODEL --data SCENES --baselines pixels", "raw pixels can't replace an encoder"),
     ("zeroshot MODEL --data CLASSES --baselines randm", "did you mean 'random'?"),
 ]

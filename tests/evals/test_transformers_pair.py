@@ -207,9 +207,9 @@ def test_wrong_pairs(pairs: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     photos(1)[0].save(tmp_path / "data" / "red" / "0.png")
     capsys.readouterr()
     for model, option, said in (
-        (tmp_path / "vit", "auto", "an encoder alone, which reads no text; a pair (LiT, CLIP, SigLIP) does"),
+        (tmp_path / "vit", "auto", "an encoder only, which reads no text; a pair (LiT, CLIP, SigLIP) does"),
         (pairs["clip"], "likelihood", "is a pair without a decoder"),
-        (tmp_path / "mute", "auto", "CLIPModel can't be used as a pair here: no tokenizer beside the weights"),
+        (tmp_path / "mute", "auto", "CLIPModel can't be used as a pair here: no tokenizer with the weights"),
         (tmp_path / "blind", "auto", "no preprocessor_config.json beside the weights"),
         (tmp_path / "uncropped", "auto", "keeps the sides of an image; one size for all is expected"),
     ):

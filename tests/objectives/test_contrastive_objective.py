@@ -132,7 +132,7 @@ def test_padding_of_captions_changes_nothing_and_features_stand_for_images() -> 
     with torch.no_grad():
         found, wide = built(batch()), built(batch(96))  # wider than the tower's positions
         cached = batch()
-        cached.images = built.image(cached.images).half()
+        cached.features = built.image(cached.images).half()
         read = built(cached)
         at_end = built.text(batch().text[:, :12])[torch.arange(4), batch().text_len - 1]
         pooled = built.text.pool(batch().text[:, :12])

@@ -130,7 +130,7 @@ def read_processor(
     if file is None:
         if stats is None:
             raise UsageError(
-                f"MODEL {source}: no {PROCESSORS[1]} with the weights to say how images are normalised; add it, or {either}"
+                f"MODEL {source}: no {PROCESSORS[1]} beside the weights to say how images are normalised; add it, or {either}"
             )
         return Processing(Pixels(stats=stats, origin="options"), side or SIDE, None)
     stored, processor = read_image_processor(folder), _open(folder)

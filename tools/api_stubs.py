@@ -11,9 +11,8 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import get_type_hints
 
-from aimv2.commands.parse import doc_of, options_class, signature_of
+from aimv2.commands.parse import doc_of, options_class, plain_hints, signature_of
 from aimv2.commands.table import COMMANDS, function_name
 
 FILE = Path(__file__).resolve().parents[1] / "src/aimv2/api/__init__.pyi"
@@ -36,8 +35,8 @@ def written(hint: object, field_type: str) -> str:
     """A type as a stub has it; lists in the forms that are accepted."""
     if field_type in ACCEPTED:
         return ACCEPTED[field_type]
-    text = inspect.formatannotation(hint).replace("typing.", "")
-    return re.sub(r"Optional\[([^\[\]]+)\]", r"\1 | None", text)
+    text = inspect.formatannotation(hint).replace("typing.", "").replace("NoneType", "None")
+    return re.sub(r"^Union\[(.*)\]$", lambda found: found[1].replace(", ", " | "), text)
 
 
 def stub() -> str:
@@ -48,7 +47,7 @@ def stub() -> str:
         types: dict[str, str] = {}
         for base in reversed(kind.__mro__[:-1]):
             types |= inspect.get_annotations(base)
-        hints = get_type_hints(kind)
+        hints = plain_hints(name)
         lines.append(f"def {function_name(name)}(")
         for key, parameter in signature_of(name).parameters.items():
             default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from typing import Any, get_type_hints
+from typing import Any
 
 from aimv2 import __version__
 from aimv2.commands.parse import (
@@ -20,8 +20,8 @@ from aimv2.commands.parse import (
     make_parser,
     module_of,
     option_fields,
-    options_class,
     parser_of,
+    plain_hints,
     read,
     spelled,
 )
@@ -188,7 +188,7 @@ def read_words(name: str, words: list[str]) -> dict[str, Any]:
         mine: dict[str, Any] = {key: given.pop(key) for key in own if key in given}
         return {"config": recipe, "options": given, **mine, **{key: True for key in bare}}
     _check_options(name, words)
-    hints, positional = get_type_hints(options_class(name)), COMMANDS[name].words
+    hints, positional = plain_hints(name), COMMANDS[name].words
     parser = LineParser(prog=f"aimv2 {name}", add_help=False, allow_abbrev=False)
     for word in positional:
         key = word.rstrip("*")
@@ -214,7 +214,8 @@ def print_help(name: str) -> None:
     """jsonargparse's help, without what is refused (a file for a section, appending) and with dashes in a command's options."""
     if COMMANDS[name].configured:
         parser = make_parser(name)
-        parser.add_argument("--config", metavar="RECIPE.yaml", type=str, help=CONFIG_HELP)
+        kind: dict[str, Any] = {} if name == "pretrain" else {"type": str}
+        parser.add_argument("--config", metavar="RECIPE.yaml", help=CONFIG_HELP, **kind)
         add_switches(parser, name)
         add_common(parser)
         from aimv2.config.schema import Config
@@ -235,7 +236,7 @@ def print_help(name: str) -> None:
 
 def add_switches(parser: Any, name: str) -> None:
     """Options of a configured command itself: switches of ``pretrain`` without a value, the others with theirs."""
-    texts, hints = help_texts(name), get_type_hints(options_class(name))
+    texts, hints = help_texts(name), plain_hints(name)
     for key, field in option_fields(name).items():
         if key not in ("config", "run", "options"):
             bare: dict[str, Any] = {"action": "store_true"} if field.default is False and name == "pretrain" else {}

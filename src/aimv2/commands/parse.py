@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
-from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.config.types import convert
@@ -58,6 +58,19 @@ def doc_of(name: str) -> str:
     return "\n\n".join(part for part in (about, "\n".join(args), gives) if part)
 
 
+def plain_hints(name: str) -> dict[str, Any]:
+    """The types of a command's options without their ranges."""
+    return {key: _plain(hint) for key, hint in get_type_hints(options_class(name)).items()}
+
+
+def _plain(hint: Any) -> Any:
+    """A union as the help shows it: ``int | null``, ``Union[int, str, null]``."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    parts = get_args(hint)
+    return parts[0] | parts[1] if len(parts) == 2 and NoneType in parts else Union[parts]  # noqa: UP007
+
+
 def make_parser(name: str) -> Any:
     """jsonargparse's parser of a command, without arguments; errors in one line."""
     from jsonargparse import ArgumentParser
@@ -78,7 +91,7 @@ def add_common(parser: Any) -> None:
 def parser_of(name: str) -> Any:
     """The parser of a command's positional arguments and options, in the order of its API function."""
     parser, texts = make_parser(name), help_texts(name)
-    hints = get_type_hints(options_class(name))
+    hints = plain_hints(name)
     words = {word.rstrip("*"): word.endswith("*") for word in COMMANDS[name].words}
     for key, many in words.items():
         more: dict[str, Any] = {"nargs": "*"} if many else {}
@@ -123,7 +136,7 @@ def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a value of another type.
     """
-    hints, parser = get_type_hints(options_class(name)), make_parser(name)
+    hints, parser = plain_hints(name), make_parser(name)
     whole = {
         key: value for key, value in given.items() if isinstance(value, dict)
     }  # a configuration is parsed elsewhere
@@ -164,7 +177,7 @@ def execute(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def signature_of(name: str) -> inspect.Signature:
     """Parameters of the command's API function."""
-    hints = get_type_hints(options_class(name))
+    hints = plain_hints(name)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
         inspect.Parameter(

@@ -101,7 +101,9 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UsageError(f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU") from None
+        raise UsageError(
+            f"device {device}: can't be used here ({why}); cpu, or cuda where there is a GPU", code="unsupported"
+        ) from None
     return found
 
 

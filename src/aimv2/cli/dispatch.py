@@ -309,7 +309,8 @@ def read_options(
             continue
         if key not in keys and key != "config" and not key.startswith("objective."):  # a task may bring more of these
             raise UsageError(
-                f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}"
+                f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}",
+                code="unknown",
             )
         following = words[at] if at < len(words) else None
         if not equals:
@@ -317,7 +318,7 @@ def read_options(
                 given[key] = True
                 continue
             if following is None or following.startswith("--"):
-                raise UsageError(f"{option} needs a value")
+                raise UsageError(f"{option} needs a value", code="missing")
             value, at = following, at + 1
         if key == "config":
             recipe = value

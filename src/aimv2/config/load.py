@@ -41,11 +41,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """A YAML recipe as flat ``{dotted key: value}``; unknown keys are refused by name."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"--config {path}: no such file")
+        raise UsageError(f"--config {path}: no such file", code="not-found")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}", code="unreadable") from None
     if not isinstance(tree, dict):
         raise UsageError(f"--config {path}: sections with keys expected, got {type(tree).__name__}")
     flat = flatten(tree)
@@ -140,7 +140,10 @@ def check_ranges(config: Config) -> None:
     if optim.fresh_decoder and config.init is None:
         raise UsageError("optim.fresh_decoder drops the decoder of a model: --init MODEL says which")
     if train.patch_budget is None and train.batch_size % train.accumulate:
-        raise UsageError(f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}")
+        raise UsageError(
+            f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}",
+            code="mismatch",
+        )
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UsageError(f"optim.betas must be at least 0 and below 1, got {list(optim.betas)}")
     low, high = config.data.crop_ratio

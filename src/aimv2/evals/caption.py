@@ -32,7 +32,7 @@ def image_files(paths: Sequence[str]) -> Iterator[Path]:
                 raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)})")
             yield from found
         else:
-            raise UsageError(f"IMAGES {path}: no such file or folder")
+            raise UsageError(f"IMAGES {path}: no such file or folder", code="not-found")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
-        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'") from None
+        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'", code="missing") from None
     if len(written) < 2:
         raise UsageError("--score: one image with a caption; CIDEr needs two or more (--data, --limit)")
     words, tokenizer = tokenise([*written, *(text for texts in references for text in texts)])

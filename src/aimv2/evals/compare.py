@@ -159,7 +159,10 @@ def read_cells(path: str) -> list[Cell]:
 def _of_clip_benchmark(stored: dict[str, Any], path: str) -> Iterator[Cell]:
     task = str(stored["task"])
     if task not in CLIP_FIGURES:
-        raise UsageError(f"RESULT {path}: task '{task}' of {CLIP_BENCHMARK}; one of {', '.join(CLIP_FIGURES)} expected")
+        raise UsageError(
+            f"RESULT {path}: task '{task}' of {CLIP_BENCHMARK}; one of {', '.join(CLIP_FIGURES)} expected",
+            code="unknown",
+        )
     protocol, places = CLIP_FIGURES[task]
     known = known_dataset(str(stored["dataset"]))
     name = known["name"] if known else str(stored["dataset"])
@@ -184,7 +187,9 @@ def _of_ours(result: dict[str, Any], path: str) -> Iterator[Cell]:
             other = replace(head, model=BASELINES.get(name, name), of=model, kind="baseline")
             yield from _figures(replace(other, protocol=protocol_of(result), notes=notes), found, result)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"RESULT {path}: a part of the result is missing or of another form ({error})") from None
+        raise UsageError(
+            f"RESULT {path}: a part of the result is missing or of another form ({error})", code="missing"
+        ) from None
 
 
 def _figures(cell: Cell, figures: dict[str, Any], result: dict[str, Any]) -> Iterator[Cell]:
@@ -382,7 +387,9 @@ def compare_results(
     """
     formats = (*FORMATS, "json")
     if format not in formats:
-        raise UsageError(f"--format {format}: one of {', '.join(formats)} expected{nearest(format, formats)}")
+        raise UsageError(
+            f"--format {format}: one of {', '.join(formats)} expected{nearest(format, formats)}", code="unknown"
+        )
     if not paths:
         raise UsageError("RESULTS: at least one result file, or folder with a result.json, is expected")
     file = Path(picture).expanduser() if picture else None

@@ -49,7 +49,9 @@ def choose_backend(given: str, device: torch.device) -> str:
     """
     installed = importlib.util.find_spec("faiss") is not None
     if given == "faiss" and not installed:
-        raise UsageError("--backend faiss needs faiss: pip install 'aimv2[faiss]', or use --backend torch")
+        raise UsageError(
+            "--backend faiss needs faiss: pip install 'aimv2[faiss]', or use --backend torch", code="missing"
+        )
     if given == "auto":
         return "faiss" if installed and device.type == "cpu" else "torch"
     return given

@@ -233,7 +233,7 @@ def default_heads(width: int, settings: ProbeSettings) -> int | None:
     """
     if settings.heads is not None:
         if settings.heads < 1 or width % settings.heads:
-            raise UsageError(f"--heads {settings.heads} does not divide the features' width {width}")
+            raise UsageError(f"--heads {settings.heads} does not divide the features' width {width}", code="mismatch")
         return settings.heads
     if settings.protocol == "efficient":
         return None
@@ -378,7 +378,8 @@ def same_work(out: Path, about: dict[str, Any]) -> None:
         if different:
             raise UsageError(
                 f"--out {out}: holds an evaluation with another {' and '.join(different)} "
-                f"({different[0]}: {stored.get(different[0])}, here {about[different[0]]}); give a new folder"
+                f"({different[0]}: {stored.get(different[0])}, here {about[different[0]]}); give a new folder",
+                code="mismatch",
             )
         return
     write_aside(file, json.dumps(about, indent=1) + "\n")

@@ -100,7 +100,10 @@ def find_splits(source: str, dataset: str | None, work: ProbeWork) -> tuple[Swee
             code="missing",
         )
     if work.select == "val" and val is None:
-        raise UsageError(f"--select val: {source} has no validation split; --select heldout holds out training images")
+        raise UsageError(
+            f"--select val: {source} has no validation split; --select heldout holds out training images",
+            code="missing",
+        )
     for option, count in (("--train-limit", work.train_limit), ("--test-limit", work.test_limit)):
         if count and count < len(train.classes):
             raise UsageError(f"{option} {count}: at least one image of each of {len(train.classes)} classes expected")

@@ -93,9 +93,11 @@ def check_out(out: str | None, command: str) -> Path | None:
     folder = Path(out).expanduser()
     ours = {FILE, "features", "run", "probe.json", "layers.png", "result.png"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
-        raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder")
+        raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder", code="exists")
     if (folder / FILE).is_file() and (other := read_result(folder)["verb"]) != command:
-        raise UsageError(f"--out {out}: holds a result of `aimv2 {other}`; give each command a folder of its own")
+        raise UsageError(
+            f"--out {out}: holds a result of `aimv2 {other}`; give each command a folder of its own", code="exists"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -118,7 +120,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"RESULT {path}: can't be read as a result file: {error}") from None
+        raise UsageError(f"RESULT {path}: can't be read as a result file: {error}", code="unreadable") from None
     made_by = stored.get("format") if isinstance(stored, dict) else None
     if made_by != FORMAT:
         what = f"is '{made_by}'" if made_by else "names no format"

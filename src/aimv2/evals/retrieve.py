@@ -99,7 +99,7 @@ def evaluate_retrieval(
 def too_few(data: str, there: str, wanted: int, rejected: Sequence[dict[str, str]] = ()) -> UsageError:
     """The error if there are not enough candidates; names the first image that was left out."""
     why = "".join(f"; {row['key']}: {row['reason']}" for row in rejected[:1])
-    return UsageError(f"--data {data}: {there}, fewer than the {wanted} candidates (--candidates){why}")
+    return UsageError(f"--data {data}: {there}, fewer than the {wanted} candidates (--candidates){why}", code="limit")
 
 
 def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int, seed: int) -> Candidates:

@@ -133,17 +133,24 @@ def open_matcher(
     refuse_stats(source, stats)
     has_decoder = load.has_decoder(at)
     if has_decoder and by == "contrastive":
-        raise UsageError(f"--by contrastive: {source} has no text tower; --by likelihood scores texts by its decoder")
+        raise UsageError(
+            f"--by contrastive: {source} has no text tower; --by likelihood scores texts by its decoder", code="missing"
+        )
     model = load_model(source, decoder=has_decoder, device=device)
     if isinstance(model, LiT):
         _refuse_likelihood(source, by)
         if model.tokenizer is None:
-            raise UsageError(f"MODEL {source}: no tokenizer with the weights; put CLIP's tokenizer.json there")
+            raise UsageError(
+                f"MODEL {source}: no tokenizer with the weights; put CLIP's tokenizer.json there", code="missing"
+            )
         return _of_ours(source, model, "contrastive", "pair")
     if not isinstance(model, AIMv2):
         raise _no_text(source)
     if not model.decoder.config.text:
-        raise UsageError(f"MODEL {source}: its decoder has no text head (it was trained with objective.targets=image)")
+        raise UsageError(
+            f"MODEL {source}: its decoder has no text head (it was trained with objective.targets=image)",
+            code="missing",
+        )
     if model.tokenizer is None:
         raise UsageError(f"MODEL {source}: no tokenizer with the weights; give the RUN, or the folder that it wrote")
     return _of_ours(source, model, "likelihood", "encoder and decoder")

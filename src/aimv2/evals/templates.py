@@ -59,7 +59,7 @@ def find_templates(given: str, dataset: str | None = None) -> tuple[str, ...]:
     found = read_lines(file, "--templates")
     for line in found:
         if "{}" not in line:
-            raise UsageError(f"--templates {given}: '{line}' has no {{}}, where the class name goes")
+            raise UsageError(f"--templates {given}: '{line}' has no {{}}, where the class name goes", code="missing")
     return tuple(found)
 
 
@@ -72,7 +72,7 @@ def read_lines(file: Path, option: str) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option} {file}: can't be read as text: {error}") from None
+        raise UsageError(f"{option} {file}: can't be read as text: {error}", code="unreadable") from None
     found = [line for line in lines if line]
     if not found:
         raise UsageError(f"{option} {file}: the file is empty; a line each is expected")

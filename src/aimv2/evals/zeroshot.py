@@ -97,7 +97,7 @@ def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool)
     order: tuple[Split, ...] = ("test", "val", "train")
     data = next((found for split in order if (found := open_labelled(source, split, dataset))), None)
     if data is None:
-        raise UsageError(f"--data {source}: no labelled images there; expected {EXPECTED}")
+        raise UsageError(f"--data {source}: no labelled images there; expected {EXPECTED}", code="missing")
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(data.labels))
     cut = limit or len(rows)

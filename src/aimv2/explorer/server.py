@@ -194,7 +194,9 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise UsageError(f"--port {port}: already in use; give another one, or 0 for any that is free") from None
+            raise UsageError(
+                f"--port {port}: already in use; give another one, or 0 for any that is free", code="exists"
+            ) from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise UsageError(f"--port {port}: not allowed here; give one from 1024 up, or 0 for a free one") from None
         raise UsageError(f"--host {host}: can't be bound ({error.strerror or error})") from None

@@ -184,11 +184,12 @@ def check_options(encoder: VisionEncoder, wanted: Wanted) -> None:
         if chosen not in known:
             raise UsageError(f"{option} {chosen}: {', '.join(known[:-1])} or {known[-1]} expected")
     if wanted.pool == "attention" and encoder.head is None:
-        raise UsageError(f"--pool attention: {encoder.config.name} has no pooling head; --pool mean")
+        raise UsageError(f"--pool attention: {encoder.config.name} has no pooling head; --pool mean", code="missing")
     if wanted.pool == "none" and encoder.config.image_size is None and wanted.format == "npy":
         raise UsageError(
             "--pool none: a native model gives each image another number of patches, which an array can't hold; "
-            "--format parquet, or --pool mean"
+            "--format parquet, or --pool mean",
+            code="unsupported",
         )
     for layer in wanted.layers:
         if not -encoder.config.depth <= layer < encoder.config.depth:
@@ -272,7 +273,7 @@ def features_of(encoder: VisionEncoder, views: list[Tensor], wanted: Wanted) -> 
         with np.errstate(over="ignore"):  # reported below
             rows.append(row.astype(np.float16) if half else row)
     if half and not all(np.isfinite(row).all() for row in rows):
-        raise RankError("--precision bf16: a feature is larger than float16 holds; --precision fp32")
+        raise RankError("--precision bf16: a feature is larger than float16 holds; --precision fp32", code="limit")
     return rows
 
 

@@ -242,7 +242,9 @@ def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: b
     if pool == "attention":
         head = frozen.head
         if head is None or layers != [LAST]:
-            raise UsageError(f"--pool attention: {frozen.name} has no pooling head after these layers; --pool mean")
+            raise UsageError(
+                f"--pool attention: {frozen.name} has no pooling head after these layers; --pool mean", code="missing"
+            )
         with torch.inference_mode():
             found = [torch.cat([head(x[None]) for x in found[0]]) if frozen.range else head(found[0])]
         if found[0].ndim != 2:

@@ -81,7 +81,8 @@ def _refuse_adapters(source: str, folder: Path) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
-            f"MODEL {source}: an adapter (adapter_config.json) on another model; merge the two and save the whole model"
+            f"MODEL {source}: an adapter (adapter_config.json) on another model; merge the two and save the whole model",
+            code="unsupported",
         )
 
     def nested(value: Any) -> Iterator[Any]:
@@ -97,7 +98,8 @@ def _refuse_adapters(source: str, folder: Path) -> None:
         if name is not None and name not in (*ATTENTION, *installed):
             raise UsageError(
                 f"MODEL {source}: its config.json requires the attention '{name}', code that is not installed here; "
-                f"one of {', '.join((*ATTENTION, *installed))} expected"
+                f"one of {', '.join((*ATTENTION, *installed))} expected",
+                code="unknown",
             )
 
 
@@ -170,7 +172,8 @@ def settle(source: str, model: nn.Module, missing: Mapping[str, str], outputs: O
     if not _same(before, _run(outputs)):
         raise UsageError(
             f"MODEL {source}: two passes over the same image differ, so that no result could be reproduced; a model whose "
-            "features are a function of the image is expected"
+            "features are a function of the image is expected",
+            code="unsupported",
         )
 
 

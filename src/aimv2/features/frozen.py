@@ -336,7 +336,8 @@ def check_size(name: str, config: EncoderConfig, image_size: int | str | None) -
     if config.image_size is not None and image_size == NATIVE:
         raise UsageError(
             f"--image-size {NATIVE}: {name} has a fixed grid and takes only {config.image_size} px; leave the option out, or "
-            "give a native model"
+            "give a native model",
+            code="conflict",
         )
     if config.image_size is not None and isinstance(image_size, int) and image_size % config.patch_size:
         raise UsageError(

@@ -177,7 +177,9 @@ def good_rows(config: DataConfig, rows: Sequence[TrainingRow], captions: dict[in
             good[source].append(row)
     for one, kept in zip(sources, good):
         if not kept:
-            raise UsageError(f"data.train: {one.name or one.path} has no image with a caption that can be read")
+            raise UsageError(
+                f"data.train: {one.name or one.path} has no image with a caption that can be read", code="missing"
+            )
     if len(bad := sorted(set(range(len(rows))) - set(chain(*good)))) > config.max_bad:
         raise UsageError(too_many_bad([str(rows[row]) for row in bad], config.max_bad), code="limit")
     return [np.array(kept) for kept in good]

@@ -218,7 +218,7 @@ def to_timm(model: nn.Module, out: Path) -> None:
 def check_format(to: str) -> None:
     """Raise UsageError for an unknown format."""
     if to not in FORMATS:
-        raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}")
+        raise UsageError(f"--to {to}: one of {', '.join(FORMATS)} is expected{nearest(to, FORMATS)}", code="unknown")
 
 
 def check_out(out: str | Path) -> Path:

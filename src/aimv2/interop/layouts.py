@@ -142,7 +142,9 @@ def encoder_rules(layout: str, shape: EncoderConfig, ours: str = "", theirs: str
     """
     names = LAYOUTS[layout]
     if shape.pool_heads and not names.head:
-        raise UsageError(f"the {layout} layout has no pooling head; --to released or transformers keeps it")
+        raise UsageError(
+            f"the {layout} layout has no pooling head; --to released or transformers keeps it", code="missing"
+        )
     rules: Rules = {
         f"{ours}patch_embed.{key}": (theirs + name,)
         for key, name in zip(EMBED, names.embed)
@@ -163,7 +165,9 @@ def pair_rules(layout: str, image_shape: EncoderConfig, text_shape: TextConfig) 
     """
     names = LAYOUTS[layout]
     if names.pair is None:
-        raise UsageError(f"the {layout} layout has no image-text pairs; --to released or transformers keeps both")
+        raise UsageError(
+            f"the {layout} layout has no image-text pairs; --to released or transformers keeps both", code="missing"
+        )
     image, text = names.pair
     rules = encoder_rules(layout, image_shape, "image.", image)
     rules |= {f"text.{key}": (text + name,) for key, name in zip(("embed.weight", "position"), names.text)}

@@ -127,7 +127,9 @@ def _from_folder(given: str, folder: Path) -> ModelSource:
         return ModelSource(given, folder, (files[0],))
     if files:
         some = ", ".join(file.name for file in files[:4])
-        raise UsageError(f"MODEL {given}: several weight files and no {INDEX} ({some}); give one of them")
+        raise UsageError(
+            f"MODEL {given}: several weight files and no {INDEX} ({some}); give one of them", code="conflict"
+        )
     for name, what in EXPORTS.items():
         if (folder / name).is_file():
             raise UsageError(f"MODEL {given}: {what}; give the model that was exported", code="unsupported")

@@ -39,7 +39,8 @@ def to_openvino(model: nn.Module, out: Path, precision: str = "fp32", pixels: Se
     """
     if precision not in PRECISIONS:
         raise UsageError(
-            f"--precision {precision}: one of {', '.join(PRECISIONS)} expected{nearest(precision, PRECISIONS)}"
+            f"--precision {precision}: one of {', '.join(PRECISIONS)} expected{nearest(precision, PRECISIONS)}",
+            code="unknown",
         )
     need("openvino", "openvino", "--to openvino")
     encoder = image_encoder(model, "openvino")

@@ -244,7 +244,9 @@ def pair_config(found: Detected, weights: Weights, stored: dict[str, Any], proce
     vocab, width = dims(weights, prefix + names.text[0], "vocabulary, width")
     end, heads = text.get("eos_token_id"), configured_int(text, "num_attention_heads")
     if end is not None and (isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab):
-        raise UsageError(f"{model_folder.CONFIG}: eos_token_id {end!r}, one of 0 to {vocab - 1} expected")
+        raise UsageError(
+            f"{model_folder.CONFIG}: eos_token_id {end!r}, one of 0 to {vocab - 1} expected", code="unknown"
+        )
     heads = default_heads(width, weights.where) if heads is None else heads
     config = TextConfig(
         width=width,

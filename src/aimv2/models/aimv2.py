@@ -98,7 +98,8 @@ class AIMv2(nn.Module):
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise UsageError(
-                "the model has no tokenizer (its folder held none): give tokenizer=, or load a RUN, which has one"
+                "the model has no tokenizer (its folder held none): give tokenizer=, or load a RUN, which has one",
+                code="missing",
             )
         images = images.to(next(self.parameters()).device)
         limit = self.decoder.config.max_text if max_tokens is None else max_tokens

@@ -26,7 +26,7 @@ def add_lora(encoder: VisionEncoder, rank: int, seed: int) -> None:
         UsageError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UsageError("optim.lora needs the package peft: pip install 'aimv2[peft]'")
+        raise UsageError("optim.lora needs the package peft: pip install 'aimv2[peft]'", code="missing")
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):

@@ -157,7 +157,7 @@ def model_config(
         known = [f.name for f in fields(kind)]
         for key in given:
             if key not in known:
-                raise UsageError(f"unknown model option '{key}'{nearest(key, known)}")
+                raise UsageError(f"unknown model option '{key}'{nearest(key, known)}", code="unknown")
     encoder = replace(encoder, **overrides)
     result = replace(default_decoder, **(decoder or {}))
     check_config(encoder, result)
@@ -201,7 +201,8 @@ def check_config(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
         )
     if encoder.image_size is not None and encoder.patches < 2:
         raise UsageError(
-            f"model.image_size {encoder.image_size} holds fewer than 2 patches of model.patch_size {encoder.patch_size}"
+            f"model.image_size {encoder.image_size} holds fewer than 2 patches of model.patch_size {encoder.patch_size}",
+            code="limit",
         )
     for part, shape in (("model", encoder), ("model.decoder", decoder)):
         if shape.width % shape.heads or (shape.width // shape.heads) % 2:

@@ -140,7 +140,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"CHAIN {path}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"CHAIN {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"CHAIN {path} is not YAML: {' '.join(str(error).split())}", code="unreadable") from None
     if not isinstance(tree, dict):
         raise UsageError(f"CHAIN {path}: `stages:` with a mapping of stages expected; aimv2 run --help shows one")
     return tree
@@ -164,7 +164,9 @@ def _check_twice(node: yaml.Node | None) -> None:
 def _check_keys(tree: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
     for key in tree:
         if key not in known:
-            raise UsageError(f"Unknown key: '{key}' {where}{nearest(str(key), known)} (there: {', '.join(known)})")
+            raise UsageError(
+                f"Unknown key: '{key}' {where}{nearest(str(key), known)} (there: {', '.join(known)})", code="unknown"
+            )
 
 
 def _text(tree: dict[str, Any], key: str, path: str) -> str | None:
@@ -232,7 +234,7 @@ def _read_stage(name: str, entry: Any, names: list[str], path: str) -> Stage:
     for key, value in options.items():
         plain = key.replace("-", "_") if verb != "pretrain" else key
         if plain in WRITTEN_BY_US:
-            raise UsageError(f"{where}: options.{key}: the chain decides it; leave it out")
+            raise UsageError(f"{where}: options.{key}: the chain decides it; leave it out", code="conflict")
         if plain in words:
             raise UsageError(f"{where}: options.{key}: a key of the stage itself; write `{plain}:` next to verb")
         values[plain] = value
@@ -281,14 +283,15 @@ def _check_stage_keys(entry: dict[Any, Any], words: tuple[str, ...], verb: str, 
             known = (*KEYS, *words)
             option = "" if nearest(str(key), known) else "; options of the command go below `options:`"
             raise UsageError(
-                f"{where}: unknown key '{key}'{nearest(str(key), known)}{option} (keys of {verb}: {', '.join(known)})"
+                f"{where}: unknown key '{key}'{nearest(str(key), known)}{option} (keys of {verb}: {', '.join(known)})",
+                code="unknown",
             )
     scoring = verb == "caption" and (entry.get("options") or {}).get("score")
     for word in words if verb != "pretrain" and not scoring else ():
         if entry.get(word) in (None, "", []):
-            raise UsageError(f"{where}: {verb} needs `{word}:`")
+            raise UsageError(f"{where}: {verb} needs `{word}:`", code="missing")
     if verb in NEEDS_DATA and not (entry.get("options") or {}).get("data"):
-        raise UsageError(f"{where}: {verb} needs `data:` in its options")
+        raise UsageError(f"{where}: {verb} needs `data:` in its options", code="missing")
 
 
 # ---- references ----

@@ -71,7 +71,8 @@ def _look_at(chain: Chain, job: Job, before: dict[str, Status]) -> Status:
     if not record and not started:
         if job.folder.exists() and (not job.folder.is_dir() or any(job.folder.iterdir())):
             raise UsageError(
-                f"stage '{job.name}': {job.folder} holds something that no chain wrote; move it, or choose another --out"
+                f"stage '{job.name}': {job.folder} holds something that no chain wrote; move it, or choose another --out",
+                code="exists",
             )
         return status
     status.record = record or started
@@ -106,7 +107,8 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path} can't be read: {error}; remove it with its stage's folder to run the stage again"
+            f"{path} can't be read: {error}; remove it with its stage's folder to run the stage again",
+            code="unreadable",
         ) from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UsageError(f"{path}: '{FORMAT}' expected; remove it with its stage's folder to run the stage again")
@@ -196,7 +198,10 @@ def outside_inputs(chain: Chain, job: Job) -> dict[str, dict[str, str]]:
                 kinds = "a released name, a hub id, a model folder, a file, RUN or RUN@STEP"
                 raise UsageError(f"CHAIN {chain.path}: stage '{job.stage.name}': {key} {path}: {kinds} expected")
             if not is_model and (job.stage.verb == "pretrain" or not is_far(path)):
-                raise UsageError(f"CHAIN {chain.path}: stage '{job.stage.name}': {key} {path}: no such file or folder")
+                raise UsageError(
+                    f"CHAIN {chain.path}: stage '{job.stage.name}': {key} {path}: no such file or folder",
+                    code="not-found",
+                )
             continue
         found[f"{key} {written}"] = {"path": path, "hash": outside(path, is_model)}
     return found

@@ -45,9 +45,9 @@ def run_chain(
 ) -> dict[str, Any]:
     """See :func:`aimv2.api.run`."""
     if redo and status:
-        raise UsageError("--status runs nothing and --redo runs stages again; give one of them")
+        raise UsageError("--status runs nothing and --redo runs stages again; give one of them", code="conflict")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("run: a chain is one process; start it without torchrun")
+        raise UsageError("run: a chain is one process; start it without torchrun", code="unsupported")
     chain = read_chain(path, out, data)
     jobs = chosen(chain, only)
     names = {job.name for job in jobs}
@@ -94,7 +94,9 @@ def chosen(chain: Chain, only: str | None) -> list[Job]:
         named = [job.name for job in chain.jobs if word in (job.name, job.stage.name)]
         if not named:
             known = dict.fromkeys([job.stage.name for job in chain.jobs])
-            raise UsageError(f"--only {word}: no such stage{nearest(word, known)} (there: {', '.join(known)})")
+            raise UsageError(
+                f"--only {word}: no such stage{nearest(word, known)} (there: {', '.join(known)})", code="not-found"
+            )
         wanted |= set(named)
     for job in reversed(chain.jobs):
         if job.name in wanted:
@@ -116,7 +118,9 @@ def locked(out: Path) -> Iterator[int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise UsageError(f"--out {out}: another `aimv2 run` is at work there; wait for it, or stop it") from None
+        raise UsageError(
+            f"--out {out}: another `aimv2 run` is at work there; wait for it, or stop it", code="exists"
+        ) from None
     try:
         yield descriptor
     finally:

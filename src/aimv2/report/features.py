@@ -127,7 +127,7 @@ def similarity(map: Map, patch: tuple[int, int], others: Sequence[Map]) -> list[
     out = []
     for other in others:
         if other.shape[-1] != len(query):
-            raise UsageError(f"maps of one width expected, got {len(query)} and {other.shape[-1]}", code="mismatch")
+            raise UsageError(f"maps of one width expected, got {len(query)} and {other.shape[-1]}")
         norms = np.linalg.norm(other.astype(np.float64), axis=-1) * np.linalg.norm(query)
         dots = other.astype(np.float64) @ query
         cosine = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)

@@ -180,7 +180,7 @@ def _begin(model: AIMv2, image: Tensor, fraction: float) -> tuple[Tensor, int, t
     grid = grid_of(model.encoder, image[None])
     count = grid[0] * grid[1]
     if count < 2:
-        raise UsageError("an image of one patch has no next patch")
+        raise UsageError("an image of one patch has no next patch", code="missing")
     return image.to(model.encoder.mean.device), min(max(round(fraction * count), 1), count - 1), grid
 
 
@@ -292,6 +292,6 @@ def _texts(model: AIMv2, ids: list[int]) -> list[str]:
 
 def _check_text(model: AIMv2) -> None:
     if not model.decoder.config.text:
-        raise UsageError("this model has no text head (it was trained with objective.targets=image)")
+        raise UsageError("this model has no text head (it was trained with objective.targets=image)", code="missing")
     if model.tokenizer is None:
-        raise UsageError("the model has no tokenizer (its folder held none): load a RUN, which has one")
+        raise UsageError("the model has no tokenizer (its folder held none): load a RUN, which has one", code="missing")

@@ -113,7 +113,8 @@ def count_classes(config: Config) -> int:
         names = ", ".join(source.path for source in training_sources(config.data))
         raise UsageError(
             f"data.train: labels missing: {names} has no KEY.cls with two classes or more; import a "
-            "class-folder tree, or use objective.name=pretrain"
+            "class-folder tree, or use objective.name=pretrain",
+            code="missing",
         )
     return largest + 1
 

@@ -95,7 +95,9 @@ class Contrastive(Task):
 
         assert isinstance(model, TunedLiT) and context.tokenizer is not None
         if config.train.batch_size % world.size:
-            raise UsageError(f"train.batch_size {config.train.batch_size} does not divide by {world.size} ranks")
+            raise UsageError(
+                f"train.batch_size {config.train.batch_size} does not divide by {world.size} ranks", code="mismatch"
+            )
         ranks = world.rank, world.size
         found = training_features(config.data, model.image, world.device, config.train.precision, *ranks)
         return CachedPairStream(found, config.data, context.tokenizer, config.train.batch_size, config.seed, *ranks)
@@ -199,7 +201,8 @@ def check_shape(origin: Origin, config: Config) -> None:
     if wanted.image_size != there.image_size:
         raise UsageError(
             f"init {origin.at.given}: its frozen encoder takes {there.image_size} px, model.image_size is "
-            f"{wanted.image_size}; leave it out, or adapt the encoder first (objective.name=pretrain)"
+            f"{wanted.image_size}; leave it out, or adapt the encoder first (objective.name=pretrain)",
+            code="conflict",
         )
 
 

@@ -138,7 +138,8 @@ def check_grids(student: EncoderConfig, size: int, teacher: Teacher) -> None:
     raise UsageError(
         f"objective.teacher {teacher.name} sees {teacher.grid} x {teacher.grid} patches ({teacher.image_size} px), the student "
         f"{grid} x {grid} ({size} px, patches of {student.patch_size}); the grids must be equal: use "
-        f"{' or '.join(ways)}, or a teacher with {grid} x {grid} patches"
+        f"{' or '.join(ways)}, or a teacher with {grid} x {grid} patches",
+        code="mismatch",
     )
 
 
@@ -180,7 +181,8 @@ def read_teacher(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise UsageError(
             f"objective.teacher=stored: {folder} holds no features of a teacher ({MANIFEST} names none); make them with "
-            "`aimv2 data teach TEACHER DATA OUT --views K`, or name a teacher that runs during training"
+            "`aimv2 data teach TEACHER DATA OUT --views K`, or name a teacher that runs during training",
+            code="missing",
         )
     return about
 

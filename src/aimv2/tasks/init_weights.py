@@ -175,7 +175,8 @@ def check_encoder(origin: Origin, wanted: EncoderConfig) -> None:
     if origin.encoder.image_size is None and wanted.image_size is not None:
         raise UsageError(
             f"init {origin.at.given}: a native model, which has no learned positions; model.image_size "
-            f"{wanted.image_size} needs them: give a native model.name, or start from a model of one image size"
+            f"{wanted.image_size} needs them: give a native model.name, or start from a model of one image size",
+            code="missing",
         )
 
 
@@ -215,5 +216,6 @@ def check_decoder(
         )
         raise UsageError(
             f"init {given}: its decoder was trained with a tokenizer of {there.vocab_size} tokens, data.tokenizer "
-            f"{config.data.tokenizer} is another one of {here.vocab_size}; {take}, or {fresh}"
+            f"{config.data.tokenizer} is another one of {here.vocab_size}; {take}, or {fresh}",
+            code="mismatch",
         )

@@ -129,7 +129,9 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     world, out = join_world(), run / "data"
     if world.main:
         if out.exists() and not prepare.is_demo_data(out):
-            raise UsageError(f"--run {run}: {out} is in the way of the demo's scenes; choose another folder")
+            raise UsageError(
+                f"--run {run}: {out} is in the way of the demo's scenes; choose another folder", code="exists"
+            )
         prepare.clear_run(run)
         shutil.rmtree(out, ignore_errors=True)  # scenes of a run that never began
         draw_scenes(config, run / ".scenes-aside")
@@ -164,7 +166,7 @@ def build_trainer(
     if not validation_shards(config.data):
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'")
+        raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'", code="missing")
     task = task_of(config)
     task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
@@ -193,11 +195,11 @@ def start(config: Config, run: Path, started: float, keep_warmup: bool = False) 
 def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
     """Resumes the run in the folder; of a finished one returns the summary."""
     if not options.run:
-        raise UsageError("--resume needs --run, the folder of the run")
+        raise UsageError("--resume needs --run, the folder of the run", code="missing")
     if dry_run:
         raise UsageError("--dry-run tries a new run; leave --resume out")
     if options.overwrite:
-        raise UsageError("--resume continues a run and --overwrite removes it; give one of them")
+        raise UsageError("--resume continues a run and --overwrite removes it; give one of them", code="conflict")
     run = Path(options.run)
     config = prepare.resumed_values(run, given)
     config.run, config.resume = str(run), False

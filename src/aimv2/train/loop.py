@@ -72,7 +72,8 @@ class Trainer:
         if config.train.patch_budget is None and part % accumulate:
             raise UsageError(
                 f"train.batch_size {config.train.batch_size} gives {world.size} ranks {part} pairs each, which do not "
-                f"divide by train.accumulate {accumulate}; change one of them"
+                f"divide by train.accumulate {accumulate}; change one of them",
+                code="mismatch",
             )
         self.config, self.world, self.run, self.tokenizer = config, world, run, tokenizer
         self.flag: StopFlag | None = None

@@ -116,5 +116,7 @@ def want_compile(config: TrainConfig, world: World) -> tuple[bool, str | None]:
     if reason is None:
         return True, None
     if config.compile == "on":
-        raise UsageError(f"train.compile=on, but torch.compile does not work here ({reason}); use auto or off")
+        raise UsageError(
+            f"train.compile=on, but torch.compile does not work here ({reason}); use auto or off", code="unsupported"
+        )
     return False, f"running eager: torch.compile does not work here ({reason})"

@@ -229,7 +229,7 @@ def check_run_folder(config: Config) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--run {run}: {parent} is not a writable folder")
     if holds_run(run) and not (config.resume or config.overwrite):
-        raise UsageError(f"--run {run} holds a run; go on with --resume, or start anew with --overwrite")
+        raise UsageError(f"--run {run} holds a run; go on with --resume, or start anew with --overwrite", code="exists")
     return run
 
 
@@ -255,7 +255,8 @@ def check_overwrite(config: Config, run: Path) -> None:
     ]
     if config.overwrite and inside:
         raise UsageError(
-            f"--overwrite would clear --run {run}, which contains {inside[0]}; move it, or choose another run"
+            f"--overwrite would clear --run {run}, which contains {inside[0]}; move it, or choose another run",
+            code="exists",
         )
 
 
@@ -320,7 +321,8 @@ def resumed_values(run: Path, given: dict[str, Any]) -> Config:
         if key not in may_change and old != new:
             raise UsageError(
                 f"--resume keeps the run's own configuration: {key} is {_plain(old)} there, got {_plain(new)}; "
-                "leave it out, or start another run"
+                "leave it out, or start another run",
+                code="conflict",
             )
     return wanted
 

@@ -29,7 +29,8 @@ def make_view(config: Config, encoder: EncoderConfig, captions: bool, world: Wor
         if name := next((name for name, there in given.items() if there), None):
             instead = "use train.batch_size" if name == "train.patch_budget" else f"leave {name} out"
             raise UsageError(
-                f"{name} is for native models; {encoder.name} takes {encoder.image_size} px: {instead}, or give a native model.name"
+                f"{name} is for native models; {encoder.name} takes {encoder.image_size} px: {instead}, or give a native model.name",
+                code="conflict",
             )
         return View(encoder.image_size, encoder.patches, captions, keep)
     if keep < 1:

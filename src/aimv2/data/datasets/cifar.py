@@ -77,7 +77,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             value = _Arrays(file, encoding="bytes").load()
     except OSError as error:
-        raise UsageError(f"--data {path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"--data {path}: cannot be read: {error.strerror or error}", code="unreadable") from None
     except Exception as error:  # a broken or planted pickle may raise anything
         raise UsageError(f"--data {path}: not a pickle of CIFAR ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(value, dict):

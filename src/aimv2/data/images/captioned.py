@@ -63,7 +63,7 @@ def _of_files(root: Path, captions: str | None, source: str) -> list[SourceEntry
         raise UsageError(f"--data {source}: class folders without captions; a captions file or sidecars expected")
     if entries := [item for item in planned.items if isinstance(item, SourceEntry)]:
         return entries
-    raise UsageError(f"--data {source}: no image with a caption there")
+    raise UsageError(f"--data {source}: no image with a caption there", code="missing")
 
 
 def _of_shards(path: Path, source: str) -> tuple[list[SourceEntry], str]:

@@ -113,7 +113,9 @@ def open_pairs(
         raise UsageError(f"--data {source}: a test split but no training split ({' or '.join(TRAIN)}); {forms}")
     if val is not None and (val_list or val_fraction):
         option = "--val-list" if val_list else "--val-fraction"
-        raise UsageError(f"{option}: {source} has a test split of its own, {val[2]}; leave the option out")
+        raise UsageError(
+            f"{option}: {source} has a test split of its own, {val[2]}; leave the option out", code="conflict"
+        )
     train = train or _split(root, (".",), kind)
     if train is None:
         raise UsageError(f"--data {source}: no images folder there; {forms} expected", code="not-found")
@@ -166,7 +168,8 @@ def _match(images: Path, maps: Path, kind: MapKind) -> list[MappedImage]:
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UsageError(
-            f"--data: {images / lost[0]} has no {kind.word}{more}; {maps / Path(lost[0]).with_suffix('.png')} expected"
+            f"--data: {images / lost[0]} has no {kind.word}{more}; {maps / Path(lost[0]).with_suffix('.png')} expected",
+            code="missing",
         )
     if not pairs:
         raise UsageError(f"--data: no image in {images}")
@@ -179,7 +182,7 @@ def _cut(
     """Pairs without a test split, cut in two by a list or at random."""
     listed = Path(val_list).expanduser() if val_list else root / VAL_LIST
     if val_list and val_fraction:
-        raise UsageError("--val-list and --val-fraction both cut the test split; give one of them")
+        raise UsageError("--val-list and --val-fraction both cut the test split; give one of them", code="conflict")
     if val_list or (not val_fraction and listed.is_file()):
         test, name = _listed(pairs, listed), f"listed in {listed.name}"
     elif val_fraction:
@@ -187,7 +190,9 @@ def _cut(
         test = {pairs[row].key for row in order[: max(1, round(val_fraction * len(pairs)))]}
         name = f"{val_fraction:g} of the images, drawn"
     else:
-        raise UsageError(f"--data {root}: no test split there; --val-fraction 0.2 cuts one, --val-list names one")
+        raise UsageError(
+            f"--data {root}: no test split there; --val-fraction 0.2 cuts one, --val-list names one", code="missing"
+        )
     kept = [pair for pair in pairs if pair.key not in test]
     if not kept:
         raise UsageError(f"--data {root}: all {len(pairs)} images are in the test split, none is left for training")
@@ -199,11 +204,13 @@ def _listed(pairs: list[MappedImage], file: Path) -> set[str]:
     try:
         words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--val-list {file}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(
+            f"--val-list {file}: can't be read: {getattr(error, 'strerror', None) or error}", code="unreadable"
+        ) from None
     known = {name: pair.key for pair in pairs for name in (str(Path(pair.key).with_suffix("")), pair.key)}
     for word in words:
         if word not in known:
-            raise UsageError(f"--val-list {file}: '{word}' is the name of no image there")
+            raise UsageError(f"--val-list {file}: '{word}' is the name of no image there", code="missing")
     if not words:
         raise UsageError(f"--val-list {file}: names no image")
     return {known[word] for word in words}

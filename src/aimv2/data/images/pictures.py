@@ -46,7 +46,7 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
         raise UsageError(f"{option} {source}: no such file or folder", code="not-found")
     first = next(found, None)
     if first is None:
-        raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)")
+        raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)", code="missing")
     return chain([first], found)
 
 

@@ -242,7 +242,8 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     total = sum(isinstance(item, SourceEntry) for item in planned)
     if not images and not total:
         raise UsageError(
-            f"SRC: no image in {folder.root}, and none where {file.name} points; expected its images there"
+            f"SRC: no image in {folder.root}, and none where {file.name} points; expected its images there",
+            code="missing",
         )
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
     return PlannedSource(f"captions file {file.name}", planned, total)
@@ -251,7 +252,10 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
 def _class_source(folder: ImageFolder) -> PlannedSource:
     root, images, reader = folder.root, folder.images, FileReader()
     if loose := [name for name in images if "/" not in name]:
-        raise UsageError(f"--class-folders: {root / loose[0]} is in no class folder; move it, or leave the option out")
+        raise UsageError(
+            f"--class-folders: {root / loose[0]} is in no class folder; move it, or leave the option out",
+            code="conflict",
+        )
     classes = sorted({name.split("/", 1)[0] for name in images})
     if not images:
         raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")

@@ -139,7 +139,7 @@ def _json_file_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | R
         return
     if not isinstance(record, dict) or not {"images", "annotations"} <= record.keys():
         raise UsageError(
-            f"{file}: expected COCO captions (images, annotations) or a list of rows; choose another with --captions FILE"
+            f"{file}: expected COCO captions (images, annotations) or a list of rows; choose another with --captions FILE",
         )
     texts = defaultdict[Any, list[str]](list)
     for annotation in record["annotations"]:

@@ -100,7 +100,8 @@ def _matching_tars(source: str | Path, option: str) -> list[Path]:
         else:
             raise UsageError(
                 f"{option}: {part} does not exist; expected a folder, a glob, a brace pattern or one tar of"
-                " WebDataset samples"
+                " WebDataset samples",
+                code="not-found",
             )
     if not found:
         raise UsageError(f"{option}: no .tar matches {source}")

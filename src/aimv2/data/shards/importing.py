@@ -142,7 +142,8 @@ def import_data(
         if not chooser.matched:
             raise UsageError(
                 f"--val-list {val_list}: none of its {unmatched} names is a key or image name of {source}; the shards of "
-                f"{out} are left unfinished: remove them, or give another list and another OUT"
+                f"{out} are left unfinished: remove them, or give another list and another OUT",
+                code="mismatch",
             )
         log.warning("--val-list: %d of %d names match no image", unmatched, len(chooser.names))
     result = _finish(out, notes, plan.rejects, opened, options)
@@ -352,11 +353,11 @@ def _check_out(source: str, out: Path) -> None:
     """Refuse an output that is the source, finished, someone else's or not writable."""
     path = Path(source).expanduser()
     if path.exists() and out.exists() and path.resolve() == out.resolve():
-        raise UsageError(f"OUT: {out} is SRC itself; choose another folder")
+        raise UsageError(f"OUT: {out} is SRC itself; choose another folder", code="conflict")
     if (out / MANIFEST).exists():
-        raise UsageError(f"OUT: {out} already holds a finished import; choose another OUT or remove it")
+        raise UsageError(f"OUT: {out} already holds a finished import; choose another OUT or remove it", code="exists")
     if not (out / WORK / "plan.json").exists() and out.is_dir() and any(out.glob("*.tar")):
-        raise UsageError(f"OUT: {out} already holds other shards; choose another OUT")
+        raise UsageError(f"OUT: {out} already holds other shards; choose another OUT", code="exists")
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f"OUT: {out} is not writable ({existing}); choose another OUT")
@@ -380,7 +381,8 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         changed = ", ".join(f"{k} {old.get(k)!r} -> {v!r}" for k, v in options.items() if old.get(k) != v)
         raise UsageError(
             f"OUT: {out} holds an interrupted import with other options ({changed or 'another version'});"
-            " give the same ones to resume, or choose another OUT"
+            " give the same ones to resume, or choose another OUT",
+            code="mismatch",
         )
 
 
@@ -398,7 +400,8 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
     if note.digest != job.digest():
         raise UsageError(
             f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
-            " remove OUT or choose another, and start again"
+            " remove OUT or choose another, and start again",
+            code="mismatch",
         )
     return note if not note.written or (out / f"{job.name}.tar").exists() else None
 

@@ -64,7 +64,7 @@ def build_index(shards: list[Path], index_dir: Path | None = None, progress: boo
         try:
             found = path.stat()
         except OSError as error:
-            raise UsageError(f"shard {path} cannot be read: {error.strerror}") from error
+            raise UsageError(f"shard {path} cannot be read: {error.strerror}", code="unreadable") from error
         signature.update(json.dumps([str(path), found.st_size, found.st_mtime_ns]).encode())
     home, name = _index_home(index_dir), signature.hexdigest()[:16]
     folder = home / name
@@ -190,7 +190,7 @@ def _read_shard(tar: Path) -> _Shard:
                 return _Shard(offsets, "")
         scan = scan_shard(tar, keep_keys=False)
     except OSError as error:
-        raise UsageError(f"shard {tar} cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"shard {tar} cannot be read: {error.strerror or error}", code="unreadable") from error
     return _Shard(np.array(scan.offsets, np.uint64), scan.cut)
 
 

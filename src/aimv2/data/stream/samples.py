@@ -296,7 +296,8 @@ def training_sources(config: DataConfig) -> list[Source]:
         if not source.path:
             raise UsageError(
                 f"data.train: source '{source.name}' has no path; give a list of {{name, path}} by --data.train, or one "
-                "path, or set $AIMV2_DATA to a folder with a sub-folder of that name"
+                "path, or set $AIMV2_DATA to a folder with a sub-folder of that name",
+                code="missing",
             )
     return config.train
 
@@ -348,14 +349,16 @@ class TrainStream:
         if view.native is None and batch_size % (world_size * self.parts):
             raise UsageError(
                 f"train.batch_size {batch_size} does not divide by {world_size} ranks x {self.parts} data workers; "
-                "change train.batch_size or data.workers"
+                "change train.batch_size or data.workers",
+                code="mismatch",
             )
         self.indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
         self.samples = sum(count_samples(index) for index in self.indices)
         if view.native is None and self.samples < batch_size:
             raise UsageError(
                 f"data.train holds {self.samples} samples, fewer than train.batch_size {batch_size}; "
-                "give more data or a smaller train.batch_size"
+                "give more data or a smaller train.batch_size",
+                code="limit",
             )
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
         kind = PairEncoder if view.native is None else NativePairEncoder
@@ -396,7 +399,8 @@ class TrainStream:
                 raise
             raise RankError(
                 "data.train: a shard does not match its index: it changed, or its .tar.idx is wrong; remove that file and "
-                f"{' and '.join(map(str, self.indices))}, which are rebuilt, and start again"
+                f"{' and '.join(map(str, self.indices))}, which are rebuilt, and start again",
+                code="mismatch",
             ) from None
         self.bad += [bad for part in parts for bad in part.bad]
         if len(self.bad) > self.max_bad:

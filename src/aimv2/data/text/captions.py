@@ -32,7 +32,10 @@ def read_captions(path: str | Path) -> Iterator[str]:
 
 def _of_shards(path: str | Path) -> Iterator[str]:
     if kind_of(str(path))[0] in ("missing", "hub"):
-        raise UsageError(f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards")
+        raise UsageError(
+            f"CAPTIONS: {str(path)!r} does not exist, expected a txt, CSV, TSV or JSONL file, or shards",
+            code="not-found",
+        )
     for shard in find_shards(path, "train", option="CAPTIONS"):
         for _, sample in read_samples(shard):
             for captions in captions_of(sample).values():
@@ -68,7 +71,9 @@ def _of_table(file: Path) -> Iterator[str]:
 def _of_json_lines(file: Path) -> Iterator[str]:
     for number, row in read_json_lines(file, errors="replace"):
         if row is None:
-            raise UsageError(f"CAPTIONS: {file} line {number} is not JSON, expected one value a line")
+            raise UsageError(
+                f"CAPTIONS: {file} line {number} is not JSON, expected one value a line", code="unreadable"
+            )
         if isinstance(row, dict):
             row = next((row[key] for key in ("captions", *COLUMNS["caption"]) if row.get(key)), None)
         yield from (caption for field in clean_captions(row).values() for caption in field)

@@ -40,7 +40,8 @@ def started(tokenizer: Tokenizer, option: str = "data.tokenizer") -> StartedToke
     if start is None:
         raise UsageError(
             f"{option}: {tokenizer.name!r} has no start of text ('{START}'), which the text tower of a pair reads first; "
-            "CLIP's tokenizer (openai/clip-vit-base-patch32) has it, and auto trains one with it"
+            "CLIP's tokenizer (openai/clip-vit-base-patch32) has it, and auto trains one with it",
+            code="missing",
         )
     return StartedTokenizer(tokenizer, start)
 

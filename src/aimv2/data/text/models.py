@@ -48,6 +48,7 @@ def load_model(
         raise UsageError(
             f"backend={backend!r}: one of {', '.join(BACKENDS)} is expected{nearest(backend, BACKENDS)}",
             option="backend",
+            code="unknown",
         )
     if backend != "torch" and (decoder or device is not None or dtype is not None):
         raise UsageError(f"backend={backend!r} gives the encoder only, in fp32: leave out decoder, device and dtype")

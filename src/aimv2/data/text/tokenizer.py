@@ -180,7 +180,8 @@ def _with_end(backend: Any, named: list[Any], pad: Any, source: str, option: str
             return Tokenizer(backend, str(end), None if spelled[-1] is None else str(spelled[-1]), source)
     raise UsageError(
         f"{option}: the tokenizer {source!r} has no end-of-text token: expected an eos_token or sep_token in "
-        f"its tokenizer_config.json, or one of {', '.join(END_NAMES)} in its vocabulary"
+        f"its tokenizer_config.json, or one of {', '.join(END_NAMES)} in its vocabulary",
+        code="missing",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def write_aside(path: Path, text: str) -> None:
     """Writes ``text`` next to ``path`` and renames it: a reader never sees half of it."""
-    aside = path.with_name(f".{path.name}.aside")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")  # another process may write the same file
     try:
         aside.write_text(text)
         os.replace(aside, path)

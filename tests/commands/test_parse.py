@@ -13,9 +13,11 @@ import yaml
 
 from aimv2 import api
 from aimv2.cli import main
+from aimv2.cli.dispatch import read_words
 from aimv2.commands.parse import doc_of, help_texts, option_fields, options_class, read
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.errors import UsageError
+from aimv2.pipeline.read import read_chain
 
 SIGNATURES = Path(__file__).parents[1] / "api_signatures.txt"
 WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -105,3 +107,34 @@ def test_no_command_imports_torch_before_it_runs() -> None:
     code = f"import sys, {modules}, aimv2.api, aimv2.cli; print([n for n in ('torch', 'jsonargparse') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_one_of_several_and_a_mapping() -> None:
+    assert read("caption", {"model": "M", "images": "a.png"}).images == ["a.png"]
+    assert read("compare", {"results": "r"}).results == ["r"]
+    with pytest.raises(UsageError, match=r"--seed .*a single value expected"):
+        read("knn", {"model": "M", "seed": {"a": 1}})
+    with pytest.raises(UsageError) as error:
+        read("caption", {"model": "M", "images": 3})
+    assert error.value.option == "IMAGES" and str(error.value).startswith("IMAGES ")
+
+
+def test_a_chain_runs_what_it_has_checked(tmp_path: Path) -> None:
+    """Lists of text options reach the stage's process as text with commas."""
+    options = {"data": "D", "baselines": ["random", "pixels"], "layers": [0, -1], "k": [1, 5]}
+    stages = {
+        "a": {"verb": "knn", "model": "M", "options": options},
+        "b": {"verb": "caption", "model": "M", "images": "photos"},
+    }
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump({"out": str(tmp_path / "o"), "stages": stages}))
+    first, second = read_chain(str(path)).jobs
+    assert {"--baselines=random,pixels", "--layers=0,-1", "--k=1,5"} <= set(first.command)
+    assert second.command == ["caption", "M", "photos"]
+    given = read("knn", read_words("knn", first.command[1:]))
+    assert (given.baselines, given.layers, given.k) == (("random", "pixels"), "0,-1", (1, 5))
+
+
+def test_a_range_shows_the_number_that_was_given() -> None:
+    with pytest.raises(UsageError, match="--seed -12345678: at least 0"):
+        read("knn", {"model": "M", "seed": -12345678})

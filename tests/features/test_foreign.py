@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.evals.scorer import open_matcher
 from aimv2.explorer.study import open_shown
+from aimv2.features import extraction
 from aimv2.features.foreign import LeftOut, flat, of_timm, settle
 from aimv2.features.frozen import LAST, open_frozen
 from aimv2.features.pixels import Stats
@@ -339,3 +341,22 @@ def test_blocks_are_counted_from_the_first_whatever_stands_before_them(tmp_path:
     with torch.no_grad():
         wanted = model(normalised(images)).last_hidden_state
     torch.testing.assert_close(frozen(images)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["knn", "probe", "segment"])
+def test_a_baseline_that_can_not_be_had_is_refused_before_any_forward_pass(
+    command: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = vit(tmp_path / "vit")
+    calls: list[str] = []
+    real = extraction.cached_features
+
+    def noted(*args: Any, **options: Any) -> Any:
+        calls.append("forward")
+        return real(*args, **options)
+
+    for module in ("pooled", "probe", "dense"):
+        monkeypatch.setattr(f"aimv2.evals.{module}.cached_features", noted)
+    with pytest.raises(UsageError, match="--baselines random"):
+        getattr(api, command)(str(folder), str(data), baselines=["random"])
+    assert not calls

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from aimv2.config.schema import DataConfig
 from aimv2.data.images.opening import open_labelled
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
-from aimv2.errors import UsageError
+from aimv2.errors import RankError, UsageError
 from aimv2.explorer.stored import Stored
 from aimv2.features.embed import Wanted, embed_images, list_images
 from aimv2.features.extraction import cached_features
@@ -258,3 +260,32 @@ def test_no_room_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         store.array("features", np.float16, (10**9, 10**6))
     assert (error.value.option, error.value.code) == ("data.features", "limit")
+
+
+def test_what_another_command_is_writing_stays(tmp_path: Path) -> None:
+    """Two commands with one cache: neither removes what the other writes, nor begins its array again."""
+    first = FeatureStore(tmp_path / "s", {"fingerprint": 2}, "--cache")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        alive, old = (tmp_path / "s" / f".last.npy.{pid}.aside" for pid in (other.pid, 2**22 + 1))
+        for path in (alive, old, tmp_path / "s" / ".last.npy.aside"):
+            path.write_bytes(b"")
+        second = FeatureStore(tmp_path / "s", {"fingerprint": 2}, "--cache")
+        assert [path.name for path in (tmp_path / "s").glob(".*.aside")] == [alive.name]
+        other.communicate(b"\n")
+    begun = first.array("last", np.float32, (4, 2))
+    begun[:] = 1
+    begun.flush()
+    again = tmp_path / "s" / "last.npy"
+    again.rename(tmp_path / "kept.npy")  # the second looked before the first one's was there
+    real = Path.is_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda path: path != again and real(path))
+        (tmp_path / "kept.npy").rename(again)
+        patch.setattr(second, "_wait", lambda files: None)
+        assert second.array("last", np.float32, (4, 2)).tolist() == [[1, 1]] * 4
+
+
+def test_a_rank_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aimv2.features.store.LONGEST_WAIT", 0.0)
+    with pytest.raises(RankError, match="rank 1 waited"):
+        FeatureStore(tmp_path / "s", {"fingerprint": 2}, "data.features", rank=1, ranks=2)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import aimv2
 from aimv2 import api
@@ -228,3 +229,21 @@ def test_an_option_of_another_task_is_refused_and_its_default_is_not(
     default = getattr(parse(given).objective, key)
     assert parse({**given, f"objective.{key}": default}).objective.name == task
     assert getattr(parse({**given, f"objective.{key}": value}, stored=True).objective, key) == value  # a run of before
+
+
+def test_a_task_may_take_the_options_of_another(recipe: Path, data: Path, tmp_path: Path) -> None:
+    (recipe.parent / "same_options.py").write_text(
+        "from aimv2.tasks.pretrain import Pretrain\n\n\nclass Same(Pretrain):\n    cools = False\n"
+    )
+    points = recipe.parent / "brightness_task-1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "same = same_options:Same\n")
+    own = tmp_path / "same.yaml"
+    own.write_text(yaml.safe_dump({"objective": {"name": "same"}}))
+    done = api.pretrain(str(own), str(tmp_path / "run"), TINY | {"data.train": str(data), "train.steps": 2})
+    assert done["step"] == 2 and "val_text_loss" in done
+
+
+@pytest.mark.parametrize("name", ["classify", "task", None, "no/where"])
+def test_a_name_that_is_no_task_is_one_line(name: Any) -> None:
+    with pytest.raises(UsageError, match=r"objective\.name"):
+        parse({"objective.name": name})

@@ -246,3 +246,13 @@ def test_wrong_use(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         data = str(parse(read_recipe(origin / "config.yaml")).data.train)
         main_words = options(Path(data), tmp_path / "run", init=tmp_path / "none", optim__schedule="cooldown")
         main([*main_words, "--debug"])
+
+
+def test_an_option_that_earlier_versions_let_pass(origin: Path, tmp_path: Path) -> None:
+    """Of a run that holds an option of another task, which no longer passes: it is left out."""
+    run = copied(origin, tmp_path)
+    text = (run / "config.yaml").read_text()
+    assert "smoothing: 0.0" in text
+    (run / "config.yaml").write_text(text.replace("smoothing: 0.0", "smoothing: 0.1"))
+    _, values = cooldown_of(str(run), {})
+    assert parse(values).objective.smoothing == 0.0

@@ -292,3 +292,16 @@ def test_resume_shows_its_configuration_without_training(data, tmp_path, capsys)
     shown = json.loads(capsys.readouterr().out)
     assert shown["config"]["train.steps"] == 6 and shown["from"]["train.steps"].endswith("config.yaml")
     assert len(exact(run)) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--model.name", "auto"], ["--objective.name", "probe", "--objective.freeze", "false", "--model.heads", "7"]],
+    ids=" ".join,
+)
+def test_the_demo_clears_nothing_before_its_mistakes(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(scenes(tmp_path / "first"), run, train__steps=2)
+    before = tree(run)
+    assert_refused(capsys, ["pretrain", "--run", run, "--overwrite", *words], "model.")
+    assert tree(run) == before

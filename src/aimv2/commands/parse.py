@@ -137,9 +137,8 @@ def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
         UsageError: a value of another type.
     """
     hints, parser = plain_hints(name), make_parser(name)
-    whole = {
-        key: value for key, value in given.items() if isinstance(value, dict)
-    }  # a configuration is parsed elsewhere
+    mappings = [key for key, value in given.items() if isinstance(value, dict) and hints[key] == dict[str, Any] | None]
+    whole = {key: given[key] for key in mappings}  # a configuration is parsed elsewhere
     given = {key: value for key, value in given.items() if key not in whole}
     for key, value in given.items():
         parser.add_argument(f"--{key}", type=hints[key])
@@ -149,13 +148,25 @@ def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
             among = f"one of {', '.join(known)} is expected{nearest(str(value), known)}"
             raise UsageError(f"{option} {value}: {among}", option=option, code="unknown")
     values = {key: plain(value, hints[key] in (str, str | None)) for key, value in given.items()}
-    found = vars(parser.parse_object(values, defaults=False))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(
+                f"{spelled(name, key)} {value}: a single value expected, or a list where several are meant"
+            )
+        if get_origin(hints[key]) is list and isinstance(value, str):
+            values[key] = [value]  # one of several
+    try:
+        found = vars(parser.parse_object(values, defaults=False))
+    except UsageError as error:
+        words = {f"--{key.replace('_', '-')}": spelled(name, key) for key in given}
+        option = words.get(error.option, error.option)
+        raise UsageError(str(error).replace(error.option, option, 1), option=option, code=error.code) from None
     return whole | {key: value for key, value in found.items() if key in given}
 
 
 def plain(value: Any, is_text: bool) -> Any:
     """Paths and devices as text; ``is_text``: numbers and lists too (``[1, 5]`` is ``"1,5"``)."""
-    if value is None or isinstance(value, str | bool):
+    if value is None or isinstance(value, str | bool | dict):
         return value
     if isinstance(value, list | tuple):
         return ",".join(str(one) for one in value) if is_text else [plain(one, False) for one in value]

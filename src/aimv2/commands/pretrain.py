@@ -28,7 +28,8 @@ class PretrainOptions:
 def run(options: PretrainOptions) -> dict[str, Any]:
     """
     Returns:
-        the run's summary (also in ``summary.json``), or what ``dry_run`` or ``print_config`` found.
+        the run's summary (also in ``summary.json``; of several processes on the first only, the others have ``run`` and ``step``), or
+        what ``dry_run`` or ``print_config`` found.
 
     Raises:
         UsageError: a mistake of input, in one line.

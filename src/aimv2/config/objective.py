@@ -208,18 +208,25 @@ def refuse_layer_decay(config: Config, frozen: bool, unless: str = "") -> None:
         )
 
 
+def foreign_options(config: Config) -> dict[str, str]:
+    """Options of other tasks that are not at their default: option -> the task that has it."""
+    own = {field.name for field in dataclasses.fields(options_of(config.objective.name))}
+    return {
+        field.name: task
+        for task, options in reversed(BUILT_IN.items())  # the first task that has an option names it
+        for field in dataclasses.fields(options)
+        if field.name not in own and getattr(config.objective, field.name) != field.default
+    }
+
+
 def refuse_foreign(config: Config) -> None:
     """Raises UsageError for an option of another task that is not at its default."""
-    name = config.objective.name
-    own = {field.name for field in dataclasses.fields(options_of(name))}
-    for task, options in BUILT_IN.items():
-        for field in dataclasses.fields(options):
-            value = getattr(config.objective, field.name)
-            if field.name not in own and value != field.default:
-                raise UsageError(
-                    f"objective.{field.name} {value} is for objective.name={task}, got objective.name={name}; leave it out",
-                    code="conflict",
-                )
+    for option, task in foreign_options(config).items():
+        raise UsageError(
+            f"objective.{option} {getattr(config.objective, option)} is for objective.name={task}, got "
+            f"objective.name={config.objective.name}; leave it out",
+            code="conflict",
+        )
 
 
 # ---- tasks by name ----
@@ -227,6 +234,8 @@ def refuse_foreign(config: Config) -> None:
 
 def find_task(name: str) -> Any:
     """The class of a task: that of ``aimv2.tasks.NAME``, or of an installed entry point; None where there is none."""
+    if not isinstance(name, str) or name in MODULES.values():  # the file of a task that has another name
+        return None
     module = f"{GROUP}.{MODULES.get(name, name)}"
     if name.isidentifier() and importlib.util.find_spec(module) is not None:
         return getattr(importlib.import_module(module), "TASK", None)

@@ -276,7 +276,9 @@ def config_class(task: str | None = None) -> type[Config]:
     """
     if task is None or task in BUILT_IN:
         return Config
-    options = make_dataclass("TaskOptions", [("name", str, task)], bases=(options_of(task), ObjectiveConfig))
+    own = options_of(task)
+    bases = (ObjectiveConfig,) if issubclass(ObjectiveConfig, own) else (own, ObjectiveConfig)
+    options = make_dataclass("TaskOptions", [("name", str, task)], bases=bases)
     section = ("objective", options, field(default_factory=options))
     return make_dataclass("TaskConfig", [section], bases=(Config,), namespace={"__doc__": Config.__doc__})
 

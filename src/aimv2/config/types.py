@@ -30,7 +30,7 @@ class Bounds:
             return value
         inside = (self.low < value if self.above else self.low <= value) and value <= self.high
         if not inside:
-            raise UsageError(f"{option} {value:g}: {self.words()} expected", option=option)
+            raise UsageError(f"{option} {value}: {self.words()} expected", option=option)
         return value
 
     def words(self) -> str:

@@ -21,14 +21,14 @@ REQUIRED = "math"  # the fallback of all others
 TOLERANCE = 1e-4  # for a compiled function in fp32
 
 
-def default_device() -> torch.device:
+def training_device() -> torch.device:
     """The device that a run would train on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def attention() -> Iterator[Check]:
     """Check which attention backends work, forward and backward."""
-    device = default_device()
+    device = training_device()
     for name, attend in backends().items():
         passes, why = try_backend(attend, device)
         if len(passes) == 2:
@@ -108,7 +108,7 @@ def try_backend(attend: Callable[[Tensor, Tensor, Tensor], Tensor], device: torc
 
 def compiled() -> Check:
     """Check that torch.compile finds its compiler and agrees with eager mode."""
-    device, name = default_device(), "torch.compile"
+    device, name = training_device(), "torch.compile"
     compiler = compiler_name(device)
     advice = "install a C++ compiler, such as g++ (apt install g++); until then runs are eager, about a sixth slower"
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from aimv2.doctor.check import Check
-from aimv2.doctor.kernels import default_device
+from aimv2.doctor.kernels import training_device
 from aimv2.errors import first_line
 
 SCENES, STEPS, PAIRS = 512, 60, 32
@@ -89,7 +89,7 @@ def self_test() -> Iterator[Check]:
         f"{first:.2f} to {last:.2f} in {VALUES['train.steps']} steps",
         "" if fell else "training does not converge here: report it with `aimv2 doctor --json`",
     )
-    yield Check("self-test", "speed", "ok", f"{speed:,.0f} pairs/s of a tiny model on {default_device()}")
+    yield Check("self-test", "speed", "ok", f"{speed:,.0f} pairs/s of a tiny model on {training_device()}")
     equal = off <= 1e-5
     yield Check(
         "self-test",
@@ -114,7 +114,7 @@ def tiny_run(folder: Path) -> tuple[float, float, float, float]:
     from aimv2.train import prepare
     from aimv2.train.launch import build_trainer
 
-    device = default_device()
+    device = training_device()
     write_scenes(str(folder / "scenes"), SCENES, val_count=32, size=32)
     config = parse({**VALUES, "data.train": str(folder / "scenes"), "run": str(folder / "run")})
     prepare.locate_data(config)

@@ -18,7 +18,7 @@ from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pai
 from aimv2.data.images.readers import contents_of_files
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, DenseTask, Depth, Segmentation, sums_of, train_heads
-from aimv2.evals.harness import Evaluation, baseline_figures
+from aimv2.evals.harness import Evaluation, baseline_figures, open_baselines
 from aimv2.evals.options import DenseOptions
 from aimv2.evals.result import about_model
 from aimv2.features.extraction import Cached, cached_features
@@ -283,7 +283,7 @@ def evaluate_dense(
     """
     with Evaluation(command, options.out) as evaluation:
         frozen, settings = open_dense(command, options, maps)
-        side = frozen.side
+        side, others = frozen.side, open_baselines(options.baselines, frozen, settings.seeds[0])
         evaluation.open_folder()
         work = make_work(options.data or "", side, evaluation.scratch)
         home = evaluation.out / "features" if evaluation.out else None
@@ -293,7 +293,7 @@ def evaluate_dense(
             mine = settings if name == "random" else replace(settings, layers=(LAST,))  # pixels have no layers
             return encoder_figures(other, work, options, mine, home / name if home else None)
 
-        figures |= baseline_figures(options.baselines, frozen, settings.seeds[0], baseline)
+        figures |= baseline_figures(others, baseline)
         data = {
             "name": Path(options.data or "").name, "source": options.data, "split": work.split,
             "train_images": len(work.train), "test_images": len(work.test),

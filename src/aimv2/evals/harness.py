@@ -58,18 +58,17 @@ class Evaluation:
         return write_result(self.out, make_result(self.command, protocol, model, data, figures, seconds, seed))
 
 
-def baseline_figures(
-    names: Iterable[str], frozen: Frozen, seed: int, evaluate: Callable[[str, Frozen], dict[str, Any]]
-) -> dict[str, Any]:
-    """``{"baselines": ...}`` by name, or {} without any.
+def open_baselines(names: Iterable[str], frozen: Frozen, seed: int) -> dict[str, Frozen]:
+    """The baselines of an encoder by name: random (the same one untrained), pixels. Opened before any forward pass.
 
-    Args:
-        names: random (the same encoder untrained), pixels.
-        frozen: the encoder that is evaluated.
-        seed: of the random weights.
-        evaluate: (name, encoder) -> figures.
+    Raises:
+        UsageError: an encoder that can't be drawn anew.
     """
-    others = {name: random_twin(frozen, seed) if name == "random" else raw_pixels(frozen) for name in names}
+    return {name: random_twin(frozen, seed) if name == "random" else raw_pixels(frozen) for name in names}
+
+
+def baseline_figures(others: dict[str, Frozen], evaluate: Callable[[str, Frozen], dict[str, Any]]) -> dict[str, Any]:
+    """``{"baselines": ...}`` by name, or {} without any; ``evaluate``: (name, encoder) -> figures."""
     found = {name: evaluate(name, other) for name, other in others.items()}
     return {"baselines": found} if found else {}
 

@@ -16,7 +16,7 @@ import torch
 from aimv2.data.images.labelled import Labelled, limit
 from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.errors import UsageError
-from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data
+from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.result import about_model
 from aimv2.evals.scores import per_class, top1, wilson
@@ -103,6 +103,7 @@ def evaluate_pooled(
     frozen = options.open(options.precision)
     layers = tuple(dict.fromkeys(frozen.layer_names(options.layers)))
     check_pool(frozen, options, pool, layers)
+    others = open_baselines(options.baselines, frozen, options.seed)
     evaluation.open_folder()
 
     def figures_of(encoder: Frozen, layers: tuple[str, ...], name: str = "") -> dict[str, Any]:
@@ -114,7 +115,7 @@ def evaluate_pooled(
         return {"features": other.name, **{key: found[key] for key in ("top1", "top1_interval", "chosen", "table")}}
 
     figures = figures_of(frozen, layers)
-    figures |= baseline_figures(options.baselines, frozen, options.seed, baseline)
+    figures |= baseline_figures(others, baseline)
     protocol = {**protocol, "layers": list(layers), "pool": pool}
     data = labelled_data(splits.train, splits.test, options.dataset)
     return evaluation.result(protocol, about_model(frozen), data, figures, options.seed if seeds is None else seeds)

@@ -16,8 +16,9 @@ import numpy as np
 
 from aimv2.data.images.labelled import joined, limit, subset
 from aimv2.data.images.opening import open_labelled
+from aimv2.data.images.readers import contents_of_rows
 from aimv2.errors import UsageError
-from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data
+from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines
 from aimv2.evals.linear import hold_out
 from aimv2.evals.options import ClassifierOptions
 from aimv2.evals.probe import Outcome, ProbeSettings, SweepSplits, run_sweep, same_work
@@ -63,6 +64,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
         settings = replace(work.settings, layers=layers)
         work = replace(work, settings=settings, cache=options.cache)
         splits, selected_on = find_splits(source, options.dataset, work)
+        others = open_baselines(options.baselines, frozen, work.seeds[0])
         home = evaluation.open_folder()
         same_work(home, identity(frozen, splits, selected_on, work))
         figures = sweep_figures(frozen, splits, selected_on, work, home)
@@ -71,7 +73,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
         def baseline(name: str, other: Frozen) -> dict[str, Any]:
             return brief(sweep_figures(other, splits, selected_on, last, home / "run" / name))
 
-        figures |= baseline_figures(options.baselines, frozen, work.seeds[0], baseline)
+        figures |= baseline_figures(others, baseline)
         if evaluation.out is not None and len(layers) > 1:
             plot_layers(figures["by_layer"], frozen.name, evaluation.out / "layers.png")
         protocol = {
@@ -123,8 +125,12 @@ def find_splits(source: str, dataset: str | None, work: ProbeWork) -> tuple[Swee
 
 def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork) -> dict[str, Any]:
     """What must be the same for an output folder to be continued."""
+    images = [split for split in (splits.train, splits.select, splits.test) if split is not None]
+    contents = [contents_of_rows(split.image, np.arange(len(split.keys))) for split in images]
     return {
         "weights_sha256": frozen.sha256,
+        "model": frozen.fingerprint(),
+        "contents": contents,
         "image_size": frozen.image_size,
         "precision": frozen.precision,
         "data": splits.test.source,

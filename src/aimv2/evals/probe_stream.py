@@ -44,7 +44,7 @@ class Order:
 
 
 class FeatureStream:
-    """Batches whose ``images`` are cached features, float16 or float32 [B, layers, N, D].
+    """Batches of cached ``features``, float16 or float32 [B, layers, N, D].
 
     Of images with different numbers of tokens they are [layers, R, D], R all tokens of the batch, and ``image_len`` says
     how many are each image's.

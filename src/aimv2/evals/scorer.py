@@ -31,8 +31,6 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
 from aimv2.models.lit import LiT
 
-BY = ("auto", "contrastive", "likelihood")
-NORMALIZE = ("prior", "sum", "mean")
 PRIOR_IMAGES = 100  # that the probability of a text without its image is estimated from
 TEXTS = 256  # in the text tower at once
 

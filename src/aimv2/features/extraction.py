@@ -212,7 +212,7 @@ def fill(
             for batch in batched(islice(views, len(parts[part])), batch_size):
                 rows, pixels, lost = _stacked(frozen, data, batch)
                 if pixels is not None:
-                    found = _features(frozen, pixels, layers, pool, flip)
+                    found = _features(frozen, pixels, layers, pool, flip, store.option)
                     if ragged is not None:
                         ragged.append(found)
                     else:
@@ -231,14 +231,14 @@ def fill(
     return store.gather(len(parts))
 
 
-def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: bool) -> list[Any]:
+def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: bool, option: str) -> list[Any]:
     """[B, D] float32 or [B, I, D] float16 a layer; of all patches at native a list of B float16 [I, D]."""
     if frozen.range is None:
         found: list[Any] = frozen(images.flip(-1) if flip else images, layers)
     else:
         found = frozen.each([image.flip(-1) if flip else image for image in images], layers)
         if pool == "none":
-            return [[_half(x.cpu().numpy()) for x in layer] for layer in found]
+            return [[_half(x.cpu().numpy(), option) for x in layer] for layer in found]
     if pool == "attention":
         head = frozen.head
         if head is None or layers != [LAST]:
@@ -252,17 +252,18 @@ def _features(frozen: Frozen, images: Any, layers: list[str], pool: str, flip: b
     elif pool == "mean":
         found = [torch.stack([x.mean(0) for x in layer]) if frozen.range else layer.mean(1) for layer in found]
     arrays = [x.float().cpu().numpy() for x in found]
-    return arrays if pool != "none" else [_half(array) for array in arrays]
+    return arrays if pool != "none" else [_half(array, option) for array in arrays]
 
 
-def _half(values: np.ndarray) -> np.ndarray:
+def _half(values: np.ndarray, option: str) -> np.ndarray:
     """As float16. Raises UsageError for a value beyond its range."""
     with np.errstate(over="ignore"):  # reported below
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
         raise UsageError(
-            "--features cached: a feature is larger than float16 holds; choose other layers, or do not store features "
+            f"{option}: a feature is larger than float16 holds; choose other layers, or do not store features "
             "(--features augmented; no data.features)",
+            option=option if option.startswith("data.") else "--features",
             code="limit",
         )
     return half

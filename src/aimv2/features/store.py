@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.errors import UsageError
+from aimv2.errors import RankError, UsageError
 from aimv2.io import write_aside
 
-ASIDE = re.compile(r"\..+\.aside")
+ASIDE = re.compile(r"\..+?(?:\.(\d+))?\.aside")  # of the process that writes it
+LONGEST_WAIT = 2 * 3600.0  # seconds for another rank, as for a process group
 WORDS = {
     "weights_sha256": "model",
     "images": "number of images",
@@ -91,17 +92,30 @@ class FeatureStore:
             ) from None
 
     def _clean(self) -> None:
-        """Removes what a process that was killed left half-written; of numbered files each rank its own."""
-        for path in [path for path in self.folder.iterdir() if ASIDE.fullmatch(path.name)]:
+        """Removes what a process that was killed left half-written; of numbered files each rank its own. What a running process
+        of this machine writes (another command with the same cache) is left alone."""
+        for path in list(self.folder.iterdir()):
+            found = ASIDE.fullmatch(path.name)
             part = re.search(r"-(\d{5,})\.", path.name)
-            if (int(part[1]) % self.ranks if part else 0) == self.rank:
+            mine = (int(part[1]) % self.ranks if part else 0) == self.rank
+            if found and mine and not (found[1] and is_running(int(found[1]))):
                 path.unlink(missing_ok=True)
 
     def _wait(self, files: Iterable[Path]) -> None:
-        """Until other ranks have written ``files``; a rank that fails ends all of us."""
+        """Until other ranks have written ``files``; under torchrun a rank that fails ends all of us.
+
+        Raises:
+            RankError: they are not written within two hours.
+        """
+        ends = time.monotonic() + LONGEST_WAIT
         for file in files:
             while not file.is_file():
                 assert self.ranks > 1, file
+                if time.monotonic() > ends:
+                    raise RankError(
+                        f"{self.option} {self.folder}: rank {self.rank} waited two hours for {file.name}, which another rank writes",
+                        code="missing",
+                    )
                 time.sleep(0.05)
 
     # ---- parts ----
@@ -140,7 +154,7 @@ class FeatureStore:
     @contextlib.contextmanager
     def aside(self, name: str) -> Iterator[Path]:
         """A path to write, renamed to ``name`` afterwards."""
-        path = self.folder / f".{name}.aside"
+        path = self.folder / f".{name}.{os.getpid()}.aside"
         yield path
         os.replace(path, self.folder / name)
 
@@ -159,14 +173,34 @@ class FeatureStore:
                     f"{free / 1e9:.1f} GB are free there; give a folder with more room",
                     code="limit",
                 )
-            with self.aside(file.name) as path:
-                np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            path = self.folder / f".{file.name}.{os.getpid()}.aside"
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            try:
+                os.link(path, file)  # never over an array that another command has begun
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                os.replace(path, file)
+            path.unlink(missing_ok=True)
         self._wait([file])
         return np.lib.format.open_memmap(file, mode="r+")
 
     def read_array(self, name: str) -> np.ndarray:
         """``NAME.npy``, memory-mapped to be read."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine other than this one runs."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_object(file: Path, option: str) -> dict[str, Any]:

@@ -139,6 +139,10 @@ def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: 
         f"{lesson.views * a_view / 1e3:,.1f} kB a sample"
     )
     print(line, file=sys.stderr, flush=True)
+    for part in range(len(shards)):  # a tar that was removed since is made again
+        note = store.note(part)
+        if note is not None and note["samples"] and not (folder / f"train-{part:06d}.tar").is_file():
+            store.note_file(part).unlink()
     missing = store.missing(len(shards))
     with progress_bar("shards", len(shards), len(shards) - len(missing)) as advance:
         for part in missing:

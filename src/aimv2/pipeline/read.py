@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.commands.parse import option_fields, read
+from aimv2.commands.parse import option_fields, plain, plain_hints, read
 from aimv2.commands.table import COMMANDS, command_name, function_name
 from aimv2.errors import UsageError, nearest
 
@@ -395,6 +395,9 @@ def command_words(verb: str, values: dict[str, Any], folder: Path) -> list[str]:
     """The words of the command line after ``aimv2``."""
     name = command_name(verb)
     words, rest = name.split(), with_folder(verb, values, folder)
+    if verb != "pretrain":  # as the options were checked: a list of a text option is text with commas
+        texts = {key for key, hint in plain_hints(name).items() if hint in (str, str | None)}
+        rest = {key: plain(value, key.replace("-", "_") in texts) for key, value in rest.items()}
     for word in COMMANDS[name].words:
         given = rest.pop(word.rstrip("*"), [])
         words += [_as_word(item) for item in (given if isinstance(given, list) else [given])]

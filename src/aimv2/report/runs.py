@@ -135,7 +135,8 @@ def config_rows(config: Config) -> list[tuple[str, str, bool]]:
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Keys whose values differ between runs, with the value in each."""
     rows = []
-    for key in leaf_keys():
+    kinds = [leaf_keys(type(run.config)) for run in runs]
+    for key in (key for key in kinds[0] if all(key in kind for kind in kinds)):
         values = [shown(get_value(run.config, key)) for run in runs]
         if key not in NOT_COMPARED and len(set(values)) > 1:
             rows.append((key, values))

@@ -38,6 +38,11 @@ class Classify(Task):
                 "objective.name=probe: its batch norm sees one process; start it without torchrun", code="unsupported"
             )
 
+    def check(self) -> None:
+        heads = self.config.objective.heads
+        if self.config.init is not None or self.config.model.name != "auto":
+            check_heads(heads, self.encoder_config(1).width)
+
     def reads_text(self) -> bool:
         return False
 
@@ -61,10 +66,7 @@ class Classify(Task):
             raise UsageError(f"init {config.init}: a native model; training sees one image size, give model.image_size")
         options.classes = options.classes or count_classes(config)  # counted once: config.yaml keeps it
         heads = options.heads
-        if heads is not None and shape.width % heads:
-            raise UsageError(
-                f"objective.heads {heads} does not divide the encoder's width {shape.width}", code="mismatch"
-            )
+        check_heads(heads, shape.width)
         with torch.device("meta"):
             model = Classifier(replace(shape, pool_heads=0), options.classes, heads)
         model.to_empty(device="cpu")
@@ -96,6 +98,12 @@ class Classify(Task):
                 learned=f"classes, {'frozen encoder' if frozen else 'encoder trained'}, init {self.config.init}",
             )
         )
+
+
+def check_heads(heads: int | None, width: int) -> None:
+    """Raises UsageError where the probe's heads do not divide the encoder's width."""
+    if heads is not None and width % heads:
+        raise UsageError(f"objective.heads {heads} does not divide the encoder's width {width}", code="mismatch")
 
 
 def count_classes(config: Config) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from aimv2.config.load import parse, read_recipe
-from aimv2.config.objective import find_task
+from aimv2.config.objective import find_task, foreign_options
 from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -74,6 +74,8 @@ def cooldown_of(init: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     stored = {key: value for key, value in read_recipe(point.run / CONFIG).items() if key not in OWN}
     before = parse(stored | {"init": init}, stored=True)
+    for option in foreign_options(before):  # earlier versions let them pass
+        del stored[f"objective.{option}"]
     name = given.get("objective.name", before.objective.name)
     task = find_task(name)
     if task is None or not task.cools:

@@ -117,7 +117,9 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     config = parse({**base, **given})
     if print_config:
         return describe_config(config, provenance(base, given, "demo"))
-    task_of(config).check()  # mistakes come before anything is drawn or cleared
+    task = task_of(config)  # mistakes come before anything is drawn or cleared
+    task.check()
+    task.encoder_config(config.data.vocab_size)
     if config.data.tokenizer != "auto":
         prepare.load_tokenizer(config.data.tokenizer)
     if dry_run:

@@ -6,7 +6,7 @@ What can't be read is named all the same, and raises the reason when it is read:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
     Raises:
         UsageError: nothing there, or no image among what is there; a list that is not UTF-8.
     """
+    _file_state.cache_clear()  # of an earlier listing
     kind, path = kind_of(source)
     if kind == "folder":
         found = _of_folder(path)
@@ -57,9 +58,14 @@ def content_identity(read: Any) -> str:
         return str(given)
     path, *place = given.where if read.func is _load else (given,)
     try:
-        return f"{contents_of_files([Path(path).expanduser()])} {place}"
+        return f"{_file_state(Path(path).expanduser())} {place}"
     except (ValueError, RuntimeError):  # a name with a zero byte, ~ of nobody
         return "none"
+
+
+@lru_cache(maxsize=64)  # one tar holds many images
+def _file_state(path: Path) -> str:
+    return contents_of_files([path])
 
 
 def _of_folder(folder: Path) -> Iterator[Picture]:

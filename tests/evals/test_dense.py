@@ -419,7 +419,7 @@ def test_wrong_use_of_native_models_depth_and_folders(tmp_path: Path, capsys: py
     flat = draw(tmp_path / "flat", *DEPTH_SPLIT, to_map=lambda ids: np.zeros_like(ids, np.uint16), counts=(3, 2))
     with pytest.raises(UsageError, match="no depth in the training maps: every pixel is 0"):
         api.depth(str(tmp_path / "native"), str(flat), image_size=28)
-    with pytest.raises(UsageError, match=r"--depth-scale 0.0: above 0"):
+    with pytest.raises(UsageError, match=r"--depth-scale 0: above 0"):
         api.depth(str(tmp_path / "native"), str(flat), depth_scale=0.0)
     with pytest.raises(UsageError, match=r"no depth folder \(depth, depths\)"):
         api.depth(str(tmp_path / "native"), str(root), image_size=28)

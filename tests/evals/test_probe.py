@@ -208,7 +208,7 @@ def test_a_vision_model_of_transformers_is_measured_too(data: Path, tmp_path: Pa
         ({"seeds": "1,0,1"}, "--seeds 1,0,1: the same number twice"),
         ({"seeds": "0.5"}, r"--seeds 0\.5: whole numbers"),
         ({"warmup": 8.0}, "--warmup 8: less than the 8 --epochs"),
-        ({"warmup": -1.0}, "--warmup -1.0: at least 0"),
+        ({"warmup": -1.0}, "--warmup -1: at least 0"),
         ({"heads": 5}, "--heads 5 does not divide"),
         ({"select": "validation"}, "--select validation"),
         ({"image_size": 30}, "--image-size 30: .* patches of 7 px"),

@@ -30,7 +30,8 @@ class Bounds:
             return value
         inside = (self.low < value if self.above else self.low <= value) and value <= self.high
         if not inside:
-            raise UsageError(f"{option} {value}: {self.words()} expected", option=option)
+            given = f"{value:g}" if isinstance(value, float) else value
+            raise UsageError(f"{option} {given}: {self.words()} expected", option=option)
         return value
 
     def words(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from aimv2 import api
 from aimv2.config.schema import Config
 from aimv2.data.stream.samples import View
 from aimv2.data.stream.transforms import to_pixels
+from aimv2.errors import UsageError
 from aimv2.evals import after_training
 from aimv2.models.create import build, create_model
 from aimv2.tasks import held_out
@@ -118,3 +120,21 @@ def test_other_ranks_are_gone_while_the_first_one_evaluates(data: Path, tmp_path
     assert first["others_gone"] and not first["group"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == first
     assert second == {"run": str(tmp_path / "run"), "step": 2}
+
+
+def test_no_room_for_the_features_is_said_before_anything_is_decoded(
+    probed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".probe-left").mkdir()  # by an evaluation that was killed
+    monkeypatch.setattr(after_training, "store_features", None)
+    usage, free = shutil.disk_usage(tmp_path), 0
+    monkeypatch.setattr(after_training.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    model = create_model("aimv2-tiny-patch8-32", True, 5, decoder_vocab_size=20, **SHAPE)
+    need = 2 * 16 * model.encoder.config.width * 2 * (2 * 120 + 24)  # float16, two encoders, mirrored training images
+    free = need - 1
+    with pytest.raises(UsageError, match=r"eval\.probe_samples 0: .* are free in") as error:
+        after_training.probe_against_random(probed, model, View(32, 16), tmp_path)
+    assert error.value.code == "limit" and not list(tmp_path.iterdir())
+    free = need
+    with pytest.raises(TypeError):  # past the check
+        after_training.probe_against_random(probed, model, View(32, 16), tmp_path)

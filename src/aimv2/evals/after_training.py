@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from torch import Tensor
 from aimv2.config.schema import Config
 from aimv2.data.prefetch import batched
 from aimv2.data.shards.format import captions_of, find_shards, read_samples
+from aimv2.data.shards.listing import list_shard
 from aimv2.data.stream.native import area_probabilities, middle_area
 from aimv2.data.stream.samples import View, training_shards, validation_shards
 from aimv2.data.text.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ from aimv2.tasks.held_out import HeldOut, HeldOutSample, held_out_samples, read_
 
 NGRAM_CAPTIONS = 50_000  # training captions that the n-gram models are fitted on, at most
 EXACT_IMAGES = 512  # held-out images whose caption is compared word for word
+PROBE_FOLDERS = ".probe-*"  # in the run folder, of stored features
 SIZE = 256  # labelled images in memory, and in the encoder, at once
 
 
@@ -122,7 +125,11 @@ def probe_against_random(config: Config, model: AIMv2, view: View, run: Path) ->
     encoders = {"probe_top1": model.encoder.eval(), "probe_top1_random": untrained.eval()}
     flips = (False, True) if config.data.flip > 0 else (False,)
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=run) as folder:
+    for left in run.glob(PROBE_FOLDERS):  # of an evaluation that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    images = len(encoders) * (len(flips) * labels_in(train[0], train[2]) + labels_in(test[0], test[2]))
+    check_room(run, 2 * images * view.patches * width, probe.probe_samples)
+    with tempfile.TemporaryDirectory(prefix=PROBE_FOLDERS[:-1], dir=run) as folder:
         try:
             views, labels = store_features(encoders, labelled_batches(*train), flips, Path(folder, "train"))
             tests, test_labels = store_features(encoders, labelled_batches(*test), (False,), Path(folder, "test"))
@@ -148,6 +155,23 @@ def probe_against_random(config: Config, model: AIMv2, view: View, run: Path) ->
             )
             say(f"{name} {figures[name]:.4f}")
     return figures
+
+
+def labels_in(shards: list[Path], limit: int) -> int:
+    """Labelled samples among the first ``limit`` (0: all), by the headers of the shards."""
+    labels = np.concatenate([list_shard(shard)[2] for shard in shards])
+    return int((labels[: limit or None] >= 0).sum())
+
+
+def check_room(run: Path, need: int, samples: int) -> None:
+    """Raises UsageError where the disk of the run has no room for ``need`` bytes of features."""
+    free = shutil.disk_usage(run).free
+    if need > free:
+        raise UsageError(
+            f"eval.probe_samples {samples}: the features of the labelled images take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            f"are free in {run}; make room, or use fewer images (`aimv2 pretrain --resume` evaluates a finished run)",
+            code="limit",
+        )
 
 
 def probe_test_shards(config: Config) -> list[Path]:

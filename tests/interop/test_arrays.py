@@ -67,7 +67,7 @@ def test_wrong_use(tmp_path: Path) -> None:
     convert(pair(), tmp_path / "lit", "safetensors")
     with pytest.raises(UsageError, match="did you mean 'jax'"):
         aimv2.load_model(tmp_path / "m", backend="jaxx")
-    with pytest.raises(UsageError, match="the encoder alone, in fp32"):
+    with pytest.raises(UsageError, match="the encoder only, in fp32"):
         aimv2.load_model(tmp_path / "m", backend="jax", dtype=torch.bfloat16)
     pytest.importorskip("jax")
     with pytest.raises(UsageError, match="an image encoder is expected, got LiT"):

@@ -23,10 +23,14 @@ from aimv2.data.text.models import load_model as load_model
 from aimv2.data.text.models import save_pretrained as save_pretrained
 
 """
-ACCEPTED = {"IntList": "str | list[int]", "SeedList": "str | list[int]", "BaselineList": "str | list[str] | None"}
+ACCEPTED = {
+    "IntList": "int | str | list[int]",
+    "SeedList": "int | str | list[int]",
+    "BaselineList": "str | list[str] | None",
+}
 ACCEPTED |= {
-    "RateList": "str | list[float]",
-    "FloatList": "str | list[float]",
+    "RateList": "float | str | list[float]",
+    "FloatList": "float | str | list[float]",
     "UntrainedOnly": "str | list[str] | None",
 }
 
@@ -36,6 +40,7 @@ def written(hint: object, field_type: str) -> str:
     if field_type in ACCEPTED:
         return ACCEPTED[field_type]
     text = inspect.formatannotation(hint).replace("typing.", "").replace("NoneType", "None")
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
     return re.sub(r"^Union\[(.*)\]$", lambda found: found[1].replace(", ", " | "), text)
 
 

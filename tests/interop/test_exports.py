@@ -153,7 +153,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
         (["convert", "M", "OUT", "--to", "openvino", "--precision", "int4"], "did you mean 'int8'"),
         (["convert", "aimv2-lage-patch14-224", "OUT", "--to", "timm"], "did you mean 'aimv2-large-patch14-224'"),
         (["embed", "M", "nowhere", "OUT"], "no such file or folder"),
-        (["embed", "M", "M", "OUT", "--pool", "max"], "mean, attention or none expected"),
+        (["embed", "M", "M", "OUT", "--pool", "max"], "one of mean, attention, none is expected"),
         (["embed", "M", "M", "OUT", "--pool", "attention"], "no pooling head"),
         (["embed", "M", "M", "OUT", "--layers", "7"], "-3 to 2 expected"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ class CompareOptions:
 
     results: list[str]
     dataset: str | None = None
-    format: str = "text"
+    format: Literal["text", "markdown", "json"] = "text"
     plot: str | None = None
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aimv2.errors import UsageError
 
+Target = Literal["released", "transformers", "timm", "onnx", "openvino", "safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
 
@@ -29,9 +30,9 @@ class ConvertOptions:
 
     source: str
     out: str
-    to: str = "transformers"
+    to: Target = "transformers"
     revision: str | None = None
-    precision: str | None = None
+    precision: Literal["fp32", "bf16", "int8"] | None = None
     images: str | None = None
     samples: int = 300
     licence: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from aimv2.errors import UsageError
 
@@ -29,13 +29,13 @@ class EmbedOptions:
     model: str
     images: str
     out: str
-    pool: str = "mean"
+    pool: Literal["mean", "attention", "none"] = "mean"
     layers: str = "last"
-    format: str = "npy"
+    format: Literal["npy", "parquet"] = "npy"
     shard_size: int | None = None
     batch_size: int = 16
     device: str | None = None
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 def run(options: EmbedOptions) -> dict[str, Any]:

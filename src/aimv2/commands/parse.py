@@ -142,8 +142,13 @@ def typed(name: str, given: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in given.items() if key not in whole}
     for key, value in given.items():
         parser.add_argument(f"--{key}", type=hints[key])
-        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
-            known = list(map(str, get_args(hints[key])))
+        known = [
+            str(one)
+            for part in (hints[key], *get_args(hints[key]))
+            if get_origin(part) is Literal
+            for one in get_args(part)
+        ]
+        if known and value is not None and value not in known:
             option = spelled(name, key)
             among = f"one of {', '.join(known)} is expected{nearest(str(value), known)}"
             raise UsageError(f"{option} {value}: {among}", option=option, code="unknown")

@@ -26,7 +26,7 @@ class PushOptions:
 
     model: str
     repository: str
-    to: str = "transformers"
+    to: convert.Target = "transformers"
     private: bool = False
     licence: str | None = None
     message: str = "Upload an AIMV2 encoder"

@@ -64,7 +64,9 @@ class Numbers:
         inside = (self.low < n if self.above else self.low <= n for n in found)
         if not found or not all(inside) or not all(n <= self.high and math.isfinite(n) for n in found):
             kind = "whole numbers" if self.kind is int else "numbers"
-            raise UsageError(f"{option} {given}: {kind}, {allowed.words()}, with commas, expected", option=option)
+            raise UsageError(
+                f"{option} {given}: {kind}, {allowed.words()}, separated by commas, expected", option=option
+            )
         if self.distinct and len(set(found)) < len(found):
             raise UsageError(f"{option} {given}: the same number twice; different ones expected", option=option)
         return found

@@ -37,7 +37,7 @@ def stepper(
     sweep = fresh_sweep(width, CLASSES, settings, 0, device, trunk)
     config = Config()
     config.train.precision, config.optim.clip = "fp32", 3.0
-    step = TrainStep(sweep, config, World(0, 1, device), False, task=SweepTask(config))
+    step = TrainStep(sweep, config, World(0, 1, device), False, task=SweepTask(config, sweep))
     sweep.train()
     return lambda: step(batch, 0)  # type: ignore[arg-type,return-value]
 

@@ -53,12 +53,13 @@ def stub() -> str:
         for base in reversed(kind.__mro__[:-1]):
             types |= inspect.get_annotations(base)
         hints = plain_hints(name)
-        lines.append(f"def {function_name(name)}(")
-        for key, parameter in signature_of(name).parameters.items():
-            default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
-            lines.append(f"    {key}: {written(hints[key], types[key])}{default},")
+        parameters = (
+            f"{key}: {written(hints[key], types[key])}"
+            + ("" if one.default is inspect.Parameter.empty else f" = {one.default!r}")
+            for key, one in signature_of(name).parameters.items()
+        )
         about = doc_of(name).split("\n\n")[0].replace("\n", "\n    ")
-        lines.append(f') -> dict[str, Any]:\n    """{about}"""\n')
+        lines.append(f'def {function_name(name)}({", ".join(parameters)}) -> dict[str, Any]:\n    """{about}"""\n')
     return "\n".join(lines)
 
 

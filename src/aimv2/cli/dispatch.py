@@ -15,7 +15,6 @@ from typing import Any
 from aimv2 import __version__
 from aimv2.commands.parse import (
     add_common,
-    execute,
     help_texts,
     make_parser,
     module_of,
@@ -145,12 +144,12 @@ def dispatch(words: list[str]) -> int:
         print_help(name)
         return 0
     given = read_words(name, words)
+    options = read(name, given)  # mistakes are reported before torch is imported
     if "model" in COMMANDS[name].words and str(given.get("device") or "cpu") == "cpu":
-        read(name, given)  # mistakes are reported before torch is imported
         from aimv2.models.matmul import fast_matmul
 
         fast_matmul()
-    result = execute(name, given)
+    result = module_of(name).run(options)
     if os.environ.get("RANK", "0") != "0":
         return 0
     if as_json:

@@ -31,6 +31,8 @@ from aimv2.models.probe_head import ProbeSweep, Trial
 from aimv2.objectives import Objective
 from aimv2.objectives.probe import SweepObjective
 from aimv2.tasks import Task
+from aimv2.tasks.held_out import HeldOut
+from aimv2.tasks.task import Context
 from aimv2.train import prepare
 from aimv2.train.log import Log
 from aimv2.train.loop import Stream, Trainer
@@ -92,11 +94,22 @@ class SweepLog(Log):
 class SweepTask(Task):
     """Many heads on frozen features, each with its own learning rate, weight decay and gradient norm."""
 
+    def __init__(self, config: Config, sweep: ProbeSweep) -> None:
+        super().__init__(config)
+        self.sweep = sweep
+
     def reads_text(self) -> bool:
         return False
 
+    def build(self, context: Context) -> ProbeSweep:
+        return self.sweep
+
     def objective(self, model: nn.Module) -> Objective:
         return SweepObjective()
+
+    def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
+        """Left to whoever holds the splits."""
+        return {}
 
     def parameter_groups(self, model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         """Weight decay is ``lr * decay``, as PyTorch means it (AIMV2, Table A2)."""
@@ -195,7 +208,7 @@ def train_sweep(
         clip=settings.clip,
     )
     world = World(0, 1, device)
-    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=SweepTask(config))
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=SweepTask(config, sweep))
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None

@@ -6,6 +6,7 @@ losses are an objective. It is made anew for each run and may keep what it build
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -44,7 +45,7 @@ class CardText(NamedTuple):
     use: str
 
 
-class Task:
+class Task(ABC):
     """A task with a model of its own; everything but ``build``, ``objective`` and ``validate`` has a default.
 
     Attributes:
@@ -67,10 +68,10 @@ class Task:
 
     # ---- before the run ----
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """Raises UsageError where a new run can't start with these values, whatever its data are."""
 
-    def check_world(self, world: World) -> None:
+    def check_world(self, world: World) -> None:  # noqa: B027
         """Raises UsageError where it can't run on so many ranks."""
 
     def reads_text(self) -> bool:
@@ -94,18 +95,20 @@ class Task:
         return 0
 
     def encoder_config(self, vocab_size: int) -> EncoderConfig:
-        """Shape of the encoder that it would build, known without its weights."""
-        raise NotImplementedError(f"{type(self).__name__}.encoder_config")
+        """Shape of the encoder that it would build, known without its weights: by default that of the section ``model``."""
+        from aimv2.tasks.pretrain import shapes
+
+        return shapes(self.config, vocab_size)[0]
 
     # ---- model and data ----
 
+    @abstractmethod
     def build(self, context: Context) -> nn.Module:
         """The model with its first weights, equal on every rank."""
-        raise NotImplementedError(f"{type(self).__name__}.build")
 
+    @abstractmethod
     def objective(self, model: nn.Module) -> Objective:
         """The losses of a model that it built."""
-        raise NotImplementedError(f"{type(self).__name__}.objective")
 
     def stream(self, context: Context, model: nn.Module) -> Any:
         """Endless batches of another form than images and captions, restorable; None: the common stream."""
@@ -121,7 +124,7 @@ class Task:
         """Clips the gradient to a norm of ``limit``; the norm before, []."""
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027
         """Runs after each update, without waiting for the device."""
 
     def flops(self, model: nn.Module, pairs: float, patches: float, tokens: float) -> float | None:
@@ -130,9 +133,9 @@ class Task:
 
     # ---- what comes of it ----
 
+    @abstractmethod
     def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
         """Figures on the held-out samples of all ranks, by name (``val_...``)."""
-        raise NotImplementedError(f"{type(self).__name__}.validate")
 
     def exported(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model folder keeps of the trained weights."""

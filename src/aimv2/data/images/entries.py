@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,16 +50,16 @@ class Reject(NamedTuple):
     reason: str
 
 
-class Reader:
+class Reader(ABC):
     """Finds the bytes of entries; picklable and light, since it goes to other processes."""
 
+    @abstractmethod
     def read(self, entry: SourceEntry) -> Loaded:
         """The encoded image and the rest of the sample.
 
         Raises:
             ImageError: it cannot be used.
         """
-        raise NotImplementedError
 
     def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
         """One result for each entry, in order."""

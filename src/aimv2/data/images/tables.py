@@ -133,6 +133,12 @@ class TableReader(Reader):
 
     layout: RowLayout
 
+    def read(self, entry: SourceEntry) -> Loaded:
+        (found,) = self.load([entry])
+        if isinstance(found, Reject):
+            raise ImageError(found.reason)
+        return found
+
     def load(self, entries: Sequence[SourceEntry]) -> Iterator[Loaded | Reject]:
         import pyarrow
 

@@ -125,8 +125,7 @@ def import_data(
     }
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
-    if val_list:
-        options["val_list"] = hashlib.sha256(val_text).hexdigest()
+    options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
     opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders))

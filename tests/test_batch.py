@@ -63,6 +63,21 @@ def test_scored_rows_among_kept_positions_by_hand() -> None:
     same(join_batches(split_batch(batch, 2, PATCHES), PATCHES), batch)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_rows_of_several_images_or_none_are_split_and_joined(stored: bool) -> None:
+    count = [2, 0, 1, 3, 0, 1]
+    held = torch.arange(7 * 4 * 5).view(7, 4, 5).float()
+    what = {"features": held} if stored else {"images": held.unsqueeze(1).expand(7, 3, 4, 5).to(torch.uint8)}
+    batch = make_batch(what.get("images"), [[1]] * 6, None, PATCHES, image_count=count, features=what.get("features"))
+    parts = split_batch(batch, 3, PATCHES)
+    images = [part.features if stored else part.images for part in parts]
+    assert [len(image) for image in images] == [2, 4, 1] and images[1].flatten()[0] == held.to(images[1].dtype)[2, 0, 0]
+    assert [part.image_count.tolist() for part in parts] == [[2, 0], [1, 3], [0, 1]]
+    same(join_batches(parts, PATCHES), batch)
+    with pytest.raises(AssertionError, match="as many images"):
+        make_batch(held, [[1]] * 6, None, PATCHES, image_count=[1] * 6)
+
+
 def test_buckets() -> None:
     assert [round_up(n, 16) for n in (0, 1, 16, 17)] == [16, 16, 16, 32]
     batch = pairs([[1] * 17, [1] * 20], [1, 1], patches=81)

@@ -1,6 +1,6 @@
 """The batch of image-text pairs that the data pipeline hands to the model, and its collate functions.
 
-Legend: B pairs, I patches per image, K of them that the decoder reads, T padded caption length, R caption rows, S scored
+Legend: B pairs, G images of them, I patches per image, K of them that the decoder reads, T padded caption length, R caption rows, S scored
 patches, N patches of a packed row.
 
 Scored patches and tokens are selected here, on the host, by length only: no boolean indexing later, hence no GPU sync, and no
@@ -46,8 +46,9 @@ class Batch:
     """B image-text pairs, ready for the device.
 
     Attributes:
-        images: uint8 [B, 3, H, W] in 0..255, or float [B, 3, H, W], already normalised. Native training: strips
-            [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p]. Of a batch of features [0, 3, 0, 0].
+        images: uint8 [G, 3, H, W] in 0..255, or float [G, 3, H, W], already normalised; G is B unless ``image_count`` says
+            else. Native training: strips [B, 3, p, A * p], A patches side by side; packed: one strip [1, 3, p, N * p]. Of a
+            batch of features [0, 3, 0, 0].
         text: int64 [B, T], right-padded with 0; end of text is the last real token of a caption.
         text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
         prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
@@ -71,8 +72,10 @@ class Batch:
         teacher: int8 [B, I, E], stored teacher features for these crops; None: none are stored.
         teacher_scale: float16 [B, I], their scale.
         sources: index of each sample's source in the mixture; [] without a mixture.
-        features: of a frozen encoder instead of images: [B, I, D]; of several layers [B, layers, I, D], or with ``image_len``
+        features: of a frozen encoder instead of images: [G, I, D]; of several layers [B, layers, I, D], or with ``image_len``
             [layers, sum of it, D]. None: the batch holds images.
+        image_count: int64 [B], images of each row, which stand one after the other, row by row, in ``images`` or ``features``; of
+            rows without a prefix, and 0 or more. None: one a row.
     """
 
     images: Tensor
@@ -95,6 +98,7 @@ class Batch:
     teacher_scale: Tensor | None = None
     sources: list[int] = field(default_factory=list)
     features: Tensor | None = None
+    image_count: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
@@ -192,11 +196,12 @@ def make_batch(
     teacher: tuple[Tensor, Tensor] | None = None,
     sources: Sequence[int] = (),
     features: Tensor | None = None,
+    image_count: Sequence[int] | Tensor | None = None,
 ) -> Batch:
     """Collate images and tokenised captions, and index what is scored.
 
     Args:
-        images: [B, 3, H, W]; None: ``features`` are given.
+        images: [G, 3, H, W]; None: ``features`` are given.
         captions: B lists of token ids, each ending with end of text; an empty list is no caption.
         prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
         patches: I, patches per image.
@@ -209,9 +214,15 @@ def make_batch(
         teacher: int8 [B, I, E] and float16 [B, I], see :class:`Batch`.
         sources: B indices into the mixture; none by default.
         features: see :class:`Batch`.
+        image_count: B numbers of images, see :class:`Batch`; None: one a row.
     """
     import torch
 
+    counts = None if image_count is None else torch.as_tensor(image_count, dtype=torch.int64)
+    held = images if features is None else features
+    assert counts is None or (prefix_len is None and held is not None and int(counts.sum()) == len(held)), (
+        "rows of several images: no prefix, and as many images as they say"
+    )
     text_len = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
     prefix = None if prefix_len is None else torch.as_tensor(prefix_len, dtype=torch.int64)
     assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), (
@@ -244,6 +255,7 @@ def make_batch(
         teacher_scale=teacher[1] if teacher else None,
         sources=list(sources),
         features=features,
+        image_count=counts,
     )
 
 
@@ -303,6 +315,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         teacher_scale=optional("teacher_scale"),
         sources=[source for batch in batches for source in batch.sources],
         features=optional("features"),
+        image_count=optional("image_count"),
     )
 
 
@@ -320,12 +333,14 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
     assert rest == 0, f"{len(batch)} pairs in {parts} parts"
     wide, places = batch.text.shape[1], patches if batch.kept is None else batch.kept.shape[1]
     pairs = torch.arange(0, len(batch) + 1, size)
+    # where the images of each part begin and end
+    ends = pairs if batch.image_count is None else torch.cat((pairs[:1], batch.image_count.cumsum(0)))[pairs]
     every, scored_at = batch.real_tokens(), batch.patch_rows[: int(batch.patch_count)]
     token_ends = torch.searchsorted(every, pairs * wide).tolist()
     patch_ends = torch.searchsorted(scored_at, pairs * places).tolist()
     found = []
     for part, at in enumerate(range(0, len(batch), size)):
-        own = slice(at, at + size)
+        own, held = slice(at, at + size), slice(int(ends[part]), int(ends[part + 1]))
         width = round_up(int(batch.text_len[own].max()), TEXT_BUCKET)
         tokens = _restride(every[token_ends[part] : token_ends[part + 1]], wide, width, -at)
         inside = slice(patch_ends[part], patch_ends[part + 1])
@@ -334,7 +349,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
             targets = pad_rows(batch.target_rows[inside] - at * patches, PATCH_BUCKET, 0)
         found.append(
             Batch(
-                images=batch.images[own],
+                images=batch.images[held],
                 text=batch.text[own, :width].contiguous(),
                 text_len=batch.text_len[own],
                 prefix_len=None if batch.prefix_len is None else batch.prefix_len[own],
@@ -350,7 +365,8 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 teacher=None if batch.teacher is None else batch.teacher[own],
                 teacher_scale=None if batch.teacher_scale is None else batch.teacher_scale[own],
                 sources=batch.sources[own],
-                features=None if batch.features is None else batch.features[own],
+                features=None if batch.features is None else batch.features[held],
+                image_count=None if batch.image_count is None else batch.image_count[own],
             )
         )
     return found

@@ -247,3 +247,14 @@ def test_a_task_may_take_the_options_of_another(recipe: Path, data: Path, tmp_pa
 def test_a_name_that_is_no_task_is_one_line(name: Any) -> None:
     with pytest.raises(UsageError, match=r"objective\.name"):
         parse({"objective.name": name})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("init", "no/where"), ("optim.lora", 4), ("optim.fresh_decoder", True), ("data.features", "some/folder")],
+)
+def test_shared_options_that_it_does_not_read_are_refused(recipe: Path, key: str, value: object) -> None:
+    more = {"init": "no/where"} if key in ("optim.lora", "optim.fresh_decoder") else {}
+    with pytest.raises(UsageError) as refused:
+        parse({"objective.name": "brightness", key: value} | more)
+    assert refused.value.code == "conflict" and refused.value.option in (key, "init")

@@ -12,7 +12,7 @@ from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from aimv2.commands.table import COMMANDS, function_name
-from aimv2.config.types import convert
+from aimv2.config.types import allowed, convert
 from aimv2.errors import UsageError, nearest, one_line
 
 
@@ -91,7 +91,7 @@ def add_common(parser: Any) -> None:
 def parser_of(name: str) -> Any:
     """The parser of a command's positional arguments and options, in the order of its API function."""
     parser, texts = make_parser(name), help_texts(name)
-    hints = plain_hints(name)
+    hints, ranges = plain_hints(name), get_type_hints(options_class(name), include_extras=True)
     words = {word.rstrip("*"): word.endswith("*") for word in COMMANDS[name].words}
     for key, many in words.items():
         more: dict[str, Any] = {"nargs": "*"} if many else {}
@@ -99,7 +99,8 @@ def parser_of(name: str) -> Any:
     group = parser.add_argument_group(inspect.getdoc(options_class(name)).split("\n\n")[0])  # type: ignore[union-attr]
     for key, field in option_fields(name).items():
         if key not in words:
-            group.add_argument(f"--{key}", type=hints[key], default=field.default, help=texts.get(key, ""))
+            about = "; ".join(filter(None, (texts.get(key, ""), allowed(ranges[key]))))
+            group.add_argument(f"--{key}", type=hints[key], default=field.default, help=about)
     add_common(parser)
     return parser
 

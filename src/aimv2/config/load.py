@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.config.objective import options_of, refuse_foreign
+from aimv2.config.objective import options_of, refuse_foreign, refuse_unread
 from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
 
@@ -135,6 +135,7 @@ def check_ranges(config: Config) -> None:
             "use at most 0.01, or optim.decay=torch"
         )
     options_of(config.objective.name).check(config)
+    refuse_unread(config)
     if optim.lora and config.init is None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
     if optim.fresh_decoder and config.init is None:

@@ -229,6 +229,22 @@ def refuse_foreign(config: Config) -> None:
         )
 
 
+def refuse_unread(config: Config) -> None:
+    """Raises UsageError for a shared option that only a task can honour and an installed one does not name in ``reads``."""
+    name = config.objective.name
+    if name in BUILT_IN:  # these check it themselves
+        return
+    given = {"init": config.init, "data.features": config.data.features}
+    given |= {f"optim.{key}": getattr(config.optim, key) for key in ("fresh_decoder", "lora")}
+    for key, value in given.items():
+        if value and key not in find_task(name).reads:
+            raise UsageError(
+                f"{key} {value}: the task objective.name={name} does not read it; leave it out",
+                option=key,
+                code="conflict",
+            )
+
+
 # ---- tasks by name ----
 
 

@@ -50,6 +50,10 @@ class Numbers:
     above: bool = False
     distinct: bool = False
 
+    def words(self) -> str:
+        kind = "whole numbers" if self.kind is int else "numbers"
+        return f"{kind}, {Bounds(self.low, self.high, self.above).words()}, separated by commas,"
+
     def __call__(self, value: Any, option: str) -> tuple[Any, ...]:
         """
         Raises:
@@ -60,13 +64,9 @@ class Numbers:
             found = tuple(self.kind(word) for word in split_words(str(given).strip("[]()")))
         except ValueError:
             found = ()
-        allowed = Bounds(self.low, self.high, self.above)
         inside = (self.low < n if self.above else self.low <= n for n in found)
         if not found or not all(inside) or not all(n <= self.high and math.isfinite(n) for n in found):
-            kind = "whole numbers" if self.kind is int else "numbers"
-            raise UsageError(
-                f"{option} {given}: {kind}, {allowed.words()}, separated by commas, expected", option=option
-            )
+            raise UsageError(f"{option} {given}: {self.words()} expected", option=option)
         if self.distinct and len(set(found)) < len(found):
             raise UsageError(f"{option} {given}: the same number twice; different ones expected", option=option)
         return found
@@ -136,6 +136,11 @@ def rules(hint: Any) -> Iterator[Any]:
     yield from getattr(hint, "__metadata__", ())
     for part in get_args(hint):
         yield from rules(part)
+
+
+def allowed(hint: Any) -> str:
+    """The ranges of a type, in words; "" where it has none."""
+    return "; ".join(rule.words().rstrip(",") for rule in rules(hint) if isinstance(rule, Bounds | Numbers))
 
 
 def convert(value: Any, hint: Any, option: str) -> Any:

@@ -31,6 +31,7 @@ class Classify(Task):
     """An encoder under an attentive probe."""
 
     options: ClassVar[type[Any]] = ClassifyTaskOptions
+    reads = ("init",)
 
     def check_world(self, world: World) -> None:
         if world.size > 1:

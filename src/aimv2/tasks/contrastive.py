@@ -37,6 +37,7 @@ class Contrastive(Task):
     """A text tower and a pooling head on a frozen encoder."""
 
     options: ClassVar[type[Any]] = ContrastiveTaskOptions
+    reads = ("init", "data.features")
     start_text = START
 
     def check(self) -> None:

@@ -28,6 +28,7 @@ class Pretrain(Task):
     """An encoder under a multimodal decoder."""
 
     options: ClassVar[type[Any]] = PretrainTaskOptions
+    reads = ("init", "optim.fresh_decoder", "optim.lora")
     cools = True
     no_captions = ", or train on images alone with objective.targets=image"
 

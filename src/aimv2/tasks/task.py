@@ -52,6 +52,8 @@ class Task(ABC):
         options: dataclass of its keys in the section ``objective``, with a static ``check(config)``: UsageError where values
             exclude each other. One that extends a built-in task's options reads those too.
         may_change: configuration keys that may differ when a run resumes.
+        reads: of ``init``, ``optim.fresh_decoder``, ``optim.lora`` and ``data.features`` those that it honours; the others are
+            refused.
         cools: whether ``optim.schedule=cooldown`` may continue a run of it.
         start_text: token that its captions begin with, which a newly trained tokenizer gets; None: none.
         no_captions: end of the message where captions are missing.
@@ -59,6 +61,7 @@ class Task(ABC):
 
     options: ClassVar[type[Any]]
     may_change: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     cools: ClassVar[bool] = False
     start_text: ClassVar[str | None] = None
     no_captions: ClassVar[str] = ""

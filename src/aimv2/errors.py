@@ -31,10 +31,29 @@ PLAIN = {
 OPTION = re.compile(r"--[a-z][\w-]*|[a-z]+\.[a-z][a-z_]*(?=[\s:=,])|[A-Z]{2,}(?=[\s:])")
 
 
+MOST, WORD = 1200, 400  # characters of a message, and of a word in it (a path, a value)
+
+
+def shown(text: object, most: int = MOST) -> str:
+    """Any text as one printable line of at most ``most`` characters: controls escaped, what is long cut in its middle."""
+    line = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in re.sub(r"\s*[\n\r]\s*", " ", str(text)).strip()
+    )
+    line = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), line)
+    return _cut(line, most)
+
+
+def _cut(text: str, most: int) -> str:
+    """``text`` without its middle: the beginning says what it is, the end what to do."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3 - 3]} ... {text[-(most // 3 - 2) :]}"
+
+
 class UsageError(ValueError):
     """A mistake of input: the message says what was given, what was expected and which option to change.
 
-    The command line prints the message as one line and exits with 2.
+    The command line prints the message as one line and exits with 2; it is printable and bounded whatever the values in it
+    (:func:`shown`).
 
     Attributes:
         option: the option, configuration key or positional argument to change (``--k``, ``optim.lr``, ``MODEL``); where it is not
@@ -43,6 +62,7 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str, *, option: str | None = None, code: str = "invalid") -> None:
+        message = shown(message)
         super().__init__(message)
         assert code in CODES, code
         head = OPTION.match(message)
@@ -52,7 +72,7 @@ class UsageError(ValueError):
 
 def first_line(error: BaseException, limit: int = 200) -> str:
     """First line of another library's error message, its type where there is none, cut to ``limit`` characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:limit]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0].strip(), limit)
 
 
 class RankError(UsageError):

@@ -25,7 +25,7 @@ from aimv2.commands.parse import (
     spelled,
 )
 from aimv2.commands.table import COMMANDS, GROUPS
-from aimv2.errors import RankError, UsageError, nearest, one_line
+from aimv2.errors import RankError, UsageError, nearest, one_line, shown
 
 CONFIG_HELP = "YAML recipe; --section.key value overrides it"
 FLAGS = ("resume", "overwrite")
@@ -34,6 +34,8 @@ DISK = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if not isinstance(error, RankError) and os.environ.get("RANK", "0") != "0":
             time.sleep(RANK_WAITS)  # torchrun ends all ranks with the first; the one that speaks must get there
-        complain(f"error: {' '.join(str(error).split())}", everywhere=isinstance(error, RankError))
+        complain(f"error: {error}", everywhere=isinstance(error, RankError))
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -114,7 +116,7 @@ def run() -> None:
 def complain(line: str, everywhere: bool = False) -> None:
     """A line on standard error; under torchrun from rank 0 only, unless only this rank knows it."""
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(shown(line), file=sys.stderr)
 
 
 def dispatch(words: list[str]) -> int:

@@ -101,7 +101,7 @@ def test_every_command_finds_the_same_images(tmp_path: Path) -> None:
     put(src / "c.csv", "image,caption\n" + "".join(f"{n}.jpg,x\n" for n in range(7)))
     names = ["B/3.jpg", "a.jpg", "b/1.jpg", "b/2.PNG", "linked/6.jpg"]
     assert sorted(walk(src)) == [name for name, _ in pictures(str(src))] == names
-    assert run(src, tmp_path / "out")["train"] == 3  # 2.jpg is another image than 2.PNG
+    assert run(src, tmp_path / "out")["train"] == 4  # 2.jpg is 2.PNG, by its stem
     assert list(walk(src, "linked/")) == ["linked/6.jpg"]
 
 

@@ -44,7 +44,8 @@ def is_image(name: str) -> bool:
 
 def stem(name: str) -> str:
     """A path without its extension."""
-    return name.rpartition(".")[0]
+    head, dot, extension = name.rpartition(".")
+    return head if dot and "/" not in extension else name
 
 
 def walk(folder: Path, inner: str = "") -> Iterator[str]:

@@ -6,7 +6,6 @@ A source is listed without opening an image, in a stable order. :data:`FILE_FORM
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from aimv2.data.images.entries import (
     SourceEntry,
     tar_entries,
 )
+from aimv2.data.images.names import NameFinder, tie
 from aimv2.data.images.tables import open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
@@ -160,13 +160,16 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
-    known, planned, reader = set(folder.files), list[SourceEntry | Reject](), FileReader()
-    if not any(f"{stem(name)}.{kind}" in known for name in folder.images for kind in ("txt", "json")):
+    planned, reader = list[SourceEntry | Reject](), FileReader()
+    finders = [NameFinder(name for name in folder.files if name.lower().endswith(kind)) for kind in (".txt", ".json")]
+    sidecars = [[finder.find(stem(name)) for finder in finders] for name in folder.images]
+    if not any(map(any, sidecars)):
         return None
-    for name in folder.images:
-        found = [f"{stem(name)}.{kind}" for kind in ("txt", "json")]
-        paths = [str(folder.root / side) if side in known else "" for side in found]
-        if any(paths):
+    for name, found in zip(folder.images, sidecars):
+        paths = [str(folder.root / side[0]) if len(side) == 1 else "" for side in found]
+        if several := next((side for side in found if len(side) > 1), None):
+            planned.append(Reject(safe_key(name), name, tie(several)))
+        elif any(paths):
             where = (str(folder.root / name), *paths)
             planned.append(SourceEntry(safe_key(name), name, where, UNREAD, None, UNREAD, reader))
         else:
@@ -275,24 +278,16 @@ class _ImageFinder:
     """Finds the file that a captions file means by a name."""
 
     def __init__(self, root: Path, home: Path, images: list[str]) -> None:
-        self.root, self.home, self.images = root, home, set(images)
-        self.by_name, self.by_stem = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
-        for image in images:
-            name = image.rpartition("/")[2]
-            self.by_name[name].append(image)
-            self.by_stem[stem(name)].append(image)
+        self.root, self.home, self.names = root, home, NameFinder(images)
 
     def find(self, name: str) -> tuple[str, str]:
         """(path, "") or ("", reason)."""
         name = name.replace("\\", "/").removeprefix("./")
-        for inner in (name, f"images/{name}"):
-            if inner in self.images:
-                return str(self.root / inner), ""
-        for folder in (self.root, self.home):
-            if ("/" in name or is_image(name)) and (folder / name).is_file():
-                return str(folder / name), ""
-        last = name.rpartition("/")[2]
-        found = self.by_name.get(last) or self.by_stem.get(last) or []
+        found = self.names.find(name) or self.names.find(f"images/{name}")
+        if not found and ("/" in name or is_image(name)):
+            if path := next((folder / name for folder in (self.root, self.home) if (folder / name).is_file()), None):
+                return str(path), ""
+        found = found or self.names.find(name, anywhere=True)
         if len(found) > 1:
             return "", f"several images of that name: {', '.join(found[:3])}"
         return (str(self.root / found[0]), "") if found else ("", "no such image")

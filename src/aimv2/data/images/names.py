@@ -1,0 +1,146 @@
+"""Names that someone wrote down, joined with the files that are there: one rule for captions, labels, tables, sidecars and maps.
+
+A name is compared as it is, then in one normal form (NFC), then without case, then without extension; a tie is not decided.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from aimv2.data.images.catalogue import is_image, stem
+from aimv2.data.images.decode import ImageError
+from aimv2.errors import UsageError
+
+
+def normal(name: str) -> str:
+    """A name in the normal form in which names are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folded(name: str) -> str:
+    """A name in its normal form, without case."""
+    return normal(normal(name).casefold())
+
+
+FORMS = (normal, folded)
+
+
+class NameFinder:
+    """Finds which of the given names (POSIX paths) are meant by a name.
+
+    Args:
+        names: that are there.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = dict.fromkeys(names)
+        self._keyed: dict[tuple[int, bool, bool], dict[str, list[str]]] = {}
+
+    def find(self, name: str, stems: bool = True, anywhere: bool = False) -> list[str]:
+        """One name if it is found, none if it is not, several if it may mean any of them.
+
+        Args:
+            name: backslashes and a leading ``./`` are allowed.
+            stems: compare without extension, too.
+            anywhere: compare without folders, too.
+        """
+        name = name.replace("\\", "/").removeprefix("./")
+        if name in self.names:
+            return [name]
+        for last in (False, True)[: 1 + anywhere]:
+            wanted = name.rpartition("/")[2] if last else name
+            bare = [wanted, stem(wanted)] if is_image(wanted) else [wanted]
+            for cut, asked in ((False, [wanted]), *([(True, bare)] if stems else [])):
+                for level, form in enumerate(FORMS):
+                    known = self._by(level, cut, last)
+                    if found := next((known[key] for key in map(form, asked) if key in known), None):
+                        return found
+        return []
+
+    def _by(self, level: int, cut: bool, last: bool) -> dict[str, list[str]]:
+        """The names by their compared form; made when it is first needed."""
+        place = level, cut, last
+        if place not in self._keyed:
+            self._keyed[place] = found = defaultdict[str, list[str]](list)
+            for name in self.names:
+                part = name.rpartition("/")[2] if last else name
+                found[FORMS[level](stem(part) if cut else part)].append(name)
+            self._keyed[place] = dict(found)
+        return self._keyed[place]
+
+
+def tie(found: Iterable[str]) -> str:
+    """Why a name that may mean several is not decided."""
+    return f"several files of that name: {', '.join(sorted(found)[:3])}"
+
+
+def locate(root: Path, name: str) -> Path:
+    """The file that a list in ``root`` means by a path: the path itself, else what is there under such a name.
+
+    Raises:
+        ImageError: several files may be meant.
+    """
+    path = here = root / name
+    if path.exists():
+        return path
+    parts = Path(name).parts
+    here = root
+    for number, part in enumerate(parts, 1):
+        if part != ".." and not (here / part).exists():
+            found = _listed(str(here)).find(part, stems=number == len(parts))
+            if len(found) != 1:
+                if found:
+                    raise ImageError(tie(found))
+                return path
+            part = found[0]
+        here /= part
+    return here
+
+
+def _listed(folder: str) -> NameFinder:
+    try:
+        return _listing(folder, os.stat(folder).st_mtime_ns)
+    except OSError:
+        return NameFinder(())
+
+
+@lru_cache(maxsize=1024)
+def _listing(folder: str, _changed: int) -> NameFinder:
+    return NameFinder(sorted(os.listdir(folder)))
+
+
+def inside(root: Path, name: str, image_root: Path | None = None) -> str:
+    """The name, once it is sure that it leads to a file below ``root``, or below the folder that the user allows.
+
+    A link counts where it lies: one inside the folder may lead out of it.
+
+    Args:
+        root: folder where the paths of a list or a table start.
+        name: path as it is written there.
+        image_root: of ``--image-root``; None: ``root`` only.
+
+    Returns:
+        the path from ``root``, or an absolute one, without ``..``.
+
+    Raises:
+        UsageError: an absolute or ``..`` path that leads elsewhere.
+    """
+    name = name.replace("\\", "/") if "\\" in name and not (root / name).exists() else name
+    if not (name.startswith(("/", "~")) or ".." in name.split("/")):
+        return name
+    path = os.path.normpath(root.absolute() / os.path.expanduser(name))
+    for folder in (root, *((image_root,) if image_root else ())):
+        for top in {os.path.normpath(folder.expanduser().absolute()), str(folder.expanduser().resolve())}:
+            if path.startswith(top.rstrip("/") + "/"):
+                return path
+    raise UsageError(
+        f"--image-root: {name} leads out of {root if image_root is None else image_root}; give --image-root DIR, a folder"
+        " that holds all images, if they may be read from there",
+        option="--image-root",
+        code="missing" if image_root is None else "mismatch",
+    )

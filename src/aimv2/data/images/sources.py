@@ -284,9 +284,9 @@ class _ImageFinder:
         """(path, "") or ("", reason)."""
         name = name.replace("\\", "/").removeprefix("./")
         found = self.names.find(name) or self.names.find(f"images/{name}")
-        if not found and ("/" in name or is_image(name)):
-            if path := next((folder / name for folder in (self.root, self.home) if (folder / name).is_file()), None):
-                return str(path), ""
+        places = (self.root, self.home) if not found and ("/" in name or is_image(name)) else ()
+        if path := next((folder / name for folder in places if (folder / name).is_file()), None):
+            return str(path), ""
         found = found or self.names.find(name, anywhere=True)
         if len(found) > 1:
             return "", f"several images of that name: {', '.join(found[:3])}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import create_model
-from aimv2.models.generate import generate, pick
+from aimv2.models.generate import generate, penalize, pick
 
 NEVER = -1  # no token: nothing ends a caption but its length
 
@@ -110,13 +110,39 @@ def test_enough_beams_find_the_best_caption_of_all(seed: int) -> None:
     model, vocab, longest, eos = tiny(vocab=4, max_text=3, seed=seed), 4, 3, 0
     words = range(1, vocab)
     every = [[*ids, eos] for n in range(longest) for ids in itertools.product(words, repeat=n)]
-    every += [list(ids) for ids in itertools.product(words, repeat=longest)]
     for image in pictures().split(1):
         (found,) = generate(model, image, eos, longest, beams=64)
         best = max(every, key=lambda ids: mean_log_probability(model, image, ids))
         assert found == best
-        (greedy,) = generate(model, image, eos, longest)
-        assert mean_log_probability(model, image, found) >= mean_log_probability(model, image, greedy)
+
+
+def test_a_caption_that_is_cut_wins_only_where_none_has_ended() -> None:
+    """However likely a repetition is, a caption that ends is taken, and of cut ones the likeliest."""
+    model, eos, longest = tiny(vocab=4, max_text=6), 0, 6
+    with torch.no_grad():
+        model.decoder.text_head.linear.weight[eos] *= 0
+        model.decoder.text_head.linear.weight[1:] *= 0.1
+    assert all(eos in ids for ids in generate(model, pictures(), eos, longest, beams=4))
+    cut = generate(model, pictures(1), NEVER, longest, beams=4**6)[0]
+    every = [list(ids) for ids in itertools.product(range(4), repeat=longest)]
+    assert cut == max(every, key=lambda ids: mean_log_probability(model, pictures(1), ids))
+
+
+def test_a_repetition_penalty_by_hand() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5], [2.0, -1.0, 0.5]])
+    written = torch.tensor([[0, 0], [1, 2]])
+    assert penalize(logits, written, 2.0).tolist() == [[1.0, -1.0, 0.5], [2.0, -2.0, 0.25]]
+    assert penalize(logits, written[:, :0], 2.0).tolist() == logits.tolist()
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    assert torch.equal(penalize(logits, written, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(written, logits.clone()))
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_a_repetition_penalty_makes_captions_of_different_tokens(way: str) -> None:
+    model = tiny()
+    free, varied = (generate(model, pictures(), NEVER, 8, repetition_penalty=p, **WAYS[way]) for p in (1.0, 1e6))
+    assert sum(len(set(ids)) for ids in varied) > sum(len(set(ids)) for ids in free)
 
 
 def test_beams_beat_greedy_where_greed_misleads() -> None:
@@ -165,6 +191,7 @@ def test_pick_draws_from_the_smallest_set_of_that_mass() -> None:
         ({"top_p": 1.5}, "top_p.*got .*1.5"),
         ({"beams": 0}, "beams >= 1.* 0$"),
         ({"beams": 2, "temperature": 1.0}, "beam search does not sample"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
     ],
 )
 def test_options_out_of_range(options: dict, words: str) -> None:

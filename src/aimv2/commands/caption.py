@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from aimv2.config.types import Count, PositiveInt, UntrainedOnly, text
+from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
 from aimv2.errors import UsageError
 
 
@@ -32,6 +32,7 @@ class CaptionOptions:
         baselines: of the scores: random (the same model with an untrained encoder); null: none
         out: folder for result.json, if data are scored
         device: cpu, cuda, ...; null: cuda where there is one
+        repetition_penalty: more than 1 makes tokens that are written already less likely
     """
 
     model: str
@@ -39,7 +40,7 @@ class CaptionOptions:
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
-    beams: int = 1
+    beams: PositiveInt = 1
     seed: int = 0
     batch_size: PositiveInt = 64
     data: str | None = None
@@ -48,6 +49,7 @@ class CaptionOptions:
     baselines: UntrainedOnly = text(None)
     out: str | None = None
     device: str | None = None
+    repetition_penalty: AboveZero = 1.0
 
     def __post_init__(self) -> None:
         scoring = ("--data", self.data), ("--limit", self.limit), ("--baselines", self.baselines), ("--out", self.out)
@@ -71,8 +73,9 @@ def run(options: CaptionOptions) -> dict[str, Any]:
 
     loaded = load_model(options.model, decoder=True, device=default_device(options.device))
     writing = Writing(
-        options.max_tokens, options.temperature, options.top_p, options.beams, options.seed, options.batch_size
-    )
+        options.max_tokens, options.temperature, options.top_p, options.beams, options.seed, options.batch_size,
+        options.repetition_penalty,
+    )  # fmt: skip
     if options.data is None:
         return caption_files(loaded, options.images, writing)
     from aimv2.evals.caption_score import evaluate_captions

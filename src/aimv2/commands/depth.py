@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from aimv2.config.types import Bounds
+from aimv2.config.types import AboveZero
 from aimv2.evals.options import DenseOptions
 
 
@@ -25,7 +25,7 @@ class DepthOptions(DenseOptions):
         "model data depth_scale val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
         "trunk_batch device out image_mean image_std"
     )
-    depth_scale: Annotated[float, Bounds(0, above=True)] = 1000.0
+    depth_scale: AboveZero = 1000.0
 
 
 def run(options: DepthOptions) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from aimv2.config.types import Bounds, Count, IntList, text
+from aimv2.config.types import AboveZero, Count, IntList, text
 from aimv2.evals.options import PooledOptions
 
 
@@ -29,7 +29,7 @@ class KnnOptions(PooledOptions):
     )
     k: IntList = text("1,5,10,20,50,100,200")
     weights: Literal["uniform", "distance"] = "uniform"
-    temperature: Annotated[float, Bounds(0, above=True)] = 0.07
+    temperature: AboveZero = 0.07
     backend: Literal["auto", "torch", "faiss"] = "auto"
     pool: Literal["mean", "attention"] = "mean"
     train_limit: Count = 0

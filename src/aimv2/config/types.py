@@ -109,6 +109,7 @@ def text(value: str | None) -> Any:
 
 PositiveInt = Annotated[int, Bounds(1)]
 Count = Annotated[int, Bounds(0)]
+AboveZero = Annotated[float, Bounds(0, above=True)]
 Fraction = Annotated[float, Bounds(0, 1)]
 if TYPE_CHECKING:  # what convert() makes of the text
     IntList = tuple[int, ...]

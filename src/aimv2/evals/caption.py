@@ -45,6 +45,7 @@ class Writing:
     beams: int = 1
     seed: int = 0
     batch_size: int = 64
+    repetition_penalty: float = 1.0
 
     def __call__(self, model: AIMv2, images: torch.Tensor, done: int = 0) -> list[str]:
         """Captions of uint8 [B, 3, H, W]; ``done`` images were captioned before, which the seed of sampling counts.
@@ -53,7 +54,10 @@ class Writing:
             UsageError: options out of range, a model that can't write.
         """
         try:
-            return model.caption(images, self.max_tokens, self.temperature, self.top_p, self.beams, self.seed + done)
+            return model.caption(
+                images, self.max_tokens, self.temperature, self.top_p, self.beams, self.seed + done,
+                repetition_penalty=self.repetition_penalty,
+            )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from None
 

@@ -172,6 +172,7 @@ def evaluate_captions(
             else "greedy",
             "max_tokens": writing.max_tokens or model.decoder.config.max_text,
             **({"temperature": writing.temperature, "top_p": writing.top_p} if sampled else {}),
+            **({} if writing.repetition_penalty == 1 else {"repetition_penalty": writing.repetition_penalty}),
             "tokenizer": tokenizer,
             "scorers": f"pycocoevalcap {version('pycocoevalcap')}",
             "cider": "word frequencies over the references of these images",

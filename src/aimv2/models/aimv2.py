@@ -79,6 +79,7 @@ class AIMv2(nn.Module):
         beams: int = 1,
         seed: int = 0,
         tokenizer: CaptionTokenizer | None = None,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Generate one caption per image, in evaluation mode; see :func:`aimv2.models.generate.generate`.
 
@@ -90,6 +91,7 @@ class AIMv2(nn.Module):
             beams: beam width; 1 is no beam search.
             seed: sampling seed.
             tokenizer: replaces the model's own.
+            repetition_penalty: above 1 makes tokens that are written already less likely.
 
         Raises:
             ValueError: options out of range, no text head.
@@ -107,7 +109,10 @@ class AIMv2(nn.Module):
         self.eval()
         try:
             with torch.compiler.set_stance("force_eager"):
-                ids = generate(self, images, tokenizer.eos_id, limit, temperature, top_p, beams, seed)
+                ids = generate(
+                    self, images, tokenizer.eos_id, limit, temperature, top_p, beams, seed,
+                    repetition_penalty=repetition_penalty,
+                )  # fmt: skip
         finally:
             self.train(was_training)
         return [tokenizer.decode(caption) for caption in ids]

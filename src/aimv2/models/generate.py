@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class _NextToken:
     """Logits of the next token, from caches or (reference path) by a full forward pass each time."""
 
-    def __init__(self, model: AIMv2, features: Tensor, cached: bool) -> None:
-        self.model, self.features = model, features
+    def __init__(self, model: AIMv2, features: Tensor, cached: bool, penalty: float = 1.0) -> None:
+        self.model, self.features, self.penalty = model, features, penalty
         self.caches: list[Cache] | None = model.decoder.new_caches() if cached else None
         if self.caches is not None:
             model.decoder.read_image(features, self.caches)
@@ -29,16 +29,31 @@ class _NextToken:
     def logits(self, written: Tensor) -> Tensor:
         """int64 [B, t] tokens so far -> fp32 [B, V] logits of the next."""
         if self.caches is None:
-            return self.model.decoder.full_logits(self.features, written)[:, -1].float()
-        last = written[:, -1] if written.shape[1] else None
-        logits = self.model.decoder.next_logits(last, written.shape[1], len(self.features), self.caches)
-        return logits.float()
+            logits = self.model.decoder.full_logits(self.features, written)[:, -1].float()
+        else:
+            last = written[:, -1] if written.shape[1] else None
+            logits = self.model.decoder.next_logits(last, written.shape[1], len(self.features), self.caches).float()
+        return logits if self.penalty == 1 else penalize(logits, written, self.penalty)
 
     def select(self, rows: Tensor) -> None:
         """Continue with samples ``rows``, repeats allowed."""
         self.features = self.features[rows]
         for cache in self.caches or ():
             cache.select(rows)
+
+
+def penalize(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
+    """Logits with those of tokens that are written already divided by ``penalty`` (negative ones multiplied).
+
+    The repetition penalty of CTRL (arXiv 1909.05858, section 4.1), as `transformers` has it.
+
+    Args:
+        logits: fp32 [B, V].
+        written: int64 [B, t].
+        penalty: above 0; 1 changes nothing.
+    """
+    there = logits.gather(1, written)
+    return logits.scatter(1, written, torch.where(there > 0, there / penalty, there * penalty))
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -72,6 +87,7 @@ def generate(
     beams: int = 1,
     seed: int = 0,
     cached: bool = True,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Generate captions as token ids, each up to and including end of text (or ``max_tokens``).
 
@@ -82,9 +98,11 @@ def generate(
         max_tokens: 1..max_text of the decoder.
         temperature: 0 is greedy decoding.
         top_p: probability mass to sample from, in (0, 1].
-        beams: beam width; above 1 beam search by mean log-probability (temperature must be 0).
+        beams: beam width; above 1 beam search by mean log-probability (temperature must be 0). A caption that is cut at
+            ``max_tokens`` is taken only where none has ended.
         seed: sampling seed.
         cached: False runs a full forward pass for each token (reference path).
+        repetition_penalty: above 1 makes tokens that are written already less likely, see :func:`penalize`.
 
     Raises:
         ValueError: options out of range, or a model without a text head.
@@ -98,9 +116,11 @@ def generate(
         raise ValueError(
             f"temperature >= 0, 0 < top_p <= 1 and beams >= 1 are expected, got {temperature}, {top_p}, {beams}"
         )
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty must be above 0 (1: none), got {repetition_penalty}")
     if beams > 1 and temperature:
         raise ValueError(f"beam search does not sample: temperature must be 0 with beams {beams}, got {temperature}")
-    next_token = _NextToken(model, model.encoder(images), cached)
+    next_token = _NextToken(model, model.encoder(images), cached, repetition_penalty)
     if beams > 1:
         return _beam_search(next_token, len(images), eos_id, max_tokens, beams)
     generator = torch.Generator(images.device).manual_seed(seed)
@@ -119,11 +139,15 @@ def _until_end(ids: Sequence[int], eos_id: int) -> list[int]:
 
 
 def _beam_search(next_token: _NextToken, samples: int, eos_id: int, max_tokens: int, beams: int) -> list[list[int]]:
-    """Beam search with ``beams`` hypotheses per image; the best finished caption by mean log-probability wins."""
+    """Beam search with ``beams`` hypotheses per image; the best finished caption by mean log-probability wins.
+
+    A long repetition has a better mean than any caption that ends: what is cut at ``max_tokens`` competes only where none ended.
+    """
     device = next_token.features.device
     written = torch.zeros(samples, 0, dtype=torch.int64, device=device)
     scores = torch.zeros(samples, 1, device=device)  # [B, K]
     best: list[tuple[float, list[int]]] = [(float("-inf"), []) for _ in range(samples)]
+    cut = list(best)
     for length in range(1, max_tokens + 1):
         logs = next_token.logits(written).log_softmax(-1).view(samples, scores.shape[1], -1)
         vocabulary = logs.shape[-1]
@@ -137,9 +161,11 @@ def _beam_search(next_token: _NextToken, samples: int, eos_id: int, max_tokens: 
             for at in range(scores.shape[1]):
                 prefix = written[rows[sample, at]].tolist()
                 score = scores[sample, at].item() / length
-                if int(tokens[sample, at]) == eos_id or length == max_tokens:
-                    if score > best[sample][0]:
-                        best[sample] = (score, [*prefix, int(tokens[sample, at])])
+                ended = int(tokens[sample, at]) == eos_id
+                if ended or length == max_tokens:
+                    found = best if ended else cut
+                    if score > found[sample][0]:
+                        found[sample] = (score, [*prefix, int(tokens[sample, at])])
                 elif len(alive) < beams:
                     alive.append(at)
             alive += [alive[-1] if alive else 0] * (beams - len(alive))
@@ -153,4 +179,4 @@ def _beam_search(next_token: _NextToken, samples: int, eos_id: int, max_tokens: 
         next_token.select(kept)
         new = torch.tensor([token for _, token in chosen], device=device)
         written = torch.cat([written[kept], new[:, None]], 1)
-    return [ids for _, ids in best]
+    return [ended or ids for (_, ended), (_, ids) in zip(best, cut)]

@@ -159,8 +159,8 @@ def test_weights_that_change_meanwhile_are_noticed(
 ) -> None:
     real = AIMv2.caption
 
-    def spoils(self: AIMv2, *args: Any) -> list[str]:
-        written = real(self, *args)
+    def spoils(self: AIMv2, *args: Any, **more: Any) -> list[str]:
+        written = real(self, *args, **more)
         self.encoder.norm.weight.data[0] += 1
         return written
 

@@ -29,7 +29,7 @@ def data_teach(teacher: str, data: str, out: str, views: int = 2, crop_scale: fl
 def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str, Any]:
     """Train a byte-level BPE on captions."""
 
-def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None) -> dict[str, Any]:
+def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0) -> dict[str, Any]:
     """Write captions of images: greedy, sampled, or by beam search; or score such captions against references."""
 
 def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:

@@ -112,6 +112,17 @@ def test_mistakes_are_named(name: str, options: dict, words: list[str]) -> None:
     assert all(word in str(error.value) for word in words)
 
 
+def test_names_by_pattern_and_what_other_libraries_call_loading() -> None:
+    assert list_models("*-448") == [name for name in list_models() if name.endswith("-448")] != []
+    assert list_models("aimv2-tiny*") and list_models("*-449*") == []
+    with pytest.raises(UsageError, match=r"load_model\('aimv2-large-patch14-224'\)") as error:
+        create_model("aimv2-large-patch14-224", pretrained=True)
+    assert error.value.option == "pretrained" and error.value.code == "unsupported"
+    encoder, images = create_model("aimv2-tiny-patch8-32").eval(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(encoder.forward_features(images), encoder(images))
+
+
 def test_overrides_leave_the_table_alone() -> None:
     before = dict(MODELS)
     encoder, decoder = model_config("aimv2-tiny-patch8-32", {"depth": 9}, image_size=64)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.init import init_weights
@@ -34,8 +35,15 @@ def create_model(name: str, decoder: bool = False, seed: int | None = None, **ov
         VisionEncoder, or AIMv2 where ``decoder`` is true, in training mode, fp32.
 
     Raises:
-        UsageError: an unknown name or option, numbers that do not fit each other.
+        UsageError: an unknown name or option, numbers that do not fit each other; ``pretrained``, which other libraries have here.
     """
+    if "pretrained" in overrides:
+        raise UsageError(
+            f"pretrained={overrides['pretrained']}: create_model makes random weights; aimv2.load_model({name!r}) loads those "
+            "that were released, and aimv2.load_model(PATH) your own",
+            option="pretrained",
+            code="unsupported",
+        )
     parts = {key.removeprefix("decoder_"): overrides.pop(key) for key in list(overrides) if key.startswith("decoder_")}
     encoder, shape = model_config(name, parts, **overrides)
     return build(encoder, shape if decoder else None, seed)

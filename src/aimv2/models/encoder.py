@@ -145,6 +145,10 @@ class VisionEncoder(nn.Module):
         x, kept = self._trunk(x, mask, wanted)
         return x if layers is None else (x, kept)
 
+    def forward_features(self, images: Tensor | Sequence[Tensor]) -> Any:
+        """The same as calling the encoder: timm's name for features per patch after the last norm, [B, I, D]."""
+        return self(images)
+
     def forward_batch(self, batch: Batch, bidirectional: bool = False) -> Tensor:
         """Features of a training batch, with prefix attention unless ``bidirectional``: [B, I, D]; a packed batch [1, N, D]."""
         if batch.places is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
@@ -127,9 +128,9 @@ def _table() -> dict[str, tuple[EncoderConfig, DecoderConfig]]:
 MODELS = _table()
 
 
-def list_models() -> list[str]:
-    """Names that :func:`aimv2.create_model` takes."""
-    return list(MODELS)
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`aimv2.create_model` takes, those that match ``pattern`` (``"*-448"``), in order of size."""
+    return [name for name in MODELS if fnmatchcase(name, pattern)]
 
 
 def model_config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from aimv2.data.text.clip import find_clip_tokenizer
 from aimv2.data.text.tokenizer import load_tokenizer
@@ -15,6 +15,39 @@ from aimv2.interop.card import HOLDS_PAIRS, card
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
+
+
+@overload
+def load_model(
+    source: str | Path,
+    decoder: Literal[False] = ...,
+    revision: str | None = ...,
+    device: Any = ...,
+    dtype: Any = ...,
+    backend: Literal["torch"] = ...,
+) -> VisionEncoder: ...
+
+
+@overload
+def load_model(
+    source: str | Path,
+    decoder: Literal[True],
+    revision: str | None = ...,
+    device: Any = ...,
+    dtype: Any = ...,
+    backend: Literal["torch"] = ...,
+) -> AIMv2: ...
+
+
+@overload
+def load_model(
+    source: str | Path,
+    decoder: bool = ...,
+    revision: str | None = ...,
+    device: Any = ...,
+    dtype: Any = ...,
+    backend: str = ...,
+) -> Any: ...
 
 
 def load_model(
@@ -38,8 +71,8 @@ def load_model(
             :class:`aimv2.interop.arrays.ArrayEncoder`).
 
     Returns:
-        VisionEncoder; LiT for an image-text pair; AIMv2 where ``decoder`` is true; in evaluation mode. ArrayEncoder for
-        another backend.
+        VisionEncoder; LiT for an image-text pair (a type checker is told the encoder); AIMv2 where ``decoder`` is true; in
+        evaluation mode. ArrayEncoder for another backend.
 
     Raises:
         UsageError: nothing to load, or weights that do not fit.

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from aimv2.data.images.decode import to_rgb
-from aimv2.data.stream.transforms import centre_crop_box, crop_resize, image_transform, to_pixels
+from aimv2.data.images.decode import upright_rgb
+from aimv2.data.stream.transforms import image_transform, resized_crop, to_pixels
 from aimv2.errors import UsageError
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
@@ -224,12 +224,11 @@ class TransformersPair:
         """The processor's view before its arithmetic, uint8 [3, H, W]: a quarter of the bytes to keep. Without one the centred
         square."""
         if self.processor is None:
-            square = crop_resize(to_rgb(image), centre_crop_box(*image.size), (self.side, self.side))
-            return torch.from_numpy(to_pixels(square))
+            return torch.from_numpy(to_pixels(resized_crop(upright_rgb(image), self.side)))
         plain = dict(do_rescale=False, do_normalize=False, return_tensors="pt")
         if hasattr(self.processor, "do_flip_channel_order"):
             plain["do_flip_channel_order"] = False
-        return self.processor(to_rgb(image), **plain)["pixel_values"][0]
+        return self.processor(upright_rgb(image), **plain)["pixel_values"][0]
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float, scaled and normalised as the processor does."""

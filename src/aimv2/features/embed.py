@@ -24,7 +24,7 @@ from torch import Tensor
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.pictures import Picture, content_identity, pictures
 from aimv2.data.prefetch import batched, prefetch_map
-from aimv2.data.stream.transforms import image_transform
+from aimv2.data.stream.transforms import VIEW, image_transform
 from aimv2.errors import RankError, UsageError
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
 from aimv2.features.frozen import PRECISIONS
@@ -163,7 +163,7 @@ def list_images(source: str) -> ListedImages:
 
 def view_of(encoder: VisionEncoder) -> dict[str, Any]:
     """What :func:`aimv2.data.stream.transforms.image_transform` does to an image, for a fingerprint."""
-    return {"image_size": encoder.config.image_size, "crop": "resized centre" if encoder.config.image_size else "none"}
+    return {"image_size": encoder.config.image_size, "crop": VIEW if encoder.config.image_size else "none"}
 
 
 def default_shard_size(encoder: VisionEncoder, wanted: Wanted) -> int:

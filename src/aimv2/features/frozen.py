@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from aimv2.data.stream.transforms import centre_crop_box, crop_resize, native_size, to_pixels
+from aimv2.data.stream.transforms import VIEW, crop_resize, native_size, resized_crop, to_pixels
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import architecture, file_hash, model_fingerprint, weights_hash
 from aimv2.features.pixels import OPTIONS, Pixels, Stats
@@ -102,7 +102,7 @@ class Frozen:
 
     def view(self, flip: bool = False) -> dict[str, Any]:
         """What :meth:`see` does to an image, for a fingerprint."""
-        sizes = self.range._asdict() if self.range else {"crop": CROP}
+        sizes = self.range._asdict() if self.range else {"crop": CROP, "resize": VIEW}
         return {"image_size": self.image_size, **sizes, "flip": flip}
 
     @property
@@ -154,7 +154,9 @@ class Frozen:
             yield
 
     def see(self, image: Image.Image) -> np.ndarray:
-        """The test view, uint8 [3, H, W]: the centred square, 0.875 of it where the image is larger than the input.
+        """The test view of an upright RGB image, uint8 [3, H, W]: the centred square, 0.875 of it where the image is larger than
+        the input: every pixel as the released evaluation code gives it, and for images that are not larger as the image
+        processors of the released models do.
 
         At native the whole image, resized to the nearest whole number of patches a side and, at its own aspect ratio, into the
         model's range, as in training and in :func:`aimv2.image_transform`. (The released code does not resize it, and its
@@ -162,11 +164,9 @@ class Frozen:
         """
         if self.range is not None:
             return to_pixels(crop_resize(image, (0, 0, *image.size), native_size(*image.size, *self.range)))
-        kept = CROP if min(image.size) > self.side else 1.0
-        left, top, right, bottom = centre_crop_box(*image.size)
-        cut = (1 - kept) * (right - left) / 2
-        box = (left + cut, top + cut, right - cut, bottom - cut)
-        return to_pixels(crop_resize(image, box, (self.side, self.side)))
+        if min(image.size) > self.side:
+            return to_pixels(resized_crop(image, self.side, math.ceil(self.side / CROP), round))
+        return to_pixels(resized_crop(image, self.side))
 
     def layer_names(self, layers: str) -> list[str]:
         """``last``, ``avg6``, block numbers with commas (negative ones from the end), or ``all``.

@@ -98,9 +98,11 @@ class ArrayEncoder:
         """uint8 or normalised float [B, 3, H, W] -> [B, I, D].
 
         Raises:
-            ValueError: integers other than uint8, or an unsupported image shape.
+            ValueError: integers other than uint8, floats of magnitudes above 20, or an unsupported image shape.
         """
         self.config.check_pixels(tuple(images.shape))
+        if str(images.dtype) == "uint8" or "float" in str(images.dtype):
+            self.config.check_values(float(images.min()), float(images.max()), str(images.dtype) == "uint8")
         return self.apply(self.params, self.normalize(images))
 
 

@@ -45,6 +45,18 @@ class PatchEmbed(nn.Module):
         return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
 
 
+def _readable(images: Tensor) -> bool:
+    """Whether images hold values that can be looked at: eager, not traced, and without stopping a training step."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not Tensor:
+        return False
+    if images.is_meta or not images.numel() or torch._C._functorch.is_functorch_wrapped_tensor(images):
+        return False
+    if images.dtype == torch.uint8:
+        return images.device.type == "cpu"
+    on_host = images.device.type == "cpu" or not torch.is_grad_enabled()
+    return images.is_floating_point() and on_host and not (images.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 class VisionEncoder(nn.Module):
     """ViT with RMSNorm, SwiGLU, no class token and no trunk bias; prefix or bidirectional attention.
 
@@ -98,9 +110,15 @@ class VisionEncoder(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged.
 
+        In evaluation mode a warning, once a process, says that all pixels lie in 0..1; not under compilation, export or tracing,
+        nor on an accelerator while gradients are recorded.
+
         Raises:
-            ValueError: another integer type.
+            ValueError: another integer type, or in evaluation mode float images of magnitudes above 20.
         """
+        if not self.training and _readable(images):
+            low, high = torch.stack(images.aminmax()).tolist()
+            self.config.check_values(low, high, images.dtype == torch.uint8)
         if images.dtype == torch.uint8:
             return (images.float() / 255 - self.mean) / self.std
         if not images.is_floating_point():
@@ -124,7 +142,8 @@ class VisionEncoder(nn.Module):
 
         Raises:
             TypeError: arrays or PIL images instead of tensors.
-            ValueError: a layer out of range, images of the wrong size, a list with a prefix.
+            ValueError: a layer out of range, images of the wrong size or range of values, a list with a prefix, a prefix of another
+                type or shape.
         """
         if self.frozen and torch.is_grad_enabled():
             with torch.no_grad():
@@ -140,6 +159,10 @@ class VisionEncoder(nn.Module):
         x = self._embed(images)
         mask = None
         if prefix_len is not None:
+            if prefix_len.dtype not in (torch.int64, torch.int32) or prefix_len.shape != x.shape[:1]:
+                raise ValueError(
+                    f"prefix_len must be int64 [{len(x)}], patches of each image, got {prefix_len.dtype} {list(prefix_len.shape)}"
+                )
             compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
             mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)
         x, kept = self._trunk(x, mask, wanted)

@@ -121,8 +121,10 @@ def tokenize(model: AIMv2, captions: Sequence[str], tokenizer: CaptionTokenizer 
     """Token ids as in training: truncated to ``max_text`` tokens, end of text last.
 
     Raises:
-        ValueError: no tokeniser.
+        ValueError: no tokeniser, one text instead of a list.
     """
+    if isinstance(captions, str):
+        raise ValueError(f"a list of texts is expected, got one text: [{captions!r}]")
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer; give tokenizer=")

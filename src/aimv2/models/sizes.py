@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 20.0  # magnitude of a normalised pixel; the released models' own end at 2.7
 NATIVE_PATCHES = (112, 4096)  # supported range of the released native model
 
 
@@ -17,6 +20,16 @@ def wrong_image_dtype(dtype: Any) -> str:
     """Error message for images of an integer type other than uint8."""
     return (
         f"images of {dtype}: uint8 (0..255) or normalised float expected; use images.to(torch.uint8) if they are 0..255"
+    )
+
+
+@cache
+def warn_unit_range() -> None:
+    """Warn, once a process, that images look like pixels in 0..1."""
+    warnings.warn(
+        "all pixels of these images lie in 0..1: uint8 images are expected in 0..255, float images normalised by the model's mean "
+        "and std; of pixels in 0..1 make (images * 255).round().to(torch.uint8)",
+        stacklevel=5,
     )
 
 
@@ -43,10 +56,35 @@ class EncoderConfig:
         assert self.image_size is not None, "a native model has no fixed number of patches"
         return (self.image_size // self.patch_size) ** 2
 
+    def check_values(self, low: float, high: float, bytes: bool) -> None:
+        """Raise ValueError for float images that can't be normalised; warn once a process where they are likely pixels in 0..1.
+
+        Args:
+            low, high: smallest and largest value.
+            bytes: of uint8 images.
+        """
+        ends = [(end - mean) / std for mean, std in zip(self.mean, self.std) for end in (0, 1)]  # of normalised pixels
+        if not bytes and max(-low, high) > max(LARGEST, 2 * max(map(abs, ends))):
+            raise ValueError(
+                f"float images count as normalised, and these reach {max(low, high, key=abs):.4g}: give pixels in 0..255 as uint8 "
+                "(images.to(torch.uint8)), or images normalised by the model's own mean and std"
+            )
+        if 0 <= low < high <= 1 and (bytes or min(ends) < 0):
+            warn_unit_range()
+
     def check_pixels(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError for an image shape that this model does not support."""
         if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"images must be [B, 3, H, W], got {list(shape)}")
+            last = len(shape) in (3, 4) and shape[-1] == 3 and 3 not in shape[-3:-1]
+            turn = ("permute(0, 3, 1, 2)" if len(shape) == 4 else "permute(2, 0, 1)[None]") if last else "[None]"
+            hint = (
+                f"; channels come first: images.{turn}"
+                if last
+                else "; one image: images[None]"
+                if len(shape) == 3
+                else ""
+            )
+            raise ValueError(f"images must be [B, 3, H, W], got {list(shape)}{hint}")
         height, width = shape[2:]
         if self.image_size is not None and (height, width) != (self.image_size, self.image_size):
             raise ValueError(

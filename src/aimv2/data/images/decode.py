@@ -66,6 +66,15 @@ def decode_image(data: bytes | Path, max_pixels: int = MAX_PIXELS, draft_size: i
     image = _open(data, max_pixels)
     if draft_size is not None:
         image.draft(None, (draft_size, draft_size))
+    return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that Pillow opened, as :func:`decode_image` gives it: loaded, RGB, turned by its EXIF orientation.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     _load(image)
     return _upright(to_rgb(image), _orientation(image))
 
@@ -146,7 +155,7 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
-def _load(image: ImageFile.ImageFile) -> None:
+def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # a broken body makes Pillow's decoders raise nearly anything
@@ -179,7 +188,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(_TURNS[orientation])
+    if orientation == 1:
+        return image
+    turned = image.transpose(_TURNS[orientation])
+    turned.info = {}  # whoever reads its orientation next finds it upright
+    return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,124 @@
+"""Images whose values or axes are not what their type says are refused in one line or warned about, in inference only."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aimv2.interop.arrays import ArrayEncoder
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.likelihood import tokenize
+from aimv2.models.sizes import EncoderConfig, warn_unit_range
+
+
+def tiny(**options: Any) -> VisionEncoder:
+    config = EncoderConfig("tiny", 16, 1, 2, 16, 4, 8, **options)
+    torch.manual_seed(0)
+    encoder = VisionEncoder(config).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return encoder
+
+
+PIXELS = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+HUNDREDS, UNIT = PIXELS.float(), PIXELS.float() / 255
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_a_new_process() -> Iterator[None]:
+    warn_unit_range.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+    warn_unit_range.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_float_images_in_bytes_are_refused(kind: torch.dtype) -> None:
+    encoder = tiny()
+    for refused in (encoder, encoder.encode, encoder.normalize):
+        with pytest.raises(ValueError, match=r"normalised.*255.*uint8"):
+            refused(HUNDREDS.to(kind))
+    with pytest.raises(ValueError, match="normalised"):
+        encoder([HUNDREDS[0].to(kind)])
+    assert encoder.normalize(encoder.normalize(PIXELS).to(kind)).dtype == kind
+
+
+def test_images_in_0_to_1_warn_once() -> None:
+    encoder = tiny()
+    with pytest.warns(UserWarning, match=r"0\.\.1.*255"):
+        encoder(UNIT)
+    assert encoder(UNIT).shape == (2, 4, 16)  # a second warning would be an error here
+
+
+def test_bytes_that_are_all_0_or_1_warn_too() -> None:
+    """Pixels in 0..1 cast to uint8."""
+    with pytest.warns(UserWarning, match=r"0\.\.1"):
+        tiny()(UNIT.round().to(torch.uint8))
+
+
+def test_constant_images_and_a_model_of_unit_pixels_are_left_alone() -> None:
+    encoder = tiny()
+    for constant in (torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
+        encoder(constant)
+    tiny(mean=(0.0,) * 3, std=(1.0,) * 3)(UNIT)
+    tiny(mean=(0.0,) * 3, std=(1 / 255,) * 3)(HUNDREDS)  # a model that was trained on such values
+    encoder(torch.full((1, 3, 8, 8), float("nan")))
+
+
+def test_training_compilation_export_and_tracing_look_at_no_value() -> None:
+    encoder = tiny()
+    assert encoder.train()(HUNDREDS).shape == encoder(UNIT).shape
+    encoder.eval()
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+    assert compiled(HUNDREDS).shape == (2, 4, 16)
+    torch.export.export(encoder, (UNIT,))
+    torch.jit.trace(encoder, HUNDREDS, check_trace=False)
+    assert torch.func.vmap(encoder)(HUNDREDS[:, None]).shape == (2, 1, 4, 16)
+    assert encoder.to("meta")(HUNDREDS.to("meta")).shape == (2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (PIXELS.permute(0, 2, 3, 1), r"images\.permute\(0, 3, 1, 2\)"),
+        (PIXELS[0].permute(1, 2, 0), r"images\.permute\(2, 0, 1\)\[None\]"),
+        (PIXELS[0], r"images\[None\]"),
+        (PIXELS[:, :1], "got"),
+        (PIXELS > 3, "bool"),
+        (PIXELS.long(), "int64"),
+    ],
+)
+def test_axes_and_types_are_named(images: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny()(images)
+    if images.dtype == torch.uint8 and images.ndim == 4:
+        with pytest.raises(ValueError, match="must be"):
+            tiny()(list(images))
+
+
+@pytest.mark.parametrize("prefix", [[1.0, 2.0], [True, True], [1], [[1], [2]]])
+def test_a_prefix_of_another_type_or_shape_is_refused(prefix: list[Any]) -> None:
+    """Each passed as lengths before, by broadcasting or by comparing."""
+    with pytest.raises(ValueError, match=r"prefix_len must be int64 \[2\]"):
+        tiny()(PIXELS, torch.tensor(prefix))
+
+
+def test_array_encoders_have_the_same_rule() -> None:
+    config = tiny().config
+    arrays = ArrayEncoder(np, config, {})
+    arrays.apply = lambda params, images: images
+    with pytest.raises(ValueError, match="normalised"):
+        arrays(HUNDREDS.numpy())
+    with pytest.warns(UserWarning, match=r"0\.\.1"):
+        arrays(UNIT.numpy())
+    assert arrays(PIXELS.numpy()).max() < 3
+
+
+def test_one_text_is_no_list_of_letters() -> None:
+    with pytest.raises(ValueError, match=r"\['a cat'\]"):
+        tokenize(None, "a cat")  # type: ignore[arg-type]

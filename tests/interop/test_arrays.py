@@ -1,5 +1,6 @@
 """JAX and MLX compute what torch computes."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ def test_equal_to_torch(
         wanted = model(images).detach()
         got = torch.from_numpy(np.array(twin(images.numpy())))
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        again = pickle.loads(pickle.dumps(twin))  # as worker processes get it
+        assert np.array_equal(np.array(again(images.numpy())), np.array(twin(images.numpy())))
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])

@@ -1,6 +1,7 @@
 """OpenVINO folders: what they refuse, and that int8 leaves standard output to the result."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def test_images_of_a_wrong_size(tmp_path: Path) -> None:
     assert native(torch.zeros(1, 3, 42, 28)).shape == (1, 6, 32)
     with pytest.raises(ValueError, match="uint8"):
         fixed(torch.zeros(1, 3, 28, 28, dtype=torch.int64))
+    with pytest.raises(ValueError, match="normalised"):
+        fixed(torch.full((1, 3, 28, 28), 255.0))
+    again = pickle.loads(pickle.dumps(fixed))  # as worker processes get it
+    assert torch.equal(again(torch.ones(1, 3, 28, 28)), fixed(torch.ones(1, 3, 28, 28)))
     with pytest.raises(UsageError, match=r"an OpenVINO export; .*OpenVINOEncoder opens it"):
         aimv2.load_model(tmp_path / "fixed")
     for text in ("{", "[]", "{}", '{"precision": "fp32", "patch_size": 14, "mean": [1], "std": [1, 1, 1]}'):

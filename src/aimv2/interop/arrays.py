@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +85,10 @@ class ArrayEncoder:
         self.xp, self.config, self.params = xp, config, params
         self.apply: Callable[[Params, Any], Any] = partial(encode, xp, config)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which takes no module: its name, and NumPy's arrays."""
+        return _of_module, (self.xp.__name__, self.config, {key: np.asarray(value) for key, value in self.params.items()})
+
     def normalize(self, images: np.ndarray) -> Any:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged."""
         images = np.asarray(images)
@@ -104,6 +109,12 @@ class ArrayEncoder:
         if str(images.dtype) == "uint8" or "float" in str(images.dtype):
             self.config.check_values(float(images.min()), float(images.max()), str(images.dtype) == "uint8")
         return self.apply(self.params, self.normalize(images))
+
+
+def _of_module(name: str, config: EncoderConfig, params: Params) -> ArrayEncoder:
+    """An :class:`ArrayEncoder` that was pickled."""
+    xp = import_module(name)
+    return ArrayEncoder(xp, config, {key: xp.array(value) for key, value in params.items()})
 
 
 def to_arrays(encoder: Any, backend: str) -> ArrayEncoder:

@@ -104,6 +104,7 @@ class OpenVINOEncoder:
             raise UsageError(
                 f"MODEL {folder}: no {FILE}; write one with: aimv2 convert SRC OUT --to openvino", code="not-found"
             )
+        self.folder, self.threads = path, threads
         self.about = read_json(path / ABOUT)
         self.config = input_config(path, self.about)
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -112,6 +113,10 @@ class OpenVINOEncoder:
             options["INFERENCE_NUM_THREADS"] = threads
         self.run = openvino.Core().compile_model(path / FILE, "CPU", options)
         self.mean, self.std = (torch.tensor(part).view(1, 3, 1, 1) for part in (self.config.mean, self.config.std))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the folder is opened again."""
+        return type(self), (self.folder, self.threads)
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 or normalised float [B, 3, H, W] -> float32 [B, I, D].

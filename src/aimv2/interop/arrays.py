@@ -87,7 +87,11 @@ class ArrayEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, which takes no module: its name, and NumPy's arrays."""
-        return _of_module, (self.xp.__name__, self.config, {key: np.asarray(value) for key, value in self.params.items()})
+        return _of_module, (
+            self.xp.__name__,
+            self.config,
+            {key: np.asarray(value) for key, value in self.params.items()},
+        )
 
     def normalize(self, images: np.ndarray) -> Any:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged."""

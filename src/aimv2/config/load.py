@@ -32,6 +32,7 @@ LIMITS = {  # least and largest value of numbers
     (0, 0.999999): "train.ema",
     (0, 0.999): "objective.smoothing",
     (1e-12, 1e3): "optim.lr eval.probe_lr",
+    (1e-9, INF): "train.epochs train.max_hours",
     (0, 1e3): "optim.min_lr optim.start_lr",
     (1e-6, 1e6): "objective.teacher_weight",
 }

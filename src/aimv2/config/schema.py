@@ -168,7 +168,9 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the whole schedule
+        epochs: passes over the training data, in place of steps, which they set; null: steps count
         stop_at: save and end at this step without touching the schedule
+        max_hours: save and end after so many hours of training, without touching the schedule
         batch_size: pairs a step over all ranks
         patch_budget: native models: patches a step over all ranks, in place of batch_size
         accumulate: micro-batches a step
@@ -183,7 +185,9 @@ class TrainConfig:
     """
 
     steps: int = 1_500_000
+    epochs: float | None = None
     stop_at: int | None = None
+    max_hours: float | None = None
     batch_size: int = 8192
     patch_budget: int | None = None
     accumulate: int = 1

@@ -456,6 +456,8 @@ def check_steps(job: Job, jobs: dict[str, Job], path: str) -> None:
             raise UsageError(f"CHAIN {path}: stage '{job.stage.name}': {text}: '{found[1]}' is no pretrain stage")
         given = {key: value for key, value in other.values.items() if key != "config"}
         train = parse({**other.recipe, **given}).train
+        if train.epochs is not None:  # the number of steps is known with the data
+            continue
         saved = {*range(0, train.steps, train.save_every or train.steps), train.steps} - {0}
         kept = sorted(saved)[-train.keep :] if train.keep else sorted(saved)
         if step not in kept:

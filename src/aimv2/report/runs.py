@@ -15,7 +15,7 @@ from aimv2.interop.model_folder import checkpoints
 from aimv2.io import git_state
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
-NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at"}  # differ between any two runs
+NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at", "train.max_hours"}  # differ between any two runs
 DEEP = 3  # levels of folders below the run in which results are searched
 NO_RESULTS = {"checkpoints", "data", "tensorboard", "wandb", "tokenizer", "report"}
 

@@ -42,6 +42,9 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     started = time.perf_counter()
     base = read_recipe(recipe) if recipe else {}
     check_keys(given, "on the command line", base)
+    prepare.check_length(given, "on the command line")
+    if not given.get("resume"):
+        prepare.check_length(base, f"in --config {recipe}")
     options = parse({**base, **given})
     try:
         if options.resume:
@@ -77,6 +80,8 @@ def pretrain(
     run = None if dry_run or print_config else prepare.check_run_folder(config)
     prepare.locate_data(config)
     if recipe is not None and print_config:  # a recipe can be read before there are data
+        if config.data.train is not None or "train.steps" in given:
+            prepare.settle_length(config, given, scaled=False)
         return describe_config(config, provenance(base, given, recipe))
     config, base = settle(config, recipe, base, given)
     for line in prepare.remarks(config):
@@ -105,6 +110,9 @@ def settle(
         filled = parse({**base, **given})
         filled.data, filled.init = config.data, config.init
         config = filled
+    scaled = recipe is None and "optim.warmup" not in given
+    prepare.settle_length(config, given, scaled)
+    base |= {"train.steps": config.train.steps} | ({"optim.warmup": config.optim.warmup} if scaled else {})
     task_of(config).check()
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
@@ -126,6 +134,7 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
         with tempfile.TemporaryDirectory() as scratch:
             config.data.train = draw_scenes(config, Path(scratch) / "data")
             prepare.locate_data(config)
+            prepare.settle_length(config, given, scaled=False)
             return try_one_step(config)
     run = prepare.check_run_folder(config)
     world, out = join_world(), run / "data"
@@ -141,6 +150,7 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     world.barrier()
     config.overwrite, config.data.train = False, str(out)
     prepare.locate_data(config)
+    prepare.settle_length(config, given, scaled=False)
     try:
         return start(config, run, started)
     except UsageError:

@@ -108,7 +108,7 @@ class Trainer:
         return self.log
 
     def train(self) -> None:
-        """Runs to the last step (or ``train.stop_at``), saving on the way.
+        """Runs to the last step (``train.stop_at``, ``train.max_hours``), saving on the way.
 
         Raises:
             Interrupted: a signal came; the run has been saved.
@@ -139,6 +139,9 @@ class Trainer:
                 self.save()
                 saved = self.step
             self.stop_if_signalled(saved, self.step == last)
+            if train.max_hours is not None and self.step < last and self.is_over(began + 3600 * train.max_hours):
+                log.say(f"train.max_hours {train.max_hours:g}: ended at step {self.step}; go on with: {self.command_to_go_on()}")
+                break
         if saved != self.step:
             self.save()
 
@@ -265,6 +268,12 @@ class Trainer:
             if saved != self.step:
                 self.save()
             raise Interrupted(f"stopped at step {self.step}, saved; go on with: {self.command_to_go_on()}", code)
+
+    def is_over(self, end: float) -> bool:
+        """Whether a time of ``time.perf_counter`` has passed, on any rank; looked at where a check syncs the device anyway."""
+        if self.step % self.check_every:
+            return False
+        return bool(self.world.max(torch.tensor(float(time.perf_counter() >= end), device=self.world.device)))
 
     def command_to_go_on(self) -> str:
         """What a user types after an interruption."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import yaml
 from aimv2.config.load import parse, read_recipe
 from aimv2.config.schema import Config, DataConfig, Source, get_value, leaf_keys, to_dict
 from aimv2.data.shards.format import captions_of, read_samples
-from aimv2.data.stream.samples import image_bytes, training_shards
+from aimv2.data.stream.samples import image_bytes, training_samples, training_shards
 from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -45,7 +46,7 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokenizer is trained on
 
 # what may differ from the run's own configuration when it resumes
 MAY_CHANGE = {
-    "run", "resume", "overwrite", "train.stop_at", "train.save_every", "train.keep", "train.log_every", "train.compile",
+    "run", "resume", "overwrite", "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
@@ -163,10 +164,51 @@ def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
         "train.batch_size": 64,
         "train.precision": "fp32",
         "train.save_every": 500,
-        "optim.warmup": 250,
         "eval.every": 500,
         "eval.samples": 500,
     }
+
+
+def check_length(values: dict[str, Any], where: str) -> None:
+    """Raises UsageError where both the steps and the epochs are given."""
+    steps, epochs = values.get("train.steps"), values.get("train.epochs")
+    if steps is not None and epochs is not None:
+        raise UsageError(
+            f"train.epochs {epochs} and train.steps {steps}, both {where}: epochs set the steps; leave one of them out",
+            option="train.epochs",
+            code="conflict",
+        )
+
+
+def steps_of(config: Config, epochs: float) -> int:
+    """Optimizer steps of so many passes over the training data, rounded up.
+
+    Raises:
+        UsageError: native training, where a step has no number of pairs.
+    """
+    if config.train.patch_budget is not None:
+        raise UsageError(
+            f"train.epochs {epochs:g}: a step of train.patch_budget has no number of pairs; give train.steps",
+            option="train.epochs",
+            code="conflict",
+        )
+    return max(1, math.ceil(epochs * training_samples(config.data) / config.train.batch_size))
+
+
+def settle_length(config: Config, given: dict[str, Any], scaled: bool) -> None:
+    """Sets ``train.steps`` where epochs count, and the warm-up of a run without a recipe to a twentieth of the steps.
+
+    Args:
+        config: with its data located.
+        given: values of the command line, before which those of a recipe give way.
+        scaled: the warm-up is nobody's choice.
+    """
+    train = config.train
+    if train.epochs is not None and given.get("train.steps") is None:
+        train.steps = steps_of(config, train.epochs)
+    train.epochs = None
+    if scaled:
+        config.optim.warmup = max(1, train.steps // 20)
 
 
 # ---- tokenizer and model ----
@@ -290,7 +332,7 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None and config.data.tokenizer == "auto":
             tokenizer.save(run / "tokenizer")
         stored = {key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite")}
-        stored["train"]["stop_at"] = None  # of this start, not of the run
+        stored["train"] |= {"stop_at": None, "max_hours": None}  # of this start, not of the run
         write_aside(run / CONFIG, yaml.safe_dump(stored, sort_keys=False))
     except OSError as error:
         raise UsageError(f"--run {run} can't be written: {error.strerror}") from None
@@ -314,6 +356,10 @@ def resumed_values(run: Path, given: dict[str, Any]) -> Config:
     stored = stored_values(run)
     wanted = parse({**stored, **given})
     locate_data(wanted)
+    if wanted.train.epochs is not None:  # the run has steps by now
+        given = {**given, "train.steps": steps_of(wanted, wanted.train.epochs)}
+        del given["train.epochs"]
+        wanted.train.steps, wanted.train.epochs = given["train.steps"], None
     own = parse(stored, stored=True)
     may_change = {*MAY_CHANGE, *task_of(own).may_change}
     for key in given:

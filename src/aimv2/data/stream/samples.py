@@ -322,6 +322,11 @@ def validation_shards(config: DataConfig) -> list[Path]:
     return [tar for source in sources for tar in find_shards(source.path, "val", option="data.val")]
 
 
+def training_samples(config: DataConfig) -> int:
+    """Samples of all sources; shards without an index get one."""
+    return sum(count_samples(build_index(shards, _index_dir(config))) for shards in training_shards(config))
+
+
 class TrainStream:
     """Endless batches of this rank; the position can be saved and restored to the sample.
 

@@ -28,7 +28,14 @@ from aimv2.train.schedule import learning_rate
 
 SHARE, END = 0.2, 1e-6  # of the steps done; the last rate
 WARMUP = 0.05  # of the cooldown, where AdamW state starts from zero
-OWN = ("run", "init", "resume", "overwrite", "train.stop_at", "train.max_hours")  # of the run itself, not of what it does
+OWN = (
+    "run",
+    "init",
+    "resume",
+    "overwrite",
+    "train.stop_at",
+    "train.max_hours",
+)  # of the run itself, not of what it does
 
 
 @dataclass(frozen=True)

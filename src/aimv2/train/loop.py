@@ -140,7 +140,9 @@ class Trainer:
                 saved = self.step
             self.stop_if_signalled(saved, self.step == last)
             if train.max_hours is not None and self.step < last and self.is_over(began + 3600 * train.max_hours):
-                log.say(f"train.max_hours {train.max_hours:g}: ended at step {self.step}; go on with: {self.command_to_go_on()}")
+                log.say(
+                    f"train.max_hours {train.max_hours:g}: ended at step {self.step}; go on with: {self.command_to_go_on()}"
+                )
                 break
         if saved != self.step:
             self.save()

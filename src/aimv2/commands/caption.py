@@ -91,7 +91,11 @@ def render(result: dict[str, Any], console: Console) -> None:
 
         console.print(render_scores(result))
         return
+    from aimv2.data.passed import passed_lines
+
     for row in result["captions"]:
         console.print(f"{row['image']}\t{row['caption']}")
     for row in result["rejected"]:
         Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")
+    for line in passed_lines(result["passed_over"]):
+        Console(stderr=True, markup=False, soft_wrap=True).print(line)

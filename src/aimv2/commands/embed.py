@@ -21,6 +21,7 @@ class EmbedOptions:
         layers: last; or blocks, counted from 0 or from the end, with commas: 5,11,-1
         format: npy (float arrays and lists of keys) or parquet (a column key and a column per layer)
         shard_size: images per file; null: 1000, or for pool none as many as make about 512 MB
+        image_root: a folder outside the list's own, below which a list of paths may name images
         batch_size: images per forward pass
         device: cpu, cuda, ...; null: cuda where there is one
         precision: of the matmuls: fp32 (stored as float32) or bf16 (stored as float16)
@@ -33,6 +34,7 @@ class EmbedOptions:
     layers: str = "last"
     format: Literal["npy", "parquet"] = "npy"
     shard_size: int | None = None
+    image_root: str | None = None
     batch_size: int = 16
     device: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -40,6 +42,7 @@ class EmbedOptions:
 
 def run(options: EmbedOptions) -> dict[str, Any]:
     from aimv2.data.text.models import load_model
+    from aimv2.data.images.names import image_root_of
     from aimv2.distributed import default_device
     from aimv2.features.embed import Wanted, embed_images
 
@@ -49,4 +52,5 @@ def run(options: EmbedOptions) -> dict[str, Any]:
         raise UsageError(f"--layers {options.layers}: last, or block numbers with commas, expected") from None
     loaded = load_model(options.model, device=default_device(options.device))
     wanted = Wanted(options.pool, chosen, options.format, options.shard_size, options.batch_size, options.precision)
-    return embed_images(options.model, loaded, options.images, options.out, wanted)
+    root = image_root_of(options.image_root)
+    return embed_images(options.model, loaded, options.images, options.out, wanted, root)

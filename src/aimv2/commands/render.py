@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aimv2.commands.parse import module_of
+from aimv2.data.passed import passed_lines
 from aimv2.tables import TextTable
 
 WIDTH = 80
@@ -137,6 +138,8 @@ def render_figures(console: Console, result: dict[str, Any]) -> None:
         render_captions(console, result["captions"])
     for section, why in result.get("left_out", {}).items() if isinstance(result.get("left_out"), dict) else ():
         console.print(f"left out: {section}: {why}")
+    for line in passed_lines(result.get("passed_over", {})):
+        console.print(line)
     if "report" in result:
         console.print(f"report: {result['report']}")
 

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from aimv2.data.images.catalogue import is_image, walk_files
 from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 
 
-def image_files(paths: Sequence[str]) -> Iterator[Path]:
-    """The files among ``paths`` and the images in the folders among them, sorted.
+def image_files(paths: Sequence[str], passed: PassedOver) -> Iterator[Path]:
+    """The files among ``paths`` and the images in the folders among them, sorted; ``passed`` counts what is passed over.
 
     Raises:
         UsageError: a path that does not exist, a folder without an image.
@@ -27,10 +29,11 @@ def image_files(paths: Sequence[str]) -> Iterator[Path]:
         if path.is_file():
             yield path
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-            if not found:
+            files = [name for name, error in walk_files(path, passed=passed) if error is None]
+            passed.add_files(name for name in files if not is_image(name))
+            if not any(map(is_image, files)):
                 raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)})")
-            yield from found
+            yield from (path / name for name in files if is_image(name))
         else:
             raise UsageError(f"IMAGES {path}: no such file or folder", code="not-found")
 
@@ -66,7 +69,8 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
     """Captions of files and folders.
 
     Returns:
-        ``captions``: a list of {image, caption}; ``rejected``: of {image, reason}, files that can't be read.
+        ``captions``: a list of {image, caption}; ``rejected``: of {image, reason}, files that can't be read; ``passed_over``:
+        {kind: {number, examples}} of files that are not read.
     """
     assert isinstance(model, AIMv2)
     if not images:
@@ -75,6 +79,7 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
     captions: list[dict[str, str]] = []
     rejected: list[dict[str, str]] = []
     waiting: list[tuple[Path, torch.Tensor]] = []
+    passed = PassedOver()
 
     def write() -> None:
         if waiting:
@@ -82,7 +87,7 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
             captions.extend({"image": str(path), "caption": text} for (path, _), text in zip(waiting, texts))
             waiting.clear()
 
-    for path in image_files(images):
+    for path in image_files(images, passed):
         try:
             waiting.append((path, transform(decode_image(path))))
         except ImageError as error:
@@ -94,4 +99,4 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
         raise UsageError(
             f"IMAGES: none of {len(rejected)} could be read; {rejected[0]['image']}: {rejected[0]['reason']}"
         )
-    return {"captions": captions, "rejected": rejected}
+    return {"captions": captions, "rejected": rejected, "passed_over": passed.result()}

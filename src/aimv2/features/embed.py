@@ -23,6 +23,7 @@ from torch import Tensor
 
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.pictures import Picture, content_identity, pictures
+from aimv2.data.passed import PassedOver
 from aimv2.data.prefetch import batched, prefetch_map
 from aimv2.data.stream.transforms import VIEW, image_transform
 from aimv2.errors import RankError, UsageError
@@ -59,7 +60,9 @@ class Wanted:
     precision: str
 
 
-def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -> dict[str, Any]:
+def embed_images(
+    name: str, model: Any, source: str, out: str, wanted: Wanted, image_root: Path | None = None
+) -> dict[str, Any]:
     """See :func:`aimv2.api.embed`. Under torchrun each rank writes every WORLD_SIZE-th file.
 
     Raises:
@@ -70,7 +73,7 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
     assert isinstance(encoder, VisionEncoder)
     check_options(encoder, wanted)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    images = list_images(source)
+    images = list_images(source, image_root)
     count, step = images.count, wanted.shard_size or default_shard_size(encoder, wanted)
     about = fingerprint(
         model_fingerprint(weights_hash(encoder), architecture(encoder), wanted.precision),
@@ -85,7 +88,7 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
         folder, about, "OUT", noted={"model": name}, about=ABOUT, note="features-{:05d}.json", rank=rank, ranks=ranks
     )
     missing, again = set(store.missing(parts)), ListedImages()
-    listed = again.pass_through(pictures(source))
+    listed = again.pass_through(pictures(source, image_root=image_root))
     own = sum(min(step, count - part * step) for part in range(rank, parts, ranks))
     with progress_bar("embedding", own, shown=rank == 0) as advance:
         for part in range(parts):
@@ -117,6 +120,7 @@ def embed_images(name: str, model: Any, source: str, out: str, wanted: Wanted) -
         "rows": count - len(rejected),
         "rejected": len(rejected),
         "files": sum(note["rows"] > 0 for note in notes),
+        "passed_over": images.passed.result(),
     }
 
 
@@ -125,6 +129,7 @@ class ListedImages:
 
     def __init__(self) -> None:
         self.count, self._keys, self._contents = 0, hashlib.sha256(), hashlib.sha256()
+        self.passed = PassedOver()
 
     def pass_through(self, listed: Iterable[Picture]) -> Iterator[Picture]:
         """The images, each with its key in one line."""
@@ -154,10 +159,10 @@ def one_line_key(name: str) -> str:
     return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def list_images(source: str) -> ListedImages:
+def list_images(source: str, image_root: Path | None = None) -> ListedImages:
     """Keys and content identities of all images of a source, read by nobody yet."""
     images = ListedImages()
-    deque(images.pass_through(pictures(source)), maxlen=0)
+    deque(images.pass_through(pictures(source, image_root=image_root, passed=images.passed)), maxlen=0)
     return images
 
 

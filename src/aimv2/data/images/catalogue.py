@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from aimv2.data.passed import LOOPS, SYSTEM, PassedOver, is_system_folder, kind_of_file
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
+from aimv2.data.shards.tars import is_tar
 from aimv2.errors import UsageError
 
 Kind = Literal["folder", "tars", "file", "hub", "missing"]
@@ -26,7 +28,7 @@ def kind_of(source: str) -> tuple[Kind, Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         return "folder", path
-    if path.suffix.lower() == ".tar" or (any(mark in source for mark in "*?[{") and not path.exists()):
+    if is_tar(path.name) or (any(mark in source for mark in "*?[{") and not path.exists()):
         return "tars", path
     if path.is_file():
         return "file", path
@@ -66,15 +68,23 @@ def walk(folder: Path, inner: str = "") -> Iterator[str]:
 
 
 def walk_files(
-    folder: Path, inner: str = "", skip: Path | None = None, above: tuple[tuple[int, int], ...] = ()
+    folder: Path,
+    inner: str = "",
+    skip: Path | None = None,
+    above: tuple[tuple[int, int], ...] = (),
+    passed: PassedOver | None = None,
 ) -> Iterator[tuple[str, OSError | None]]:
     """As :func:`walk`, for files of every kind; a folder that can't be read is named, with the reason.
+
+    Hidden files, links back and what systems keep for themselves are left out.
 
     Args:
         folder, inner: see :func:`walk`.
         skip: a folder (resolved) that is left out.
+        passed: counts what is left out.
         above: device and inode of the folders on the way there: a link back to one of them is not followed.
     """
+    passed = PassedOver() if passed is None else passed
     try:
         here = os.stat(folder / inner)
         with os.scandir(folder / inner) as entries:
@@ -83,14 +93,17 @@ def walk_files(
         yield inner.rstrip("/"), error
         return
     if (here.st_dev, here.st_ino) in above:
+        passed.add(LOOPS, inner)
         return
     for name, is_folder in listed:
-        if name.startswith("."):
-            continue
-        if not is_folder:
+        if is_folder and is_system_folder(name):
+            passed.add(SYSTEM, f"{inner}{name}/")
+        elif name.startswith("."):
+            passed.add(kind_of_file(name), inner + name)
+        elif not is_folder:
             yield inner + name, None
-        elif not name.startswith("__MACOSX") and (skip is None or (folder / inner / name).resolve() != skip):
-            yield from walk_files(folder, f"{inner}{name}/", skip, (*above, (here.st_dev, here.st_ino)))
+        elif skip is None or (folder / inner / name).resolve() != skip:
+            yield from walk_files(folder, f"{inner}{name}/", skip, (*above, (here.st_dev, here.st_ino)), passed)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

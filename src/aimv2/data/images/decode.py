@@ -18,6 +18,7 @@ Image.init()
 FORMATS = tuple(  # not every build of Pillow has all; multi-picture JPEGs (MPO) open as JPEG
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
 )
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are, byte for byte
 
 _ORIENTATION_TAG = 0x0112
@@ -141,8 +142,10 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if not raw:
         raise ImageError("empty file")
+    if raw[4:8] == b"ftyp" and raw[8:12] in HEIF_BRANDS:
+        _register_heif()
     try:
-        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        image = Image.open(io.BytesIO(raw), formats=[*FORMATS, "HEIF"] if "HEIF" in Image.OPEN else FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"more than {max_pixels:,} pixels") from error
     except Image.UnidentifiedImageError as error:
@@ -153,6 +156,20 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} is more than {max_pixels:,} pixels")
     return image
+
+
+def _register_heif() -> None:
+    """Lets Pillow read HEIC; its plugin turns images upright itself.
+
+    Raises:
+        ImageError: the package for it is not installed.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError("a HEIC image; pip install 'aimv2[heic]' to read it") from None
+    if "HEIF" not in Image.OPEN:
+        pillow_heif.register_heif_opener()
 
 
 def _load(image: Image.Image) -> None:

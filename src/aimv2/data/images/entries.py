@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aimv2.data.images.decode import ImageError
+from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import (
     Parts,
     ShardScan,
@@ -25,6 +26,8 @@ from aimv2.data.shards.format import (
     read_sample,
     safe_key,
     scan_shard,
+    text_of,
+    why_no_image,
 )
 from aimv2.errors import first_line
 
@@ -100,6 +103,7 @@ class PlannedSource:
         total: number of entries, if known before they are listed.
         classes: class names in label order, if it is a class-folder tree.
         unique_keys: the entries' keys cannot repeat, so nobody needs to remember them.
+        passed: what is passed over; complete once the entries are listed.
     """
 
     kind: str
@@ -107,6 +111,7 @@ class PlannedSource:
     total: int | None = None
     classes: list[str] = field(default_factory=list)
     unique_keys: bool = False
+    passed: PassedOver = field(default_factory=PassedOver)
 
 
 # ---- files ----
@@ -159,7 +164,7 @@ def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts
         raise ImageError(f"cannot be read: {first_line(error)}") from None
     found = image_of(parts)
     if found is None:
-        raise ImageError("no image in its sample")
+        raise ImageError(why_no_image(parts))
     return found[1], parts
 
 
@@ -181,5 +186,4 @@ class TarReader(Reader):
 
     def read(self, entry: SourceEntry) -> Loaded:
         data, parts = read_tar_sample(*entry.where)
-        label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
-        return Loaded(data, captions_of(parts), label or None, json_of(parts))
+        return Loaded(data, captions_of(parts), text_of(parts, "cls") or None, json_of(parts))

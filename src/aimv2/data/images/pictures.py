@@ -15,7 +15,9 @@ from aimv2.data.images.catalogue import is_image, kind_of, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import SourceEntry, tar_entries
 from aimv2.data.images.readers import contents_of_files
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
+from aimv2.data.shards.tars import tars_in
 from aimv2.errors import UsageError
 
 LISTS = (".txt", ".lst")
@@ -23,7 +25,9 @@ LISTS = (".txt", ".lst")
 Picture = tuple[str, Callable[[], bytes]]
 
 
-def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
+def pictures(
+    source: str, option: str = "IMAGES", image_root: Path | None = None, passed: PassedOver | None = None
+) -> Iterator[Picture]:
     """Names and readers of all images, in an order that does not change; nothing is held for images gone by.
 
     Args:
@@ -31,23 +35,29 @@ def pictures(source: str, option: str = "IMAGES") -> Iterator[Picture]:
             split), a text file with a path a line (relative to its own folder), shards (glob, brace pattern or one tar;
             names are keys), or one image. A name that is not UTF-8 holds surrogates (os.fsencode gives its bytes).
         option: the option that an error names.
+        image_root: a folder outside the list's own that it may name files in.
+        passed: counts what is passed over; complete when all images have been named.
 
     Raises:
-        UsageError: nothing there, or no image among what is there; a list that is not UTF-8.
+        UsageError: nothing there, or no image among what is there; a list that is not UTF-8, or names files elsewhere.
     """
+    passed = PassedOver() if passed is None else passed
     _file_state.cache_clear()  # of an earlier listing
     kind, path = kind_of(source)
     if kind == "folder":
-        found = _of_folder(path)
+        found = _of_folder(path, passed)
     elif kind == "tars":
-        found = _of_shards(find_shards(source, "train"))
+        found = _of_shards(find_shards(source, "train"), passed)
     elif kind == "file":
-        found = _of_list(path, option) if path.suffix.lower() in LISTS else iter([(path.name, partial(_read, path))])
+        found = _of_list(path, option, image_root) if path.suffix.lower() in LISTS else iter([(path.name, partial(_read, path))])
     else:
         raise UsageError(f"{option} {source}: no such file or folder", code="not-found")
     first = next(found, None)
     if first is None:
-        raise UsageError(f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...)", code="missing")
+        words = "; ".join(("", *passed_lines(passed.result())))
+        raise UsageError(
+            f"{option} {source}: no image there ({', '.join(IMAGE_EXTENSIONS[:4])}, ...){words}", code="missing"
+        )
     return chain([first], found)
 
 
@@ -68,21 +78,23 @@ def _file_state(path: Path) -> str:
     return contents_of_files([path])
 
 
-def _of_folder(folder: Path) -> Iterator[Picture]:
+def _of_folder(folder: Path, passed: PassedOver) -> Iterator[Picture]:
     """Image files where there are any: a tar among them is ignored; else the folder's tars."""
-    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
-    if tars and next(_image_files(folder), None) is None:
-        yield from _of_shards(tars)
+    tars = tars_in(folder)
+    if tars and next(_image_files(folder, PassedOver()), None) is None:
+        yield from _of_shards(tars, passed)
     else:
-        yield from _image_files(folder)
+        yield from _image_files(folder, passed)
 
 
-def _image_files(folder: Path) -> Iterator[Picture]:
-    for name, error in walk_files(folder):
+def _image_files(folder: Path, passed: PassedOver) -> Iterator[Picture]:
+    for name, error in walk_files(folder, passed=passed):
         if error is not None:
             yield name or str(folder), partial(_fail, f"folder can't be read: {error.strerror or error}")
         elif is_image(name):
             yield name, partial(_read, folder / name)
+        else:
+            passed.add_files([name])
 
 
 def _read(path: Path) -> bytes:
@@ -110,7 +122,7 @@ def _of_list(path: Path, option: str) -> Iterator[Picture]:
             ) from None
 
 
-def _of_shards(shards: list[Path]) -> Iterator[Picture]:
+def _of_shards(shards: list[Path], passed: PassedOver) -> Iterator[Picture]:
     """The whole samples of each tar; where one is cut or broken, then the tar itself, which can't be read."""
     for shard in shards:
         try:
@@ -118,6 +130,7 @@ def _of_shards(shards: list[Path]) -> Iterator[Picture]:
         except OSError as error:
             yield shard.name, partial(_fail, f"shard can't be read: {error.strerror or error}")
             continue
+        passed.update(scan.passed)
         for entry in entries:
             yield entry.image, partial(_load, entry)
         if scan.cut:

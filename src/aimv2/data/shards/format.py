@@ -1,6 +1,7 @@
 """WebDataset shards: find them, read them, write them; `index` makes what energon needs to open them.
 
-A shard is a tar of samples, a sample is consecutive members with one base name.
+A shard is a tar of samples, a sample is consecutive members with one base name. Its members are the files of the tar and the links
+to them; nothing outside the tar is ever read for it.
 """
 
 import glob
@@ -18,6 +19,8 @@ from hashlib import sha1
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
+from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp"),
     *("bmp", "gif", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "ppm", "pgm"),
+    *(HEIF if HEIF_READ else ()),
 )
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
@@ -35,8 +39,7 @@ Parts = dict[str, bytes]  # extension without dot, lower case -> content
 # As in energon (flavors/webdataset/config.py): the two must group members into the same samples.
 _SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"__[^/]*__($|/)")
-_SPLIT_TAR = re.compile(r"^(train|val|test)-.*\.tar$")
-
+_SPLIT_TAR = re.compile(r"^(train|val|test)-")
 
 # ---- find ----
 
@@ -70,7 +73,7 @@ def split_shards(folder: Path, *, option: str = "data.train") -> dict[str, list[
     Raises:
         UsageError: the folder holds no tar.
     """
-    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    tars = tars_in(folder)
     if not tars:
         raise _no_tar(folder, option)
     groups: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
@@ -94,8 +97,8 @@ def _matching_tars(source: str | Path, option: str) -> list[Path]:
     parts = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
     for part in parts:
         if glob.has_magic(part):
-            found.update(Path(path) for path in glob.glob(part, recursive=True) if path.endswith(".tar"))
-        elif Path(part).is_file():
+            found.update(Path(path) for path in glob.glob(part, recursive=True) if is_tar(path))
+        elif Path(part).is_file() or Path(part).is_symlink():
             found.add(Path(part))
         else:
             raise UsageError(
@@ -111,7 +114,7 @@ def _matching_tars(source: str | Path, option: str) -> list[Path]:
 def _no_tar(folder: Path, option: str) -> UsageError:
     names = [path for path in sorted(folder.iterdir())[:10_000] if not path.name.startswith(".")]
     inner = [path for sub in names[:100] if sub.is_dir() for path in sorted(sub.iterdir())[:1000]]
-    if any(path.suffix == ".tar" for path in inner):
+    if any(is_tar(path.name) for path in inner):
         return UsageError(f"{option}: no .tar in {folder} itself; for those in its folders give '{folder}/**/*.tar'")
     kinds = {path.suffix.lower().lstrip(".") for path in [*names, *inner]}
     importable = {*IMAGE_EXTENSIONS, "csv", "tsv", "jsonl", "parquet", "arrow"}
@@ -136,12 +139,14 @@ class ShardScan:
         offsets: Byte offset of each sample's first header (or its extended header), and the end of the last.
         cut: Why reading stopped before the end of the archive, or "".
         cut_key: Base name of the member where it stopped, if known: earlier samples are whole.
+        passed: Members that belong to no sample, or that nothing reads.
     """
 
     keys: list[str] = field(default_factory=list)
     offsets: array = field(default_factory=lambda: array("Q"))
     cut: str = ""
     cut_key: str | None = None
+    passed: PassedOver = field(default_factory=PassedOver)
 
     def cuts(self, key: str | None) -> bool:
         """Whether the last sample read, of this key, may lack members."""
@@ -149,17 +154,34 @@ class ShardScan:
 
 
 def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInfo], None] | None = None) -> ShardScan:
-    """Read a tar's headers, skipping over the bodies; ``met`` is called with each. A sample that the file's end cuts is left out."""
+    """Read a tar's headers, skipping over the bodies; ``met`` is called with each. A sample that the file's end cuts is left out.
+
+    An unsorted tar, where images and captions of a sample lie apart, has no whole sample; ``cut`` says so.
+    """
     scan, last_name, end = ShardScan(), None, 0
-    for member, name, _ in _members(path, scan):
+    pictured, apart, extensions = dict[int, bool](), 0, set[str]()
+
+    def lies_apart() -> bool:
+        """Whether the sample that ends here has its image, or the rest, elsewhere."""
+        key, here = hash(last_name), any(map(_is_image, extensions))
+        before = pictured.setdefault(key, here)
+        return before != here
+
+    for member, name, extension in _members(path, scan):
         if met is not None:
             met(member)
         if name != last_name:
+            apart += last_name is not None and lies_apart()
             scan.offsets.append(member.offset)
             if keep_keys:
                 scan.keys.append(name)
-            last_name = name
-        end = member.offset_data + (member.size + 511) // 512 * 512
+            last_name, extensions = name, set()
+        _count_unread(scan.passed, member.name, extension.lower(), extensions)
+        end = member.offset_data + (0 if member.islnk() or member.issym() else (member.size + 511) // 512 * 512)
+    if last_name is not None and apart + lies_apart():
+        why = f"unsorted (the members of {apart + lies_apart():,} samples lie apart)"
+        sort = f"mkdir t && tar -xf {path.name} -C t && tar --sort=name -cf sorted.tar -C t ."
+        return ShardScan(cut=f"{why}; sort it: {sort}", passed=scan.passed)
     if len(scan.offsets) and scan.cuts(last_name):
         end = scan.offsets.pop()  # where the cut sample starts, the whole ones end
         del scan.keys[len(scan.offsets) :]
@@ -168,20 +190,31 @@ def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInf
     return scan
 
 
+def _count_unread(passed: PassedOver, member: str, extension: str, extensions: set[str]) -> None:
+    """Notes a member of a sample that nothing reads; ``extensions`` are those of the sample so far."""
+    last = extension.rpartition(".")[2]
+    if extension in extensions:
+        passed.add("members that come twice in a sample: the last counts", member)
+    elif last in KINDS:
+        passed.add(KINDS[last], member)
+    elif last not in ("txt", "json", "cls") and not _is_image(extension):
+        passed.add("members of other kinds", member)
+    extensions.add(extension)
+
+
 def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
     """All whole samples of a tar, in order, as (key, {extension: content}); extensions in lower case.
 
     A tar that is cut at its end gives what is whole, and a logged warning.
     """
     scan, key, parts = ShardScan(), None, dict[str, bytes]()
-    with open(tar, "rb") as file:
+    with open_tar(tar) as file:
         for member, name, extension in _members(tar, scan):
             if name != key:
                 if key is not None:
                     yield key, parts
                 key, parts = name, {}
-            file.seek(member.offset_data)
-            parts[extension.lower()] = file.read(member.size)
+            parts[extension.lower()] = read_body(file, tar, member)
     if scan.cut:
         log.warning("%s: %s; its whole samples are used", tar, scan.cut)
     if key is not None and not scan.cuts(key):
@@ -190,47 +223,77 @@ def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
 
 def read_sample(tar: Path, start: int, end: int) -> Parts:
     """The members of one sample by its offsets from `scan_shard`."""
-    with open(tar, "rb") as file:
-        file.seek(start)
-        window = io.BytesIO(file.read(end - start))
     parts = dict[str, bytes]()
-    with tarfile.open(fileobj=window, mode="r:") as archive:
-        for member in archive:
-            if named := _sample_name(member):
-                body = archive.extractfile(member)
-                assert body is not None
-                parts[named[1].lower()] = body.read()
+    with open_tar(tar) as file:
+        file.seek(start)
+        with tarfile.open(fileobj=io.BytesIO(file.read(end - start)), mode="r:") as archive:
+            for member in archive:
+                member.offset_data += start
+                if (named := _sample_name(member)) and body(tar, member) is not None:
+                    parts[named[1].lower()] = read_body(file, tar, member)
     return parts
 
 
+# ---- the parts of a sample ----
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def parts_of_kind(parts: Parts, *kinds: str) -> list[str]:
+    """The extensions of a sample that are of a kind: ``jpg`` itself, else those that end so, such as ``input.jpg``."""
+    return [kind for kind in kinds if kind in parts] or [name for name in parts if name.rpartition(".")[2] in kinds]
+
+
 def image_of(parts: Parts) -> tuple[str, bytes] | None:
-    """(extension, content) of a sample's image, or None."""
-    return next(((name, parts[name]) for name in IMAGE_EXTENSIONS if name in parts), None)
+    """(extension, content) of a sample's image, or None: there is none, or there are several and none is plainly it."""
+    found = parts_of_kind(parts, *IMAGE_EXTENSIONS)
+    if len(found) > 1 and found[0] not in IMAGE_EXTENSIONS:
+        return None
+    return (found[0].rpartition(".")[2], parts[found[0]]) if found else None
+
+
+def why_no_image(parts: Parts) -> str:
+    """Why :func:`image_of` finds none, in words."""
+    if several := parts_of_kind(parts, *IMAGE_EXTENSIONS):
+        return f"several images in its sample ({', '.join(several[:3])}); one of them is expected, named KEY.jpg"
+    unread = next((KINDS[last] for name in parts if (last := name.rpartition(".")[2]) in KINDS), None)
+    return "no image in its sample" + (f", but one of the {unread}" if unread else "")
 
 
 def label_of(sample: dict[str, bytes]) -> int:
     """The class of a sample (KEY.cls), -1 where it has none."""
-    text = sample.get("cls", b"").decode(errors="replace").strip()
+    text = text_of(sample, "cls")
     return int(text) if text.isdigit() else -1
+
+
+def text_of(parts: Parts, kind: str) -> str:
+    """The text of a sample's first member of a kind, stripped; "" where it has none."""
+    found = parts_of_kind(parts, kind)
+    return parts[found[0]].decode("utf-8", "replace").strip() if found else ""
 
 
 def captions_of(parts: Parts) -> dict[str, list[str]]:
     """Captions of a sample by field; {} where it has none.
 
     ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, else ``caption`` or ``text``
-    of KEY.json (img2dataset). What has no field of its own is field ``caption``.
+    of KEY.json (img2dataset). What has no field of its own is field ``caption``; of several texts (KEY.short.txt,
+    KEY.long.txt) each is a field of its own.
     """
     about = json_of(parts)
     captions = clean_captions(about.get("captions"))
-    if not captions and "txt" in parts:
-        captions = clean_captions(parts["txt"].decode("utf-8", "replace"))
+    if not captions:
+        texts = {name: parts[name].decode("utf-8", "replace") for name in parts_of_kind(parts, "txt")}
+        several = len(texts) > 1
+        captions = clean_captions({name[:-4] if several else "caption": text for name, text in texts.items()})
     return captions or clean_captions(about.get("caption") or about.get("text"))
 
 
 def json_of(parts: Parts) -> dict[str, Any]:
     """KEY.json of a sample; {} where it is absent, broken or no object."""
     try:
-        about = json.loads(parts.get("json", b"{}"))
+        about = json.loads(next((parts[name] for name in parts_of_kind(parts, "json")), b"{}"))
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}
@@ -249,34 +312,47 @@ def clean_captions(value: Any) -> dict[str, list[str]]:
 
 def _members(path: Path, scan: ShardScan) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
     """Whole members of samples with base name and extension; ``scan.cut`` is what stopped it early."""
-    size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_tar(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
                 # tarfile keeps every header, which for a million is a gigabyte
                 archive.members = []  # type: ignore[attr-defined]
-                named = _sample_name(member)
-                if member.offset_data + member.size > size:
+                named, is_link = _sample_name(member), member.islnk() or member.issym()
+                if not is_link and member.offset_data + member.size > size:
                     scan.cut = f"cut inside {member.name}"
                     scan.cut_key = named[0] if named else None
                     return
-                if named:
+                if named and (not is_link or body(path, member) is not None):
                     yield member, *named
+                elif not member.isdir():
+                    scan.passed.add(_why_passed(member), member.name)
             # tarfile takes a broken header for the end of the archive
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(512).strip(b"\0"):
+            file.seek(archive.offset)
+            if file.read(512).strip(b"\0"):
                 scan.cut = f"broken header at byte {archive.offset:,}"
     except (tarfile.TarError, EOFError) as error:
         scan.cut = f"broken or not a plain tar ({error})"
 
 
 def _sample_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """Base name and extension of a member that belongs to a sample."""
-    if not member.isfile() or _META_NAME.match(member.name):
+    """Base name and extension of a member that may belong to a sample: a file, or a link."""
+    if member.isdir() or member.isdev() or _META_NAME.match(member.name):
         return None
     match = _SAMPLE_NAME.match(member.name)
     return (match[1], match[2]) if match else None
+
+
+def _why_passed(member: tarfile.TarInfo) -> str:
+    """What to call a member of no sample."""
+    if member.isdev():
+        return "devices and pipes"
+    if member.islnk() or member.issym():
+        return f"{LINKS}, or links out of the tar"
+    if _META_NAME.match(member.name):
+        return "metadata (__NAME__)"
+    last = member.name.rpartition("/")[2]
+    return kind_of_file(last) if last.startswith(".") else "members without an extension"
 
 
 # ---- write ----

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aimv2.data.shards.format import scan_shard
+from aimv2.data.shards.tars import is_packed
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -183,14 +184,27 @@ def _write_offsets(folder: Path, links: dict[str, Path], progress: bool) -> None
 def _read_shard(tar: Path) -> _Shard:
     """The offsets in ``TAR.idx`` where they match the tar; else those of its headers, which takes many more reads."""
     index = tar.with_name(tar.name + INDEX_SUFFIX)
+    if is_packed(tar):
+        raise UsageError(
+            f"shard {tar} is compressed, and training reads at any place; unpack it (gunzip, unxz, bunzip2), or make shards of it "
+            "with `aimv2 data import`",
+            code="unsupported",
+        )
     try:
         if index.is_file() and index.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
             offsets = read_offsets(index, tar)
             if offsets is not None and offsets[0] == 0 and _fits(offsets, tar):
                 return _Shard(offsets, "")
-        scan = scan_shard(tar, keep_keys=False)
+        links: list[str] = []
+        scan = scan_shard(tar, False, lambda member: links.append(member.name) if not member.isfile() else None)
     except OSError as error:
         raise UsageError(f"shard {tar} cannot be read: {error.strerror or error}", code="unreadable") from error
+    if links:
+        raise UsageError(
+            f"shard {tar}: {len(links):,} members are links ({links[0]}), which training does not follow; make shards of it with "
+            "`aimv2 data import`",
+            code="unsupported",
+        )
     return _Shard(np.array(scan.offsets, np.uint64), scan.cut)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from aimv2.data.shards.format import label_of, scan_shard
+from aimv2.data.shards.tars import body, is_packed, open_tar
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +23,24 @@ def list_shard(tar: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     if quick := _read_plain_headers(tar):
         keys, offsets, labels = quick
     else:
-        marks: list[tuple[int, int]] = []  # places of the labels
-        scan = scan_shard(tar, met=partial(_mark_label, marks))
+        marks: list[tuple[int, int, int]] = []  # of the labels: header, content, bytes
+        scan = scan_shard(tar, met=partial(_mark_label, tar, marks))
         if scan.cut:
             log.warning("%s: %s; its whole samples are used", tar, scan.cut)
         keys, offsets, labels = scan.keys, list(scan.offsets), [-1] * len(scan.keys)
-        with tar.open("rb") as file:
-            for at, size in marks:
-                row = bisect_right(offsets, at) - 1
-                if row < len(labels):  # else of a sample that the file's end cuts
+        with open_tar(tar) as file:
+            for header, at, size in marks:
+                row = bisect_right(offsets, header) - 1
+                if 0 <= row < len(labels):  # else of a sample that the file's end cuts
                     file.seek(at)
                     labels[row] = label_of({"cls": file.read(size)})
     return keys, np.array(offsets or [0], np.int64), np.array(labels, np.int64)
 
 
-def _mark_label(marks: list[tuple[int, int]], member: tarfile.TarInfo) -> None:
+def _mark_label(tar: Path, marks: list[tuple[int, int, int]], member: tarfile.TarInfo) -> None:
     """Notes where the content of a label lies, and its bytes."""
-    if member.name.rpartition("/")[2].partition(".")[2].lower() == "cls":
-        marks.append((member.offset_data, member.size))
+    if member.name.rpartition(".")[2].lower() == "cls" and (place := body(tar, member)):
+        marks.append((member.offset, *place))
 
 
 def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | None:
@@ -50,13 +51,13 @@ def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | N
     keys, offsets, labels = list[str](), list[int](), list[int]()
     size = tar.stat().st_size
     at, start = 0, -1
-    if size < 512:
+    if size < 512 or is_packed(tar):
         return None
     with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         while True:
             header = memory[at : at + 512]
             if not header.strip(b"\0") and len(header) == 512:
-                return keys, [*offsets, at], labels
+                return (keys, [*offsets, at], labels) if len(set(keys)) == len(keys) else None
             digits = header[124:136].strip(b"\0 ")
             # longer names, sparse files, links, folders: all of them rare in shards
             if header[257:262] != b"ustar" or header[345:500].strip(b"\0") or not digits.isdigit():
@@ -78,6 +79,6 @@ def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | N
                 keys.append(key)
                 offsets.append(start)
                 labels.append(-1)
-            if extension.lower() == b"cls":
+            if extension.rpartition(b".")[2].lower() == b"cls":
                 labels[-1] = label_of({"cls": memory[body : body + length]})
             start = -1

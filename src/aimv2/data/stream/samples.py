@@ -29,7 +29,7 @@ from PIL import Image
 from aimv2.batch import Batch, join_batches, make_batch
 from aimv2.config.schema import DataConfig, Source
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.shards.format import captions_of, find_shards, image_of, label_of
+from aimv2.data.shards.format import captions_of, find_shards, image_of, label_of, why_no_image
 from aimv2.data.shards.index import build_index, count_samples
 from aimv2.data.stream.native import draw_area, fit_area, make_native_batch, pack
 from aimv2.data.stream.teacher_views import draw_view
@@ -130,7 +130,7 @@ def image_bytes(parts: dict[str, bytes]) -> bytes:
     """The encoded image of a WebDataset sample. Raises ImageError where there is none."""
     found = image_of(parts)
     if found is None:
-        raise ImageError("no image in the sample")
+        raise ImageError(why_no_image(parts))
     return found[1]
 
 

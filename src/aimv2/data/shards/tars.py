@@ -1,0 +1,107 @@
+"""Tars, compressed or not: found by name, read at any place. A link stands for the file of the tar that it leads to.
+
+Nothing outside the tar is read for a member, and nothing is written by its name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import posixpath
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_NAME = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz)$", re.IGNORECASE)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file is a tar by its name, compressed or not."""
+    return _NAME.search(name) is not None
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The tars of a folder itself, sorted; a dead link is one too, which cannot be read. Hidden ones (``._x.tar``) are none."""
+    found = (path for path in folder.iterdir() if is_tar(path.name) and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def is_packed(tar: Path) -> bool:
+    """Whether a tar is compressed, by its name."""
+    return tar.suffix.lower() in _PACKED
+
+
+def open_tar(tar: Path) -> IO[bytes]:
+    """The plain tar, to be read from any place; a compressed one is unpacked into a temporary file, which lives for a while.
+
+    Raises:
+        OSError: it cannot be read; it is not compressed as its name says.
+    """
+    if not is_packed(tar):
+        return open(tar, "rb")
+    state = tar.stat()
+    copy = _unpacked(
+        tar, state.st_size, state.st_mtime_ns
+    )  # held here while it is opened: it goes with its last holder
+    return open(copy.name, "rb")
+
+
+@lru_cache(maxsize=8)
+def _unpacked(tar: Path, _size: int, _changed: int) -> Any:
+    copy = tempfile.NamedTemporaryFile(prefix="aimv2-", suffix=".tar")  # noqa: SIM115 - the cache closes it
+    try:
+        with _PACKED[tar.suffix.lower()](tar) as packed:
+            shutil.copyfileobj(packed, copy, 1 << 20)
+    except (EOFError, zlib.error, lzma.LZMAError):  # cut: what is there is read, and reported like any tar that is cut
+        copy.write(b"\xff")
+    copy.flush()
+    return copy
+
+
+def body(tar: Path, member: tarfile.TarInfo) -> tuple[int, int] | None:
+    """Where the content of a member is: offset and size; of a link: that of the file in the tar that it leads to, or None."""
+    if member.isfile():
+        return member.offset_data, member.size
+    if not (member.islnk() or member.issym()):
+        return None
+    state = tar.stat()
+    known, name = _contents(tar, state.st_size, state.st_mtime_ns), _target(member)
+    for _ in range(8):  # links to links
+        found = known.get(name)
+        if not isinstance(found, str):
+            return found
+        name = found
+    return None
+
+
+def _target(member: tarfile.TarInfo) -> str:
+    folder = posixpath.dirname(member.name) if member.issym() else ""  # a hard link is named from the top of the tar
+    return posixpath.normpath(posixpath.join(folder, member.linkname))
+
+
+@lru_cache(maxsize=4)
+def _contents(tar: Path, _size: int, _changed: int) -> dict[str, tuple[int, int] | str]:
+    """{name: (offset, size), or the name that a link leads to} of a tar; only of those that hold links."""
+    known: dict[str, tuple[int, int] | str] = {}
+    with open_tar(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            is_link = member.islnk() or member.issym()
+            place = _target(member) if is_link else (member.offset_data, member.size) if member.isfile() else None
+            if place is not None:
+                known.setdefault(posixpath.normpath(member.name), place)
+    return known
+
+
+def read_body(file: IO[bytes], tar: Path, member: tarfile.TarInfo) -> bytes:
+    place = body(tar, member)
+    assert place is not None
+    file.seek(place[0])
+    return file.read(place[1])

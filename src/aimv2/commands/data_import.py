@@ -21,6 +21,7 @@ class DataImportOptions:
         caption_column: caption column of a table; one, or several as [a, b]; each is a caption field
         template: caption of a class folder; {} is the class
         split: split of a hub id
+        image_root: a folder outside the source, below which tables and captions files may name images
         val_fraction: fraction of the keys that becomes validation data
         val_list: file with the keys or file names of the validation data, one per line
         max_side: shrink images whose longer side is larger, pixels
@@ -37,6 +38,7 @@ class DataImportOptions:
     caption_column: list[str] | str | None = None
     template: str = "a photo of a {}."
     split: str | None = None
+    image_root: str | None = None
     val_fraction: float = 0.0
     val_list: str | None = None
     max_side: int | None = None

@@ -41,8 +41,8 @@ class EmbedOptions:
 
 
 def run(options: EmbedOptions) -> dict[str, Any]:
-    from aimv2.data.text.models import load_model
     from aimv2.data.images.names import image_root_of
+    from aimv2.data.text.models import load_model
     from aimv2.distributed import default_device
     from aimv2.features.embed import Wanted, embed_images
 

@@ -50,6 +50,8 @@ class PassedOver:
 
     def add(self, kind: str, *names: str, number: int | None = None) -> None:
         """Counts ``number`` of a kind, or as many as there are names."""
+        if not names:
+            return
         before, named = self._found.get(kind, (0, []))
         self._found[kind] = before + (len(names) if number is None else number), [*named, *names][:EXAMPLES]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2.data.images.catalogue import is_image, walk_files
+from aimv2.data.images.catalogue import is_image, list_files
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
@@ -19,17 +19,18 @@ from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 
 
-def image_files(paths: Sequence[str], passed: PassedOver) -> Iterator[Path]:
+def image_files(paths: Sequence[str], passed: PassedOver | None = None) -> Iterator[Path]:
     """The files among ``paths`` and the images in the folders among them, sorted; ``passed`` counts what is passed over.
 
     Raises:
         UsageError: a path that does not exist, a folder without an image.
     """
+    passed = PassedOver() if passed is None else passed
     for path in map(Path, paths):
         if path.is_file():
             yield path
         elif path.is_dir():
-            files = [name for name, error in walk_files(path, passed=passed) if error is None]
+            files = list_files(path, passed)
             passed.add_files(name for name in files if not is_image(name))
             if not any(map(is_image, files)):
                 raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)})")

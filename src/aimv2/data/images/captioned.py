@@ -13,6 +13,7 @@ from aimv2.data.images.catalogue import kind_of
 from aimv2.data.images.entries import SourceEntry, tar_entries
 from aimv2.data.images.sources import IMAGE_FORMS, SourceOptions, open_folder
 from aimv2.data.shards.format import find_shards, split_shards
+from aimv2.data.shards.tars import tars_in
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[S
             f"--data {source}: no such file or folder; images with captions, or shards, are expected",
             code="not-found",
         )
-    if kind == "folder" and not any(path.glob("*.tar")):
+    if kind == "folder" and not tars_in(path):
         return _of_files(path, captions, source), "all"
     if captions is not None:
         raise UsageError(
@@ -78,9 +79,14 @@ def _of_shards(path: Path, source: str) -> tuple[list[SourceEntry], str]:
         shards = find_shards(source, "test", option="--data")
     if split == "train":
         log.warning("--data %s: no test-*.tar and no val-*.tar there; measured on its training pairs", source)
-    entries = [entry for shard in shards for entry in tar_entries(shard)[1]]
+    scans = [tar_entries(shard) for shard in shards]
+    for shard, (scan, _) in zip(shards, scans):
+        if scan.cut:
+            log.warning("%s: %s; its whole samples are used", shard, scan.cut)
+    entries = [entry for _, found in scans for entry in found]
     if not entries:
-        raise UsageError(f"--data {source}: no sample in {shards[0].name}{' and others' * (len(shards) > 1)}")
+        why = f" ({scans[0][0].cut})" if scans[0][0].cut else ""
+        raise UsageError(f"--data {source}: no sample in {shards[0].name}{' and others' * (len(shards) > 1)}{why}")
     return entries, split
 
 

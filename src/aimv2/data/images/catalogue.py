@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aimv2.data.passed import LOOPS, SYSTEM, PassedOver, is_system_folder, kind_of_file
+from aimv2.data.passed import CLOSED, LOOPS, SYSTEM, PassedOver, is_system_folder, kind_of_file
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
 from aimv2.data.shards.tars import is_tar
 from aimv2.errors import UsageError
@@ -106,6 +106,13 @@ def walk_files(
             yield from walk_files(folder, f"{inner}{name}/", skip, (*above, (here.st_dev, here.st_ino)), passed)
 
 
+def list_files(folder: Path, passed: PassedOver, skip: Path | None = None) -> list[str]:
+    """Files of every kind below ``folder`` (see :func:`walk_files`), sorted; ``passed`` counts what is left out."""
+    found = list(walk_files(folder, skip=skip, passed=passed))
+    passed.add(CLOSED, *(name or str(folder) for name, error in found if error is not None))
+    return sorted(name for name, error in found if error is None)
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -119,7 +126,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 COLUMNS = {
     "image": (
         *("image", "file", "filename", "file_name", "path", "filepath", "image_path", "image_name"),
-        *("image_file", "img", "jpg", "image_id"),
+        *("image_file", "img", "jpg", "jpeg", "png", "webp", "image_id"),
     ),
     "label": ("label", "labels", "fine_label", "class", "target", "cls", "category"),
     "caption": (

@@ -134,6 +134,17 @@ def store_image(
     return StoredImage(extension, out.getvalue(), *rgb.size)
 
 
+def is_encoded(data: bytes) -> bool:
+    """Whether bytes begin like an image of a known format."""
+    try:
+        Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        return data[4:8] == b"ftyp"  # HEIC, whether or not it can be read
+    except Exception:  # a header of its format, and broken
+        return True
+    return True
+
+
 def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header only, and refuse by it."""
     try:

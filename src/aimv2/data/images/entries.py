@@ -104,6 +104,8 @@ class PlannedSource:
         classes: class names in label order, if it is a class-folder tree.
         unique_keys: the entries' keys cannot repeat, so nobody needs to remember them.
         passed: what is passed over; complete once the entries are listed.
+        used: files of its folder, besides images, that it is read from.
+        own_images: it holds its images itself: those in its folder are none of it.
     """
 
     kind: str
@@ -112,6 +114,8 @@ class PlannedSource:
     classes: list[str] = field(default_factory=list)
     unique_keys: bool = False
     passed: PassedOver = field(default_factory=PassedOver)
+    used: set[str] = field(default_factory=set)
+    own_images: bool = False
 
 
 # ---- files ----

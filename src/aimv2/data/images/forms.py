@@ -26,6 +26,7 @@ from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
+from aimv2.data.shards.tars import tars_in
 from aimv2.errors import UsageError, first_line
 
 SPLITS = {
@@ -180,11 +181,11 @@ def _list_class_folders(root: Path, parts: dict[str, Path], source: str, split: 
 
 def shard_folder(root: Path, source: str) -> Form | None:
     """Tars of samples: named by split, or in folders of splits (CLIP_benchmark's)."""
-    if any(root.glob("*.tar")):
+    if tars_in(root):
         groups = split_shards(root, option="--data")
     else:
-        inner = _by_split((path for path in root.iterdir() if path.is_dir() and any(path.glob("*.tar"))), source)
-        groups = {split: sorted(path.glob("*.tar")) for split, path in inner.items()}
+        inner = _by_split((path for path in root.iterdir() if path.is_dir() and tars_in(path)), source)
+        groups = {split: tars_in(path) for split, path in inner.items()}
     return _shard_form(groups, [root], source)
 
 

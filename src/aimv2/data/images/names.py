@@ -6,6 +6,7 @@ A name is compared as it is, then in one normal form (NFC), then without case, t
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -128,9 +129,14 @@ def inside(root: Path, name: str, image_root: Path | None = None) -> str:
         the path from ``root``, or an absolute one, without ``..``.
 
     Raises:
-        UsageError: an absolute or ``..`` path that leads elsewhere.
+        UsageError: an absolute or ``..`` path that leads elsewhere; a URL.
     """
     name = name.replace("\\", "/") if "\\" in name and not (root / name).exists() else name
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        raise UsageError(
+            f"{name} is a URL; a path is expected: download the images first (img2dataset makes shards of such a list)",
+            option="",
+        )
     if not (name.startswith(("/", "~")) or ".." in name.split("/")):
         return name
     path = os.path.normpath(root.absolute() / os.path.expanduser(name))
@@ -144,3 +150,27 @@ def inside(root: Path, name: str, image_root: Path | None = None) -> str:
         option="--image-root",
         code="missing" if image_root is None else "mismatch",
     )
+
+
+def locate_inside(root: Path, name: str, image_root: Path | None = None) -> Path:
+    """The file that a list or a table in ``root`` means: see :func:`inside` and :func:`locate`; else the one below ``image_root``.
+
+    Raises:
+        UsageError: a path that leads elsewhere; a URL.
+        ImageError: several files may be meant.
+    """
+    path = locate(root, inside(root, name, image_root))
+    return path if image_root is None or path.exists() else locate(image_root, name)
+
+
+def image_root_of(given: str | None) -> Path | None:
+    """The folder of ``--image-root``.
+
+    Raises:
+        UsageError: it is no folder.
+    """
+    if given is None:
+        return None
+    if not (folder := Path(given).expanduser()).is_dir():
+        raise UsageError(f"--image-root {given}: no such folder", code="not-found")
+    return folder

@@ -14,6 +14,7 @@ from typing import Any
 from aimv2.data.images.catalogue import is_image, kind_of, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import SourceEntry, tar_entries
+from aimv2.data.images.names import locate_inside
 from aimv2.data.images.readers import contents_of_files
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
@@ -49,7 +50,11 @@ def pictures(
     elif kind == "tars":
         found = _of_shards(find_shards(source, "train"), passed)
     elif kind == "file":
-        found = _of_list(path, option, image_root) if path.suffix.lower() in LISTS else iter([(path.name, partial(_read, path))])
+        found = (
+            _of_list(path, option, image_root)
+            if path.suffix.lower() in LISTS
+            else iter([(path.name, partial(_read, path))])
+        )
     else:
         raise UsageError(f"{option} {source}: no such file or folder", code="not-found")
     first = next(found, None)
@@ -108,18 +113,24 @@ def _fail(why: str) -> bytes:
     raise ImageError(why)
 
 
-def _of_list(path: Path, option: str) -> Iterator[Picture]:
+def _of_list(path: Path, option: str, image_root: Path | None) -> Iterator[Picture]:
     with path.open(encoding="utf-8") as lines:
         try:
             for line in lines:
                 if name := line.strip():
-                    whole = Path(name) if name.startswith("~") else path.parent / name
-                    yield name, partial(_read, whole)
+                    yield name, _read_named(path.parent, name, image_root)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{option} {path}: UTF-8 text with a path a line is expected ({error.reason})",
                 code="unreadable",
             ) from None
+
+
+def _read_named(folder: Path, name: str, image_root: Path | None) -> Callable[[], bytes]:
+    try:
+        return partial(_read, locate_inside(folder, name, image_root))
+    except (ImageError, OSError) as error:
+        return partial(_fail, str(error))
 
 
 def _of_shards(shards: list[Path], passed: PassedOver) -> Iterator[Picture]:

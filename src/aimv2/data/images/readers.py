@@ -8,8 +8,10 @@ Legend: N images.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.images.decode import ImageError, decode_image, is_encoded
 from aimv2.data.images.entries import read_tar_sample
+from aimv2.data.images.names import locate_inside
+from aimv2.errors import UsageError, shown
 
 UNKNOWN = "unknown"  # contents of images that cannot be compared
 
@@ -89,22 +93,49 @@ class TableImages:
         return str(getattr(self.rows, "_fingerprint", UNKNOWN))
 
 
-def image_cell(cell: Any, folder: Path = Path()) -> tuple[bytes, str | None]:
-    """The encoded image of a table's cell and its name: bytes, a path from ``folder``, or {bytes, path}, either None.
+def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None) -> tuple[bytes, str | None]:
+    """The encoded image of a table's cell and its name.
+
+    A cell is encoded bytes, base64 text (also a data URL), a path from ``folder``, {bytes, path}, or a list of one of these.
 
     Raises:
-        ImageError: neither, or a file that cannot be read.
+        ImageError: none of these, several images, or a file that cannot be read or lies elsewhere.
     """
+    if isinstance(cell, list | tuple) and not all(isinstance(part, int | float) for part in cell):
+        if len(cell) > 1:
+            raise ImageError(f"{len(cell)} images in one row; one is expected")
+        cell = cell[0] if cell else None
     name = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
-    data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
-    if data is not None:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes | str) else None
+    encoded = from_base64(data) if data else None
+    if encoded is not None:
+        return encoded, name if name != data else None
+    if isinstance(data, bytes):
         return data, name
     if not name:
-        raise ImageError("no image")
+        raise ImageError(
+            "no image" if cell is None or cell in ("", {}) else f"no encoded image, but {type(cell).__name__}"
+        )
     try:
-        return (folder / str(name)).read_bytes(), name
+        return locate_inside(folder, str(name), image_root).read_bytes(), name
+    except UsageError as error:
+        raise ImageError(str(error)) from None
     except OSError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"{shown(name, 200)} cannot be read: {error.strerror or error}") from None
+
+
+def from_base64(text: bytes | str) -> bytes | None:
+    """What base64 text holds, where that is the beginning of an image; None for anything else, such as a path."""
+    raw = text.encode("ascii", "replace") if isinstance(text, str) else text
+    if raw[:5] == b"data:":
+        raw = raw.partition(b",")[2]
+    if len(raw) < 64 or not re.fullmatch(rb"[A-Za-z0-9+/_\s-]{64}", raw[:64]):
+        return None
+    try:
+        data = base64.b64decode(raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n"), validate=True)
+    except ValueError:
+        return None
+    return data if is_encoded(data) else None
 
 
 @dataclass(frozen=True)

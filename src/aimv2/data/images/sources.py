@@ -5,6 +5,8 @@ A source is listed without opening an image, in a stable order. :data:`FILE_FORM
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
-from aimv2.data.images.catalogue import Columns, is_image, kind_of, stem, walk_files
+from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem
 from aimv2.data.images.entries import (
     NOT_UTF8,
     UNREAD,
@@ -24,10 +26,12 @@ from aimv2.data.images.entries import (
     SourceEntry,
     tar_entries,
 )
-from aimv2.data.images.names import NameFinder, tie
-from aimv2.data.images.tables import open_hub, open_tables, tables_in
+from aimv2.data.images.names import NameFinder, inside, tie
+from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
+from aimv2.data.shards.tars import tars_in
 from aimv2.errors import UsageError
 
 EXPECTED = (
@@ -47,6 +51,7 @@ class SourceOptions:
         split: of a hub data set, or of a folder of tables.
         skip: a folder inside the source that is not part of it (the output).
         class_folders: the user states that the folders are classes, whatever else lies there.
+        image_root: a folder outside the source, below which tables and captions files may name images.
     """
 
     captions: str | None = None
@@ -55,23 +60,43 @@ class SourceOptions:
     split: str | None = None
     skip: Path | None = None
     class_folders: bool = False
+    image_root: Path | None = None
 
 
 class ImageFolder:
     """A folder, and the files below it: listed once, when they are needed."""
 
     def __init__(self, root: Path, options: SourceOptions) -> None:
-        self.root, self.options = root, options
+        self.root, self.options, self.passed = root, options, PassedOver()
 
     @cached_property
     def files(self) -> list[str]:
-        """All files as relative POSIX paths, sorted; folders that can't be read are left out."""
-        return sorted(name for name, error in walk_files(self.root, skip=self.options.skip) if error is None)
+        """All files as relative POSIX paths, sorted; folders that can't be read are passed over."""
+        return list_files(self.root, self.passed, self.options.skip)
 
     @cached_property
     def images(self) -> list[str]:
         """The images among the files."""
         return [name for name in self.files if is_image(name)]
+
+    def no_image(self) -> UsageError:
+        """That there is none, and what was passed over."""
+        self.passed.add_files(self.files)
+        words = "; ".join(("", *passed_lines(self.passed.result())))
+        return UsageError(f"SRC: no image in {self.root}; expected {EXPECTED}{words}", code="not-found")
+
+    def count_failed(self) -> set[str]:
+        """Notes of img2dataset about its downloads; what it could not download is passed over."""
+        notes = {name for name in self.files if re.fullmatch(r"(.*/)?\d+_stats\.json", name)}
+        for name in sorted(notes):
+            try:
+                counts = json.loads((self.root / name).read_bytes())
+                failed = sum(counts.get(f"failed_to_{what}", 0) for what in ("download", "resize"))
+            except (OSError, ValueError, AttributeError, TypeError):
+                continue
+            if failed:
+                self.passed.add("images that img2dataset could not download", name, number=failed)
+        return notes
 
     @cached_property
     def captions_files(self) -> tuple[list[str], dict[str, str]]:
@@ -121,7 +146,7 @@ def _tar_folder(folder: ImageFolder) -> PlannedSource | None:
     Raises:
         UsageError: tars of several splits, which would end up mixed.
     """
-    if not any(folder.root.glob("*.tar")):
+    if not tars_in(folder.root):
         return None
     groups = {split: tars for split, tars in split_shards(folder.root, option="SRC").items() if tars}
     if len(groups) > 1:
@@ -129,12 +154,19 @@ def _tar_folder(folder: ImageFolder) -> PlannedSource | None:
             f"SRC: {folder.root} holds the splits {', '.join(groups)}; import one at a time, such as"
             f" '{folder.root}/{next(iter(groups))}-*.tar'"
         )
-    return _tar_source(next(iter(groups.values())))
+    planned = _tar_source(next(iter(groups.values())))
+    planned.used = {path.name for path in next(iter(groups.values()))}
+    planned.own_images = True
+    return planned
 
 
 def _table_folder(folder: ImageFolder) -> PlannedSource | None:
     tables = tables_in(folder.root, folder.options.split)
-    return open_tables(tables, folder.root, folder.options.columns) if tables else None
+    if not tables:
+        return None
+    planned = open_tables(tables, folder.root, folder.options.columns, folder.options.image_root)
+    planned.used = {path.relative_to(folder.root).as_posix() for path in tables}
+    return planned
 
 
 def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
@@ -175,7 +207,8 @@ def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
     total = sum(isinstance(item, SourceEntry) for item in planned)
-    return PlannedSource("sidecar captions", planned, total)
+    used = {name for found in sidecars for side in found for name in side}
+    return PlannedSource("sidecar captions", planned, total, used=used)
 
 
 def _class_folder(folder: ImageFolder) -> PlannedSource:
@@ -186,7 +219,7 @@ def _class_folder(folder: ImageFolder) -> PlannedSource:
     """
     root, images = folder.root, folder.images
     if not images:
-        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")
+        raise folder.no_image()
     folders = sorted({name.partition("/")[0] for name in images if "/" in name})
     in_folders = all("/" in name for name in images)
     others = may_hold_captions(root, folder.files, images)
@@ -217,13 +250,21 @@ def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...
             not understood.
     """
     folder = ImageFolder(root, options)
-    return next(planned for form in forms if (planned := form(folder)))
+    planned = next(planned for form in forms if (planned := form(folder)))
+    used = planned.used | folder.count_failed()
+    for name in folder.files:
+        if name not in used and not is_image(name) and not is_download_note(root / name):
+            folder.passed.add_files([name])
+        elif planned.own_images and is_image(name):
+            folder.passed.add("images next to tars", name)
+    planned.passed.update(folder.passed)
+    return planned
 
 
 def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     """The images that a captions file names, looked up in the folder."""
     images, reader = folder.images, FileReader()
-    finder = _ImageFinder(folder.root, file.parent, images)
+    finder = _ImageFinder(folder.root, file.parent, images, folder.options.image_root)
     named = dict[str, tuple[Captions, dict[str, Any]]]()
     planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns):
@@ -249,7 +290,8 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
             code="missing",
         )
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
-    return PlannedSource(f"captions file {file.name}", planned, total)
+    used = {file.relative_to(folder.root).as_posix()} if file.is_relative_to(folder.root) else set[str]()
+    return PlannedSource(f"captions file {file.name}", planned, total, used=used)
 
 
 def _class_source(folder: ImageFolder) -> PlannedSource:
@@ -261,7 +303,7 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
         )
     classes = sorted({name.split("/", 1)[0] for name in images})
     if not images:
-        raise UsageError(f"SRC: no image in {root}; expected {EXPECTED}", code="not-found")
+        raise folder.no_image()
     if are_splits(classes):
         raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     labels = {name: str(number) for number, name in enumerate(classes)}
@@ -277,16 +319,22 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
 class _ImageFinder:
     """Finds the file that a captions file means by a name."""
 
-    def __init__(self, root: Path, home: Path, images: list[str]) -> None:
-        self.root, self.home, self.names = root, home, NameFinder(images)
+    def __init__(self, root: Path, home: Path, images: list[str], image_root: Path | None) -> None:
+        self.root, self.home, self.image_root, self.names = root, home, image_root, NameFinder(images)
 
     def find(self, name: str) -> tuple[str, str]:
-        """(path, "") or ("", reason)."""
+        """(path, "") or ("", reason).
+
+        Raises:
+            UsageError: a path that leads out of the folder and of ``image_root``; a URL.
+        """
         name = name.replace("\\", "/").removeprefix("./")
         found = self.names.find(name) or self.names.find(f"images/{name}")
-        places = (self.root, self.home) if not found and ("/" in name or is_image(name)) else ()
-        if path := next((folder / name for folder in places if (folder / name).is_file()), None):
-            return str(path), ""
+        if not found and ("/" in name or is_image(name)):
+            for home in (self.root, self.home, *([self.image_root] if self.image_root else [])):
+                path = home / inside(home, name, self.image_root)
+                if path.is_file():
+                    return str(path), ""
         found = found or self.names.find(name, anywhere=True)
         if len(found) > 1:
             return "", f"several images of that name: {', '.join(found[:3])}"
@@ -299,19 +347,31 @@ class _ImageFinder:
 def _tar_source(tars: list[Path]) -> PlannedSource:
     """The samples of WebDataset tars, to shard them again."""
 
+    passed = PassedOver()
+
     def items() -> Iterator[SourceEntry | Reject]:
         for tar in tars:
-            scan, entries = tar_entries(tar)
+            try:
+                scan, entries = tar_entries(tar)
+            except OSError as error:
+                why = (
+                    f"a dead link to {os.readlink(tar)}"
+                    if tar.is_symlink() and not tar.exists()
+                    else error.strerror or error
+                )
+                yield Reject("", tar.name, f"cannot be read: {why}")
+                continue
+            passed.update(scan.passed)
             for entry in entries:
                 yield entry._replace(image=f"{tar.name}/{entry.image}")
             if scan.cut:
                 yield Reject("", tar.name, scan.cut)
 
-    return PlannedSource("WebDataset tars", items())
+    return PlannedSource("WebDataset tars", items(), passed=passed)
 
 
 def _table_file(file: Path, options: SourceOptions) -> PlannedSource:
-    return open_tables([file], file.parent, options.columns)
+    return open_tables([file], file.parent, options.columns, options.image_root)
 
 
 def _captions_file(file: Path, options: SourceOptions) -> PlannedSource:

@@ -30,6 +30,7 @@ from aimv2.data.images.entries import (
 )
 from aimv2.data.images.readers import image_cell
 from aimv2.data.images.text_tables import captions_by_field
+from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import safe_key
 from aimv2.errors import UsageError, first_line
 from aimv2.interop.hub import unreachable
@@ -39,17 +40,30 @@ BATCH_ROWS = 128
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Columns of a table that a sample is made of: image, {caption column: field}, label."""
+    """Columns of a table that a sample is made of: image, {caption column: field}, label; and the root of paths in it."""
 
     image: str
     fields: dict[str, str]
     label: str | None
+    image_root: Path | None = None
 
     @classmethod
-    def of(cls, names: Iterable[str], columns: Columns, source: str, types: Mapping[str, str]) -> RowLayout:
-        """Found among ``names``; see :meth:`Columns.find`."""
+    def of(
+        cls,
+        names: Iterable[str],
+        columns: Columns,
+        source: str,
+        types: Mapping[str, str],
+        passed: PassedOver,
+        image_root: Path | None = None,
+    ) -> RowLayout:
+        """Found among ``names``; see :meth:`Columns.find`. ``passed`` counts the columns that are not read."""
         image, fields = columns.find(names, source, types)
-        return cls(image, fields, find_column([name for name in names if name not in fields], "label", types))
+        label = find_column([name for name in names if name not in fields], "label", types)
+        layout = cls(image, fields, label, image_root)
+        if unread := [name for name in names if name not in layout.names()]:
+            passed.add(COLUMNS, *unread)
+        return layout
 
     def names(self) -> list[str]:
         """The columns to read."""
@@ -61,7 +75,7 @@ class RowLayout:
         Raises:
             ImageError: no image, or no caption.
         """
-        data, name = image_cell(row[self.image], folder)
+        data, name = image_cell(row[self.image], folder, self.image_root)
         captions = captions_by_field(row, self.fields)
         if not captions:
             raise ImageError("no caption")
@@ -77,7 +91,7 @@ def tables_in(folder: Path, split: str | None) -> list[Path]:
     """Tables under a folder, of one split where their names (``train-00000-of-00002``) tell several."""
     groups: dict[str, list[Path]] = {}
     for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]):
-        if path.is_file() and not path.name.startswith(("cache-", ".")):  # `datasets` leaves results there
+        if path.is_file() and not path.name.startswith(("cache-", ".")) and not is_download_note(path):
             match = re.match(r"(train|valid|val|validation|test)(?![a-z])", path.name)
             groups.setdefault(match[1] if match else "", []).append(path)
     if split is not None and groups:
@@ -90,8 +104,13 @@ def tables_in(folder: Path, split: str | None) -> list[Path]:
     return next(iter(groups.values()), [])
 
 
-def open_tables(files: list[Path], root: Path, columns: Columns) -> PlannedSource:
-    """Plan the rows of Parquet or Arrow files, in order of path.
+def is_download_note(table: Path) -> bool:
+    """Whether a table is what img2dataset notes of the tar or the folder of images of the same name."""
+    return table.stem.isdigit() and any(table.with_suffix(end).exists() for end in ("", ".tar"))
+
+
+def open_tables(files: list[Path], root: Path, columns: Columns, image_root: Path | None = None) -> PlannedSource:
+    """Plan the rows of Parquet or Arrow files, in order of path; ``image_root``: where else paths in them may lead.
 
     Raises:
         UsageError: a file is broken, or the columns are not found.
@@ -105,7 +124,8 @@ def open_tables(files: list[Path], root: Path, columns: Columns) -> PlannedSourc
         schema = _schema(files[0])
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
-    reader = TableReader(RowLayout.of(schema.names, columns, str(files[0]), _stated_types(schema)))
+    passed, types = PassedOver(), _stated_types(schema)
+    reader = TableReader(RowLayout.of(schema.names, columns, str(files[0]), types, passed, image_root))
 
     def items() -> Iterator[SourceEntry]:
         for file, count in zip(files, counts):
@@ -115,7 +135,7 @@ def open_tables(files: list[Path], root: Path, columns: Columns) -> PlannedSourc
                     f"{stem}-{row:08d}", f"{file.name} row {row}", (str(file), row), UNREAD, None, UNREAD, reader
                 )
 
-    return PlannedSource("table", items(), sum(counts), unique_keys=True)
+    return PlannedSource("table", items(), sum(counts), unique_keys=True, passed=passed)
 
 
 def _stated_types(schema: Any) -> dict[str, str]:
@@ -263,7 +283,8 @@ def open_hub(source: str, split: str | None, columns: Columns) -> PlannedSource:
             if len(names) > 1 and split != "train":
                 raise UsageError(f"{source} has the splits {', '.join(names)}; choose one with --split")
         rows = datasets.load_dataset(source, split=split)
-    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows))
+    passed = PassedOver()
+    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed)
     rows = encoded_images(rows, layout.image).select_columns(layout.names())
     # a split expression such as train[:10%] as part of keys
     stem = safe_key(split.replace("[", "-").replace("]", "").replace(":", "to").replace("%", "pct"))
@@ -272,7 +293,7 @@ def open_hub(source: str, split: str | None, columns: Columns) -> PlannedSource:
         SourceEntry(f"{stem}-{row:08d}", f"{split} row {row}", (row,), UNREAD, None, UNREAD, reader)
         for row in range(len(rows))
     )
-    return PlannedSource(f"hub data set {source}", entries, len(rows), unique_keys=True)
+    return PlannedSource(f"hub data set {source}", entries, len(rows), unique_keys=True, passed=passed)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,24 @@ from rich.table import Table
 from rich.text import Text
 
 from aimv2.data.images.decode import ImageError, image_size
-from aimv2.data.shards.format import captions_of, find_shards, image_of, read_samples, scan_shard, split_shards
+from aimv2.data.passed import PassedOver, passed_lines
+from aimv2.data.shards.format import (
+    MANIFEST,
+    captions_of,
+    find_shards,
+    image_of,
+    parts_of_kind,
+    read_samples,
+    scan_shard,
+    split_shards,
+    why_no_image,
+)
 from aimv2.errors import UsageError
 
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
+LINES = 4  # of what is passed over
+OWN = {MANIFEST, "classes.txt", "rejected.jsonl"}
 QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -40,10 +53,13 @@ class ShardReport:
     tiny: list[str] = field(default_factory=list)
     uncaptioned: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    passed: PassedOver = field(default_factory=PassedOver)
 
     def add(self, other: "ShardReport") -> None:
+        self.passed.update(other.passed)
         for each in fields(self):  # in place: lists may be long
-            setattr(self, each.name, iadd(getattr(self, each.name), getattr(other, each.name)))
+            if each.name != "passed":
+                setattr(self, each.name, iadd(getattr(self, each.name), getattr(other, each.name)))
 
 
 def check_data(
@@ -66,7 +82,7 @@ def check_data(
 
     Returns:
         source, samples, shards, bytes, splits, images {width, height, aspect, bytes}, captions {per_image, length,
-        unit, over_77, missing}, labels, duplicates, unreadable, tiny, cut (each with number and examples).
+        unit, over_77, missing}, labels, duplicates, unreadable, tiny, cut (each with number and examples), passed_over.
 
     Raises:
         UsageError: no shards, or no sample in them.
@@ -89,34 +105,49 @@ def check_data(
             splits[name]["samples"] += report.samples
             total.add(report)
     if not total.samples:
-        raise UsageError(f"empty data set: no sample in {source}")
+        why = "; ".join(["", *total.cut[:1], *passed_lines(total.passed.result())])
+        raise UsageError(f"empty data set: no sample in {source}{why}")
+    if (folder := Path(source).expanduser()).is_dir():
+        others = {path.name for path in folder.iterdir() if not path.is_dir()} - OWN
+        total.passed.add_files(
+            sorted(others - {tar.name for group in _groups(source, "all").values() for tar in group})
+        )
     return {
         "source": str(source),
         "samples": total.samples,
         "shards": len(tars),
-        "bytes": sum(tar.stat().st_size for _, tar in tars),
+        "bytes": sum(tar.stat().st_size for _, tar in tars if tar.exists()),
         "splits": splits,
         **_summary(total, lengths, per_image, "tokens" if tokenizer else "words"),
         "min_side": min_side,
         "cut": _listed(total.cut),
+        "passed_over": total.passed.result(),
     }
 
 
 def check_shard(tar: Path, min_side: int) -> ShardReport:
     """Read one tar; every image is decoded, at 1/8 scale where its format can."""
     report = ShardReport()
-    if cut := scan_shard(tar, keep_keys=False).cut:
-        report.cut.append(f"{tar.name}: {cut}")
+    try:
+        scan = scan_shard(tar, keep_keys=False)
+    except OSError as error:  # a dead link, for one
+        report.cut.append(f"{tar.name}: cannot be read: {error.strerror or error}")
+        return report
+    report.passed = scan.passed
+    if scan.cut:
+        report.cut.append(f"{tar.name}: {scan.cut}")
+        if not len(scan.offsets):
+            return report
     for key, parts in read_samples(tar):
         name = f"{tar.name}/{key}"
         report.samples += 1
-        report.labels += "cls" in parts
+        report.labels += bool(parts_of_kind(parts, "cls"))
         report.captions.append([text for each in captions_of(parts).values() for text in each])
         if not report.captions[-1]:
             report.uncaptioned.append(name)
         image = image_of(parts)
         if image is None:
-            report.unreadable.append(f"{name}: no image")
+            report.unreadable.append(f"{name}: {why_no_image(parts)}")
             continue
         report.digests.append((hashlib.sha1(image[1]).digest(), name))
         report.image_bytes += len(image[1])
@@ -235,7 +266,11 @@ def _findings(result: dict[str, Any]) -> list[RenderableType]:
         for example in found["examples"][:2]:
             words = " = ".join(example) if isinstance(example, list) else example
             lines.append(Text(f"{'':11}{words}", style="dim", overflow="ellipsis", no_wrap=True))
-    return lines
+    passed = passed_lines(result["passed_over"])
+    lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in passed[:LINES]]
+    return (
+        [*lines, Text(f"passed over: {len(passed) - LINES} more kinds; see --json")] if len(passed) > LINES else lines
+    )
 
 
 def _size(number: float) -> str:

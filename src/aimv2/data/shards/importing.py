@@ -28,9 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
+from aimv2.data.images.names import image_root_of
 from aimv2.data.images.sources import EXPECTED, SourceOptions, open_source
+from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def import_data(
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
     quality: int = 95,
+    image_root: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
@@ -104,9 +107,10 @@ def import_data(
         workers: Processes; 0 and 1 work in this one, None means one a core, at most 8.
         max_pixels: Refuse larger images.
         quality: of the JPEGs that are encoded here.
+        image_root: A folder outside the source, below which tables and captions files may name images.
 
     Returns:
-        out, train, val, rejected, shards (numbers of each), seconds.
+        out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), seconds.
 
     Raises:
         UsageError: nothing to import, or no place for it.
@@ -121,14 +125,17 @@ def import_data(
         **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
         "val_list": None,
         **image_options._asdict(),
-        **({"class_folders": True} if class_folders else {}),  # an import begun by an older version resumes
+        # an import begun by an older version resumes
+        **({"class_folders": True} if class_folders else {}),
+        **({"image_root": _stable_name(image_root)} if image_root else {}),
     }
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
-    opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders))
+    root = image_root_of(image_root)
+    opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root))
     _prepare(out, options)
     lines = val_text.decode("utf-8", "replace").splitlines()
     chooser = ValChooser(val_fraction, {line.strip() for line in lines if line.strip()})
@@ -407,7 +414,7 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
 
 def _finish(
     out: Path, notes: dict[str, ShardNote], rejects: list[Reject], source: PlannedSource, options: dict[str, Any]
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Merge the notes, mark the folder as finished and remove the work folder."""
     counts = {"train": 0, "val": 0}
     for name, note in sorted(notes.items()):
@@ -418,7 +425,8 @@ def _finish(
         (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))
     if not any(counts.values()):
         shutil.rmtree(out / WORK)
-        why = f"; the first: {rejects[0].image}: {rejects[0].reason}" if rejects else ""
+        why = f"; the first: {shown(rejects[0].image, 200)}: {rejects[0].reason}" if rejects else ""
+        why += "; ".join(("", *passed_lines(source.passed.result())))
         raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
     if source.classes:
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
@@ -426,7 +434,8 @@ def _finish(
     about = {"rejected": len(rejects), "options": {k: v for k, v in options.items() if k != "source"}}
     write_manifest(out, kept, source=options["source"], kind=source.kind, **about)
     shutil.rmtree(out / WORK)
-    return {**counts, "rejected": len(rejects), "shards": sum(note.written > 0 for note in notes.values())}
+    shards = sum(note.written > 0 for note in notes.values())
+    return {**counts, "rejected": len(rejects), "shards": shards, "passed_over": source.passed.result()}
 
 
 # ---- options ----

@@ -10,6 +10,7 @@ from pathlib import Path
 from aimv2.data.images.catalogue import COLUMNS, find_column, kind_of
 from aimv2.data.images.text_tables import delimiter_of, read_delimited, read_json_lines
 from aimv2.data.shards.format import captions_of, clean_captions, find_shards, read_samples
+from aimv2.data.shards.tars import is_tar
 from aimv2.errors import UsageError
 
 
@@ -20,7 +21,7 @@ def read_captions(path: str | Path) -> Iterator[str]:
     such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
     """
     file = Path(path).expanduser()
-    if not file.is_file() or file.suffix == ".tar":
+    if not file.is_file() or is_tar(file.name):
         return _of_shards(path)
     if file.suffix in (".jsonl", ".ndjson", ".json"):
         return _of_json_lines(file)

@@ -27,6 +27,20 @@ def tar_of(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.G
     return path
 
 
+def tar_of_links(path: Path, links: dict[str, tuple[bytes, str]], members: list[tuple[str, bytes]]) -> Path:
+    """Members, then links: {name: (type of the member, where it leads)}."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, (kind, target) in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    return path
+
+
 def listing(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in [folder, *folder.rglob("*")])
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from shard_tars import tar_of
 
+from aimv2.data.passed import HEIF_NEEDS, OTHERS
 from aimv2.data.shards.check import check_data, render_check
 from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
@@ -73,6 +75,31 @@ def test_cut_tar(shards: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:3000])
     result = check_data(shards)
     assert result["cut"]["number"] == 1 and "train-000000.tar" in result["cut"]["examples"][0]
+
+
+def test_what_is_passed_over_is_said(shards: Path) -> None:
+    (shards / "test-1.tar").symlink_to("/gone/test-1.tar")
+    apart = [("a.png", picture(1)), ("b.png", picture(2)), ("a.txt", b"a"), ("b.txt", b"b")]
+    tar_of(shards / "test-2.tar", apart)
+    tar_of(shards / "val-000000.tar", [("._a.png", b"fork"), ("a.png", picture(1)), ("a.txt", b"x"), ("a.npy", b"")])
+    for name in ("._train-000000.tar", "a.heif", "notes.parquet", "classes.txt"):
+        (shards / name).write_bytes(b"")
+    result = check_data(shards)
+    assert result["samples"] == 8 and result["cut"]["number"] == 2
+    assert result["cut"]["examples"][0] == "test-1.tar: cannot be read: a dead link to /gone/test-1.tar"
+    assert "test-2.tar: unsorted" in result["cut"]["examples"][1]
+    found = {kind: about["examples"] for kind, about in result["passed_over"].items()}
+    assert found.pop(HEIF_NEEDS, ["a.heif"]) == ["a.heif"]
+    assert {**found, OTHERS: found[OTHERS][-1:]} == {
+        "macOS resource forks (._*)": ["._a.png", "._train-000000.tar"],
+        "members of other kinds": ["a.npy"],
+        OTHERS: ["notes.parquet"],
+    }
+    out = io.StringIO()
+    Console(file=out, width=100).print(render_check(result))
+    assert "passed over: members of other kinds: 1 (a.npy)" in out.getvalue()
+    with pytest.raises(UsageError, match=r"test-2\.tar: unsorted .*sort it"):
+        check_data(shards / "test-2.tar")
 
 
 def test_wrong_sources(tmp_path: Path) -> None:

@@ -1,23 +1,34 @@
 """Shards are found, read as energon reads them, indexed from outside, and written the same twice."""
 
+import bz2
+import gzip
 import json
+import lzma
+import subprocess
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from shard_tars import energon_samples, jpeg, names, samples, tar_of
+from shard_tars import energon_samples, jpeg, names, samples, tar_of, tar_of_links
 
+from aimv2.data.images.entries import tar_entries
+from aimv2.data.passed import HEIF_READ
 from aimv2.data.shards.format import (
     captions_of,
     find_shards,
     image_of,
+    json_of,
+    label_of,
     read_sample,
     read_samples,
     scan_shard,
+    why_no_image,
     write_manifest,
     write_shard,
 )
 from aimv2.data.shards.index import build_index
+from aimv2.data.shards.listing import list_shard
 from aimv2.errors import UsageError
 
 # ---- find ----
@@ -130,6 +141,121 @@ def test_captions_of_a_sample() -> None:
     assert captions_of({"json": b'{"captions": ["a", "b"]}'}) == {"caption": ["a", "b"]}
     assert captions_of({"json": b"[broken", "txt": b""}) == {} == captions_of({"jpg": b"x"})
     assert image_of({"txt": b"", "webp": b"w"}) == ("webp", b"w") and image_of({"txt": b""}) is None
+
+
+def test_extensions_of_several_parts(tmp_path: Path) -> None:
+    """``s.input.jpg`` is the image of sample ``s``, and several texts are fields."""
+    parts = {"input.jpg": b"i", "short.txt": b"a", "long.txt": b"b", "label.cls": b" 3\n", "meta.json": b'{"id": 7}'}
+    assert image_of(parts) == ("jpg", b"i") and label_of(parts) == 3 and json_of(parts) == {"id": 7}
+    assert captions_of(parts) == {"short": ["a"], "long": ["b"]}
+    assert captions_of({"caption.txt": b"a"}) == {"caption": ["a"]}
+    assert image_of({"jpg": b"j", "seg.png": b"s"}) == ("jpg", b"j")
+    two = {"left.jpg": b"l", "right.jpg": b"r"}
+    assert image_of(two) is None and "several images in its sample (left.jpg, right.jpg)" in why_no_image(two)
+    assert "RAW" in why_no_image({"cr2": b"", "txt": b""}) and why_no_image({}) == "no image in its sample"
+    tar = tar_of(tmp_path / "a.tar", [("a.input.jpg", jpeg()), ("a.label.cls", b"5")])
+    assert list_shard(tar)[2].tolist() == [5]
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_compressed_tars(tmp_path: Path, ending: str) -> None:
+    plain = tar_of(tmp_path / "plain.tar", [("a.jpg", jpeg(1)), ("a.cls", b"4"), ("b.jpg", jpeg(2)), ("b.cls", b"5")])
+    pack = {"tar.bz2": bz2.compress, "tar.xz": lzma.compress}.get(ending, gzip.compress)
+    packed = tmp_path / "in" / f"train-0.{ending}"
+    packed.parent.mkdir()
+    packed.write_bytes(pack(plain.read_bytes()))
+    assert list(read_samples(packed)) == list(read_samples(plain)) and scan_shard(packed) == scan_shard(plain)
+    assert read_sample(packed, *scan_shard(packed).offsets[1:3]) == {"jpg": jpeg(2), "cls": b"5"}
+    assert list_shard(packed)[2].tolist() == [4, 5]
+    assert find_shards(packed.parent, "train") == find_shards(f"{packed.parent}/*", "train") == [packed]
+    with pytest.raises(UsageError, match="gunzip") as caught:
+        build_index([packed], tmp_path / "index")
+    assert caught.value.code == "unsupported"
+    packed.write_bytes(packed.read_bytes()[:-12])
+    assert scan_shard(packed).cut or ending != "tar.gz"
+    packed.write_bytes(b"no archive")
+    with nullcontext() if ending == "tar.xz" else pytest.raises(OSError):
+        assert scan_shard(packed).cut
+
+
+def test_links_in_tars(tmp_path: Path) -> None:
+    """A link stands for the file of the tar that it leads to; one that leads elsewhere is named and never followed."""
+    (tmp_path / "secret.jpg").write_bytes(jpeg(200))
+    links = {
+        "in/b.jpg": (tarfile.LNKTYPE, "in/a.jpg"),
+        "in/b.txt": (tarfile.SYMTYPE, "a.txt"),
+        "in/b.cls": (tarfile.LNKTYPE, "in/a.cls"),
+        "in/c.jpg": (tarfile.SYMTYPE, "../secret.jpg"),
+        "in/d.jpg": (tarfile.SYMTYPE, str(tmp_path / "secret.jpg")),
+        "in/e.jpg": (tarfile.SYMTYPE, "e.jpg"),
+        "in/f.jpg": (tarfile.CHRTYPE, ""),
+    }
+    tar = tar_of_links(tmp_path / "a.tar", links, [("in/a.jpg", jpeg(7)), ("in/a.txt", b"seven"), ("in/a.cls", b"1")])
+    same = {"jpg": jpeg(7), "txt": b"seven", "cls": b"1"}
+    assert list(read_samples(tar)) == [("in/a", same), ("in/b", same)]
+    scan = scan_shard(tar)
+    assert read_sample(tar, *scan.offsets[1:3]) == same and list_shard(tar)[2].tolist() == [1, 1]
+    assert {kind: about["number"] for kind, about in scan.passed.result().items()} == {
+        "dead links, or links out of the tar": 3,
+        "devices and pipes": 1,
+    }
+    with pytest.raises(UsageError, match=r"3 members are links \(in/b\.jpg\).*data import"):
+        build_index([tar], tmp_path / "index")
+
+
+def test_names_that_lead_out_are_names_only(tmp_path: Path) -> None:
+    members = [("/etc/x.jpg", jpeg(1)), ("/etc/x.txt", b"x"), ("../../y.jpg", jpeg(2)), ("../../y.txt", b"y")]
+    tar = tar_of(tmp_path / "a.tar", members)
+    _, entries = tar_entries(tar)
+    assert [entry.key for entry in entries] == ["etc_x", "y"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unsorted_tar_is_named(tmp_path: Path) -> None:
+    apart = [("a.jpg", jpeg()), ("b.jpg", jpeg()), ("a.txt", b"a"), ("b.txt", b"b")]
+    scan = scan_shard(tar_of(tmp_path / "a.tar", apart))
+    assert scan.keys == [] and not len(scan.offsets)
+    assert scan.cut.startswith("unsorted (the members of 2 samples lie apart); sort it: mkdir t && tar -xf a.tar")
+    subprocess.run(scan.cut.partition("sort it: ")[2], shell=True, cwd=tmp_path, check=True)
+    assert [key for key, _ in read_samples(tmp_path / "sorted.tar")] == ["./a", "./b"], "the command does what it says"
+    assert not scan_shard(tmp_path / "sorted.tar").cut
+    assert scan_shard(tar_of(tmp_path / "a.tar", [*apart[::2], apart[1], apart[3], *apart[::2]])).keys == [
+        "a",
+        "b",
+        "a",
+    ]
+    for many in (list_shard, lambda tar: build_index([tar], tmp_path / "index")):
+        with pytest.raises(UsageError, match="sort it") if many is not list_shard else nullcontext():
+            many(tar_of(tmp_path / "a.tar", apart))
+
+
+def test_members_that_nothing_reads_are_counted(tmp_path: Path) -> None:
+    members = [
+        *(("._a.jpg", b"fork"), ("a.jpg", jpeg()), ("a.txt", b"a"), ("a.npy", b"1"), (".DS_Store", b"")),
+        *(("__meta__/x.json", b"{}"), ("README", b""), ("b.jpg", jpeg()), ("b.JPG", jpeg()), ("c.heic", b"")),
+    ]
+    scan = scan_shard(tar_of(tmp_path / "a.tar", members))
+    found = {kind.partition(",")[0].partition(" (")[0]: about for kind, about in scan.passed.result().items()}
+    assert found.pop("HEIC images", None) or HEIF_READ
+    assert {kind: about["examples"] for kind, about in found.items()} == {
+        "macOS resource forks": ["._a.jpg"],
+        "hidden files and folders": [".DS_Store"],
+        "members of other kinds": ["a.npy"],
+        "members that come twice in a sample: the last counts": ["b.JPG"],
+        "members without an extension": ["README"],
+        "metadata": ["__meta__/x.json"],
+    }
+
+
+def test_dead_links_among_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shard(tmp_path / "train-0.tar", samples("a"))
+    (tmp_path / "train-1.tar").symlink_to(tmp_path / "gone.tar")
+    (tmp_path / "._train-0.tar").write_bytes(b"fork")
+    found = find_shards(tmp_path, "train")
+    assert names(found) == ["train-0.tar", "train-1.tar"]
+    with pytest.raises(UsageError, match=r"a dead link to .*gone\.tar") as caught:
+        build_index(found, tmp_path / "index")
+    assert caught.value.code == "unreadable"
+    assert list(read_samples(found[1])) == [] and "a dead link" in caplog.text
 
 
 # ---- write ----

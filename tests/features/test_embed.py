@@ -17,9 +17,12 @@ from PIL import Image
 from aimv2 import api
 from aimv2.data.images.decode import decode_image
 from aimv2.data.images.pictures import pictures
+from aimv2.data.passed import PassedOver
 from aimv2.data.scenes import write_scenes
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import RankError, UsageError
+from aimv2.evals.caption import image_files
+from aimv2.explorer.stored import Stored
 from aimv2.features import embed as module
 from aimv2.features.fingerprint import weights_hash
 from aimv2.interop.convert import convert
@@ -219,13 +222,13 @@ def test_images_that_change_meanwhile_are_said(tmp_path: Path, monkeypatch: pyte
     real = module.list_images
     words = (str(tmp_path / "m"), str(tmp_path / "photos"))
 
-    def renamed(source: str) -> object:
-        found = real(source)
+    def renamed(source: str, *others: object) -> object:
+        found = real(source, *others)
         files[0].rename(tmp_path / "photos" / "new.png")
         return found
 
-    def replaced(source: str) -> object:
-        found = real(source)
+    def replaced(source: str, *others: object) -> object:
+        found = real(source, *others)
         files[1].write_bytes(files[2].read_bytes() + b"more")
         return found
 
@@ -376,6 +379,56 @@ def test_a_list_of_odd_lines(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"some.txt: UTF-8 text with a path a line is expected") as error:
         api.embed(str(tmp_path / "m"), str(listed), str(tmp_path / "out2"))
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out2").exists()
+
+
+def test_a_list_may_name_other_folders_only_if_it_is_allowed(tmp_path: Path) -> None:
+    photographs(tmp_path / "photos", 3)
+    (tmp_path / "lists").mkdir()
+    names = {"absolute": tmp_path / "photos" / "0.png", "dots": "../photos/0.png", "URL": "https://example.org/0.png"}
+    for kind, name in names.items():
+        given = tmp_path / "lists" / f"{kind}.txt"
+        given.write_text(f"{name}\n")
+        with pytest.raises(UsageError, match="a URL" if kind == "URL" else "--image-root DIR") as error:
+            next(pictures(str(given)))
+        assert error.value.option == ("" if kind == "URL" else "--image-root")
+        if kind != "URL":
+            ((key, read),) = pictures(str(given), image_root=tmp_path / "photos")
+            assert key == str(name) and read() == (tmp_path / "photos" / "0.png").read_bytes()
+    (tmp_path / "lists" / "linked").symlink_to(tmp_path / "photos")
+    (tmp_path / "lists" / "all.txt").write_text(f"linked/1.png\n{names['absolute']}\n0.png\n")
+    assert [read() for _, read in pictures(str(tmp_path / "lists" / "all.txt"), image_root=tmp_path / "photos")]
+    model_at(tmp_path / "m")
+    words = (str(tmp_path / "m"), str(tmp_path / "lists" / "all.txt"), str(tmp_path / "out"))
+    assert api.embed(*words, image_root=str(tmp_path / "photos"))["rows"] == 3
+    stored = Stored(tmp_path / "out")
+    assert not stored.stale and stored.image_root == tmp_path / "photos"
+    with pytest.raises(UsageError) as error:
+        api.embed(*words, image_root=str(tmp_path / "gone"))
+    assert (error.value.option, error.value.code) == ("--image-root", "not-found")
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    photographs(tmp_path / "photos", 2)
+    for name in ("a.NEF", "notes.md", "._0.png", "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"")
+    model_at(tmp_path / "m")
+    result = api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"))
+    assert result["rows"] == 2 and result["rejected"] == 0
+    assert {about["examples"][0] for about in result["passed_over"].values()} == {
+        "a.NEF",
+        "notes.md",
+        "._0.png",
+        "@eaDir/",
+    }
+    for name in ("a.NEF", "0.png", "1.png"):
+        (tmp_path / "photos" / name).rename(tmp_path / "photos" / f"{name[0]}.cr3")
+    with pytest.raises(UsageError, match=r"passed over: RAW images of cameras"):
+        next(pictures(str(tmp_path / "photos")))
+    passed = PassedOver()
+    with pytest.raises(UsageError, match="no image in the folder"):
+        list(image_files([str(tmp_path / "photos")], passed))
+    assert sum(about["number"] for about in passed.result().values()) == 6
 
 
 def test_files_of_all_patches_are_bounded() -> None:

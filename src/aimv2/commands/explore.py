@@ -22,16 +22,18 @@ class ExploreOptions(ModelOptions):
             a pair, none for others: its pictures are then not encoded again); null: captioned scenes, drawn on the spot
         other: a second model, shown next to the first
         limit: images of the folder, the first; 0: all
+        image_root: a folder outside the list's own, below which a list of paths may name images
         host: address to listen on; any but the default lets other machines in
         port: port to listen on; 0: a free one
         open: open the page in the browser
         upload_mb: largest picture that the page may send, MB
     """
 
-    ORDER = "model images other limit host port open upload_mb device image_mean image_std"
+    ORDER = "model images other limit host port open upload_mb device image_mean image_std image_root"
     images: str | None = None
     other: str | None = None
     limit: Count = 200
+    image_root: str | None = None
     host: str = "127.0.0.1"
     port: int = 8421
     open: bool = False
@@ -43,14 +45,16 @@ def run(options: ExploreOptions) -> dict[str, Any]:
 
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise UsageError(f"explore needs the package {missing[0]}: pip install 'aimv2[ui]'", code="missing")
+    from aimv2.data.images.names import image_root_of
     from aimv2.explorer.prepare import prepare
     from aimv2.explorer.server import listen, serve, url_of
 
     model, images, other = options.model, options.images, options.other
+    root = image_root_of(options.image_root)
     with contextlib.closing(
         listen(options.host, options.port)
     ) as listening:  # a busy port is reported before a model is read
         url = url_of(options.host, listening)
-        answers = prepare(model, images, other, options.limit, options.upload_mb, options.where, options.stats)
+        answers = prepare(model, images, other, options.limit, options.upload_mb, options.where, options.stats, root)
         serve(answers, options.host, listening, options.open)
     return {"url": url, "model": model, "other": other, "images": images}

@@ -48,6 +48,9 @@ class PassedOver:
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, list[str]]] = {}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PassedOver) and self._found == other._found
+
     def add(self, kind: str, *names: str, number: int | None = None) -> None:
         """Counts ``number`` of a kind, or as many as there are names."""
         if not names:
@@ -76,7 +79,8 @@ class PassedOver:
 def passed_lines(result: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each kind of :meth:`PassedOver.result`."""
     return [
-        f"passed over: {about['number']:,} {kind}: {', '.join(about['examples'])}"
+        f"passed over: {kind}: {about['number']:,} ({', '.join(about['examples'])}"
         + ", ..." * (about["number"] > len(about["examples"]))
+        + ")"
         for kind, about in result.items()
     ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from aimv2.data.images.catalogue import is_image, list_files
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.passed import PassedOver
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
@@ -33,7 +33,8 @@ def image_files(paths: Sequence[str], passed: PassedOver | None = None) -> Itera
             files = list_files(path, passed)
             passed.add_files(name for name in files if not is_image(name))
             if not any(map(is_image, files)):
-                raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)})")
+                words = "; ".join(("", *passed_lines(passed.result())))
+                raise UsageError(f"IMAGES {path}: no image in the folder ({', '.join(IMAGE_EXTENSIONS)}){words}")
             yield from (path / name for name in files if is_image(name))
         else:
             raise UsageError(f"IMAGES {path}: no such file or folder", code="not-found")

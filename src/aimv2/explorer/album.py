@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from PIL import Image
 
@@ -55,12 +55,13 @@ class Album:
     Not thread-safe: called only from the server's one worker.
     """
 
-    def __init__(self, source: str | None, limit: int, example_size: int) -> None:
+    def __init__(self, source: str | None, limit: int, example_size: int, image_root: Path | None = None) -> None:
         """
         Args:
             source: any source of :func:`aimv2.data.images.pictures.pictures`; None: examples are generated.
             limit: use only the first images of the source; 0: all.
             example_size: pixels per side of examples.
+            image_root: a folder outside a list's own, below which it may name images.
 
         Raises:
             UsageError: no image in the source.
@@ -76,7 +77,7 @@ class Album:
             self.scenes = [image for image, _ in fixed]
             self.entries = {at: Entry(at, f"example {at + 1}", "example", says) for at, (_, says) in enumerate(fixed)}
         else:
-            self.listed = list(islice(pictures(source, "--images"), limit or None))
+            self.listed = list(islice(pictures(source, "--images", image_root), limit or None))
             self.entries = {
                 at: Entry(at, PurePath(name).name[-NAME:], "folder") for at, (name, _) in enumerate(self.listed)
             }

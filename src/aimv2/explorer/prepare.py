@@ -23,6 +23,7 @@ def prepare(
     upload_mb: float,
     device: str,
     stats: Stats | None = None,
+    image_root: Path | None = None,
 ) -> Answers:
     """Load models and images; the arguments are the options of ``aimv2 explore``."""
     folder = Path(images).expanduser() if images is not None else None
@@ -31,7 +32,9 @@ def prepare(
     if not any(isinstance(one.encoder, ForeignEncoder) for one in shown):
         refuse_stats(model, stats)
     size = max(32, min(224, max(one.encoder.config.image_size or 224 for one in shown)))
-    album = Album(images if stored is None else stored.source, limit, size)
+    if stored is not None:
+        images, image_root = stored.source, stored.image_root
+    album = Album(images, limit, size, image_root)
     if stored is not None:
         stored.number(album)
     study = Study(shown, album, stored)

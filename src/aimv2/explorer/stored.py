@@ -48,6 +48,7 @@ class Stored:
                 f"--images {folder}: holds features of the images in {self.source}, which are not there",
                 code="not-found",
             )
+        self.image_root = Path(root) if (root := self.about.get("image_root")) else None
         self.numbers: dict[str, int] = {}
         self.same: dict[int, bool] = {}  # by the identity of an encoder
         self.stale = self._stale()
@@ -57,7 +58,10 @@ class Stored:
             return (
                 "The folder was written by an earlier version, so its pictures are read; embed them into a new folder."
             )
-        if any(self.about.get(key) != value for key, value in list_images(self.source).fingerprint().items()):
+        if any(
+            self.about.get(key) != value
+            for key, value in list_images(self.source, self.image_root).fingerprint().items()
+        ):
             return "Pictures were replaced or changed since the folder was written, so they are read; embed them into a new folder."
         return ""
 

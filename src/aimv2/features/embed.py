@@ -83,9 +83,10 @@ def embed_images(
         {"source": str(Path(source).expanduser().resolve()), **images.fingerprint()},
     )
     about |= {"format": wanted.format, "shard_size": step}
+    noted = {"model": name, **({"image_root": str(image_root.resolve())} if image_root else {})}
     folder, parts = Path(out).expanduser(), -(-count // step)
     store = FeatureStore(
-        folder, about, "OUT", noted={"model": name}, about=ABOUT, note="features-{:05d}.json", rank=rank, ranks=ranks
+        folder, about, "OUT", noted=noted, about=ABOUT, note="features-{:05d}.json", rank=rank, ranks=ranks
     )
     missing, again = set(store.missing(parts)), ListedImages()
     listed = again.pass_through(pictures(source, image_root=image_root))

@@ -13,7 +13,7 @@ from aimv2.data.images.catalogue import kind_of
 from aimv2.data.images.entries import SourceEntry, tar_entries
 from aimv2.data.images.sources import IMAGE_FORMS, SourceOptions, open_folder
 from aimv2.data.shards.format import find_shards, split_shards
-from aimv2.data.shards.tars import tars_in
+from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,14 @@ def _of_shards(path: Path, source: str) -> tuple[list[SourceEntry], str]:
         shards = find_shards(source, "test", option="--data")
     if split == "train":
         log.warning("--data %s: no test-*.tar and no val-*.tar there; measured on its training pairs", source)
-    scans = [tar_entries(shard) for shard in shards]
+    scans = []
+    for shard in shards:
+        try:
+            scans.append(tar_entries(shard))
+        except OSError as error:
+            raise UsageError(
+                f"--data {source}: {shard.name} {why_unreadable(shard, error)}", code="unreadable"
+            ) from error
     for shard, (scan, _) in zip(shards, scans):
         if scan.cut:
             log.warning("%s: %s; its whole samples are used", shard, scan.cut)

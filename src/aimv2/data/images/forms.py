@@ -26,7 +26,7 @@ from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
-from aimv2.data.shards.tars import tars_in
+from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.errors import UsageError, first_line
 
 SPLITS = {
@@ -219,7 +219,7 @@ def _list_shards(tars: list[Path], homes: list[Path], source: str) -> Listed:
         try:
             found, edges, numbers = list_shard(tar)
         except OSError as error:
-            raise wrong(source, f"{tar.name} cannot be read: {error.strerror or error}") from None
+            raise wrong(source, f"{tar.name} {why_unreadable(tar, error)}") from None
         keys += found
         labels.append(numbers)
         which.append(np.full(len(found), number, np.int32))

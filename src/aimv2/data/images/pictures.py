@@ -18,7 +18,7 @@ from aimv2.data.images.names import locate_inside
 from aimv2.data.images.readers import contents_of_files
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
-from aimv2.data.shards.tars import tars_in
+from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.errors import UsageError
 
 LISTS = (".txt", ".lst")
@@ -139,7 +139,7 @@ def _of_shards(shards: list[Path], passed: PassedOver) -> Iterator[Picture]:
         try:
             scan, entries = tar_entries(shard)
         except OSError as error:
-            yield shard.name, partial(_fail, f"shard can't be read: {error.strerror or error}")
+            yield shard.name, partial(_fail, f"shard {why_unreadable(shard, error)}")
             continue
         passed.update(scan.passed)
         for entry in entries:

@@ -105,6 +105,8 @@ def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None)
         if len(cell) > 1:
             raise ImageError(f"{len(cell)} images in one row; one is expected")
         cell = cell[0] if cell else None
+    if cell is None or cell in ("", {}, []):
+        raise ImageError("no image")
     name = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
     data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes | str) else None
     encoded = from_base64(data) if data else None
@@ -113,9 +115,7 @@ def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None)
     if isinstance(data, bytes):
         return data, name
     if not name:
-        raise ImageError(
-            "no image" if cell is None or cell in ("", {}) else f"no encoded image, but {type(cell).__name__}"
-        )
+        raise ImageError("no image" if isinstance(cell, dict) else f"no encoded image, but {type(cell).__name__}")
     try:
         return locate_inside(folder, str(name), image_root).read_bytes(), name
     except UsageError as error:

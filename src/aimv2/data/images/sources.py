@@ -6,7 +6,6 @@ A source is listed without opening an image, in a stable order. :data:`FILE_FORM
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,9 +28,9 @@ from aimv2.data.images.entries import (
 from aimv2.data.images.names import NameFinder, inside, tie
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
-from aimv2.data.passed import PassedOver, passed_lines
+from aimv2.data.passed import KINDS, PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
-from aimv2.data.shards.tars import tars_in
+from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.errors import UsageError
 
 EXPECTED = (
@@ -79,16 +78,16 @@ class ImageFolder:
         """The images among the files."""
         return [name for name in self.files if is_image(name)]
 
-    def no_image(self) -> UsageError:
+    def no_image(self, words: str = f"; expected {EXPECTED}") -> UsageError:
         """That there is none, and what was passed over."""
         self.passed.add_files(self.files)
-        words = "; ".join(("", *passed_lines(self.passed.result())))
-        return UsageError(f"SRC: no image in {self.root}; expected {EXPECTED}{words}", code="not-found")
+        passed = "; ".join(("", *passed_lines(self.passed.result())))
+        return UsageError(f"SRC: no image in {self.root}{words}{passed}", code="not-found")
 
-    def count_failed(self) -> set[str]:
-        """Notes of img2dataset about its downloads; what it could not download is passed over."""
+    def download_notes(self, count: bool) -> set[str]:
+        """What img2dataset notes about its downloads; those that failed are passed over if they are to be counted."""
         notes = {name for name in self.files if re.fullmatch(r"(.*/)?\d+_stats\.json", name)}
-        for name in sorted(notes):
+        for name in sorted(notes) if count else ():
             try:
                 counts = json.loads((self.root / name).read_bytes())
                 failed = sum(counts.get(f"failed_to_{what}", 0) for what in ("download", "resize"))
@@ -251,7 +250,7 @@ def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...
     """
     folder = ImageFolder(root, options)
     planned = next(planned for form in forms if (planned := form(folder)))
-    used = planned.used | folder.count_failed()
+    used = planned.used | folder.download_notes(count=planned.kind != "table")
     for name in folder.files:
         if name not in used and not is_image(name) and not is_download_note(root / name):
             folder.passed.add_files([name])
@@ -285,10 +284,7 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
             planned.append(SourceEntry(safe_key(name), name, (path,), captions, None, about, reader))
     total = sum(isinstance(item, SourceEntry) for item in planned)
     if not images and not total:
-        raise UsageError(
-            f"SRC: no image in {folder.root}, and none where {file.name} points; expected its images there",
-            code="missing",
-        )
+        raise folder.no_image(f", and none where {file.name} points; expected its images there")
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
     used = {file.relative_to(folder.root).as_posix()} if file.is_relative_to(folder.root) else set[str]()
     return PlannedSource(f"captions file {file.name}", planned, total, used=used)
@@ -338,7 +334,8 @@ class _ImageFinder:
         found = found or self.names.find(name, anywhere=True)
         if len(found) > 1:
             return "", f"several images of that name: {', '.join(found[:3])}"
-        return (str(self.root / found[0]), "") if found else ("", "no such image")
+        unread = KINDS.get(name.rpartition(".")[2].lower())
+        return (str(self.root / found[0]), "") if found else ("", unread or "no such image")
 
 
 # ---- forms of files ----
@@ -354,12 +351,7 @@ def _tar_source(tars: list[Path]) -> PlannedSource:
             try:
                 scan, entries = tar_entries(tar)
             except OSError as error:
-                why = (
-                    f"a dead link to {os.readlink(tar)}"
-                    if tar.is_symlink() and not tar.exists()
-                    else error.strerror or error
-                )
-                yield Reject("", tar.name, f"cannot be read: {why}")
+                yield Reject("", tar.name, why_unreadable(tar, error))
                 continue
             passed.update(scan.passed)
             for entry in entries:

@@ -29,6 +29,7 @@ from aimv2.data.shards.format import (
     split_shards,
     why_no_image,
 )
+from aimv2.data.shards.tars import why_unreadable
 from aimv2.errors import UsageError
 
 MAX_TOKENS = 77  # of the released models' captions
@@ -131,7 +132,7 @@ def check_shard(tar: Path, min_side: int) -> ShardReport:
     try:
         scan = scan_shard(tar, keep_keys=False)
     except OSError as error:  # a dead link, for one
-        report.cut.append(f"{tar.name}: cannot be read: {error.strerror or error}")
+        report.cut.append(f"{tar.name}: {why_unreadable(tar, error)}")
         return report
     report.passed = scan.passed
     if scan.cut:

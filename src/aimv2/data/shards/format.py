@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
-from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in
+from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -205,10 +205,15 @@ def _count_unread(passed: PassedOver, member: str, extension: str, extensions: s
 def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
     """All whole samples of a tar, in order, as (key, {extension: content}); extensions in lower case.
 
-    A tar that is cut at its end gives what is whole, and a logged warning.
+    A tar that is cut at its end gives what is whole, and a logged warning; one that can't be opened gives the warning only.
     """
     scan, key, parts = ShardScan(), None, dict[str, bytes]()
-    with open_tar(tar) as file:
+    try:
+        opened = open_tar(tar)
+    except OSError as error:
+        log.warning("%s: %s", tar, why_unreadable(tar, error))
+        return
+    with opened as file:
         for member, name, extension in _members(tar, scan):
             if name != key:
                 if key is not None:

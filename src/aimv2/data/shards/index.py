@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aimv2.data.shards.format import scan_shard
-from aimv2.data.shards.tars import is_packed
+from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ def build_index(shards: list[Path], index_dir: Path | None = None, progress: boo
     if not shards:
         raise UsageError("empty data set: no shards were given")
     links, signature = _link_names(shards), hashlib.sha256(f"index {INDEX_FORMAT}".encode())
-    for path in links.values():
+    for given, path in zip(shards, links.values()):
         try:
             found = path.stat()
         except OSError as error:
-            raise UsageError(f"shard {path} cannot be read: {error.strerror}", code="unreadable") from error
+            raise UsageError(f"shard {given} {why_unreadable(given, error)}", code="unreadable") from error
         signature.update(json.dumps([str(path), found.st_size, found.st_mtime_ns]).encode())
     home, name = _index_home(index_dir), signature.hexdigest()[:16]
     folder = home / name
@@ -198,7 +198,7 @@ def _read_shard(tar: Path) -> _Shard:
         links: list[str] = []
         scan = scan_shard(tar, False, lambda member: links.append(member.name) if not member.isfile() else None)
     except OSError as error:
-        raise UsageError(f"shard {tar} cannot be read: {error.strerror or error}", code="unreadable") from error
+        raise UsageError(f"shard {tar} {why_unreadable(tar, error)}", code="unreadable") from error
     if links:
         raise UsageError(
             f"shard {tar}: {len(links):,} members are links ({links[0]}), which training does not follow; make shards of it with "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import posixpath
 import re
 import shutil
@@ -32,6 +33,12 @@ def tars_in(folder: Path) -> list[Path]:
     """The tars of a folder itself, sorted; a dead link is one too, which cannot be read. Hidden ones (``._x.tar``) are none."""
     found = (path for path in folder.iterdir() if is_tar(path.name) and not path.name.startswith("."))
     return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def why_unreadable(tar: Path, error: OSError) -> str:
+    """Why a tar can't be opened; a dead link is called that."""
+    dead = tar.is_symlink() and not tar.exists()
+    return f"cannot be read: {f'a dead link to {os.readlink(tar)}' if dead else error.strerror or error}"
 
 
 def is_packed(tar: Path) -> bool:

@@ -11,7 +11,7 @@ def pretrain(config: str | None = None, run: str | None = None, options: dict[st
 def run(chain: str, out: str | None = None, data: str | None = None, only: str | None = None, redo: bool = False, status: bool = False) -> dict[str, Any]:
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 
-def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False) -> dict[str, Any]:
+def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, image_root: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False) -> dict[str, Any]:
     """Convert captioned images, in whatever form they are, to WebDataset shards."""
 
 def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def models() -> dict[str, Any]:
 def convert(source: str, out: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', revision: str | None = None, precision: Literal['fp32', 'bf16', 'int8'] | None = None, images: str | None = None, samples: int = 300, licence: str | None = None) -> dict[str, Any]:
     """Write a model in the layout of the tool that will open it."""
 
-def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32') -> dict[str, Any]:
+def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, image_root: str | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32') -> dict[str, Any]:
     """Write features of many images, in files of equal parts; under torchrun several processes share the work."""
 
 def probe(model: str, data: str | None = None, dataset: str | None = None, protocol: Literal['attentive', 'efficient'] = 'attentive', features: Literal['cached', 'augmented'] = 'cached', layers: str = 'last', epochs: int = 100, warmup: float = 0.0, batch_size: int = 512, rates: float | str | list[float] = '5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3', decays: float | str | list[float] = '0.05,0.1', heads: int | None = None, flip: bool = False, select: Literal['auto', 'val', 'heldout', 'test'] = 'auto', seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, train_limit: int = 0, test_limit: int = 0, image_size: int | str | None = None, trunk_batch: int = 64, workers: int = 2, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def retrieve(model: str, data: str | None = None, captions: str | None = None, c
 def report(runs: list[str], out: str | None = None, images: int = 6, device: str | None = None, watch: float | None = None) -> dict[str, Any]:
     """Write a page of what a run has learned; for several runs their curves, figures and differences."""
 
-def explore(model: str, images: str | None = None, other: str | None = None, limit: int = 200, host: str = '127.0.0.1', port: int = 8421, open: bool = False, upload_mb: float = 10.0, device: str | None = None, image_mean: str | None = None, image_std: str | None = None) -> dict[str, Any]:
+def explore(model: str, images: str | None = None, other: str | None = None, limit: int = 200, host: str = '127.0.0.1', port: int = 8421, open: bool = False, upload_mb: float = 10.0, device: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None) -> dict[str, Any]:
     """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text."""
 
 def doctor(quick: bool = False) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class Stored:
         if not rows:
             return {}
         with eager():
-            weight = model.image_projection.weight
-            return dict(zip(numbers, F.normalize(model.image_projection(torch.stack(rows).to(weight)).float(), dim=-1)))
+            found = model.image_projection(torch.stack(rows).to(model.log_scale))
+            return dict(zip(numbers, F.normalize(found.float(), dim=-1)))
 
     def maps(self, encoder: VisionEncoder | ForeignEncoder) -> dict[int, np.ndarray]:
         """Features of the last layer by number: views [h, w, D]; {} where the features are of no use for it."""

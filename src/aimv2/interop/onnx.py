@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.layers import dtype_of
 from aimv2.models.lit import LiT
 
 FILE = "model.onnx"
@@ -61,8 +62,7 @@ def example(encoder: VisionEncoder) -> tuple[Tensor, dict[str, Any]]:
     side = config.image_size or config.patch_size * 12
     pixels = torch.zeros(2, 3, side, side if config.image_size else side + 2 * config.patch_size)
     dynamic: dict[int, Any] = dict.fromkeys((0,) if config.image_size else (0, 2, 3), torch.export.Dim.DYNAMIC)
-    weight = encoder.patch_embed.proj.weight
-    return pixels.to(weight.device, weight.dtype), {"pixel_values": dynamic}
+    return pixels.to(encoder.mean.device, dtype_of(encoder)), {"pixel_values": dynamic}
 
 
 def to_onnx(model: nn.Module, out: Path) -> None:

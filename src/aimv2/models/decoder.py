@@ -8,6 +8,8 @@ the heads run on scored rows only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimv2.batch import Batch
-from aimv2.models.layers import NORM_EPS, Block, Cache, Packed, Spans
+from aimv2.models.layers import NORM_EPS, Block, Cache, Packed, Spans, dtype_of
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
 CHUNK_ROWS = 1024  # text logits in chunks of this many rows once there are more than twice as many
@@ -67,27 +69,35 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, packed: Packed, keep: Tensor) -> Tensor:
-        """Packed rows [B * I + R, D] -> rows ``keep`` [K] after the last norm, [K, D]."""
-        for block in self.blocks[:-1]:
-            x = block(x, packed=packed)
-        return self.norm(self.blocks[-1](x, packed=packed, keep=keep))
+    def forward(
+        self,
+        x: Tensor,
+        packed: Packed | None = None,
+        keep: Tensor | None = None,
+        mask: Any = "causal",
+        caches: Iterable[Cache] | None = None,
+    ) -> Tensor:
+        """Apply the blocks and the norm.
 
-    def step(self, x: Tensor, caches: list[Cache] | None) -> Tensor:
-        """New positions [B, N, D] that follow the cached ones (None: no cache) -> [B, N, D]."""
-        for index, block in enumerate(self.blocks):
-            x = block(x, mask="causal") if caches is None else block(x, cache=caches[index])
-        return self.norm(x)
+        Args:
+            x: packed rows [B * I + R, D], or [B, N, D].
+            packed: the row layout, for packed input.
+            keep: int64 [K]; only these rows (of the flat [B * N] where not packed) leave the trunk.
+            mask: see :meth:`aimv2.models.layers.Attention.attend` (padded input only).
+            caches: of each block; ``x`` holds the new positions.
 
-
-class ImageTrunk(Trunk):
-    """Causal blocks over image positions only."""
-
-    def forward(self, x: Tensor, keep: Tensor, mask: Any = "causal") -> Tensor:  # type: ignore[override]
-        """[B, I, D] -> positions ``keep`` of the flat [B * I], [K, D]."""
+        Returns:
+            like ``x``, or [K, D].
+        """
+        each = repeat(None) if caches is None else iter(caches)
         for block in self.blocks:
-            x = block(x, mask=mask)
-        return self.norm(x.flatten(0, 1).index_select(0, keep))
+            last = packed is not None and block is self.blocks[-1]
+            x = block(x, mask, packed, keep if last else None, next(each))
+        return self.norm(x if keep is None or packed is not None else x.flatten(0, 1).index_select(0, keep))
+
+    def step(self, x: Tensor, caches: Iterable[Cache] | None) -> Tensor:
+        """New positions [B, N, D] that follow the cached ones (None: no cache) -> [B, N, D]."""
+        return self(x, caches=caches)
 
 
 class MultimodalDecoder(nn.Module):
@@ -103,7 +113,7 @@ class MultimodalDecoder(nn.Module):
         self.project = nn.Linear(encoder.width, config.width)
         image_only = not config.text
         if config.pixels and (config.separate or image_only):
-            self.pixel_trunk = ImageTrunk(config)
+            self.pixel_trunk = Trunk(config)  # over image positions only
         if config.text:
             self.trunk = Trunk(config)
             self.token_embed = nn.Embedding(config.vocab_size, config.width)
@@ -140,7 +150,7 @@ class MultimodalDecoder(nn.Module):
         """
         if batch.kept is not None:
             features = features.gather(1, batch.kept[:, :, None].expand(-1, -1, features.shape[2]))  # [B, K, D]
-        image = self.project(features).to(self.project.weight.dtype)  # [B, I, D]; the residual stream stays fp32
+        image = self.project(features).to(dtype_of(self))  # [B, I, D]; the residual stream stays fp32
         samples, patches, width = len(batch.text), image.shape[1], image.shape[2]
         causal: Any = "causal"
         spans = None
@@ -149,7 +159,7 @@ class MultimodalDecoder(nn.Module):
                 causal = Spans(batch.layout.image_slots, batch.layout.image_groups)
             spans = Spans(batch.layout.slots, batch.layout.groups)
         if not self.config.text:
-            return Prediction(self.pixel_head(self.pixel_trunk(image, batch.patch_rows, causal)), None)
+            return Prediction(self.pixel_head(self.pixel_trunk(image, None, batch.patch_rows, causal)), None)
         padded = self.caption_inputs(batch.text, batch.text.shape[1])  # [B, T, D]
         text = padded.flatten(0, 1).index_select(0, batch.token_rows.clamp(max=samples * batch.text.shape[1] - 1))
         rows = torch.cat([image.reshape(-1, width), text])
@@ -162,7 +172,7 @@ class MultimodalDecoder(nn.Module):
         if joint:
             pixels, out = self.pixel_head(out[: len(batch.patch_rows)]), out[len(batch.patch_rows) :]
         elif self.config.pixels:
-            pixels = self.pixel_head(self.pixel_trunk(image, batch.patch_rows, causal))
+            pixels = self.pixel_head(self.pixel_trunk(image, None, batch.patch_rows, causal))
         return Prediction(pixels, self.text_head(out, text_targets))
 
     def new_caches(self) -> list[Cache]:

@@ -15,33 +15,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.batch import Batch
-from aimv2.models.layers import NORM_EPS, Block, Documents, prefix_attention_mask, prefix_spans
+from aimv2.models.layers import NORM_EPS, Block, Documents, dtype_of, prefix_attention_mask, prefix_spans
 from aimv2.models.pool import AttentionPool
 from aimv2.models.positions import patchify, resize_positions, sincos_at, sincos_positions
 from aimv2.models.sizes import EncoderConfig, wrong_image_dtype
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution of stride p, computed as one matmul: [B, 3, H, W] -> [B, D, h, w], a view of [B, I, D]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        patch = self.kernel_size[0]
+        x = F.linear(patchify(images, patch), self.weight.flatten(1), self.bias)
+        return x.transpose(1, 2).unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
+
+
 class PatchEmbed(nn.Module):
-    """Patch projection (a convolution of stride p, computed as one matmul), RMSNorm, position."""
+    """Patch projection, RMSNorm, position."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.proj = PatchProjection(3, config.width, config.patch_size, config.patch_size)
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         if config.image_size is not None:
             self.position = nn.Parameter(torch.empty(1, config.patches, config.width))
 
     def forward(self, images: Tensor, places: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] -> [B, I, D]; ``places`` int64 [B, I, 2]: row and column of each patch, where images are strips."""
-        patch = self.config.patch_size
-        x = F.linear(patchify(images, patch), self.proj.weight.flatten(1), self.proj.bias)
-        x = self.norm(x.to(self.norm.weight.dtype))  # under autocast the matmul is bf16, the residual stream is not
+        x = self.proj(images).flatten(2).transpose(1, 2)
+        x = self.norm(x.to(dtype_of(self)))  # under autocast the matmul is bf16, the residual stream is not
         if self.config.image_size is not None:
             return x + self.position
         if places is not None:
             return x + sincos_at(places, self.config.width).to(x.dtype)
-        grid = images.shape[2] // patch, images.shape[3] // patch
+        grid = images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
         return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
 
 
@@ -126,7 +134,11 @@ class VisionEncoder(nn.Module):
         return images
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], prefix_len: Tensor | None = None, layers: Sequence[int] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        prefix_len: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        strips: Batch | None = None,
     ) -> Any:
         """Encode images.
 
@@ -135,6 +147,7 @@ class VisionEncoder(nn.Module):
                 (packed without padding, equal to one at a time; native models).
             prefix_len: int64 [B], each in 1..I-1: prefix attention (training). None: bidirectional.
             layers: indices of blocks whose outputs are returned too (before the last norm; negative counts from the end).
+            strips: the native training batch whose places and layout those of ``images`` are; see :meth:`forward_batch`.
 
         Returns:
             [B, I, D] after the last norm, or for a list a list of [I, D]; with ``layers`` a pair of that and a list of
@@ -147,7 +160,7 @@ class VisionEncoder(nn.Module):
         """
         if self.frozen and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(images, prefix_len, layers)
+                return self.forward(images, prefix_len, layers, strips)
         depth = len(self.blocks)
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
@@ -156,9 +169,12 @@ class VisionEncoder(nn.Module):
             if prefix_len is not None:
                 raise ValueError("prefix_len goes with one tensor [B, 3, H, W]; a list of images is bidirectional")
             return self._forward_list(images, wanted, layers is None)
-        x = self._embed(images)
-        mask = None
-        if prefix_len is not None:
+        x = self.embed(images, None if strips is None else strips.places)
+        layout = None if strips is None else strips.layout
+        mask: Any = None
+        if prefix_len is not None and layout is not None and layout.image_groups:
+            mask = prefix_spans(layout.image_slots, layout.image_groups, prefix_len)
+        elif prefix_len is not None:
             if prefix_len.dtype not in (torch.int64, torch.int32) or prefix_len.shape != x.shape[:1]:
                 raise ValueError(
                     f"prefix_len must be int64 [{len(x)}], patches of each image, got {prefix_len.dtype} {list(prefix_len.shape)}"
@@ -177,21 +193,14 @@ class VisionEncoder(nn.Module):
         if batch.places is None:
             return self(batch.images, None if bidirectional else batch.prefix_len)
         assert batch.image_len is not None and batch.prefix_len is not None
-        if self.frozen and torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.forward_batch(batch, bidirectional)
-        x = self.patch_embed(self.normalize(batch.images), batch.places)
         prefix = batch.image_len if bidirectional else batch.prefix_len  # padding after an image is never attended to
-        if batch.layout is None or not batch.layout.image_groups:
-            mask: Any = prefix_attention_mask(prefix, x.shape[1], self.compiled and torch.is_grad_enabled())
-        else:
-            mask = prefix_spans(batch.layout.image_slots, batch.layout.image_groups, prefix)
-        return self._trunk(x, mask, ())[0]
+        return self(batch.images, prefix, strips=batch)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, I, D], with positions."""
-        self.config.check_pixels(tuple(images.shape))
-        return self.patch_embed(self.normalize(images).to(self.patch_embed.proj.weight.dtype))
+    def embed(self, images: Tensor, places: Tensor | None = None) -> Tensor:
+        """uint8 or normalised float [B, 3, H, W] -> [B, I, D], with positions; ``places``: see :meth:`PatchEmbed.forward`."""
+        if places is None:
+            self.config.check_pixels(tuple(images.shape))
+        return self.patch_embed(self.normalize(images).to(dtype_of(self)), places)
 
     def _trunk(self, x: Tensor, mask: Any, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         kept: dict[int, Tensor] = {}
@@ -215,7 +224,7 @@ class VisionEncoder(nn.Module):
                 raise ValueError(f"images of a list must be [3, H, W] each, got {list(one.shape)}")
         if not images:
             raise ValueError("images: at least one is expected, got an empty list")
-        rows = [self._embed(image[None])[0] for image in images]
+        rows = [self.embed(image[None])[0] for image in images]
         lengths = tuple(len(row) for row in rows)
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=rows[0].device)
         x, kept = self._trunk(torch.cat(rows)[None], Documents(lengths, starts), wanted)

@@ -125,6 +125,11 @@ def prefers_matmul(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[2] <= MATMUL_LENGTH[q.dtype == torch.bfloat16]
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Dtype of the residual stream: that of a module's first floating-point parameter, whatever wraps its linears."""
+    return next(part.dtype for part in module.parameters() if part.is_floating_point())
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value projection; no biases, no dropout."""
 
@@ -133,6 +138,26 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Any = None,
+        packed: Packed | None = None,
+        keep: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Attend and project; arguments and result as those of :meth:`Block.forward`, ``x`` normalised."""
+        qkv = self.qkv(x)
+        if packed is not None:
+            out = self.attend_packed(qkv, packed)
+        elif cache is not None and mask is not None:
+            out = self.attend_cached(qkv, cache)
+        else:
+            out = self.attend(qkv, mask)
+            if cache is not None:
+                cache.extend(*self.split(qkv)[1:])
+        return self.proj(out if keep is None else out.index_select(0, keep))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, 3 * D] -> query, key, value, each [B, H, N, d]."""
@@ -266,7 +291,7 @@ class Block(nn.Module):
 
         Args:
             x: [B, N, D], or packed rows [B * I + R, D].
-            mask: see :meth:`Attention.attend` (padded input only).
+            mask: see :meth:`Attention.attend` (padded input only); with ``cache`` None (a first call) or "causal".
             packed: the row layout, for packed input.
             keep: int64 [K]; only these packed rows leave the block (the last block needs scored rows only).
             cache: keys and values so far; ``x`` holds the new positions.
@@ -274,16 +299,8 @@ class Block(nn.Module):
         Returns:
             like ``x``, or [K, D].
         """
-        qkv = self.attn.qkv(self.norm1(x))
-        if packed is not None:
-            attended = self.attn.attend_packed(qkv, packed)
-        elif cache is not None:
-            attended = self.attn.attend_cached(qkv, cache)
-        else:
-            attended = self.attn.attend(qkv, mask)
-        if keep is not None:
-            x, attended = x.index_select(0, keep), attended.index_select(0, keep)
-        x = x + self.attn.proj(attended)
+        attended = self.attn(self.norm1(x), mask, packed, keep, cache)
+        x = (x if keep is None else x.index_select(0, keep)) + attended
         return x + self.mlp(self.norm2(x))
 
 

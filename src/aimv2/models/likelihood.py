@@ -157,11 +157,11 @@ def _score_chunk(decoder: MultimodalDecoder, memory: ImageCache, begin: int, end
     """
     count = end - begin
     x = decoder.caption_inputs(text.clamp(min=0), text.shape[1]).repeat(count, 1, 1)
-    for number, block in enumerate(decoder.trunk.blocks):
-        x = block(x, cache=memory.expanded(number, begin, end, len(text)))
+    blocks = range(len(decoder.trunk.blocks))
+    out = decoder.trunk.step(x, (memory.expanded(block, begin, end, len(text)) for block in blocks))
     targets = text.repeat(count, 1).flatten()
     real = (targets != IGNORED).nonzero().flatten()
-    rows = decoder.trunk.norm(x).flatten(0, 1).index_select(0, real)
+    rows = out.flatten(0, 1).index_select(0, real)
     logs = [
         -F.cross_entropy(decoder.text_head(part).float(), target, reduction="none")
         for part, target in zip(rows.split(CHUNK_ROWS), targets.index_select(0, real).split(CHUNK_ROWS))

@@ -168,7 +168,7 @@ def attention_weights(encoder: VisionEncoder, image: Tensor, layer: int) -> Tens
     """
     images = image[None].to(encoder.mean.device)
     if layer == 0:
-        x = encoder.patch_embed(encoder.normalize(images).to(encoder.patch_embed.proj.weight.dtype))
+        x = encoder.embed(images)
     else:
         x = encoder(images, layers=[layer - 1])[1][0]
     block = encoder.blocks[layer]

@@ -157,15 +157,9 @@ class _CachedReader:
     def next(self, canvas: Tensor, known: int) -> Tensor:
         """Predict patch ``known`` of uint8 [1, 3, H, W] from the patches before it: fp32 [P]."""
         encoder, decoder = self.model.encoder, self.model.decoder
-        pixels = encoder.normalize(canvas).to(encoder.patch_embed.proj.weight.dtype)
-        x = encoder.patch_embed(pixels)[:, self.cached : known]
+        x = encoder.embed(canvas)[:, self.cached : known]
         for block, cache in zip(encoder.blocks, self.inner):
-            if self.cached:
-                x = block(x, cache=cache)
-            else:
-                _, k, v = block.attn.split(block.attn.qkv(block.norm1(x)))  # type: ignore[union-attr, operator]
-                cache.extend(k, v)
-                x = block(x)  # bidirectional; with the cache it would be causal
+            x = block(x, mask="causal" if self.cached else None, cache=cache)
         self.cached = known
         out = self.trunk.step(decoder.project(encoder.norm(x)), self.outer)
         return decoder.pixel_head(out[0, -1]).float()

@@ -182,6 +182,16 @@ def pad_rows(rows: Tensor, multiple: int, value: int) -> Tensor:
     return padded
 
 
+def _whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """As int64. Raises ValueError for fractions, scores and masks, which would be cut off in silence."""
+    import torch
+
+    found = torch.as_tensor(values)
+    if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+        raise ValueError(f"{name}: whole numbers (int64 [B]) expected, got {found.dtype} {list(found.shape)}")
+    return found.to(torch.int64)
+
+
 def make_batch(
     images: Tensor | None,
     captions: Sequence[Sequence[int]],
@@ -215,6 +225,9 @@ def make_batch(
         sources: B indices into the mixture; none by default.
         features: see :class:`Batch`.
         image_count: B numbers of images, see :class:`Batch`; None: one a row.
+
+    Raises:
+        ValueError: prefix lengths or labels that are not whole numbers.
     """
     import torch
 
@@ -224,7 +237,7 @@ def make_batch(
         "rows of several images: no prefix, and as many images as they say"
     )
     text_len = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
-    prefix = None if prefix_len is None else torch.as_tensor(prefix_len, dtype=torch.int64)
+    prefix = None if prefix_len is None else _whole_numbers("prefix_len", prefix_len)
     assert prefix is None or patches < 2 or bool(((prefix >= 1) & (prefix < patches)).all()), (
         f"prefix outside 1..{patches - 1}"
     )
@@ -245,7 +258,7 @@ def make_batch(
         patch_rows=pad_rows(rows, PATCH_BUCKET, 0),
         token_count=torch.tensor(len(real)),
         patch_count=torch.tensor(len(rows)),
-        labels=torch.as_tensor([-1] * len(captions) if labels is None else labels, dtype=torch.int64),
+        labels=_whole_numbers("labels", [-1] * len(captions) if labels is None else labels),
         keys=list(keys),
         bad=list(bad),
         kept=kept,

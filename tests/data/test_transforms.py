@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from aimv2 import VisionEncoder, create_model, image_transform
+from aimv2 import VisionEncoder, create_model, image_transform, save_pretrained
 from aimv2.data.images.decode import decode_image
 from aimv2.data.stream.transforms import (
     centre_crop_box,
@@ -360,3 +360,13 @@ def test_features_of_another_view_are_not_mixed(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="view") as caught:
             FeatureStore(folder, {"fingerprint": 2, "view": view}, "--cache")
         assert caught.value.code == "mismatch"
+
+
+def test_the_processor_that_convert_writes_gives_the_same_pixels(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    encoder = create_model("aimv2-tiny-patch8-32", width=8, heads=1, hidden=8, depth=1)
+    save_pretrained(encoder, tmp_path / "out", to="transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    for image in odd_sizes():
+        wanted = np.asarray(processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0])
+        assert np.array_equal(image_transform(encoder)(image).numpy(), wanted), image.size

@@ -115,3 +115,16 @@ def test_a_pair_searches_vectors_on_disk(place: Path, tmp_path: Path) -> None:
     assert found_by(opened(place, "pair", tmp_path / "npy"), "a green one")[0][0] == "white.png"
     other = opened(place, "encoder", tmp_path / "npy").about({})["models"][0]
     assert other["stored"].startswith("The folder holds features of another model")
+
+
+def test_a_model_sees_a_large_photograph_as_the_commands_do(place: Path, tmp_path: Path) -> None:
+    """Not the copy that is shrunk for the page."""
+    values = np.random.default_rng(0).integers(0, 256, (90, 3000, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "wide.png")
+    answers = opened(place, "encoder", tmp_path)
+    album = answers.study.album
+    uploaded = album.upload((tmp_path / "wide.png").read_bytes(), "wide.png").number
+    wanted = image_transform(aimv2.load_model(place / "encoder"))(Image.open(tmp_path / "wide.png"))
+    for number in (0, uploaded):
+        assert torch.equal(answers.study.pixels(0, number), wanted)
+        assert max(album.image(number).size) < 3000

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from aimv2.batch import make_batch
 from aimv2.interop.arrays import ArrayEncoder
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.likelihood import tokenize
+from aimv2.models.lit import LiT
+from aimv2.models.masks import prefix_mask
 from aimv2.models.sizes import EncoderConfig, warn_unit_range
+from aimv2.objectives.pretrain import normalized_patches
 
 
 def tiny(**options: Any) -> VisionEncoder:
@@ -122,3 +126,22 @@ def test_array_encoders_have_the_same_rule() -> None:
 def test_one_text_is_no_list_of_letters() -> None:
     with pytest.raises(ValueError, match=r"\['a cat'\]"):
         tokenize(None, "a cat")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\['a cat'\]"):
+        LiT.encode_text(None, "a cat")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images", [PIXELS, PIXELS.long(), UNIT.permute(0, 2, 3, 1), UNIT[0]])
+def test_pixel_targets_are_of_normalised_images(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"normalize.*got"):
+        normalized_patches(images, 4)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [True, False], torch.tensor([1.5, 2.0])])
+def test_labels_and_prefixes_are_whole_numbers(values: Any) -> None:
+    with pytest.raises(ValueError, match="labels: whole numbers"):
+        make_batch(PIXELS, [[1], [2]], None, 4, labels=values)
+    with pytest.raises(ValueError, match="prefix_len: whole numbers"):
+        make_batch(PIXELS, [[1], [2]], values, 4)
+    with pytest.raises(ValueError, match="prefix_len: int64"):
+        prefix_mask(torch.as_tensor(values), 4)
+    assert make_batch(PIXELS, [[1], [2]], [1, 2], 4, labels=np.array([0, 1])).labels.tolist() == [0, 1]

@@ -18,7 +18,7 @@ from aimv2.data.scenes import scene_of
 
 TYPES = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000  # per upload, from its header
-LONGEST = 2048  # longer side of a stored image in pixels
+LONGEST = 2048  # longer side of an image on the page in pixels
 KEPT = 16  # uploads and further examples; the oldest is dropped
 DECODED = 32  # decoded images of the folder in memory
 THUMBNAIL = 192  # pixels per side
@@ -70,6 +70,7 @@ class Album:
         self.listed: list[Picture] = []
         self.entries: dict[int, Entry] = {}
         self.added: OrderedDict[int, Image.Image] = OrderedDict()
+        self.uploads: dict[int, bytes] = {}
         self.decoded: OrderedDict[int, Image.Image] = OrderedDict()
         self.thumbnails: dict[int, bytes] = {}
         if source is None:
@@ -109,15 +110,26 @@ class Album:
         if entry.kind == "example":
             return self.scenes[number]
         if number not in self.decoded:
-            self.decoded[number] = self._read(number)
+            self.decoded[number] = fitted(self._read(number))
             if len(self.decoded) > DECODED:
                 self.decoded.popitem(last=False)
         self.decoded.move_to_end(number)
         return self.decoded[number]
 
+    def whole(self, number: int) -> Image.Image:
+        """The upright RGB image at its own size, which a model sees; what the page shows is shrunk to LONGEST.
+
+        Raises:
+            RequestError: see :meth:`image`.
+        """
+        image = self.image(number)
+        if max(image.size) < LONGEST:
+            return image
+        return decode_upload(self.uploads[number]) if number in self.added else self._read(number)
+
     def _read(self, number: int) -> Image.Image:
         try:
-            return fitted(decode_image(self.listed[number][1]()))
+            return decode_image(self.listed[number][1]())
         except ImageError as error:
             raise RequestError(422, f"{self.entries[number].name} can't be shown: {error}.") from None
         except OSError as error:
@@ -145,7 +157,9 @@ class Album:
         Raises:
             RequestError: not a JPEG, PNG or WebP, broken, too large.
         """
-        return self._add(fitted(decode_upload(content)), name.strip()[-NAME:] or "upload", "upload")
+        entry = self._add(fitted(decode_upload(content)), name.strip()[-NAME:] or "upload", "upload")
+        self.uploads[entry.number] = content
+        return entry
 
     def example(self) -> Entry:
         """Generate and add a further example."""
@@ -163,6 +177,7 @@ class Album:
             oldest, _ = self.added.popitem(last=False)
             del self.entries[oldest]
             self.thumbnails.pop(oldest, None)
+            self.uploads.pop(oldest, None)
         return entry
 
     def readable(self) -> Iterator[int]:
@@ -192,7 +207,7 @@ def decode_upload(content: bytes) -> Image.Image:
 
 
 def fitted(image: Image.Image) -> Image.Image:
-    """Shrink an image to a longer side of at most LONGEST."""
+    """Shrink an image to a longer side of at most LONGEST, for the page."""
     if max(image.size) > LONGEST:
         image = image.copy()
         image.thumbnail((LONGEST, LONGEST), reducing_gap=3.0)

@@ -184,7 +184,7 @@ class Study:
         """An image after the model's transform, uint8 [3, H, W]."""
         shown = self.model(index)
         key = ("pixels", index, number)
-        return self._cached(key, lambda: shown.transform(self.album.image(number)), lambda x: x.numel())
+        return self._cached(key, lambda: shown.transform(self.album.whole(number)), lambda x: x.numel())
 
     def box(self, index: int, number: int) -> list[float]:
         """The crop that a model uses: left, top, right, bottom as fractions of width and height."""

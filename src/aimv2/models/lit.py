@@ -120,6 +120,8 @@ class LiT(nn.Module):
 
     def encode_text(self, texts: Tensor | list[str], normalize: bool = True) -> Tensor:
         """Tokens int64 [B, T], or texts (with ``.tokenizer``) -> [B, P], of unit length where ``normalize``."""
+        if isinstance(texts, str):
+            raise ValueError(f"a list of texts is expected, got one text: [{texts!r}]")
         if isinstance(texts, Tensor):
             tokens = texts
         elif self.tokenizer is None:

@@ -23,7 +23,12 @@ def prefix_mask(prefix_len: Tensor, length: int) -> Tensor:
 
     Returns:
         bool [B, N, N]: ``column <= row or column < prefix_len[b]``.
+
+    Raises:
+        ValueError: lengths that are not whole numbers.
     """
+    if prefix_len.is_floating_point() or prefix_len.dtype == torch.bool:
+        raise ValueError(f"prefix_len: int64 [B] expected, got {prefix_len.dtype} {list(prefix_len.shape)}")
     position = torch.arange(length, device=prefix_len.device)
     return causal_mask(length, prefix_len.device) | (position < prefix_len[:, None])[:, None, :]
 

@@ -27,7 +27,15 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
 
     Returns:
         fp32 [B, I, P].
+
+    Raises:
+        ValueError: integers, which are not normalised yet, or another shape.
     """
+    if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"float images [B, 3, H, W], normalised by mean and std (encoder.normalize), expected, got {images.dtype} "
+            f"{list(images.shape)}"
+        )
     x = pixel_patches(images.float(), patch)
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
 

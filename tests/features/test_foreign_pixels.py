@@ -13,7 +13,7 @@ from foreign_models import IMAGES, SHAPE, VERBS, save, two_colours, vit
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.errors import UsageError
-from aimv2.features.foreign import open_transformers
+from aimv2.evals.scorer import open_matcher
 from aimv2.features.frozen import open_frozen
 from aimv2.features.pixels import read_stats
 from runs import IMAGENET, assert_refused, write_processor
@@ -138,11 +138,58 @@ def test_the_users_mean_and_std_leave_the_channels_in_their_order(tmp_path: Path
     assert str(open_frozen(str(folder), stats=read_stats(0, 1)).pixels) == "bgr * 0.0039215686 - 0; 0,0,0 1,1,1"
 
 
-def test_what_takes_no_images_is_one_line(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
+def _kind(name: str) -> Any:
+    import transformers
 
-    text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")}
-    folder = save(tmp_path / "bert", BertModel(BertConfig(**text, vocab_size=10, intermediate_size=48)))
-    assert open_transformers(str(folder), folder, "cpu")[1] == {}
-    with pytest.raises(UsageError, match="BertModel can't be run on RGB images of 224 x 224 px"):
+    text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")} | {"intermediate_size": 48}
+    shape: dict[str, Any] = {
+        "Bert": text | {"vocab_size": 10},
+        "Wav2Vec2": text | {"num_feat_extract_layers": 1, "conv_dim": [8], "conv_stride": [5], "conv_kernel": [10],
+                            "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2},
+        "Siglip2Vision": text | {"num_patches": 16, "patch_size": 8},
+        "VideoMAE": SHAPE | {"intermediate_size": 48, "num_frames": 2},
+        "ViT": SHAPE | {"intermediate_size": 48, "num_channels": 1},
+    }[name]  # fmt: skip
+    return getattr(transformers, name + "Model")(getattr(transformers, name + "Config")(**shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "processor", "said"),
+    [
+        ("Bert", None, r"BertModel takes input_ids \(token ids of a text\)"),
+        ("Wav2Vec2", {"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, r"takes input_values \(a waveform"),
+        ("Siglip2Vision", {"image_processor_type": "Siglip2ImageProcessor"}, r"spatial_shapes \(patches .* NaFlex"),
+        ("VideoMAE", {"image_processor_type": "VideoMAEImageProcessor"}, "videos of 2 frames"),
+        ("ViT", {"image_processor_type": "ViTImageProcessor"}, "takes images of 1 channel; an encoder of RGB images"),
+    ],
+)
+def test_a_model_for_anything_but_rgb_images_says_what_it_takes(
+    tmp_path: Path, name: str, processor: dict[str, Any] | None, said: str
+) -> None:
+    folder = save(tmp_path / "model", _kind(name))
+    (folder / "preprocessor_config.json").unlink()
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    for opened in (open_frozen, open_matcher):
+        with pytest.raises(UsageError, match=said) as refused:
+            opened(str(folder))
+        assert refused.value.code == "unsupported" and "\n" not in str(refused.value)
+
+
+def test_a_naflex_processor_of_another_model_is_named(tmp_path: Path) -> None:
+    folder = vit(tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Siglip2ImageProcessor"}')
+    with pytest.raises(UsageError, match=r"Siglip2ImageProcessor\w* gives patches of images at their own size"):
+        open_frozen(str(folder))
+
+
+def test_queries_of_a_decoder_are_no_patches(tmp_path: Path) -> None:
+    """A detector's 4 queries would pass as a grid of 2 x 2."""
+    from transformers import DetrConfig, DetrModel, ResNetConfig
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 4}
+    folder = save(tmp_path / "detr", DetrModel(DetrConfig(backbone_config=backbone, **shape, **heads)))
+    with pytest.raises(UsageError, match="DetrModel gives the queries of a decoder"):
         open_frozen(str(folder))

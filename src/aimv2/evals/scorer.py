@@ -23,7 +23,7 @@ from aimv2.data.stream.transforms import image_transform, resized_crop, to_pixel
 from aimv2.errors import UsageError
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
-from aimv2.features.foreign import is_foreign, open_transformers, probe_image, settle
+from aimv2.features.foreign import is_foreign, open_transformers, probe_image, refuse_other_inputs, settle
 from aimv2.features.frozen import refuse_stats
 from aimv2.features.pixels import Processing, Stats, about, read_processor
 from aimv2.interop.shapes import processor_file
@@ -163,15 +163,17 @@ def _of_ours(source: str, model: LiT | AIMv2, by: str, kind: str) -> Matcher:
 
 def _of_transformers(source: str, folder: Path, by: str, device: str | torch.device, stats: Stats | None) -> Matcher:
     model, missing = open_transformers(source, folder, device)
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+    pair = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    refuse_other_inputs(source, model, model.get_image_features if pair else model.forward)
+    if not pair:
         raise _no_text(source)
     _refuse_likelihood(source, by)
     vision = getattr(model.config, "vision_config", model.config)
     how = read_processor(source, folder, stats, getattr(vision, "image_size", None))
     try:
-        pair = TransformersPair(model, folder, how)
-        size = pair.check()
-        settle(source, model, missing, lambda: [pair.encode_image(probe_image(size)), pair.encode_text(["a"])])
+        towers = TransformersPair(model, folder, how)
+        size = towers.check()
+        settle(source, model, missing, lambda: [towers.encode_image(probe_image(size)), towers.encode_text(["a"])])
     except UsageError:
         raise
     except Exception as error:  # whatever a pair of another kind, or a tokenizer, says
@@ -180,8 +182,8 @@ def _of_transformers(source: str, folder: Path, by: str, device: str | torch.dev
     shape = {"kind": "transformers pair", "architecture": type(model).__name__, "image_size": size}
     shape["width"] = getattr(vision, "hidden_size", None)
     shape |= about(how.pixels)
-    view = f"as its {pair.file.name} says" if pair.file is not None else "centred square"
-    return Matcher(source, "contrastive", pair, model, weights_hash(model), pair.see, view, shape)
+    view = f"as its {towers.file.name} says" if towers.file is not None else "centred square"
+    return Matcher(source, "contrastive", towers, model, weights_hash(model), towers.see, view, shape)
 
 
 def _refuse_likelihood(source: str, by: str) -> None:

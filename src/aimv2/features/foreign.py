@@ -6,6 +6,7 @@ Legend: B images, N patches, D width.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,16 @@ ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 MASKED = "vit_mae"  # its encoder masks its own input
+# arguments of a forward pass in transformers, by words
+INPUTS = {
+    "input_ids": "token ids of a text",
+    "input_values": "a waveform or a spectrogram",
+    "input_features": "a spectrogram",
+    "pixel_values_videos": "videos",
+}
+NAFLEX = "patches of images at their own size, as NaFlex has them"
+INPUTS |= dict.fromkeys(("spatial_shapes", "pixel_position_ids", "grid_thw", "image_grid_thw"), NAFLEX)
+CHANNELS, FRAMES = ("num_channels", "in_channels"), ("num_frames", "frames_per_clip")  # keys of configurations
 Outputs = Callable[[], Sequence[Tensor]]
 
 
@@ -122,6 +133,37 @@ def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping
         raise UsageError(
             f"MODEL {source}: its weights have more blocks than its config.json says: {_some(more)}; correct config.json"
         )
+
+
+def refuse_other_inputs(source: str, model: Any, forward: Callable[..., Any]) -> None:
+    """
+    Raises:
+        UsageError: a model for anything but RGB images of one size; says what it takes.
+    """
+    names = {
+        name: value.default is value.empty
+        for name, value in inspect.signature(forward).parameters.items()
+        if value.kind is value.POSITIONAL_OR_KEYWORD
+    }
+    channels, frames = (
+        next((n for key in keys if isinstance(n := getattr(model.config, key, None), int)), None)
+        for keys in (CHANNELS, FRAMES)
+    )
+    needed = [name for name, needs in names.items() if needs or name in ("pixel_values", "input_ids")]
+    if needed != ["pixel_values"]:
+        wanted = " and ".join(needed or list(names)[:1] or ["no images"])
+    elif frames is not None:
+        wanted = f"videos of {frames} frames"
+    elif channels not in (None, 3):
+        wanted = f"images of {channels} channel{'s' * (channels != 1)}"
+    else:
+        return
+    words = next((f" ({words})" for name, words in INPUTS.items() if name in wanted.split()), "")
+    raise UsageError(
+        f"MODEL {source}: {type(model).__name__} takes {wanted}{words}; an encoder of RGB images of one size (pixel_values) "
+        "is expected",
+        code="unsupported",
+    )
 
 
 def probe_image(size: int, device: str | torch.device = "cpu") -> Tensor:
@@ -264,18 +306,36 @@ def transformers_frozen(
     model = getattr(whole, "vision_model", whole)
     inside = next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
     missing = {name.removeprefix(inside): why for name, why in missing.items() if name.startswith(inside)}
+    refuse_other_inputs(source, model, model.forward)
     config, kind = model.config, next(model.parameters()).dtype  # as stored, which may be half precision
     pixels, size, _ = read_processor(source, folder, stats, _side(getattr(config, "image_size", None)), options)
     unmasked, first = _unmasked(model, size), 1
 
-    def forward(images: Tensor) -> Any:
-        return model(pixel_values=pixels(images).to(kind), output_hidden_states=True, **unmasked(images))
+    def forward(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Last features, and the hidden states where there are any."""
+        out = model(pixel_values=pixels(images).to(kind), output_hidden_states=True, **unmasked(images))
+        if getattr(out, "encoder_last_hidden_state", None) is not None:
+            raise UsageError(
+                f"MODEL {source}: {type(model).__name__} gives the queries of a decoder, not features of patches; "
+                "give its encoder or backbone",
+                code="unsupported",
+            )
+        maps = getattr(out, "feature_maps", None)  # of a backbone
+        hidden = getattr(out, "hidden_states", None) or ()
+        last = getattr(out, "last_hidden_state", None) if maps is None else maps[-1]
+        if last is None:
+            raise UsageError(
+                f"MODEL {source}: {type(model).__name__} gives no features of patches (last_hidden_state), but "
+                f"{', '.join(out)}; give its encoder",
+                code="unsupported",
+            )
+        return last, [*hidden] if all(isinstance(x, Tensor) for x in hidden) else []
 
     probe = probe_image(size, device)
 
     def outputs() -> list[Tensor]:
-        out = forward(probe)
-        return [out.last_hidden_state, *(out.hidden_states or ())]
+        last, hidden = forward(probe)
+        return [last, *hidden]
 
     def patches(x: Tensor) -> Tensor:
         if x.ndim == 4:
@@ -283,17 +343,16 @@ def transformers_frozen(
         return x[:, _leading(config, x.shape[1], size) : x.shape[1] - getattr(config, "num_detection_tokens", 0)]
 
     def run(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
-        out = forward(images)
-        hidden = out.hidden_states
+        last, hidden = forward(images)
         found = []
         for name in layers:
             if name == LAST:
-                found.append(patches(out.last_hidden_state))
+                found.append(patches(last))
             elif name == AVERAGE:
                 found.append(torch.stack([patches(h) for h in hidden[-6:]]).mean(0))
             else:
                 block = hidden[int(name) + first]  # the embedding comes first, where it is there
-                same = block.shape == out.last_hidden_state.shape  # stages of other widths have no norm in common
+                same = block.shape == last.shape  # stages of other widths have no norm in common
                 found.append(patches(norm(block) if norm is not None and same else block))
         return found
 
@@ -301,16 +360,17 @@ def transformers_frozen(
         settle(source, model, missing, outputs)
         with torch.inference_mode():
             norm = last_norm(model, lambda: forward(probe))
-            out, depth = forward(probe), getattr(config, "num_hidden_layers", 0)
-            width = patches(out.last_hidden_state).shape[-1]
-            first = len(out.hidden_states or ()) - depth
+            (last, hidden), depth = forward(probe), getattr(config, "num_hidden_layers", 0)
+            width = patches(last).shape[-1]
+            first = len(hidden) - depth
             depth = depth if first in (0, 1) else 0  # else nobody knows which block is which
     except UsageError:
         raise
     except Exception as error:  # any failure of a model for other input
-        why = " ".join(str(error).split())[:200]
+        why, takes = " ".join(str(error).split())[:200], ", ".join(inspect.signature(model.forward).parameters)
         raise UsageError(
-            f"MODEL {source}: {type(model).__name__} can't be run on RGB images of {size} x {size} px: {why}"
+            f"MODEL {source}: {type(model).__name__} can't be run on RGB images of {size} x {size} px (it takes {takes}): {why}",
+            code="unsupported",
         ) from None
     return _frozen(source, "transformers", size, width, depth, run, model, device, pixels)
 
@@ -351,7 +411,7 @@ def _leading(config: Any, tokens: int, size: int) -> int:
     return tokens - after - math.isqrt(tokens - after) ** 2
 
 
-def last_norm(model: nn.Module, forward: Callable[[], Any]) -> nn.Module | None:
+def last_norm(model: nn.Module, forward: Callable[[], tuple[Tensor, list[Tensor]]]) -> nn.Module | None:
     """The norm between the last block and ``last_hidden_state``, whatever its name; None where there is none.
 
     CLIP and BEiT have none there: theirs is applied only to the pooled vector.
@@ -368,16 +428,16 @@ def last_norm(model: nn.Module, forward: Callable[[], Any]) -> nn.Module | None:
     ]
     hooks = [module.register_forward_hook(record) for module in norms]
     try:
-        out = forward()
+        last, hidden = forward()
     finally:
         for hook in hooks:
             hook.remove()
 
-    if not getattr(out, "hidden_states", None):
+    if not hidden:
         return None
 
     def is_last(x: Any, output: Any) -> bool:
-        ends = zip((x, output), (out.hidden_states[-1], out.last_hidden_state))
+        ends = zip((x, output), (hidden[-1], last))
         return all(isinstance(x, Tensor) and x.shape == end.shape and torch.equal(x, end) for x, end in ends)
 
     return next((module for module, call in calls.items() if is_last(*call)), None)

@@ -214,6 +214,8 @@ def _differs(processor: Any, pixels: Pixels) -> str:
     except Exception as error:
         return f"can't be tried: {' '.join(str(error).split())[:120]}"
     wanted = pixels(torch.from_numpy(image).permute(2, 0, 1)[None])
+    if isinstance(values, Tensor) and values.ndim == 3:
+        return "gives patches of images at their own size (NaFlex)"
     if not isinstance(values, Tensor) or values.shape != wanted.shape:
         return (
             f"gives pixels of {list(values.shape) if hasattr(values, 'shape') else type(values).__name__} for one image"

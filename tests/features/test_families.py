@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError
-from aimv2.features.foreign import of_timm, refuse_other_inputs
+from aimv2.features.foreign import of_timm
 from aimv2.features.frozen import Frozen, open_frozen
-from aimv2.features.pixels import Stats, quiet
+from aimv2.features.pixels import Stats, quiet, refuse_other_inputs
 
 SIZE = 128  # pixels a side: four cells of the coarsest maps
 STATS = Stats((0.3, 0.4, 0.5), (0.2, 0.25, 0.4))
@@ -65,12 +65,16 @@ OWN: dict[str, dict[str, Any]] = {
     "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
 }  # fmt: skip
 QUERIES = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")
-OWN |= dict.fromkeys(QUERIES, {"backbone_config": RESNET})
+OWN |= {name: {"backbone_config": RESNET} for name in QUERIES}
 # families that are not built here, and why
 LEFT = {
     "dinat": "needs the package natten",
     "granite4_vision": "its default configuration builds no model",
-    **({} if TIMM else dict.fromkeys(("edgetam_vision_model", "gemma3n_vision", "timm_backbone", "timm_wrapper"), "needs timm")),
+    **(
+        {}
+        if TIMM
+        else dict.fromkeys(("edgetam_vision_model", "gemma3n_vision", "timm_backbone", "timm_wrapper"), "needs timm")
+    ),
 }
 # families of the lists of image models that are no encoders of RGB images, and what the refusal names
 REFUSED = {
@@ -79,7 +83,13 @@ REFUSED = {
     "videoprism": "pixel_values_videos", "videoprism_vision_model": "pixel_values_videos", "vivit": "videos of 32 frames",
     **dict.fromkeys(QUERIES, "queries of a decoder"),
 }  # fmt: skip
-BLURRED = ("efficientnet", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevitv2")  # each cell sees the whole image, with random weights
+BLURRED = (
+    "efficientnet",
+    "levit",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevitv2",
+)  # each cell sees the whole image, with random weights
 MASKED = ("vit_mae",)  # the library's own pass hides patches
 
 
@@ -155,7 +165,9 @@ def check_grid(frozen: Frozen, patch: int | None, local: bool = True) -> None:
     found = torch.tensor(changes)  # [changed quarter of the image, quarter of the grid]
     table = (found + found.mean() / 1000).log()
     table = table - table.mean(0) - table.mean(1, keepdim=True)
-    assert found.min() >= 0 and found.max() > 0 and (not local or table.argmax(0).tolist() == [0, 1, 2, 3]), found.tolist()
+    assert found.min() >= 0 and found.max() > 0 and (not local or table.argmax(0).tolist() == [0, 1, 2, 3]), (
+        found.tolist()
+    )
 
 
 def check_reference(frozen: Frozen, part: Any, folder: Path) -> None:
@@ -235,7 +247,23 @@ def test_every_family_of_transformers_keeps_the_contract_or_says_what_it_takes(t
 
 # ---- timm ----
 
-SMALLEST = ("test_", "_atto", "_femto", "_pico", "_nano", "_tiny", "_xxs", "_xs", "_050", "_b0", "_s0", "_m0", "_small", "_s", "")
+SMALLEST = (
+    "test_",
+    "_atto",
+    "_femto",
+    "_pico",
+    "_nano",
+    "_tiny",
+    "_xxs",
+    "_xs",
+    "_050",
+    "_b0",
+    "_s0",
+    "_m0",
+    "_small",
+    "_s",
+    "",
+)
 SAID = {  # families whose features are no patches on a square grid, and the word of the refusal
     "crossvit": "gives no patch features",
 }

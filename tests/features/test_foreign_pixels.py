@@ -141,7 +141,9 @@ def test_the_users_mean_and_std_leave_the_channels_in_their_order(tmp_path: Path
 def _kind(name: str) -> Any:
     import transformers
 
-    text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")} | {"intermediate_size": 48}
+    text = {key: value for key, value in SHAPE.items() if key not in ("image_size", "patch_size")} | {
+        "intermediate_size": 48
+    }
     shape: dict[str, Any] = {
         "Bert": text | {"vocab_size": 10},
         "Wav2Vec2": text | {"num_feat_extract_layers": 1, "conv_dim": [8], "conv_stride": [5], "conv_kernel": [10],
@@ -187,7 +189,9 @@ def test_queries_of_a_decoder_are_no_patches(tmp_path: Path) -> None:
     """A detector's 4 queries would pass as a grid of 2 x 2."""
     from transformers import DetrConfig, DetrModel, ResNetConfig
 
-    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
     shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 4}
     folder = save(tmp_path / "detr", DetrModel(DetrConfig(backbone_config=backbone, **shape, **heads)))

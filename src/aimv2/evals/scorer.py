@@ -23,9 +23,9 @@ from aimv2.data.stream.transforms import image_transform, resized_crop, to_pixel
 from aimv2.errors import UsageError
 from aimv2.evals.untrained import with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
-from aimv2.features.foreign import is_foreign, open_transformers, probe_image, refuse_other_inputs, settle
+from aimv2.features.foreign import is_foreign, open_transformers, probe_image, settle
 from aimv2.features.frozen import refuse_stats
-from aimv2.features.pixels import Processing, Stats, about, read_processor
+from aimv2.features.pixels import Processing, Stats, about, read_processor, refuse_other_inputs
 from aimv2.interop.shapes import processor_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize

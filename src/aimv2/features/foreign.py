@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
-from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor
+from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor, refuse_other_inputs
 from aimv2.interop.shapes import read_json
 
 PREFIXES = ("module.", "_orig_mod.")  # put before every key by DataParallel and torch.compile
@@ -27,16 +27,6 @@ ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 MASKED = "vit_mae"  # its encoder masks its own input
-# arguments of a forward pass in transformers, by words
-INPUTS = {
-    "input_ids": "token ids of a text",
-    "input_values": "a waveform or a spectrogram",
-    "input_features": "a spectrogram",
-    "pixel_values_videos": "videos",
-}
-NAFLEX = "patches of images at their own size, as NaFlex has them"
-INPUTS |= dict.fromkeys(("spatial_shapes", "pixel_position_ids", "grid_thw", "image_grid_thw"), NAFLEX)
-CHANNELS, FRAMES = ("num_channels", "in_channels"), ("num_frames", "frames_per_clip")  # keys of configurations
 Outputs = Callable[[], Sequence[Tensor]]
 
 
@@ -133,37 +123,6 @@ def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping
         raise UsageError(
             f"MODEL {source}: its weights have more blocks than its config.json says: {_some(more)}; correct config.json"
         )
-
-
-def refuse_other_inputs(source: str, model: Any, forward: Callable[..., Any]) -> None:
-    """
-    Raises:
-        UsageError: a model for anything but RGB images of one size; says what it takes.
-    """
-    names = {
-        name: value.default is value.empty
-        for name, value in inspect.signature(forward).parameters.items()
-        if value.kind is value.POSITIONAL_OR_KEYWORD
-    }
-    channels, frames = (
-        next((n for key in keys if isinstance(n := getattr(model.config, key, None), int)), None)
-        for keys in (CHANNELS, FRAMES)
-    )
-    needed = [name for name, needs in names.items() if needs or name in ("pixel_values", "input_ids")]
-    if needed != ["pixel_values"]:
-        wanted = " and ".join(needed or list(names)[:1] or ["no images"])
-    elif frames is not None:
-        wanted = f"videos of {frames} frames"
-    elif channels not in (None, 3):
-        wanted = f"images of {channels} channel{'s' * (channels != 1)}"
-    else:
-        return
-    words = next((f" ({words})" for name, words in INPUTS.items() if name in wanted.split()), "")
-    raise UsageError(
-        f"MODEL {source}: {type(model).__name__} takes {wanted}{words}; an encoder of RGB images of one size (pixel_values) "
-        "is expected",
-        code="unsupported",
-    )
 
 
 def probe_image(size: int, device: str | torch.device = "cpu") -> Tensor:

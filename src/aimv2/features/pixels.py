@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,17 @@ KEYS = (
     *("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std", "include_top"),
     *("do_flip_channel_order", "size", "do_center_crop", "crop_size"),
 )
+
+# arguments of a forward pass in transformers, by words
+INPUTS = {
+    "input_ids": "token ids of a text",
+    "input_values": "a waveform or a spectrogram",
+    "input_features": "a spectrogram",
+    "pixel_values_videos": "videos",
+}
+NAFLEX = "patches of images at their own size, as NaFlex has them"
+INPUTS |= dict.fromkeys(("spatial_shapes", "pixel_position_ids", "grid_thw", "image_grid_thw"), NAFLEX)
+CHANNELS, FRAMES = ("num_channels", "in_channels"), ("num_frames", "frames_per_clip")  # keys of configurations
 
 
 class Stats(NamedTuple):
@@ -108,6 +120,37 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
             raise UsageError(f"{option} {given}: one number{above} or three (red, green, blue){scaled} expected")
         found.append(values * (3 // len(values)))
     return Stats(*found)
+
+
+def refuse_other_inputs(source: str, model: Any, forward: Callable[..., Any]) -> None:
+    """
+    Raises:
+        UsageError: a model for anything but RGB images of one size; says what it takes.
+    """
+    names = {
+        name: value.default is value.empty
+        for name, value in inspect.signature(forward).parameters.items()
+        if value.kind is value.POSITIONAL_OR_KEYWORD
+    }
+    channels, frames = (
+        next((n for key in keys if isinstance(n := getattr(model.config, key, None), int)), None)
+        for keys in (CHANNELS, FRAMES)
+    )
+    needed = [name for name, needs in names.items() if needs or name in ("pixel_values", "input_ids")]
+    if needed != ["pixel_values"]:
+        wanted = " and ".join(needed or list(names)[:1] or ["no images"])
+    elif frames is not None:
+        wanted = f"videos of {frames} frames"
+    elif channels not in (None, 3):
+        wanted = f"images of {channels} channel{'s' * (channels != 1)}"
+    else:
+        return
+    words = next((f" ({words})" for name, words in INPUTS.items() if name in wanted.split()), "")
+    raise UsageError(
+        f"MODEL {source}: {type(model).__name__} takes {wanted}{words}; an encoder of RGB images of one size (pixel_values) "
+        "is expected",
+        code="unsupported",
+    )
 
 
 def read_processor(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from aimv2.batch import make_batch
 from aimv2.interop.arrays import ArrayEncoder
+from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.likelihood import tokenize
+from aimv2.models.likelihood import read_images, tokenize
 from aimv2.models.lit import LiT
 from aimv2.models.masks import prefix_mask
 from aimv2.models.sizes import EncoderConfig, warn_unit_range
@@ -145,3 +146,14 @@ def test_labels_and_prefixes_are_whole_numbers(values: Any) -> None:
     with pytest.raises(ValueError, match="prefix_len: int64"):
         prefix_mask(torch.as_tensor(values), 4)
     assert make_batch(PIXELS, [[1], [2]], [1, 2], 4, labels=np.array([0, 1])).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("images", [[PIXELS[0]], PIXELS.numpy(), None])
+def test_captions_want_one_tensor(images: Any) -> None:
+    model: Any = create_model(
+        "aimv2-tiny-patch8-32", decoder=True, decoder_depth=1, width=8, heads=1, hidden=8, depth=1
+    )
+    model.tokenizer = type("Tokenizer", (), {"eos_id": 0})()
+    for call in (model.caption, lambda images: read_images(model, images)):
+        with pytest.raises(TypeError, match=f"expected, got .*{type(images).__name__}.*image_transform"):
+            call(images)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from aimv2.batch import Batch
 from aimv2.errors import UsageError
 from aimv2.models.decoder import MultimodalDecoder, Prediction
-from aimv2.models.encoder import VisionEncoder
+from aimv2.models.encoder import VisionEncoder, not_images
 from aimv2.models.generate import generate
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
@@ -94,6 +94,7 @@ class AIMv2(nn.Module):
             repetition_penalty: above 1 makes tokens that are written already less likely.
 
         Raises:
+            TypeError: images that are no tensor.
             ValueError: options out of range, no text head.
             UsageError: no tokeniser.
         """
@@ -103,6 +104,8 @@ class AIMv2(nn.Module):
                 "the model has no tokenizer (its folder held none): give tokenizer=, or load a RUN, which has one",
                 code="missing",
             )
+        if not isinstance(images, Tensor):
+            raise not_images(images)
         images = images.to(next(self.parameters()).device)
         limit = self.decoder.config.max_text if max_tokens is None else max_tokens
         was_training = self.training

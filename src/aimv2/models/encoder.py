@@ -53,6 +53,14 @@ class PatchEmbed(nn.Module):
         return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
 
 
+def not_images(found: object, wanted: str = "a tensor [B, 3, H, W] is") -> TypeError:
+    """The error for anything that is no tensor of images, and how to make one."""
+    return TypeError(
+        f"images: {wanted} expected, got {type(found).__module__}.{type(found).__qualname__}; aimv2.image_transform(model) makes "
+        "tensors of PIL images, torch.from_numpy of arrays, torch.stack of a list of tensors"
+    )
+
+
 def _readable(images: Tensor) -> bool:
     """Whether images hold values that can be looked at: eager, not traced, and without stopping a training step."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not Tensor:
@@ -215,11 +223,7 @@ class VisionEncoder(nn.Module):
         listed = isinstance(images, list | tuple)
         for one in images if listed else [images]:
             if not listed or not isinstance(one, Tensor):
-                raise TypeError(
-                    f"images: a tensor [B, 3, H, W] or a list of tensors [3, H, W] is expected, got {type(one).__module__}."
-                    f"{type(one).__qualname__}; aimv2.image_transform(model) makes tensors of PIL images, "
-                    "torch.from_numpy of arrays"
-                )
+                raise not_images(one, "a tensor [B, 3, H, W] or a list of tensors [3, H, W] is")
             if one.ndim != 3:
                 raise ValueError(f"images of a list must be [3, H, W] each, got {list(one.shape)}")
         if not images:

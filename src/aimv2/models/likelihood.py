@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aimv2.models.aimv2 import AIMv2, CaptionTokenizer
 from aimv2.models.decoder import IGNORED, MultimodalDecoder
+from aimv2.models.encoder import not_images
 from aimv2.models.layers import Cache
 
 CHUNK_POSITIONS = 16384  # image and caption positions in attention at once
@@ -58,10 +59,13 @@ def read_images(model: AIMv2, images: Tensor) -> ImageCache:
         images: uint8 or normalised float [B, 3, H, W]; bidirectional attention, as in caption generation.
 
     Raises:
+        TypeError: images that are no tensor.
         ValueError: a model without a text head.
     """
     if not model.decoder.config.text:
         raise ValueError("this model has no text head (it was trained with objective.targets=image)")
+    if not isinstance(images, Tensor):
+        raise not_images(images)
     caches = model.decoder.new_caches()
     with torch.compiler.set_stance("force_eager"):
         model.decoder.read_image(model.encoder(images.to(model.encoder.mean.device)), caches)

@@ -178,6 +178,11 @@ def plain(value: Any, is_text: bool) -> Any:
         return ",".join(str(one) for one in value) if is_text else [plain(one, False) for one in value]
     if isinstance(value, int | float):
         return str(value) if is_text else value
+    if hasattr(value, "state_dict"):
+        raise UsageError(
+            f"a name, folder or file expected, got a {type(value).__name__} in memory; aimv2.save_pretrained(model, FOLDER) makes one",
+            code="mismatch",
+        )
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 

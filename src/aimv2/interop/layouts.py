@@ -10,7 +10,8 @@ training code), ``ours``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from aimv2.errors import UsageError
@@ -203,6 +204,56 @@ class Detected:
     position: bool
 
 
+# what torch.compile, FSDP and checkpointing put into names, anywhere
+WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# a classifier next to an encoder
+HEAD = re.compile(r"(?:heads?|fc|fc_norm|classifier|linear)\.(?:(?:head|fc|dense|out_proj|\d+)\.)*(?:weight|bias)")
+INNER = (
+    "models.image_encoder.",
+    "image_encoder.",
+    "vision_model.",
+    "encoder.",
+    "image.",
+    "",
+)  # of the layouts themselves
+
+
+def plain_names(keys: Collection[str], where: str) -> tuple[dict[str, str], list[str]]:
+    """Names without what training or a larger model puts before those of an AIMV2 (``module.``, ``model.backbone.``, ...).
+
+    Args:
+        keys: keys of the file.
+        where: name of the file, for the error message.
+
+    Returns:
+        key of each plain name, and the keys that lie outside of the prefix; all keys where no layout fits below any.
+
+    Raises:
+        UsageError: models under several prefixes.
+    """
+    names = {WRAPPER.sub("", key): key for key in keys}
+    if _detected(names) is not None:
+        return names, []
+    found: dict[str, dict[str, str]] = {}
+    for end in {layout.embed[0] for layout in LAYOUTS.values()}:
+        for whole in [key.removesuffix(end) for key in names if key.endswith("." + end)]:
+            for inner in INNER:
+                root = whole.removesuffix(inner)
+                if whole.endswith(inner) and root.endswith("."):
+                    below = {key.removeprefix(root): given for key, given in names.items() if key.startswith(root)}
+                    if _detected(below) is not None:
+                        found[root] = below
+                        break
+    if len(found) > 1:
+        raise UsageError(
+            f"{where}: several models, under {' and '.join(sorted(found)[:4])}; save one of them", code="conflict"
+        )
+    for below in found.values():
+        used = set(below.values())
+        return below, sorted(key for key in keys if key not in used)
+    return names, []
+
+
 def detect(keys: Iterable[str], where: str) -> Detected:
     """Detect the layout of a file from its keys.
 
@@ -214,6 +265,17 @@ def detect(keys: Iterable[str], where: str) -> Detected:
         UsageError: no layout fits; names a key.
     """
     known = set(keys)
+    if (found := _detected(known)) is not None:
+        return found
+    first = min(known, default="none at all")
+    raise UsageError(
+        f"{where}: no layout of AIMV2 fits its keys (the first is '{first}'); supported are released, transformers, timm, "
+        "the released training code's and ours",
+        code="unsupported",
+    )
+
+
+def _detected(known: Collection[str]) -> Detected | None:
     for image in ("encoder.", ""):
         if f"{image}mlp.gate_up.weight" in known or f"{image}blocks.0.mlp.gate_up.weight" in known:
             text = "decoder." if any(key.startswith("decoder.") for key in known) else None
@@ -228,12 +290,7 @@ def detect(keys: Iterable[str], where: str) -> Detected:
                 second = layout.pair[1] if layout.pair and image == layout.pair[0] else "models.text_decoder."
                 text = second if any(key.startswith(second) for key in known) else None
                 return Detected(name, image, text, head, image + layout.embed[3] in known)
-    first = min(known, default="none at all")
-    raise UsageError(
-        f"{where}: no layout of AIMV2 fits its keys (the first is '{first}'); supported are released, transformers, timm, "
-        "the released training code's and ours",
-        code="unsupported",
-    )
+    return None
 
 
 def count_blocks(keys: Iterable[str], template: str) -> int:

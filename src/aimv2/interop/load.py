@@ -6,6 +6,7 @@ from the memory-mapped file into its parameter, so that weights are never held t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -146,21 +147,33 @@ def _from_folder(given: str, folder: Path) -> ModelSource:
 
 
 class Weights:
-    """Tensors of one or several safetensors files, by key; a context manager."""
+    """Tensors of one or several safetensors files, by key without the prefixes of wrappers; a context manager.
+
+    Attributes:
+        left: keys of the file outside of the prefix that the model lies under.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
         self.stack = ExitStack()
-        self.handles: dict[str, Any] = {}
+        self.handles: dict[str, tuple[Any, str]] = {}  # file, and the key there
+        self.left: list[str] = []
 
     def __enter__(self) -> Weights:
+        handles: dict[str, Any] = {}
         for file in self.files:
             try:
                 handle = self.stack.enter_context(safe_open(file, "pt"))
-                self.handles |= dict.fromkeys(handle.keys(), handle)
+                handles |= dict.fromkeys(handle.keys(), handle)
             except (SafetensorError, OSError) as error:
                 self.stack.close()
                 raise UsageError(f"{file} can't be read as safetensors: {error}", code="unreadable") from None
+        try:
+            names, self.left = layouts.plain_names(handles, self.where)
+        except UsageError:
+            self.stack.close()
+            raise
+        self.handles = {name: (handles[key], key) for name, key in names.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,12 +208,14 @@ class Weights:
         return STORED[stored]
 
     def get(self, key: str) -> Tensor:
-        return self.handles[key].get_tensor(key)
+        handle, stored = self.handles[key]
+        return handle.get_tensor(stored)
 
     def _slice(self, key: str) -> Any:
         if key not in self.handles:
             raise UsageError(f"{self.where}: key '{key}' is missing", code="mismatch")
-        return self.handles[key].get_slice(key)
+        handle, stored = self.handles[key]
+        return handle.get_slice(stored)
 
 
 def fill(model: nn.Module, weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -> None:
@@ -240,10 +255,16 @@ def fill_tensor(target: Tensor, weights: Weights, names: tuple[str, ...]) -> Non
 
 
 def check_all_read(weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -> None:
-    """Raise UsageError for a key of the file without a rule, unless it has a prefix of ``skip``."""
+    """Raise UsageError for a key of the file without a rule, unless it has a prefix of ``skip``; a classifier's keys, and those
+    outside of the model's prefix, are left out, with a line on standard error."""
     used = {name for names in rules.values() for name in names}
-    if extra := sorted(key for key in weights.keys() if key not in used and not key.startswith(skip)):  # noqa: SIM118
-        raise UsageError(f"{weights.where}: key '{extra[0]}' is not part of the model", code="mismatch")
+    extra = sorted(key for key in weights.keys() if key not in used and not key.startswith(skip))  # noqa: SIM118
+    for key in extra:
+        if not layouts.HEAD.fullmatch(key):
+            raise UsageError(f"{weights.where}: key '{key}' is not part of the model", code="mismatch")
+    if left := [*weights.left, *extra]:
+        some = ", ".join(left[:4]) + ", ..." * (len(left) > 4)
+        print(f"{weights.where}: left out {len(left)} keys that are no part of the model ({some})", file=sys.stderr)
 
 
 def _squeezed(shape: Iterable[int]) -> list[int]:

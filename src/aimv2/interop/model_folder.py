@@ -12,12 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
+from aimv2.interop.layouts import WRAPPER
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.layers import unwrapped
 from aimv2.models.lit import LiT, LiTConfig, TextConfig
 from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_config
 
@@ -41,6 +44,44 @@ def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], 
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     if card:
         (folder / "README.md").write_text(card)
+
+
+def plain_model(model: Any) -> nn.Module:
+    """The VisionEncoder, AIMv2 or LiT within any wrapper, with whole weights under its own names.
+
+    Compiled, checkpointed or sharded blocks (FSDP2: a call of every rank) and models in training give a copy on the CPU.
+
+    Raises:
+        UsageError: another kind of model, or layers that it does not have, such as adapters.
+    """
+    model = unwrapped(model)
+    kind: Any = next((kind for kind in (VisionEncoder, LiT, AIMv2) if isinstance(model, kind)), None)
+    if kind is None:
+        raise UsageError(f"model: a VisionEncoder, a LiT or an AIMv2 is expected, got {type(model).__name__}")
+    configs = (model.encoder.config, model.decoder.config) if kind is AIMv2 else (model.config,)
+    with torch.device("meta"):
+        plain = kind(*configs)
+    given, targets = model.state_dict(), plain.state_dict()
+    state = {WRAPPER.sub("", key): value for key, value in given.items()}
+    state = model.saved(state) if hasattr(model, "saved") else state
+    if differ := sorted(state.keys() ^ targets.keys()):
+        raise UsageError(
+            f"model: '{differ[0]}' is {'missing' if differ[0] in targets else 'no part of an AIMV2'}; merge adapters into the "
+            "weights, gather shards, or take the model itself",
+            code="mismatch",
+        )
+    shapes = {key: value.shape for key, value in targets.items()}
+    if shapes == {key: value.shape for key, value in given.items() if not hasattr(value, "full_tensor")}:
+        return model
+    whole = {key: getattr(value, "full_tensor", lambda same=value: same)().cpu() for key, value in state.items()}
+    plain.to_empty(device="cpu")
+    plain.load_state_dict({key: value.reshape(shapes[key]) for key, value in whole.items()}, assign=True)
+    for module in plain.modules():
+        if isinstance(module, VisionEncoder):
+            module.fill_constants()
+    if hasattr(model, "tokenizer"):
+        plain.tokenizer = model.tokenizer
+    return plain.train(model.training)
 
 
 def save_model(model: nn.Module, folder: str | Path, card: str = "") -> None:

@@ -130,6 +130,13 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(part.dtype for part in module.parameters() if part.is_floating_point())
 
 
+def unwrapped(model: Any) -> Any:
+    """The model within torch.compile, DataParallel, DistributedDataParallel, FSDP or an averaged model."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value projection; no biases, no dropout."""
 

@@ -201,7 +201,9 @@ def _encoder_config(model: object) -> EncoderConfig:
         if model not in MODELS and model not in RELEASED:
             raise UsageError(f"no model '{model}'{nearest(model, [*MODELS, *RELEASED])}")
         return shape_of(model) if model in RELEASED else MODELS[model][0]
-    config = getattr(getattr(model, "encoder", model), "config", None)
+    from aimv2.models.layers import unwrapped
+
+    config = getattr(getattr(model := unwrapped(model), "encoder", model), "config", None)
     if not isinstance(config, EncoderConfig):
         raise UsageError(
             f"image_transform(model): a model or a name of the sizes table expected, got {type(model).__name__}; images go into "

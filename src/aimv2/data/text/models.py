@@ -12,6 +12,7 @@ from aimv2.interop import convert as out_of
 from aimv2.interop import load
 from aimv2.interop.arrays import BACKENDS, to_arrays
 from aimv2.interop.card import HOLDS_PAIRS, card
+from aimv2.interop.model_folder import plain_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -107,7 +108,8 @@ def save_pretrained(
     """Write a model in memory to a folder, with its card.
 
     Args:
-        model: VisionEncoder, LiT or AIMv2.
+        model: VisionEncoder, LiT or AIMv2, also compiled, or wrapped for training; of sharded ones (FSDP2) every rank calls,
+            each with an ``out`` of its own.
         out: a new or empty folder.
         to: released, transformers, timm, onnx, openvino or safetensors (ours, with the decoder).
         licence: of the weights, for the card.
@@ -121,8 +123,7 @@ def save_pretrained(
         UsageError: an unknown format, another kind of model, something in ``out``, a model that the format can't hold.
     """
     out_of.check_format(to)
-    if not isinstance(model, VisionEncoder | LiT | AIMv2):
-        raise UsageError(f"model: a VisionEncoder, a LiT or an AIMv2 is expected, got {type(model).__name__}")
+    model = plain_model(model)
     if to != "openvino" and (precision is not None or pixels is not None):
         raise UsageError(f"precision and pixels are of to='openvino'; to={to!r} keeps the weights as they are")
     options = {"precision": precision or "fp32", "pixels": pixels} if to == "openvino" else {}

@@ -206,6 +206,7 @@ class EvalConfig:
 
     Args:
         every: steps between validations; 0: only at the end
+        best: the figure, such as val_text_loss, whose best checkpoint is kept whatever train.keep says: RUN@best; null: none
         samples: pairs of the validation split to score
         prefixes: prefix lengths, as fractions of the patches, at which the pixel loss is scored
         captions: held-out images to caption at the end
@@ -218,6 +219,7 @@ class EvalConfig:
     """
 
     every: int = 1000
+    best: str | None = None
     samples: int = 2000
     prefixes: tuple[float, ...] = (0.1, 0.5, 0.9)
     captions: int = 8

@@ -78,12 +78,11 @@ def locate(source: str | Path, revision: str | None = None) -> ModelSource:
         return _from_folder(text, hub.download(f"{hub.OWNER}/{text}", revision or hub.RELEASED[text]))
     if path.suffix in (".safetensors", *PICKLES):
         raise UsageError(f"MODEL {text}: no such file", code="not-found")
-    run, at, step = text.rpartition("@")
     if hub.is_hub_id(text) and not path.parent.exists():
         name = text.split("/")[1]
         pinned = hub.RELEASED.get(name) if text == f"{hub.OWNER}/{name}" else None
         return _from_folder(text, hub.download(text, revision or pinned))
-    if at and step.isdigit() and Path(run).exists():
+    if model_folder.split_step(text) is not None:
         return _from_folder(text, model_folder.find_model(text))
     raise UsageError(f"MODEL {text}: {missing(text)}", code="not-found")
 

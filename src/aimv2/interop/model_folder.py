@@ -27,6 +27,7 @@ from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_confi
 FORMAT = "aimv2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STEP = re.compile(r"step-(\d{7,})$")
+BEST = "best"  # RUN@best, and the name of the file in RUN/checkpoints that says which it is
 
 
 def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str = "") -> None:
@@ -103,8 +104,30 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def read_best(run: Path) -> dict[str, Any]:
+    """``figure``, ``value`` and ``step`` of the run's best checkpoint (``eval.best``); {} without one."""
+    try:
+        return json.loads((run / "checkpoints" / f"{BEST}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def split_step(source: str) -> tuple[Path, str] | None:
+    """``RUN@STEP`` or ``RUN@best`` as the run and what stands after it; None where it is neither."""
+    run, at, step = source.rpartition("@")
+    path = Path(run).expanduser()
+    there = at and (step.isdigit() or step == BEST) and path.exists() and not Path(source).expanduser().exists()
+    return (path, step) if there else None
+
+
+def checkpoint_at(run: Path, step: str) -> Path | None:
+    """The folder of a run's checkpoint, of a step or ``best``; None where it is not there."""
+    wanted = read_best(run).get("step") if step == BEST else int(step)
+    return next((folder for number, folder in checkpoints(run) if number == wanted), None)
+
+
 def find_model(source: str | Path) -> Path:
-    """Resolve MODEL to a model folder: a model folder, a run (its newest checkpoint) or RUN@STEP.
+    """Resolve MODEL to a model folder: a model folder, a run (its newest checkpoint), RUN@STEP or RUN@best.
 
     Raises:
         UsageError: nothing there, or no such step; names what exists.
@@ -115,13 +138,16 @@ def find_model(source: str | Path) -> Path:
         return path
     if (path / "model" / CONFIG).is_file():
         return path / "model"
-    run, at, step = text.rpartition("@")
-    if at and not path.exists() and step.isdigit():
-        for number, folder in checkpoints(Path(run)):
-            if number == int(step):
-                return folder / "model"
-        steps = ", ".join(str(number) for number, _ in checkpoints(Path(run))) or "none"
-        raise UsageError(f"MODEL {text}: no checkpoint of step {step} in {run} (there: {steps})", code="not-found")
+    if (parts := split_step(text)) is not None:
+        run, step = parts
+        if (found_at := checkpoint_at(run, step)) is not None:
+            return found_at / "model"
+        steps = ", ".join(str(number) for number, _ in checkpoints(run)) or "none"
+        why = "; eval.best FIGURE keeps one" if step == BEST else ""
+        raise UsageError(
+            f"MODEL {text}: no {'best checkpoint' if step == BEST else f'checkpoint of step {step}'} in {run} (there: {steps}){why}",
+            code="not-found",
+        )
     if (path / "checkpoints").is_dir():
         if found := checkpoints(path):
             return found[-1][1] / "model"

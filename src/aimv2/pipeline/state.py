@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError
+from aimv2.interop.model_folder import checkpoint_at, split_step
 from aimv2.pipeline.read import Chain, Job, fill, strings
 
 FORMAT = "aimv2 stage 1"
@@ -239,12 +240,10 @@ def is_far(text: str, model: bool = False) -> bool:
 def matches(text: str, model: bool = False) -> list[Path]:
     """The files or folders that match a path, a glob, a brace pattern or RUN@STEP; [] where there is nothing."""
     path = Path(text).expanduser()
-    run, at, step = text.rpartition("@")
     if path.exists():
         return [path]
-    if model and at and step.isdigit():
-        folder = Path(run).expanduser() / "checkpoints" / f"step-{int(step):07d}"
-        return [folder] if folder.is_dir() else []
+    if model and (parts := split_step(text)) is not None:
+        return [folder] if (folder := checkpoint_at(*parts)) is not None else []
     if not any(mark in text for mark in "*?[{"):
         return []
     import braceexpand

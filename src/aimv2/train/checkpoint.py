@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.interop.model_folder import checkpoints
+from aimv2.interop.model_folder import checkpoints, read_best
 from aimv2.train.ema import Ema
 
 ASIDE = ".aside-"
@@ -65,7 +65,7 @@ def save_checkpoint(
         private: picklable state of this rank (data position, RNG).
         write_model: writes the model folder from full CPU weights; called on rank 0.
         world: the ranks.
-        keep: newest checkpoints to keep, 0 for all.
+        keep: newest checkpoints to keep, 0 for all; the best one stays too.
         ema: average that ``write_model`` gets in the place of the weights.
 
     Raises:
@@ -103,8 +103,10 @@ def save_checkpoint(
     if world.main:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        for _, folder in checkpoints(run)[: -keep or None] if keep else []:
-            shutil.rmtree(folder, ignore_errors=True)
+        best = read_best(run).get("step")
+        for number, folder in checkpoints(run)[: -keep or None] if keep else []:
+            if number != best:
+                shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
     return final
 

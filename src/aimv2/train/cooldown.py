@@ -20,7 +20,7 @@ from aimv2.config.objective import find_task, foreign_options
 from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.interop.model_folder import STEP, find_model
+from aimv2.interop.model_folder import STEP, find_model, split_step
 from aimv2.train.log import say
 from aimv2.train.moments import take_moments
 from aimv2.train.prepare import CONFIG
@@ -53,9 +53,7 @@ def point_of(init: str) -> Point | None:
     Raises:
         UsageError: a run without that checkpoint.
     """
-    run, _, step = init.rpartition("@")
-    path = Path(init).expanduser()
-    if not path.is_dir() and not (run and step.isdigit() and Path(run).expanduser().is_dir()):
+    if not Path(init).expanduser().is_dir() and split_step(init) is None:
         return None
     folder = find_model(path).parent
     found = STEP.search(folder.name)

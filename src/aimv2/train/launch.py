@@ -22,11 +22,12 @@ from aimv2.data.stream.samples import validation_shards
 from aimv2.distributed import World, join_world, leave_world
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import file_hash
-from aimv2.interop.model_folder import WEIGHTS, checkpoints
+from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
 from aimv2.train import prepare
+from aimv2.train.best import check_best
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.loop import Trainer, memory_gb
 from aimv2.train.parallel import want_compile
@@ -175,7 +176,9 @@ def build_trainer(
     config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
 ) -> Trainer:
     """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
-    if not validation_shards(config.data):
+    validated = bool(validation_shards(config.data))
+    check_best(config, validated)
+    if not validated:
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'", code="missing")
@@ -263,6 +266,8 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
         return result
     folder = checkpoints(run)[-1][1] / "model"
     result |= trainer.figures
+    if config.eval.best is not None:
+        result["best"] = read_best(run)
     result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
     result |= {"parameters": parameters, "encoder_parameters": inside}
     result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}

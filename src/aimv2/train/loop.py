@@ -22,6 +22,7 @@ from aimv2.models.flops import peak_flops
 from aimv2.tasks import Task, task_of
 from aimv2.tasks.held_out import HeldOut, read_held_out
 from aimv2.tasks.task import Context
+from aimv2.train.best import Best
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.interrupt import Interrupted, StopFlag
@@ -99,6 +100,7 @@ class Trainer:
         self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
+        self.best = Best(run, config.eval.best, world)
         self.log: Log | None = None
 
     def open_log(self) -> Log:
@@ -133,11 +135,19 @@ class Trainer:
                 self.check_finite()
             if self.step % train.log_every == 0 or self.step == train.steps:
                 self.report(log)
+            best = False
             if self.step == train.steps or (every and self.step % every == 0):
                 self.validate(log)
-            if self.step == last or (train.save_every and self.step % train.save_every == 0):
+                try:
+                    best = self.best.improves(self.figures)
+                except UsageError:  # a name that no figure has: known only now, and nothing is lost
+                    self.save()
+                    raise
+            if best or self.step == last or (train.save_every and self.step % train.save_every == 0):
                 self.save()
                 saved = self.step
+            if best:
+                self.best.keep(self.step, self.figures)
             self.stop_if_signalled(saved, self.step == last)
             if train.max_hours is not None and self.step < last and self.is_over(began + 3600 * train.max_hours):
                 log.say(
@@ -300,6 +310,10 @@ class Trainer:
         self.step, self.seconds, self.figures = about["step"], about["seconds"], about["figures"]
         *window, self.window_steps = about["window"]
         self.window.copy_(torch.tensor(window, dtype=torch.float64))
+        self.best.restore(self.step)
+        every = self.config.eval.every
+        if every and self.step % every == 0 and self.best.improves(self.figures):  # stopped between the two
+            self.best.keep(self.step, self.figures)
 
 
 def shards_held(data: HeldOut, world: World) -> bool:

@@ -15,7 +15,13 @@ from world import TinyWorld
 
 FIGURE = "val_text_loss"
 # a learning rate at which the loss goes up and down
-OPTIONS: dict[str, Any] = {"eval__every": 1, "eval__best": FIGURE, "train__keep": 1, "optim__lr": 1.0, "optim__warmup": 5}
+OPTIONS: dict[str, Any] = {
+    "eval__every": 1,
+    "eval__best": FIGURE,
+    "train__keep": 1,
+    "optim__lr": 1.0,
+    "optim__warmup": 5,
+}
 
 
 @pytest.fixture(scope="module")

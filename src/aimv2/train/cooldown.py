@@ -55,7 +55,7 @@ def point_of(init: str) -> Point | None:
     """
     if not Path(init).expanduser().is_dir() and split_step(init) is None:
         return None
-    folder = find_model(path).parent
+    folder = find_model(Path(init).expanduser()).parent
     found = STEP.search(folder.name)
     home = folder.parent.parent
     return Point(home, int(found[1]), folder) if found and (home / CONFIG).is_file() else None

@@ -382,7 +382,7 @@ def test_wrong_use_in_one_line(tmp_path: Path) -> None:
     folders(tmp_path / "parts", "train", {"images": 2, "masks": 2})
     assert "train holds images, masks, which are no classes" in refused(tmp_path / "parts")
     folders(tmp_path / "empty", "train", {"ant": 2, "bee": 0, "cow": 1})
-    assert "no image in train of class 1 (bee)" in refused(tmp_path / "empty")
+    assert "empty/train/bee is a class without an image; give it images" in refused(tmp_path / "empty")
     folders(tmp_path / "none", "train", {"ant": 0, "bee": 0})
     assert "no image in its train split" in refused(tmp_path / "none")
     folders(tmp_path / "more", "train", {"ant": 1, "bee": 1})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from aimv2.config.objective import ClassifyTaskOptions
 from aimv2.config.schema import Config
+from aimv2.data.images.class_names import names_beside
+from aimv2.data.shards.listing import list_shard
 from aimv2.data.stream.samples import training_shards, training_sources
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -25,6 +29,8 @@ from aimv2.tasks.held_out import HeldOut, validate_classes
 from aimv2.tasks.init_weights import origin_of
 from aimv2.tasks.pretrain import shapes
 from aimv2.tasks.task import CardText, Context, Task
+
+log = logging.getLogger(__name__)
 
 
 class Classify(Task):
@@ -108,24 +114,38 @@ def check_heads(heads: int | None, width: int) -> None:
 
 
 def count_classes(config: Config) -> int:
-    """The largest label of the training shards + 1; of the shards only headers and labels are read.
+    """The names in classes.txt next to the training shards, else their largest label + 1; headers and labels are read only.
 
     Raises:
-        UsageError: no sample has a label.
+        UsageError: no sample has a label, a label beyond the names, sources whose classes are not the same.
     """
-    from aimv2.data.shards.listing import list_shard
-
-    largest = max(
-        int(list_shard(shard)[2].max(initial=-1)) for shards in training_shards(config.data) for shard in shards
-    )
-    if largest < 1:
-        names = ", ".join(source.path for source in training_sources(config.data))
+    shards = [shard for found in training_shards(config.data) for shard in found]
+    folders = dict.fromkeys(shard.parent for shard in shards)
+    named = {folder: names for folder in folders if (names := names_beside(folder))}
+    if len(set(named.values())) > 1:
+        one, other = list(named)[:2]
         raise UsageError(
-            f"data.train: labels missing: {names} has no KEY.cls with two classes or more; import a "
+            f"data.train: {one} and {other} have other classes (classes.txt): their labels differ", code="mismatch"
+        )
+    labels = np.concatenate([list_shard(shard)[2] for shard in shards])
+    largest, sources = int(labels.max(initial=-1)), ", ".join(source.path for source in training_sources(config.data))
+    if largest < 1:
+        raise UsageError(
+            f"data.train: labels missing: {sources} has no KEY.cls with two classes or more; import a "
             "class-folder tree, or use objective.name=pretrain",
             code="missing",
         )
-    return largest + 1
+    count = len(next(iter(named.values()), ())) or largest + 1
+    if largest >= count:
+        raise UsageError(
+            f"data.train: label {largest} in {sources}, whose classes.txt has {count} names", code="mismatch"
+        )
+    absent = np.setdiff1d(np.arange(count), labels)
+    if len(absent):
+        log.warning("%s: no sample of %d of %d classes, %d first", sources, len(absent), count, absent[0])
+    if unlabelled := int((labels < 0).sum()):
+        log.warning("%s: %d of %d samples have no label; they are not learned from", sources, unlabelled, len(labels))
+    return count
 
 
 TASK = Classify

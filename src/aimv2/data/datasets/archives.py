@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from aimv2.data.images.catalogue import walk
+from aimv2.data.images.class_names import class_folders, names_beside
 from aimv2.data.images.forms import (
     Form,
     Listed,
     find_home,
-    names_beside,
     read_lines,
     read_matrix,
     split_folders,
@@ -125,19 +125,21 @@ def _children(folder: Path) -> list[str]:
 
 def _list_imagenet_train(home: Path, wnids: Sequence[str], above: Sequence[Path], source: str) -> Listed:
     keys, counts = list[str](), []
-    for wnid in wnids:
+    classes = _imagenet_classes(wnids, above, source)
+    for wnid, _ in classes:
         before = len(keys)
         keys += walk(home, f"train/{wnid}/")
         counts.append(len(keys) - before)
     labels = np.repeat(np.arange(len(wnids), dtype=np.int64), counts)
-    return Listed(keys, labels, _imagenet_names(wnids, above, source), ImageFiles(home, keys))
+    return Listed(keys, labels, tuple(name for _, name in classes), ImageFiles(home, keys))
 
 
 def _list_imagenet_val(
     home: Path, flat: Sequence[str], wnids: Sequence[str], above: Sequence[Path], source: str
 ) -> Listed:
     of_image = _wnids_of_val(flat, above, source)
-    numbers = {wnid: number for number, wnid in enumerate(wnids)}
+    classes = _imagenet_classes(wnids, above, source)
+    numbers = {wnid: number for number, (wnid, _) in enumerate(classes)}
     for name in flat:
         wnid = of_image.get(Path(name).stem)
         if wnid not in numbers:
@@ -145,7 +147,7 @@ def _list_imagenet_val(
             raise wrong(source, f"val/{name}: {what}")
     labels = np.array([numbers[of_image[Path(name).stem]] for name in flat], np.int64)
     keys = [f"val/{name}" for name in flat]
-    return Listed(keys, labels, _imagenet_names(wnids, above, source), ImageFiles(home, keys))
+    return Listed(keys, labels, tuple(name for _, name in classes), ImageFiles(home, keys))
 
 
 def _wnids_of_val(flat: Sequence[str], above: Sequence[Path], source: str) -> dict[str, str]:
@@ -176,18 +178,14 @@ def _wnids_of_devkit(path: Path, source: str) -> dict[str, str]:
         raise wrong(source, f"{path.name}: synsets with ILSVRC2012_ID and WNID expected, as in the devkit") from None
 
 
-def _imagenet_names(wnids: Sequence[str], above: Sequence[Path], source: str) -> tuple[str, ...]:
-    """classes.txt's names, else the first ones of Kaggle's mapping, else WNIDs."""
+def _imagenet_classes(wnids: Sequence[str], above: Sequence[Path], source: str) -> list[tuple[str, str]]:
+    """(WNID, name) in the order of the labels: names of classes.txt, else the first ones of Kaggle's mapping, else WNIDs."""
     if names := names_beside(*above):
-        if len(names) != len(wnids):
-            raise wrong(
-                source, f"{len(names)} class names in classes.txt or classnames.txt, {len(wnids)} class folders"
-            )
-        return names
+        return class_folders(wnids, names, f"--data {source}")
     mapping = _first(folder / _MAPPING for folder in above)
     pairs = (line.partition(" ") for line in read_lines(mapping, source)) if mapping else ()
     words = {wnid: text.split(",")[0] for wnid, _, text in pairs}
-    return tuple(words.get(wnid, wnid) for wnid in wnids)
+    return [(wnid, words.get(wnid, wnid)) for wnid in wnids]
 
 
 def _first(paths: Iterable[Path]) -> Path | None:

@@ -50,6 +50,11 @@ def stem(name: str) -> str:
     return head if dot and "/" not in extension else name
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of the data."""
+    return name.startswith(".") or is_system_folder(name)
+
+
 def walk(folder: Path, inner: str = "") -> Iterator[str]:
     """Paths of the images below ``folder``, relative to it, folder by folder in order of names.
 

@@ -8,7 +8,6 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from PIL import Image
 
 from aimv2.data.images.caption_files import are_classes
 from aimv2.data.images.catalogue import find_column, walk
+from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
@@ -33,7 +33,6 @@ SPLITS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
 }
-NAMES_FILES = ("classes.txt", "classnames.txt")  # ours, CLIP_benchmark's
 LISTS = (".csv", ".tsv")
 
 
@@ -79,15 +78,6 @@ def _by_split(paths: Iterable[Path], source: str) -> dict[str, Path]:
     return found
 
 
-def names_beside(*folders: Path) -> tuple[str, ...] | None:
-    """Class names, a line each in label order, of classes.txt or classnames.txt; None where there is neither."""
-    for path in (folder / name for folder in folders for name in NAMES_FILES):
-        if path.is_file():
-            lines = path.read_text("utf-8-sig", "replace").splitlines()
-            return tuple(name for line in lines if (name := line.strip()))
-    return None
-
-
 def find_home(root: Path, marks: tuple[str, ...], inner: tuple[str, ...]) -> Path | None:
     """The folder that holds all of ``marks``: ``root`` or the one that its archive unpacks to."""
     for folder in (root, *(root / name for name in inner)):
@@ -123,20 +113,16 @@ def read_matrix(path: Path, source: str) -> dict[str, Any]:
 
 
 def split_folders(root: Path, source: str) -> Form | None:
-    """``ROOT/SPLIT/CLASS/*``; labels in order of names.
-
-    classnames.txt in ROOT may name the classes: one line a folder, in the order of the folders' names; or the
-    folders' own names in another order, which then is the labels' order.
-    """
+    """``ROOT/SPLIT/CLASS/*``; order and names of classes: :func:`aimv2.data.images.class_names.class_folders`."""
     # a folder `train` with nothing but images is a class of vehicles
     return _folder_form(
-        root, _by_split((root / name for name in _folders(root) if _folders(root / name)), source), source
+        root, _by_split((root / name for name in subfolders(root) if subfolders(root / name)), source), source
     )
 
 
-def class_folders(root: Path, source: str) -> Form | None:
+def plain_folders(root: Path, source: str) -> Form | None:
     """``ROOT/CLASS/*``, which is training data; see :func:`split_folders`."""
-    return _folder_form(root, {"train": root} if _folders(root) else {}, source)
+    return _folder_form(root, {"train": root} if subfolders(root) else {}, source)
 
 
 def _folder_form(root: Path, parts: dict[str, Path], source: str) -> Form | None:
@@ -144,36 +130,28 @@ def _folder_form(root: Path, parts: dict[str, Path], source: str) -> Form | None
     return Form("class folders", listed) if listed else None
 
 
-def _folders(folder: Path) -> list[str]:
-    """Names of the visible folders in a folder, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith((".", "__")) and entry.is_dir())
-
-
 def _list_class_folders(root: Path, parts: dict[str, Path], source: str, split: str) -> Listed:
-    folders = _folders(parts.get("train", parts[split]))
-    if strange := set(_folders(parts[split])) - set(folders):
-        name = sorted(strange)[0]
-        raise wrong(source, f"{parts[split].name}/{name} is a class that train lacks ({len(folders)} classes there)")
+    train, own = parts.get("train", parts[split]), parts[split]
+    folders = subfolders(train)
     if len(folders) > 1 and not are_classes(folders):
         raise wrong(
             source,
-            f"{parts[split]} holds {', '.join(folders[:3])}, which are no classes; a folder for each class's images expected",
+            f"{own} holds {', '.join(folders[:3])}, which are no classes; a folder for each class's images expected",
         )
-    classes = names = names_beside(root) or tuple(folders)
-    if set(names) == set(folders):
-        folders = list(names)
-    elif len(names) != len(folders):
-        raise wrong(source, f"{len(names)} class names in {' or '.join(NAMES_FILES)}, {len(folders)} class folders")
-    inner = "" if parts[split] == root else f"{parts[split].name}/"
+    classes = class_folders(folders, names_beside(root), f"--data {source}")
+    there = same_class(folders, subfolders(own), f"--data {source}: {own.name}")
+    inner = "" if own == root else f"{own.name}/"
     keys, counts = list[str](), []
-    for name in folders:
+    for folder, _ in classes:
         before = len(keys)
-        if (root / inner / name).is_dir():
-            keys += walk(root, f"{inner}{name}/")
+        if folder in there:
+            keys += walk(root, f"{inner}{there[folder]}/")
         counts.append(len(keys) - before)
-    labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
-    return Listed(keys, labels, tuple(classes), ImageFiles(root, keys))
+    if split == "train" and keys and 0 in counts:
+        empty = own / classes[counts.index(0)][0]
+        raise wrong(source, f"{empty} is a class without an image; give it images, or remove folder and name")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    return Listed(keys, labels, tuple(name for _, name in classes), ImageFiles(root, keys))
 
 
 # ---- shards ----

@@ -92,7 +92,7 @@ def require_labelled(source: str, split: Split, dataset: str | None = None) -> L
 
 FOLDER_FORMS: tuple[Callable[[Path, str], Form | None], ...] = (  # in the order in which they are tried
     *(forms.shard_folder, known_form, forms.split_folders),
-    *(forms.list_folder, forms.saved_form, forms.class_folders),
+    *(forms.list_folder, forms.saved_form, forms.plain_folders),
 )
 OTHER_FORMS: dict[str, Callable[[Path, str], Form | None]] = {
     **{"tars": forms.shard_pattern, "file": forms.list_file, "hub": forms.hub_form},

@@ -6,6 +6,7 @@ A source is listed without opening an image, in a stable order. :data:`FILE_FORM
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
-from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem
+from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem, walk
+from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
 from aimv2.data.images.entries import (
     NOT_UTF8,
     UNREAD,
@@ -32,6 +34,8 @@ from aimv2.data.passed import KINDS, PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 EXPECTED = (
     "a folder (images with a captions file, .txt/.json sidecars or class folders; Parquet, Arrow or tars), "
@@ -302,14 +306,32 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
         raise folder.no_image()
     if are_splits(classes):
         raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
-    labels = {name: str(number) for number, name in enumerate(classes)}
+    ordered, there = _ordered_classes(root, classes)
+    labels = {there.get(folder, ""): (str(number), name) for number, (folder, name) in enumerate(ordered)}
     planned: list[SourceEntry | Reject] = []
     for name in images:
         kind = name.split("/", 1)[0]
-        captions = {"caption": [folder.options.template.replace("{}", kind.replace("_", " "))]}
+        label, called = labels[kind]
+        captions = {"caption": [folder.options.template.replace("{}", called.replace("_", " "))]}
         where = (str(root / name),)
-        planned.append(SourceEntry(safe_key(name), name, where, captions, labels[kind], {"class": kind}, reader))
-    return PlannedSource("class folders", planned, len(planned), classes)
+        planned.append(SourceEntry(safe_key(name), name, where, captions, label, {"class": called}, reader))
+    return PlannedSource("class folders", planned, len(planned), [name for _, name in ordered])
+
+
+def _ordered_classes(root: Path, folders: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Classes in the order of their labels, and the folders of the source by those of its training images.
+
+    ``ROOT/val`` has the labels of ``ROOT/train``; a folder without an image is a class only where a names file has it.
+    """
+    split, source = are_splits([root.resolve().name]), f"SRC: {root}"
+    names = names_beside(root, *([root.resolve().parent] if split else []))
+    train = next((path for path in (root.resolve().with_name("train"),) if split and path.is_dir()), root)
+    train_folders = subfolders(train)
+    if empty := [folder for folder in train_folders if next(walk(train, f"{folder}/"), None) is None]:
+        log.warning("%s: the class folder %s has no image; give it images or remove it", source, train / empty[0])
+        if names is None or len(names) != len(train_folders):
+            train_folders = [folder for folder in train_folders if folder not in empty]
+    return class_folders(train_folders, names, source), same_class(train_folders, folders, source)
 
 
 class _ImageFinder:

@@ -447,3 +447,82 @@ def test_real_cifar10(shared_data: Path) -> None:
     keys, _, labels = slowly(tar)
     assert list(train.keys[-5000:]) == keys and train.labels[-5000:].tolist() == labels
     assert open_labelled(str(shared_data / "cifar10"), "val") is None
+
+
+# ---- values that say that there is none, paths, names ----
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "NULL", "<NA>", "-1", ""])
+def test_no_value_is_no_class(tmp_path: Path, word: str) -> None:
+    put(tmp_path / "x.png", encoded(5))
+    for labels in (("cat", "dog"), ("0", "1"), ("0.0", "1.0")):
+        put(tmp_path / "train.csv", f"path,label\nx.png,{labels[0]}\nx.png,{labels[1]}\nx.png,{word}\n")
+        assert "1 of 3 images of train have no label" in refused(tmp_path)
+    put(tmp_path / "train.csv", f"path,label\nx.png,cat\nx.png,{word or 'nan'}\n")
+    put(tmp_path / "classes.txt", f"cat\n{word or 'nan'}\n")  # then it is one
+    assert opened(tmp_path, "train").labels.tolist() == [0, 1]
+
+
+def test_numbers_that_pandas_wrote_are_numbers(tmp_path: Path) -> None:
+    put(tmp_path / "x.png", encoded(5))
+    put(tmp_path / "train.csv", "path,label\n" + "".join(f"x.png,{n}.0\n" for n in range(11)))
+    assert opened(tmp_path, "train").labels.tolist() == list(range(11))
+    table = hf.Dataset.from_dict(
+        {"image": [{"bytes": encoded(1), "path": None}] * 3, "label": [1.0, 0.0, float("nan")]}
+    )
+    table.save_to_disk(tmp_path / "saved")
+    assert "1 of 3 images of train have no label" in refused(tmp_path / "saved")
+    table.select([0, 1]).save_to_disk(tmp_path / "good")
+    assert opened(tmp_path / "good", "train").labels.tolist() == [1, 0]
+    half = hf.Dataset.from_dict({"image": [{"bytes": encoded(1), "path": None}] * 2, "label": [[0, 1], [1]]})
+    half.save_to_disk(tmp_path / "several")
+    assert "one label an image expected" in refused(tmp_path / "several")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("cat|dog|cat dog", "the class 'cat dog' is 2 other classes in one"),
+        ("Cat|dog|cat", "the classes 'Cat' and 'cat' differ by case only"),
+        ("apple pie|pie|tart", ""),
+    ],
+)
+def test_classes_that_look_like_several_are_said(
+    tmp_path: Path, labels: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "x.png", encoded(5))
+    put(tmp_path / "train.csv", "path,label\n" + "".join(f"x.png,{label}\n" for label in labels.split("|")))
+    assert len(opened(tmp_path, "train").classes) == 3
+    assert (said in caplog.text) if said else not caplog.text
+    put(tmp_path / "train.csv", "path,label\nx.png,0\nx.png,1\nx.png,0 1\n")
+    assert "'0 1': several labels of one image" in refused(tmp_path)
+
+
+def test_lists_and_files_are_joined_in_any_case_and_normal_form(tmp_path: Path) -> None:
+    put(tmp_path / "pics" / "Cafe\u0301.PNG", encoded(5))
+    put(tmp_path / "train.csv", "path,label\nPics/caf\u00e9.png,Ant\npics/caf\u00e9.jpg,be\u0301e\n")
+    put(tmp_path / "test.csv", "path,label\npics/CAF\u00c9.png,B\u00c9E\n")
+    train = opened(tmp_path, "train")
+    assert [number_in(train.image(row)) for row in (0, 1)] == [5, 5] and train.classes == ("Ant", "b\u00e9e")
+    assert opened(tmp_path, "test").labels.tolist() == [1]
+    before = train.image.contents(np.arange(1))  # type: ignore[attr-defined]
+    put(tmp_path / "pics" / "Cafe\u0301.PNG", encoded(5) + b"longer")
+    assert train.image.contents(np.arange(1)) != before  # type: ignore[attr-defined]
+
+
+def test_lists_lead_out_of_their_folder_with_image_root_only(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.png", encoded(7))
+    (tmp_path / "lists" / "linked").mkdir(parents=True)
+    (tmp_path / "lists" / "linked" / "b.png").symlink_to(tmp_path / "images" / "a.png")
+    for path in ("../images/a.png", str(tmp_path / "images" / "a.png")):
+        put(tmp_path / "lists" / "train.csv", f"path,label\n{path},0\nlinked/b.png,1\n")
+        with pytest.raises(UsageError, match="give --image-root DIR") as caught:
+            open_labelled(str(tmp_path / "lists"), "train")
+        assert caught.value.option == "--image-root"
+        data = open_labelled(str(tmp_path / "lists"), "train", image_root=str(tmp_path / "images"))
+        assert data is not None and [number_in(data.image(row)) for row in (0, 1)] == [7, 7]
+    put(tmp_path / "lists" / "train.csv", "path,label\na.png,0\nlinked/b.png,1\n")
+    data = open_labelled(str(tmp_path / "lists"), "train", image_root=str(tmp_path / "images"))
+    assert data is not None and number_in(data.image(0)) == 7
+    with pytest.raises(UsageError, match=r"--image-root .*no such folder"):
+        open_labelled(str(tmp_path / "lists"), "train", image_root=str(tmp_path / "no"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aimv2 import api, cli
+from aimv2.commands.knn import KnnOptions
 from aimv2.data.images.opening import open_labelled
 from aimv2.errors import UsageError
 from aimv2.evals import knn, linear, scores
 from aimv2.evals.fewshot import C, Draw, normalised
+from aimv2.evals.harness import open_labelled_splits
 from aimv2.features.frozen import open_frozen
 from features.test_embed import model_at
 
@@ -350,7 +353,7 @@ def test_fewshot_on_images(place: Path) -> None:
         ("knn M --data D --layers 7", "--layers 7"),
         ("knn M --data D --baselines noise", "--baselines noise: one of random, pixels"),
         ("linear M --data D --solver adam", "--solver adam: one of lbfgs, sgd"),
-        ("linear M --data D/train", "no test split"),
+        ("linear M --data D --test-fraction 0.5", "has a test split; leave the option out"),
         ("fewshot M --data D --shots 13", "--shots 13: class green has 12 training images"),
         ("fewshot M --data D --seeds 0", "--seeds 0: at least 1"),
         ("linear M --data D --batch-size 0", "--batch-size 0: at least 1"),
@@ -363,3 +366,30 @@ def test_wrong_use(place: Path, words: str, said: str, capsys: pytest.CaptureFix
     assert cli.main([at.get(word, word) for word in words.split()]) == 2
     line = capsys.readouterr().err.strip()
     assert said in line and "\n" not in line
+
+
+def test_class_folders_without_splits_are_measured_on_a_held_out_part(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same images for every command and run; of each class a fifth, and it is said."""
+    words = {"data": str(place / "two" / "train"), "device": "cpu"}
+    results = [
+        api.knn(str(place / "m"), k="1,5", **words),
+        api.linear(str(place / "m"), **words),
+        api.fewshot(str(place / "m"), shots="1", seeds=1, **words),
+        api.probe(str(place / "m"), epochs=1, rates="1e-3", decays="0.1", **words),
+    ]
+    said = "20% of each class's images (6), held out of training with seed 0"
+    for result in results:
+        assert result["protocol"]["test_split"] == said and result["data"]["split"] == "held-out"
+        assert result["data"]["test_images"] == 6
+    assert caplog.text.count(said) == 4
+    options = KnnOptions(model="", data=words["data"])
+    splits, again, other = (open_labelled_splits(options, seed) for seed in (0, 0, 1))
+    assert splits.test.keys == again.test.keys != other.test.keys and splits.test.split == "held-out"
+    assert np.bincount(splits.test.labels).tolist() == [2, 2, 2]
+    assert not {*splits.test.keys} & {*splits.train.keys} and len(splits.train.keys) == 30
+    halves = open_labelled_splits(replace(options, test_fraction=0.5), 0)
+    assert np.bincount(halves.test.labels).tolist() == [6, 6, 6]
+    with pytest.raises(UsageError, match="10 classes expected, 3 found"):
+        open_labelled_splits(replace(options, dataset="cifar10"), 0)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from aimv2 import api
+from aimv2.commands.probe import ProbeOptions
 from aimv2.data.images.labelled import subset
 from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.readers import contents_of_rows
@@ -292,7 +293,8 @@ def test_the_held_out_tenth_is_of_each_class(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / split / name / f"{number}.png")
-    splits, said = find_splits(str(tmp_path), None, ProbeWork(ProbeSettings(), "auto", (0,), 0, 0, 8, 0))
+    options = ProbeOptions(model="", data=str(tmp_path))
+    splits, said, _ = find_splits(options, ProbeWork(ProbeSettings(), "auto", (0,), 0, 0, 8, 0))
     assert splits.select is not None and said == "6 training images, held out"
     assert np.bincount(splits.select.labels).tolist() == [4, 1, 1]
     assert np.bincount(splits.train.labels).tolist() == [36, 2, 11]

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.labelled import HELD_OUT, Labelled, hold_out, subset
+from aimv2.data.images.opening import open_labelled, require_labelled
+from aimv2.errors import UsageError
+from aimv2.evals.options import ClassifierOptions
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.features.frozen import Frozen, random_twin, raw_pixels
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """Images to fit on, to choose on (None: the data set has no such split) and to test on; how the test split was held out."""
+
+    train: Labelled
+    val: Labelled | None
+    test: Labelled
+    held_out: str | None = None
 
 
 class Evaluation:
@@ -71,6 +88,39 @@ def baseline_figures(others: dict[str, Frozen], evaluate: Callable[[str, Frozen]
     """``{"baselines": ...}`` by name, or {} without any; ``evaluate``: (name, encoder) -> figures."""
     found = {name: evaluate(name, other) for name, other in others.items()}
     return {"baselines": found} if found else {}
+
+
+def open_labelled_splits(options: ClassifierOptions, seed: int) -> LabelledSplits:
+    """The splits of labelled images; without a test split a fraction of each class is held out by the seed, which is said.
+
+    Raises:
+        UsageError: no training images, a test split that a registered data set lacks or that comes with a fraction, other classes.
+    """
+    source, fraction, rest = options.source, options.test_fraction, (options.dataset, options.image_root)
+    train = require_labelled(source, "train", *rest)
+    val, test = (open_labelled(source, split, *rest) for split in ("val", "test"))  # type: ignore[arg-type]
+    held_out = None
+    if test is not None and fraction is not None:
+        raise UsageError(
+            f"--test-fraction {fraction:g}: {source} has a test split; leave the option out", code="conflict"
+        )
+    if test is None and options.dataset is not None:
+        test = require_labelled(source, "test", *rest)
+    if test is None:
+        fraction = HELD_OUT if fraction is None else fraction
+        kept, held = hold_out(train.labels, seed, fraction)
+        held_out = f"{fraction:.0%} of each class's images ({len(held):,}), held out of training with seed {seed}"
+        log.warning("%s has no test split: %s", source, held_out)
+        train, test = subset(train, kept), replace(subset(train, held), split="held-out")
+    for other in (val, test):
+        if other is not None and other.classes != train.classes:
+            different = sorted(set(other.classes) ^ set(train.classes)) or ["their order"]
+            raise UsageError(
+                f"--data {source}: the splits train and {other.split} have different classes ({different[0]}); "
+                "the same expected in both",
+                code="mismatch",
+            )
+    return LabelledSplits(train, val, test, held_out)
 
 
 def labelled_data(train: Labelled, test: Labelled, dataset: str | None) -> dict[str, Any]:

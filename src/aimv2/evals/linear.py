@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimv2.data.images.labelled import hold_out
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
 from aimv2.evals.scores import top1
 
-HELD_OUT = 0.2  # of each class's training images, if a data set has no validation split
 # CLIP (Radford et al., 2021, appendix A.3): L-BFGS, at most 1000 iterations, strength between 1e-6 and 1e6 in 96 steps
 PER_DECADE, LAST_STEP, FIRST_STRIDE, ITERATIONS = 8, 96, 16, 1000
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -79,23 +79,6 @@ def peak(values: Sequence[float]) -> int:
     """Where the highest value is; of equal ones the middle one, for the edge of a plateau is there by chance."""
     ties = np.flatnonzero(np.asarray(values) == max(values))
     return int(ties[(len(ties) - 1) // 2])
-
-
-def hold_out(labels: np.ndarray, seed: int, fraction: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (kept, held out), rising: ``fraction`` of each class's images is held out, drawn; of a single image none.
-
-    Raises:
-        UsageError: no class has images enough.
-    """
-    rng = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        count = max(round(fraction * len(rows)), 1) if len(rows) > 1 else 0
-        held[rows[:count]] = True
-    if not held.any():
-        raise UsageError("--data: no class has two training images; a validation split or more images expected")
-    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 class Standard:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from aimv2.config.types import BaselineList, Count, Fraction, PositiveInt, SeedList, UnitRateList, UntrainedOnly, text
+from aimv2.config.types import (
+    BaselineList,
+    Bounds,
+    Count,
+    Fraction,
+    PositiveInt,
+    SeedList,
+    UnitRateList,
+    UntrainedOnly,
+    text,
+)
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,10 +87,13 @@ class LabelledData:
     Args:
         data: labelled images: class folders, shards, CIFAR's pickles, CSV lists, or a datasets hub id
         dataset: registered name, whose counts are then checked; null: any data set
+        image_root: folder that absolute and .. paths of a list or table may lead to; relative ones are looked up there too;
+            null: images lie below the list only
     """
 
     data: str | None = None
     dataset: str | None = None
+    image_root: str | None = None
 
     @property
     def source(self) -> str:
@@ -100,8 +113,11 @@ class ClassifierOptions(EncoderOptions, LabelledData):
     Args:
         precision: of the encoder's matmuls, fp32 or bf16
         cache: feature folder shared by several commands; null: in the result's folder
+        test_fraction: for data without a test split: fraction of each class's images that is held out for it, by the (first)
+            seed; null: 0.2
     """
 
+    test_fraction: Annotated[float | None, Bounds(0, 1, above=True)] = None
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: str | None = None
 

@@ -6,7 +6,7 @@ Legend: N images, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,20 @@ import numpy as np
 import torch
 
 from aimv2.data.images.labelled import Labelled, limit
-from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.errors import UsageError
-from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines
+from aimv2.evals.harness import (
+    Evaluation,
+    LabelledSplits,
+    baseline_figures,
+    labelled_data,
+    open_baselines,
+    open_labelled_splits,
+)
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.result import about_model
 from aimv2.evals.scores import per_class, top1, wilson
 from aimv2.features.extraction import Cached, cached_features, features_home
 from aimv2.features.frozen import LAST, Frozen
-
-
-@dataclass(frozen=True)
-class LabelledSplits:
-    """Images to fit on, to choose on (None: the data set has no such split) and to test on."""
-
-    train: Labelled
-    val: Labelled | None
-    test: Labelled
 
 
 @dataclass(frozen=True)
@@ -58,23 +55,14 @@ def open_splits(options: PooledOptions, train_limit: int = 0) -> LabelledSplits:
     """The data set's splits; of training and test images at most the limits, sampled.
 
     Raises:
-        UsageError: no training or test split, splits with different classes, a limit below an image per class.
+        UsageError: see :func:`aimv2.evals.harness.open_labelled_splits`; a limit below an image per class.
     """
-    source, dataset = options.source, options.dataset
-    train, test = (require_labelled(source, split, dataset) for split in ("train", "test"))
-    val = open_labelled(source, "val", dataset)
-    for other in (val, test):
-        if other is not None and other.classes != train.classes:
-            different = sorted(set(other.classes) ^ set(train.classes)) or ["their order"]
-            raise UsageError(
-                f"--data {source}: the splits train and {other.split} have different classes ({different[0]}); "
-                "the same expected in both",
-                code="mismatch",
-            )
+    splits = open_labelled_splits(options, options.seed)
+    train, test = splits.train, splits.test
     if 0 < train_limit < len(train.classes):
         raise UsageError(f"--train-limit {train_limit}: an image per class ({len(train.classes)}) or more expected")
     train = limit(train, train_limit) if train_limit else train
-    return LabelledSplits(train, val, limit(test, options.test_limit) if options.test_limit else test)
+    return replace(splits, train=train, test=limit(test, options.test_limit) if options.test_limit else test)
 
 
 def evaluate_pooled(
@@ -117,6 +105,8 @@ def evaluate_pooled(
     figures = figures_of(frozen, layers)
     figures |= baseline_figures(others, baseline)
     protocol = {**protocol, "layers": list(layers), "pool": pool}
+    if splits.held_out:
+        protocol["test_split"] = splits.held_out
     data = labelled_data(splits.train, splits.test, options.dataset)
     return evaluation.result(protocol, about_model(frozen), data, figures, options.seed if seeds is None else seeds)
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.labelled import joined, limit, subset
-from aimv2.data.images.opening import open_labelled
+from aimv2.data.images.labelled import hold_out, joined, limit, subset
 from aimv2.data.images.readers import contents_of_rows
 from aimv2.errors import UsageError
-from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines
-from aimv2.evals.linear import hold_out
+from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines, open_labelled_splits
 from aimv2.evals.options import ClassifierOptions
 from aimv2.evals.probe import Outcome, ProbeSettings, SweepSplits, run_sweep, same_work
 from aimv2.evals.result import about_model
@@ -50,7 +48,6 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
     Raises:
         UsageError: data or options that do not fit, an output folder of something else.
     """
-    source = options.source
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("probe: its batch norm sees one process; start it without torchrun", code="unsupported")
     with Evaluation("probe", options.out) as evaluation:
@@ -63,7 +60,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
         layers = tuple(dict.fromkeys(frozen.layer_names(options.layers)))
         settings = replace(work.settings, layers=layers)
         work = replace(work, settings=settings, cache=options.cache)
-        splits, selected_on = find_splits(source, options.dataset, work)
+        splits, selected_on, held_out = find_splits(options, work)
         others = open_baselines(options.baselines, frozen, work.seeds[0])
         home = evaluation.open_folder()
         same_work(home, identity(frozen, splits, selected_on, work))
@@ -81,26 +78,20 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
             "features": "augmented" if settings.augmented else "cached",
             **{key: value for key, value in asdict(settings).items() if key not in ("protocol", "augmented")},
             "selected_on": selected_on,
+            **({"test_split": held_out} if held_out else {}),
         }
         data = labelled_data(splits.train, splits.test, options.dataset)
         return evaluation.result(protocol, about_model(frozen), data, figures, list(work.seeds))
 
 
-def find_splits(source: str, dataset: str | None, work: ProbeWork) -> tuple[SweepSplits, str]:
-    """The three splits, and in words where a head is chosen.
+def find_splits(options: ClassifierOptions, work: ProbeWork) -> tuple[SweepSplits, str, str | None]:
+    """The three splits, and in words where a head is chosen and how the test split was held out.
 
     Raises:
         UsageError: no training or test split; a validation split that is wanted and does not exist.
     """
-    train = open_labelled(source, "train", dataset)
-    val = open_labelled(source, "val", dataset)
-    test = open_labelled(source, "test", dataset)
-    if train is None or test is None:
-        missing = "training" if train is None else "test"
-        raise UsageError(
-            f"--data {source}: no {missing} split there; a probe needs one to train on and one to test on",
-            code="missing",
-        )
+    splits = open_labelled_splits(options, work.seeds[0])
+    train, val, test, source = splits.train, splits.val, splits.test, options.source
     if work.select == "val" and val is None:
         raise UsageError(
             f"--select val: {source} has no validation split; --select heldout holds out training images",
@@ -115,12 +106,13 @@ def find_splits(source: str, dataset: str | None, work: ProbeWork) -> tuple[Swee
     train = limit(train, work.train_limit) if 0 < work.train_limit < len(train.labels) else train
     test = limit(test, work.test_limit) if 0 < work.test_limit < len(test.labels) else test
     if work.select == "test":
-        return SweepSplits(train, None, test), f"test (the best head on the test labels, as the paper reports it{said})"
+        how = f"test (the best head on the test labels, as the paper reports it{said})"
+        return SweepSplits(train, None, test), how, splits.held_out
     if val is not None and work.select != "heldout":
-        return SweepSplits(train, val, test), "validation split"
+        return SweepSplits(train, val, test), "validation split", splits.held_out
     kept, held = hold_out(train.labels, 0, HELD_OUT)
     select = replace(subset(train, held), split="heldout")
-    return SweepSplits(subset(train, kept), select, test), f"{len(held)} training images, held out"
+    return SweepSplits(subset(train, kept), select, test), f"{len(held)} training images, held out", splits.held_out
 
 
 def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def evaluate_zeroshot(options: ZeroshotData, templates: str, classes: str | None
         # a decoder reads every text before every image: eighty per class are for pairs
         texts = find_templates(templates, dataset if matcher.by == "contrastive" else None)
         prior = matcher.by == "likelihood" and options.normalize == "prior"
-        images = choose(source, dataset, limit, options.seed, prior)
+        images = choose(source, dataset, limit, options.seed, prior, options.image_root)
         names = class_names(images.test, classes)
         evaluation.open_folder()
         groups = [fill(texts, name) for name in names]
@@ -88,14 +88,16 @@ def evaluate_zeroshot(options: ZeroshotData, templates: str, classes: str | None
         return evaluation.result(protocol, matcher.about(), about, found, options.seed)
 
 
-def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool) -> ZeroshotImages:
+def choose(
+    source: str, dataset: str | None, limit: int, seed: int, prior: bool, image_root: str | None = None
+) -> ZeroshotImages:
     """The split to evaluate, cut to ``limit`` images, and other images if a prior is wanted.
 
     Raises:
         UsageError: see :func:`aimv2.data.images.opening.open_labelled`.
     """
     order: tuple[Split, ...] = ("test", "val", "train")
-    data = next((found for split in order if (found := open_labelled(source, split, dataset))), None)
+    data = next((found for split in order if (found := open_labelled(source, split, dataset, image_root))), None)
     if data is None:
         raise UsageError(f"--data {source}: no labelled images there; expected {EXPECTED}", code="missing")
     rng = np.random.default_rng(seed)
@@ -109,7 +111,7 @@ def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool)
             test, subset(data, rest[:PRIOR_IMAGES]), f"{PRIOR_IMAGES} images of the split, not measured"
         )
     for split in order[1:] if data.split == "test" else ("train",) if data.split == "val" else ():
-        if (other := _unlabelled(source, split)) is not None:
+        if (other := _unlabelled(source, split, image_root)) is not None:
             count = min(PRIOR_IMAGES, len(other.labels))
             drawn = rng.choice(len(other.labels), count, replace=False)
             return ZeroshotImages(
@@ -120,10 +122,10 @@ def choose(source: str, dataset: str | None, limit: int, seed: int, prior: bool)
     return ZeroshotImages(test, subset(test, drawn), f"{count} of the measured images, without their labels")
 
 
-def _unlabelled(source: str, split: Split) -> Labelled | None:
+def _unlabelled(source: str, split: Split, image_root: str | None) -> Labelled | None:
     """A further split, for its images only: one whose labels are refused counts as absent."""
     try:
-        return open_labelled(source, split)
+        return open_labelled(source, split, image_root=image_root)
     except UsageError:
         return None
 

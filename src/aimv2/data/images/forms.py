@@ -8,6 +8,7 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from PIL import Image
 from aimv2.data.images.caption_files import are_classes
 from aimv2.data.images.catalogue import find_column, walk
 from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
+from aimv2.data.images.names import NO_VALUE, NameFinder, folded, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
@@ -34,6 +36,7 @@ SPLITS = {
     **{"val": "val", "valid": "val", "validation": "val"},
 }
 LISTS = (".csv", ".tsv")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -238,9 +241,6 @@ def _list_form(files: dict[str, Path], source: str) -> Form | None:
 def _list_file(files: dict[str, Path], split: str, source: str) -> Listed:
     file = files[split]
     keys, words = _read_list(file, source)
-    first = file.parent / keys[0]
-    if not first.is_file():
-        raise wrong(source, f"{file.name} names {keys[0]}, which is not there; paths start at {file.parent}")
     known = files.get("train", file)
     labels, classes = number_labels(
         words, words if known == file else _read_list(known, source)[1], names_beside(file.parent), source
@@ -274,10 +274,14 @@ def _read_list(file: Path, source: str) -> tuple[list[str], list[str]]:
     return [row[places[0]] for row in rows], [row[places[1]] for row in rows]
 
 
+NUMBER = re.compile(r"-?\d+(\.0+)?")  # pandas writes 1.0 where a cell of the column is empty
+SEVERAL = re.compile(r"\[.*\]|-?\d+(\.0+)?([\s,;|]+-?\d+(\.0+)?)+")
+
+
 def number_labels(
     words: Sequence[str], train: Sequence[str], names: tuple[str, ...] | None, source: str
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Labels as written, to int64 [N], -1 for an empty one, and the classes' names, if they have names.
+    """Labels as written, to int64 [N], -1 for none (see :data:`aimv2.data.images.names.NO_VALUE`), and the classes' names, if any.
 
     Args:
         words: of this split.
@@ -285,17 +289,46 @@ def number_labels(
         names: of classes.txt.
 
     Raises:
-        UsageError: a class that training does not know.
+        UsageError: a class that training does not know, several labels of one image.
     """
-    if all(re.fullmatch(r"(-?\d+)?", word) for word in train):
-        if strange := next((word for word in words if not re.fullmatch(r"(-?\d+)?", word)), None):
+    names = tuple(map(normal, names)) if names else None
+    nothing = NO_VALUE.difference(names or ())
+    words, train = (["" if (own := normal(word)) in nothing else own for word in given] for given in (words, train))
+    if several := next(
+        (word for word in (*train, *words) if SEVERAL.fullmatch(word) and word not in (names or ())), None
+    ):
+        raise wrong(source, f"label {several!r}: several labels of one image; one label an image expected")
+    if all(NUMBER.fullmatch(word) for word in train if word):
+        if strange := next((word for word in words if word and not NUMBER.fullmatch(word)), None):
             raise wrong(source, f"label {strange}: a number expected, as in the training split")
-        return np.array([int(word or -1) for word in words], np.int64), names
+        return np.array([int(word.partition(".")[0] or -1) for word in words], np.int64), names
     names = names or tuple(sorted(set(train) - {""}))
-    numbers = {"": -1, **{name: number for number, name in enumerate(names)}}
-    if strange := next((word for word in words if word not in numbers), None):
-        raise wrong(source, f"label {strange}: not among the {len(names)} classes ({', '.join(names[:3])}, ...)")
+    _say_odd_classes(names, source)
+    numbers, finder = {"": -1, **{name: number for number, name in enumerate(names)}}, NameFinder(names)
+    for word in {*words}.difference(numbers):
+        found = finder.find(word, stems=False)
+        if len(found) != 1:
+            raise wrong(source, f"label {word}: not among the {len(names)} classes ({', '.join(names[:3])}, ...)")
+        numbers[word] = numbers[found[0]]
     return np.array([numbers[word] for word in words], np.int64), names
+
+
+def _say_odd_classes(names: Sequence[str], source: str) -> None:
+    """A line for classes that may be no classes of their own: other classes joined, another case of another class."""
+    known = set(names)
+    for name in names:
+        parts = [part for part in re.split(r"[\s,;|+&/]+", name) if part]
+        if len(parts) > 1 and known.issuperset(parts):
+            log.warning(
+                "%s: the class '%s' is %s other classes in one; several labels of an image are not read",
+                source,
+                name,
+                len(parts),
+            )
+            break
+    by_case: dict[str, str] = {}
+    if twice := next((name for name in names if by_case.setdefault(folded(name), name) != name), None):
+        log.warning("%s: the classes '%s' and '%s' differ by case only", source, by_case[folded(twice)], twice)
 
 
 # ---- the library `datasets`: from the hub, saved to disk, or a folder of Parquet ----
@@ -347,7 +380,26 @@ def _values(rows: Any, column: str) -> list[Any]:
 
 def _is_unlabelled(rows: Any) -> bool:
     label = _column(rows, "label")
-    return label is None or all(value in (-1, None) for value in _values(rows, label))
+    return label is None or all(value in (-1, None) or value != value for value in _values(rows, label))
+
+
+def _label_words(rows: Any, column: str, source: str) -> list[str]:
+    """The cells of a label column as words, "" for a missing one.
+
+    Raises:
+        UsageError: a cell that is no label.
+    """
+
+    def word(cell: Any) -> str:
+        if isinstance(cell, list) and len(cell) == 1:
+            cell = cell[0]
+        if cell is None or cell != cell:  # NaN
+            return ""
+        if isinstance(cell, list | dict) or (isinstance(cell, float) and not cell.is_integer()):
+            raise wrong(source, f"{column} {str(cell)[:40]}: one label an image expected, a whole number or a name")
+        return str(int(cell)) if isinstance(cell, float | bool) else str(cell)
+
+    return list(map(word, _values(rows, column)))
 
 
 def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
@@ -356,14 +408,10 @@ def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
     if image is None or label is None:
         lacks = "labels" if image is not None else "images"
         raise wrong(source, f"no column of {lacks} among {', '.join(rows.column_names)}; image and label expected")
-    values = _values(rows, label)
-    classes = getattr(rows.features[label], "names", None)
-    if any(isinstance(value, str) for value in values):
-        words = ["" if value is None else str(value) for value in values]
-        train = words if "train" not in parts else [str(value or "") for value in _values(parts["train"], label)]
-        labels, classes = number_labels(words, train, None, source)
-    else:
-        labels = np.array([-1 if value is None else value for value in values], np.int64)
+    words = _label_words(rows, label, source)
+    train = _label_words(parts["train"], label, source) if split != "train" and "train" in parts else words
+    names = getattr(rows.features[label], "names", None)
+    labels, classes = number_labels(words, train, tuple(names) if names else None, source)
     keys = [f"{split}-{row:08d}" for row in range(len(rows))]
     images = TableImages(encoded_images(rows, image).select_columns([image]), image)
-    return Listed(keys, labels, tuple(classes) if classes else None, images)
+    return Listed(keys, labels, classes, images)

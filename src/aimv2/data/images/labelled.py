@@ -16,6 +16,7 @@ from aimv2.data.images.readers import ChosenImages, JoinedImages
 from aimv2.errors import UsageError
 
 Split = Literal["train", "val", "test"]
+HELD_OUT = 0.2  # of each class's images, where a data set has no split for them
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,20 @@ def limit(data: Labelled, count: int, seed: int = 0) -> Labelled:
     # all firsts, then all seconds, ...: cut anywhere, the classes differ by one at most while they last
     order = np.lexsort((rng.random(len(drawn)), turn))
     return subset(data, np.sort(drawn[order[:count]]))
+
+
+def hold_out(labels: np.ndarray, seed: int, fraction: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (kept, held out), rising: ``fraction`` of each class's images is held out, drawn; all of its images never.
+
+    Raises:
+        UsageError: no class has images enough.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+        held[rows[:count]] = True
+    if not held.any():
+        raise UsageError("--data: no class has two training images; a validation split or more images expected")
+    return np.flatnonzero(~held), np.flatnonzero(held)

@@ -17,6 +17,10 @@ from aimv2.data.images.catalogue import is_image, stem
 from aimv2.data.images.decode import ImageError
 from aimv2.errors import UsageError
 
+NO_VALUE = frozenset(
+    ("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "-1")
+)  # as programs write that there is none
+
 
 def normal(name: str) -> str:
     """A name in the normal form in which names are compared."""
@@ -103,6 +107,14 @@ def locate(root: Path, name: str) -> Path:
     return here
 
 
+def found_or_written(root: Path, name: str) -> Path:
+    """As :func:`locate`; the path as it is written where several files may be meant."""
+    try:
+        return locate(root, name)
+    except ImageError:
+        return root / name
+
+
 def _listed(folder: str) -> NameFinder:
     try:
         return _listing(folder, os.stat(folder).st_mtime_ns)
@@ -137,6 +149,8 @@ def inside(root: Path, name: str, image_root: Path | None = None) -> str:
             f"{name} is a URL; a path is expected: download the images first (img2dataset makes shards of such a list)",
             option="",
         )
+    if image_root is not None and not (root / name).exists() and (image_root / name).exists():
+        name = str(image_root / name)
     if not (name.startswith(("/", "~")) or ".." in name.split("/")):
         return name
     path = os.path.normpath(root.absolute() / os.path.expanduser(name))
@@ -145,8 +159,8 @@ def inside(root: Path, name: str, image_root: Path | None = None) -> str:
             if path.startswith(top.rstrip("/") + "/"):
                 return path
     raise UsageError(
-        f"--image-root: {name} leads out of {root if image_root is None else image_root}; give --image-root DIR, a folder"
-        " that holds all images, if they may be read from there",
+        f"--image-root: {name} leads out of {root if image_root is None else image_root}; give --image-root DIR, the folder"
+        " of the images, if they may be read from there",
         option="--image-root",
         code="missing" if image_root is None else "mismatch",
     )

@@ -20,6 +20,8 @@ from aimv2.data.images import forms
 from aimv2.data.images.catalogue import kind_of
 from aimv2.data.images.forms import Form, Listed, wrong
 from aimv2.data.images.labelled import Labelled, Split
+from aimv2.data.images.names import found_or_written, inside
+from aimv2.data.images.readers import ImageFiles
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,9 @@ EXPECTED = (
 )
 
 
-def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labelled | None:
+def open_labelled(
+    source: str, split: Split, dataset: str | None = None, image_root: str | None = None
+) -> Labelled | None:
     """A split of labelled images, listed and checked.
 
     With ``train`` and ``val`` and no ``test``, ``val`` is the test split (ImageNet, iNaturalist) and there is no
@@ -42,6 +46,8 @@ def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labe
         split: which.
         dataset: one of :data:`aimv2.data.datasets.registry.DATASETS`: then the numbers of images and classes must be those of
             AIMV2, Table B1. None: any data set; where the form tells which of them it is, other numbers give a warning.
+        image_root: folder that the paths of a list or table may lead to, besides its own; see
+            :func:`aimv2.data.images.names.inside`.
 
     Returns:
         None if the data set has no such split.
@@ -63,6 +69,7 @@ def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labe
         listed = _with_classes(splits[split](), splits, split, about if strict else None, source)
     except OverflowError:
         raise wrong(source, "a label of more than 64 bits; labels count from 0 without a gap") from None
+    listed = _paths_checked(listed, form.kind == "lists", source, image_root)
     _check(listed, split, source)
     if about is not None:
         _compare(about, listed, splits, split, source, strict)
@@ -71,13 +78,13 @@ def open_labelled(source: str, split: Split, dataset: str | None = None) -> Labe
     return Labelled(name, source, split, listed.classes, listed.keys, listed.labels, listed.image)
 
 
-def require_labelled(source: str, split: Split, dataset: str | None = None) -> Labelled:
+def require_labelled(source: str, split: Split, dataset: str | None = None, image_root: str | None = None) -> Labelled:
     """As :func:`open_labelled`, where the caller can't do without the split.
 
     Raises:
         UsageError: as there, or it has no such split: the message explains how to give one.
     """
-    data = open_labelled(source, split, dataset)
+    data = open_labelled(source, split, dataset, image_root)
     if data is not None:
         return data
     form = find_form(source)
@@ -149,6 +156,20 @@ def _with_classes(
     return replace(listed, classes=tuple(map(str, range(count))))
 
 
+def _paths_checked(listed: Listed, is_list: bool, source: str, image_root: str | None) -> Listed:
+    """Paths of images lead into their own folder or ``--image-root``; the first one of a list is there."""
+    top = Path(image_root).expanduser() if image_root else None
+    if top is not None and not top.is_dir():
+        raise UsageError(f"--image-root {image_root}: no such folder", code="not-found")
+    image = listed.image
+    if not isinstance(image, ImageFiles):
+        return listed
+    image = ImageFiles(image.root, [inside(image.root, key, top) for key in image.names])
+    if is_list and not found_or_written(image.root, image.names[0]).is_file():
+        raise wrong(source, f"names {listed.keys[0]}, which is not there; paths start at {image.root}")
+    return replace(listed, image=image)
+
+
 def _check(listed: Listed, split: str, source: str) -> None:
     """Labels are there, in range, of several classes, and in training every class has an image."""
     assert listed.classes is not None
@@ -160,7 +181,8 @@ def _check(listed: Listed, split: str, source: str) -> None:
         )
     if len(missing):
         key = listed.keys[missing[0]]
-        raise wrong(source, f"{len(missing):,} of {len(labels):,} images of {split} have no label, {key} first")
+        found = f"{len(missing):,} of {len(labels):,} images of {split} have no label, {key} first"
+        raise wrong(source, f"{found} (empty, -1, nan, null and None count as none)")
     beyond = np.flatnonzero(labels >= count)
     if len(beyond):
         row = beyond[0]

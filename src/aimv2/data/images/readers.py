@@ -22,7 +22,7 @@ from PIL import Image
 
 from aimv2.data.images.decode import ImageError, decode_image, is_encoded
 from aimv2.data.images.entries import read_tar_sample
-from aimv2.data.images.names import locate_inside
+from aimv2.data.images.names import found_or_written, locate, locate_inside
 from aimv2.errors import UsageError, shown
 
 UNKNOWN = "unknown"  # contents of images that cannot be compared
@@ -54,10 +54,10 @@ class ImageFiles:
     names: Sequence[str]
 
     def __call__(self, row: int) -> Image.Image:
-        return decode_image(self.root / self.names[row])
+        return decode_image(locate(self.root, self.names[row]))
 
     def contents(self, rows: np.ndarray) -> str:
-        return contents_of_files(self.root / self.names[row] for row in rows.tolist())
+        return contents_of_files(found_or_written(self.root, self.names[row]) for row in rows.tolist())
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,6 @@ def inside(root: Path, name: str, image_root: Path | None = None) -> str:
             f"{name} is a URL; a path is expected: download the images first (img2dataset makes shards of such a list)",
             option="",
         )
-    if image_root is not None and not (root / name).exists() and (image_root / name).exists():
-        name = str(image_root / name)
     if not (name.startswith(("/", "~")) or ".." in name.split("/")):
         return name
     path = os.path.normpath(root.absolute() / os.path.expanduser(name))

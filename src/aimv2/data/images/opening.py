@@ -20,7 +20,7 @@ from aimv2.data.images import forms
 from aimv2.data.images.catalogue import kind_of
 from aimv2.data.images.forms import Form, Listed, wrong
 from aimv2.data.images.labelled import Labelled, Split
-from aimv2.data.images.names import found_or_written, inside
+from aimv2.data.images.names import found_or_written, image_root_of, inside
 from aimv2.data.images.readers import ImageFiles
 from aimv2.errors import UsageError
 
@@ -158,13 +158,13 @@ def _with_classes(
 
 def _paths_checked(listed: Listed, is_list: bool, source: str, image_root: str | None) -> Listed:
     """Paths of images lead into their own folder or ``--image-root``; the first one of a list is there."""
-    top = Path(image_root).expanduser() if image_root else None
-    if top is not None and not top.is_dir():
-        raise UsageError(f"--image-root {image_root}: no such folder", code="not-found")
-    image = listed.image
+    top, image = image_root_of(image_root), listed.image
     if not isinstance(image, ImageFiles):
         return listed
-    image = ImageFiles(image.root, [inside(image.root, key, top) for key in image.names])
+    names = [inside(image.root, key, top) for key in image.names]
+    if top is not None:
+        names = [name if found_or_written(image.root, name).exists() else str(top / name) for name in names]
+    image = ImageFiles(image.root, names)
     if is_list and not found_or_written(image.root, image.names[0]).is_file():
         raise wrong(source, f"names {listed.keys[0]}, which is not there; paths start at {image.root}")
     return replace(listed, image=image)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from aimv2.errors import UsageError
+from aimv2.models.layers import WRAPPER
 from aimv2.models.lit import TextConfig
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
@@ -204,8 +205,6 @@ class Detected:
     position: bool
 
 
-# what torch.compile, FSDP and checkpointing put into names, anywhere
-WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # a classifier next to an encoder
 HEAD = re.compile(r"(?:heads?|fc|fc_norm|classifier|linear)\.(?:(?:head|fc|dense|out_proj|\d+)\.)*(?:weight|bias)")
 INNER = (

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
-from aimv2.interop.layouts import WRAPPER
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
-from aimv2.models.layers import unwrapped
+from aimv2.models.layers import WRAPPER, unwrapped
 from aimv2.models.lit import LiT, LiTConfig, TextConfig
 from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_config
 

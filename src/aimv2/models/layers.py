@@ -5,6 +5,7 @@ Legend: B samples, N positions, D width, H heads, d = D / H, R packed rows.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.models.masks import cached_mask, causal_mask, prefix_mask
+
+# what torch.compile, FSDP and checkpointing put into names, anywhere
+WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -98,7 +98,7 @@ def open_labelled_splits(options: ClassifierOptions, seed: int) -> LabelledSplit
     """
     source, fraction, rest = options.source, options.test_fraction, (options.dataset, options.image_root)
     train = require_labelled(source, "train", *rest)
-    val, test = (open_labelled(source, split, *rest) for split in ("val", "test"))  # type: ignore[arg-type]
+    val, test = (open_labelled(source, split, *rest) for split in ("val", "test"))
     held_out = None
     if test is not None and fraction is not None:
         raise UsageError(

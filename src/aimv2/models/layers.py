@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from aimv2.models.masks import cached_mask, causal_mask, prefix_mask
 
-# what torch.compile, FSDP and checkpointing put into names, anywhere
-WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NORM_EPS = 1e-5  # RMSNorm, everywhere
+# what torch.compile, FSDP and checkpointing put into names, anywhere
+WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 MATMUL_LENGTH = {False: 256, True: 1024}  # positions; True: bf16. Above, SDPA is faster or the scores too large
 
 

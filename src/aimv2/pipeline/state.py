@@ -242,8 +242,8 @@ def matches(text: str, model: bool = False) -> list[Path]:
     path = Path(text).expanduser()
     if path.exists():
         return [path]
-    if model and (parts := split_step(text)) is not None:
-        return [folder] if (folder := checkpoint_at(*parts)) is not None else []
+    if model and (run := split_step(text)) is not None:
+        return [folder] if (folder := checkpoint_at(*run)) is not None else []
     if not any(mark in text for mark in "*?[{"):
         return []
     import braceexpand

@@ -38,13 +38,13 @@ class DataImportOptions:
     caption_column: list[str] | str | None = None
     template: str = "a photo of a {}."
     split: str | None = None
-    image_root: str | None = None
     val_fraction: float = 0.0
     val_list: str | None = None
     max_side: int | None = None
     shard_size: int = 1000
     workers: PositiveInt | None = None
     class_folders: bool = False
+    image_root: str | None = None
 
 
 def run(options: DataImportOptions) -> dict[str, Any]:

@@ -34,10 +34,10 @@ class EmbedOptions:
     layers: str = "last"
     format: Literal["npy", "parquet"] = "npy"
     shard_size: int | None = None
-    image_root: str | None = None
     batch_size: int = 16
     device: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    image_root: str | None = None
 
 
 def run(options: EmbedOptions) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class FewshotOptions(PooledOptions):
     """
 
     ORDER = (
-        "model data dataset image_root test_fraction shots seeds layers baselines test_limit image_size batch_size seed device "
-        "precision cache out image_mean image_std"
+        "model data dataset shots seeds layers baselines test_limit image_size batch_size seed device precision cache "
+        "out image_mean image_std image_root test_fraction"
     )
     shots: IntList = text("1,5,10")
     seeds: PositiveInt = 5

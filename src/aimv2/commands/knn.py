@@ -24,8 +24,8 @@ class KnnOptions(PooledOptions):
     """
 
     ORDER = (
-        "model data dataset image_root test_fraction k weights temperature backend layers pool baselines train_limit test_limit "
-        "image_size batch_size seed device precision cache out image_mean image_std"
+        "model data dataset k weights temperature backend layers pool baselines train_limit test_limit image_size "
+        "batch_size seed device precision cache out image_mean image_std image_root test_fraction"
     )
     k: IntList = text("1,5,10,20,50,100,200")
     weights: Literal["uniform", "distance"] = "uniform"

@@ -25,8 +25,8 @@ class LinearOptions(PooledOptions):
     """
 
     ORDER = (
-        "model data dataset image_root test_fraction solver layers baselines train_limit test_limit image_size batch_size seed "
-        "device precision cache out image_mean image_std"
+        "model data dataset solver layers baselines train_limit test_limit image_size batch_size seed device precision "
+        "cache out image_mean image_std image_root test_fraction"
     )
     solver: Literal["lbfgs", "sgd"] = "lbfgs"
     train_limit: Count = 0

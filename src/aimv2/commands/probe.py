@@ -38,9 +38,9 @@ class ProbeOptions(ClassifierOptions):
     """
 
     ORDER = (
-        "model data dataset image_root test_fraction protocol features layers epochs warmup batch_size rates decays heads flip "
-        "select seeds baselines train_limit test_limit image_size trunk_batch workers device precision cache out image_mean "
-        "image_std"
+        "model data dataset protocol features layers epochs warmup batch_size rates decays heads flip select seeds "
+        "baselines train_limit test_limit image_size trunk_batch workers device precision cache out image_mean "
+        "image_std image_root test_fraction"
     )
     protocol: Literal["attentive", "efficient"] = "attentive"
     features: Literal["cached", "augmented"] = "cached"

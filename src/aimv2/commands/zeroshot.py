@@ -23,7 +23,10 @@ class ZeroshotOptions(ZeroshotData):
         seed: random seed of the sampled images
     """
 
-    ORDER = "model data dataset image_root templates classes by normalize limit seed baselines batch_size device out image_mean image_std"
+    ORDER = (
+        "model data dataset templates classes by normalize limit seed baselines batch_size device out image_mean "
+        "image_std image_root"
+    )
     templates: str = "default"
     classes: str | None = None
     limit: Count = 0

@@ -45,7 +45,7 @@ def test_sidecars_are_read_late(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a dog\na big dog\n")
     (tmp_path / "b.txt").write_text(" ")
     assert [(item.image, read_captioned(item)[1]) for item in items] == [
-        ("a.png", ("a dog", "a big dog")),
+        ("a.png", ("a dog\na big dog",)),
         ("b.png", ()),
     ]
 

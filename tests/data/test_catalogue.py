@@ -134,7 +134,7 @@ def test_listing_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     monkeypatch.setattr("aimv2.data.images.entries.read_sample", lambda tar, *span: opened.append(tar.name))
-    options = SourceOptions(template="{}")
+    options = SourceOptions()
     for name in ("classes/train", "sidecars", "tars"):
         assert (
             len(list(pictures(str(tmp_path / name))))

@@ -207,7 +207,7 @@ def test_wrong_use_is_one_clear_line(photos: Path, tmp_path: Path) -> None:
     put(tmp_path / "header" / "a.jpg", picture())
     put(tmp_path / "imageless" / "captions.csv", "image,caption\na.jpg,x\n")
     file = put(tmp_path / "file", "x")
-    put(tmp_path / "c.csv", b"image,caption\na.jpg,caf\xe9\n")
+    put(tmp_path / "c.csv", "image,caption\na.jpg,кошка\n".encode("cp1251"))
     out = tmp_path / "out"
     cases = [
         (tmp_path / "absent", out, {}, "does not exist"),

@@ -116,8 +116,8 @@ def test_wrong_tables(tmp_path: Path) -> None:
     assert "1 of 2 images of train have no label" in said("21792,1,", "21792,,")
     assert "label 2 of patches/patient_004_node_4" in said("21792,1,", "21792,2,")
     assert "no image in its train split" in said(text[text.index("\n0,") :], "\n")
-    put(path, text.encode() + b"\xff\n")
-    assert "metadata.csv cannot be read: 'utf-8' codec" in refused(tmp_path)
+    put(path, text.encode() + b"\x81\n")
+    assert "is not UTF-8, and neither" in refused(tmp_path)
     put(path, text.replace(",center,", ",hospital,"))
     assert "one class ('patches')" in refused(tmp_path)  # some other table: class folders like any other
     put(path, f"\ufeff{text}\r\n\r\n".replace("\n2,", "\n\n2,"))  # blank lines are no rows

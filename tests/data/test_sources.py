@@ -215,7 +215,7 @@ def test_sidecars(tmp_path: Path) -> None:
     put(src / "e.txt", "\n")
     run(src, tmp_path / "out")
     assert captions(tmp_path / "out") == {
-        "a": {"caption": ["one", "two"]},
+        "a": {"caption": ["one\n\n two"]},
         "b": {"alt": ["x"]},
         "in_a": {"caption": ["list", "of captions"]},
     }

@@ -13,14 +13,14 @@ class DataImportOptions:
     """Convert captioned images, in whatever form they are, to WebDataset shards.
 
     Args:
-        source: folder with a captions file, images with sidecars, COCO JSON, class folders, Parquet/Arrow, tars, or a
+        source: folder with a captions file, images with sidecars, COCO or LLaVA JSON, class folders, Parquet/Arrow, tars, or a
             datasets hub id
         out: folder for the shards; an interrupted import resumes and ends with the same shards
         captions: the captions file, if a folder has several
         image_column: image column of a table
-        caption_column: caption column of a table; one, or several as [a, b]; each is a caption field
+        caption_column: caption column of a table, or key of the samples' JSON; one, or several as a,b; each is a caption field
         template: caption of a class folder; {} is the class
-        split: split of a hub id
+        split: split of a hub id, of a folder of tables, or of a captions file whose rows state one
         image_root: a folder outside the source, below which tables and captions files may name images
         val_fraction: fraction of the keys that becomes validation data
         val_list: file with the keys or file names of the validation data, one per line

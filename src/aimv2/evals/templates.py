@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError, nearest
 
 DEFAULT = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
@@ -70,10 +71,9 @@ def read_lines(file: Path, option: str) -> list[str]:
         UsageError: it can't be read, or holds none.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        found = list(text_lines(file))
+    except (OSError, UnicodeError) as error:
         raise UsageError(f"{option} {file}: can't be read as text: {error}", code="unreadable") from None
-    found = [line for line in lines if line]
     if not found:
         raise UsageError(f"{option} {file}: the file is empty; a line each is expected")
     return found

@@ -73,7 +73,7 @@ class WildsSet:
 def _cells(table: Path, source: str) -> Iterator[list[str]]:
     try:
         yield from (cells for _, cells in read_delimited(table))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise wrong(source, f"{table.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 

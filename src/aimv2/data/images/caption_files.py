@@ -25,6 +25,7 @@ _PIECE = re.compile(r".{1,4000}(?:[,;\s}\]]|$)|.{1,4000}")  # of a line at once,
 _CUT = re.compile(r"[^\w.\-]")
 _FIELD = re.compile(r"[^,;|\t\"]+")  # between separators and quotes
 _FIRST = re.compile(r"^\s*\S+")
+_TAKEOUT = re.compile(r"(\.\w+)(?:\.(s[a-z-]*))?(\(\d+\))?\.json$")
 _DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
 
 
@@ -138,6 +139,14 @@ def _plain(stem: str) -> str:
     return stem.lstrip("0") or "0" if stem.isdigit() else stem
 
 
+def plain_record(file: str) -> str:
+    """The name ``photo(1).jpg.json`` of a JSON file that Google Takeout calls ``photo.jpg.supplemental-metadata(1).json``, cut anywhere."""
+    named = _TAKEOUT.search(file)
+    if named is None or not "supplemental-metadata".startswith(named[2] or "") or not (named[2] or named[3]):
+        return file
+    return f"{file[: named.start()]}{named[3] or ''}{named[1]}.json"
+
+
 def are_classes(folders: Sequence[str]) -> bool:
     """Whether folders of images can be classes by their names: two or more, none that says "images"."""
     return len(folders) > 1 and not any(name.lower() in STRUCTURE for name in folders)
@@ -158,11 +167,11 @@ def why_no_captions(others: list[str], refused: dict[str, str], folders: list[st
     if folders:
         kind = "one folder is no class" if len(folders) == 1 else "their names are no classes"
         return (
-            f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt or .json next to the "
+            f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt, .caption or .json next to the "
             f"images; give --captions FILE, or --class-folders to take the folders' names all the same"
         )
     return (
-        "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt or .json next to the images and no class folders; give "
+        "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt, .caption or .json next to the images and no class folders; give "
         "--captions FILE"
     )
 
@@ -177,6 +186,6 @@ def _why(file: str, refused: dict[str, str]) -> str:
     if path.suffix.lower() == ".json":
         return "it is neither COCO captions nor a list of rows with an image and a caption; --captions FILE names one that is"
     return (
-        "captions are read from NAME.txt or NAME.json next to an image of that name, or from a CSV, TSV, JSONL or COCO JSON that "
-        "--captions FILE names; rename or convert it"
+        "captions are read from NAME.txt, NAME.caption or NAME.json next to an image of that name, or from a CSV, TSV, JSONL or "
+        "COCO JSON that --captions FILE names; rename or convert it"
     )

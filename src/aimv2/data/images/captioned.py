@@ -40,21 +40,21 @@ def open_captioned(source: str, captions: str | None = None) -> tuple[Sequence[S
             code="not-found",
         )
     if kind == "folder" and not tars_in(path):
-        return _of_files(path, captions, source), "all"
+        return _of_files(path, captions, source)
     if captions is not None:
         raise UsageError(
             f"--captions {captions}: {source} holds its captions itself; leave the option out", code="conflict"
         )
     if kind == "file":
-        return _of_files(path.parent, path.name, source), "all"
+        return _of_files(path.parent, path.name, source)
     return _of_shards(path, source)
 
 
-def _of_files(root: Path, captions: str | None, source: str) -> list[SourceEntry]:
+def _of_files(root: Path, captions: str | None, source: str) -> tuple[list[SourceEntry], str]:
     if captions is None and (root / PREFERRED).is_file():
         captions = PREFERRED
     try:
-        planned = open_folder(root, SourceOptions(captions), IMAGE_FORMS)
+        planned = open_folder(root, SourceOptions(captions, held_out=True), IMAGE_FORMS)
     except UsageError as error:
         why = str(error).partition("; ")[0].removeprefix("SRC: ")
         raise UsageError(
@@ -63,7 +63,7 @@ def _of_files(root: Path, captions: str | None, source: str) -> list[SourceEntry
     if planned.classes:
         raise UsageError(f"--data {source}: class folders without captions; a captions file or sidecars expected")
     if entries := [item for item in planned.items if isinstance(item, SourceEntry)]:
-        return entries
+        return entries, planned.split or "all"
     raise UsageError(f"--data {source}: no image with a caption there", code="missing")
 
 

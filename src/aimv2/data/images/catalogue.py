@@ -136,7 +136,7 @@ COLUMNS = {
     "label": ("label", "labels", "fine_label", "class", "target", "cls", "category"),
     "caption": (
         *("caption", "captions", "text", "alt", "alt_text", "title", "description", "comment", "sentence"),
-        *("sentences",),
+        *("sentences", "prompt"),
     ),
 }
 FEATURES = {"image": "Image", "label": "ClassLabel"}  # types of the library `datasets`
@@ -189,6 +189,10 @@ class Columns:
                 code="missing",
             )
         found = [name for name in named_columns(known.values(), "caption") if name != image]
+        if len(found) > 1:
+            found = [
+                name for name in found if name.strip().lower() != "prompt"
+            ]  # what was asked, where captions are there too
         captions = self.captions or [name.strip().lower() for name in found]
         if lost := next((name for name in captions if name.lower() not in known), None):
             raise UsageError(

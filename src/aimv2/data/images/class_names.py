@@ -8,6 +8,8 @@ from pathlib import Path
 
 from aimv2.data.images.catalogue import is_hidden
 from aimv2.data.images.names import NameFinder, normal
+from aimv2.data.images.text_tables import no_text
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
 
 NAMES_FILES = ("classes.txt", "classnames.txt")  # ours, CLIP_benchmark's
@@ -23,8 +25,10 @@ def names_beside(*folders: Path) -> tuple[str, ...] | None:
     """Class names, a line each in label order, of classes.txt or classnames.txt; None where there is neither."""
     for path in (folder / name for folder in folders for name in NAMES_FILES):
         if path.is_file():
-            lines = path.read_text("utf-8-sig", "replace").splitlines()
-            return tuple(normal(name) for line in lines if (name := line.strip()))
+            try:
+                return tuple(map(normal, text_lines(path)))
+            except UnicodeError:
+                raise no_text(path, "--data") from None
     return None
 
 

@@ -23,15 +23,16 @@ from aimv2.data.shards.format import (
     clean_captions,
     image_of,
     json_of,
+    parts_of_kind,
     read_sample,
     safe_key,
     scan_shard,
     text_of,
     why_no_image,
 )
+from aimv2.data.text.encoding import decode_text
 from aimv2.errors import first_line
 
-NOT_UTF8 = "is not UTF-8"
 Captions = dict[str, list[str]]
 UNREAD: dict[str, Any] = {}  # captions and the rest of an entry whose reader finds them; never written to
 
@@ -106,6 +107,8 @@ class PlannedSource:
         passed: what is passed over; complete once the entries are listed.
         used: files of its folder, besides images, that it is read from.
         own_images: it holds its images itself: those in its folder are none of it.
+        split: the only split that is read, of a source whose rows state theirs.
+        is_val: which entries are validation data by what the source states.
     """
 
     kind: str
@@ -116,41 +119,47 @@ class PlannedSource:
     passed: PassedOver = field(default_factory=PassedOver)
     used: set[str] = field(default_factory=set)
     own_images: bool = False
+    split: str = ""
+    is_val: Callable[[SourceEntry], bool] | None = None
 
 
 # ---- files ----
 
 
+@dataclass(frozen=True)
 class FileReader(Reader):
-    """Reads image files; ``where`` is the path, then paths of a .txt and a .json sidecar ("" for none)."""
+    """Reads image files; ``where`` is the path, then paths of a text and a JSON sidecar ("" for none).
+
+    Attributes:
+        keys: of the sidecar, that hold captions; None: the known ones.
+    """
+
+    keys: tuple[str, ...] | None = None
 
     def read(self, entry: SourceEntry) -> Loaded:
         path, *sidecars = entry.where
         try:
             data = Path(path).read_bytes()
-            captions, about = _read_sidecars(*sidecars) if sidecars else (entry.captions, entry.about)
+            captions, about = _read_sidecars(self.keys, *sidecars) if sidecars else (entry.captions, entry.about)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from None
         return Loaded(data, captions, entry.label, about)
 
 
-def _read_sidecars(text: str, record: str) -> tuple[Captions, dict[str, Any]]:
-    """Captions of the JSON file, else of the text file, and the other keys of the JSON file."""
-    parts = {"json": Path(record).read_bytes() if record else b"{}"}
-    captions = captions_of(parts)
-    if not captions and record:
-        captions = clean_captions(_parse(record, json.loads))  # a bare list of captions
-    if not captions and text:
-        captions = clean_captions(_parse(text, lambda raw: raw.decode("utf-8-sig").splitlines()))
-    return captions, json_of(parts)
-
-
-def _parse(file: str, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        return parse(Path(file).read_bytes())
-    except ValueError as error:
-        what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is no JSON"
-        raise ImageError(f"{Path(file).name} {what}") from None
+def _read_sidecars(keys: tuple[str, ...] | None, *files: str) -> tuple[Captions, dict[str, Any]]:
+    """Captions of the text file or the JSON file, as those of a sample in a tar, and the other keys of the JSON file."""
+    parts = {}
+    for kind, file in zip(("txt", "json"), files):
+        try:
+            if file:
+                parts[kind] = decode_text(Path(file).read_bytes(), Path(file).name, "texts next to images").encode()
+            record = json.loads(parts[kind]) if kind in parts and kind == "json" else None
+        except ValueError as error:
+            raise ImageError(
+                str(error) if isinstance(error, UnicodeError) else f"{Path(file).name} is no JSON"
+            ) from None
+    captions = captions_of(parts, keys)
+    return captions or ({} if isinstance(record, dict) else clean_captions(record)), json_of(parts)
 
 
 # ---- tars ----
@@ -172,22 +181,30 @@ def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts
     return found[1], parts
 
 
-def tar_entries(tar: Path) -> tuple[ShardScan, Iterator[SourceEntry]]:
+def tar_entries(tar: Path, keys: tuple[str, ...] | None = None) -> tuple[ShardScan, Iterator[SourceEntry]]:
     """What the headers of a tar hold, and the entries of its whole samples; ``image`` is the key as the tar has it.
 
     Raises:
         OSError: it cannot be read.
     """
-    scan, reader = scan_shard(tar), TarReader()
+    scan, reader = scan_shard(tar), TarReader(keys)
     spans = zip(scan.keys, scan.offsets, scan.offsets[1:])
     return scan, (
         SourceEntry(safe_key(key), key, (str(tar), *span), UNREAD, None, UNREAD, reader) for key, *span in spans
     )
 
 
+@dataclass(frozen=True)
 class TarReader(Reader):
-    """Reads samples of tars; ``where`` is (tar, start, end)."""
+    """Reads samples of tars; ``where`` is (tar, start, end), ``keys`` as of :class:`FileReader`."""
+
+    keys: tuple[str, ...] | None = None
 
     def read(self, entry: SourceEntry) -> Loaded:
         data, parts = read_tar_sample(*entry.where)
-        return Loaded(data, captions_of(parts), text_of(parts, "cls") or None, json_of(parts))
+        try:
+            for name in (*parts_of_kind(parts, "txt"), *parts_of_kind(parts, "json")):
+                decode_text(parts[name], f"its .{name}", "texts in shards")
+        except UnicodeError as error:
+            raise ImageError(str(error)) from None
+        return Loaded(data, captions_of(parts, self.keys), text_of(parts, "cls") or None, json_of(parts))

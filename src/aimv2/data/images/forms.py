@@ -29,6 +29,7 @@ from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError, first_line
 
 SPLITS = {
@@ -92,10 +93,9 @@ def find_home(root: Path, marks: tuple[str, ...], inner: tuple[str, ...]) -> Pat
 def read_lines(path: Path, source: str) -> list[str]:
     """Lines of a text file that hold anything."""
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return list(text_lines(path))
+    except (OSError, UnicodeError) as error:
         raise wrong(source, f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_matrix(path: Path, source: str) -> dict[str, Any]:
@@ -252,8 +252,8 @@ def _read_list(file: Path, source: str) -> tuple[list[str], list[str]]:
     """Paths and labels, as they are written."""
     try:
         rows = [[cell.strip() for cell in row] for _, row in read_delimited(file) if any(row)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise wrong(source, f"{file.name} cannot be read as UTF-8 text: {error}") from None
+    except (OSError, UnicodeError) as error:
+        raise wrong(source, f"{file.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not rows:
         raise wrong(source, f"{file.name} is empty; path,label a line expected")
     header = rows[0]

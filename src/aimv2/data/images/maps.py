@@ -22,6 +22,7 @@ from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
 from aimv2.data.prefetch import prefetch_map
 from aimv2.data.stream.transforms import crop_resize
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
 
 IMAGES = ("images", "rgb")
@@ -202,8 +203,8 @@ def _cut(
 def _listed(pairs: list[MappedImage], file: Path) -> set[str]:
     """Keys that a list names."""
     try:
-        words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        words = list(text_lines(file))
+    except (OSError, UnicodeError) as error:
         raise UsageError(
             f"--val-list {file}: can't be read: {getattr(error, 'strerror', None) or error}", code="unreadable"
         ) from None

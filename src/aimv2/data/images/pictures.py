@@ -13,12 +13,14 @@ from typing import Any
 
 from aimv2.data.images.catalogue import is_image, kind_of, walk_files
 from aimv2.data.images.decode import ImageError
-from aimv2.data.images.entries import SourceEntry, tar_entries
+from aimv2.data.images.entries import SourceEntry, read_tar_sample, tar_entries
 from aimv2.data.images.names import locate_inside
 from aimv2.data.images.readers import contents_of_files
+from aimv2.data.images.text_tables import no_text
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
 
 LISTS = (".txt", ".lst")
@@ -114,16 +116,11 @@ def _fail(why: str) -> bytes:
 
 
 def _of_list(path: Path, option: str, image_root: Path | None) -> Iterator[Picture]:
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for line in lines:
-                if name := line.strip():
-                    yield name, _read_named(path.parent, name, image_root)
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{option} {path}: UTF-8 text with a path a line is expected ({error.reason})",
-                code="unreadable",
-            ) from None
+    try:
+        for name in text_lines(path):
+            yield name, _read_named(path.parent, name, image_root)
+    except UnicodeError:
+        raise no_text(path, option) from None
 
 
 def _read_named(folder: Path, name: str, image_root: Path | None) -> Callable[[], bytes]:
@@ -149,4 +146,4 @@ def _of_shards(shards: list[Path], passed: PassedOver) -> Iterator[Picture]:
 
 
 def _load(entry: SourceEntry) -> bytes:
-    return entry.reader.read(entry).data
+    return read_tar_sample(*entry.where)[0]

@@ -14,11 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.caption_files import are_classes, are_splits, may_hold_captions, names_images, why_no_captions
+from aimv2.data.images.caption_files import (
+    are_classes,
+    are_splits,
+    may_hold_captions,
+    names_images,
+    plain_record,
+    why_no_captions,
+)
 from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem, walk
 from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
 from aimv2.data.images.entries import (
-    NOT_UTF8,
     UNREAD,
     Captions,
     FileReader,
@@ -27,12 +33,14 @@ from aimv2.data.images.entries import (
     SourceEntry,
     tar_entries,
 )
+from aimv2.data.images.forms import SPLITS as STATED
 from aimv2.data.images.names import NameFinder, inside, tie
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
 from aimv2.data.passed import KINDS, PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
+from aimv2.data.text.encoding import NOT_TEXT, open_text
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -41,6 +49,21 @@ EXPECTED = (
     "a folder (images with a captions file, .txt/.json sidecars or class folders; Parquet, Arrow or tars), "
     "one such file, or a hub data set id"
 )
+
+SPLITS = {**STATED, "restval": "train"}  # as Karpathy calls what COCO's validation images add to training
+_CAPTIONS_JSON = re.compile(
+    r'"(annotations|images|captions?|file_name)"\s*:|^\s*\[.*"(prompt"\s*:|from"\s*:\s*"(gpt|assistant)")', re.DOTALL
+)
+TEMPLATE = "a photo of a {}."
+# what a kind of source has no use for is refused; by the beginning of its name
+READS = {
+    "captions file": ("--captions", "--image-column", "--caption-column", "--split", "--image-root"),
+    "sidecar captions": ("--caption-column",),
+    "class folders": ("--class-folders", "--template"),
+    "table": ("--image-column", "--caption-column", "--split", "--image-root"),
+    "hub data set": ("--image-column", "--caption-column", "--split"),
+    "WebDataset tars": ("--caption-column",),
+}
 
 
 @dataclass(frozen=True)
@@ -51,19 +74,21 @@ class SourceOptions:
         captions: the captions file, relative to the folder or to the working folder; None finds it.
         columns: of tables and captions files.
         template: caption of a class-folder tree, ``{}`` standing for the class.
-        split: of a hub data set, or of a folder of tables.
+        split: of a hub data set, a folder of tables, or a captions file whose rows state one.
         skip: a folder inside the source that is not part of it (the output).
         class_folders: the user states that the folders are classes, whatever else lies there.
         image_root: a folder outside the source, below which tables and captions files may name images.
+        held_out: of a captions file whose rows state splits, take test, else val, else train.
     """
 
     captions: str | None = None
     columns: Columns = field(default_factory=Columns)
-    template: str = "{}"
+    template: str = TEMPLATE
     split: str | None = None
     skip: Path | None = None
     class_folders: bool = False
     image_root: Path | None = None
+    held_out: bool = False
 
 
 class ImageFolder:
@@ -102,9 +127,18 @@ class ImageFolder:
         return notes
 
     @cached_property
+    def sidecars(self) -> dict[str, tuple[list[str], list[str]]]:
+        """{image: the text files, the JSON files that are named after it}; several where it is not clear which."""
+        texts = NameFinder(name for name in self.files if name.lower().endswith((".txt", ".caption")))
+        records = {plain_record(name): name for name in self.files if name.lower().endswith(".json")}
+        finder = NameFinder(records)
+        return {name: (texts.find(name), [records[found] for found in finder.find(name)]) for name in self.images}
+
+    @cached_property
     def captions_files(self) -> tuple[list[str], dict[str, str]]:
         """Files that read like captions of images, and why others that were tried do not."""
         sidecars = {*map(stem, self.images), *self.images}  # a.txt and a.jpg.txt
+        sidecars.update(stem(name) for found in self.sidecars.values() for names in found for name in names)
         found, refused = [], dict[str, str]()
         for name in self.files:
             kind, here, path = name.rpartition(".")[2].lower(), "/" not in name, self.root / name
@@ -119,9 +153,13 @@ class ImageFolder:
                 if row is not None and not isinstance(row, Reject):
                     found.append(name)
             elif kind == "json" and (here or (name.startswith("annotations/") and "caption" in name.lower())):
-                with open(path, "rb") as file:
-                    head = file.read(65536)
-                if re.search(rb'"(annotations|images|captions?|file_name)"\s*:', head):
+                try:
+                    with open_text(path) as file:
+                        head = file.read(65536)
+                except UnicodeError:
+                    refused[name] = NOT_TEXT
+                    continue
+                if _CAPTIONS_JSON.search(head):
                     found.append(name)
         return found, refused
 
@@ -157,7 +195,7 @@ def _tar_folder(folder: ImageFolder) -> PlannedSource | None:
             f"SRC: {folder.root} holds the splits {', '.join(groups)}; import one at a time, such as"
             f" '{folder.root}/{next(iter(groups))}-*.tar'"
         )
-    planned = _tar_source(next(iter(groups.values())))
+    planned = _tar_source(next(iter(groups.values())), folder.options)
     planned.used = {path.name for path in next(iter(groups.values()))}
     planned.own_images = True
     return planned
@@ -185,7 +223,7 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
     if not candidates:
         return None
     for name, why in refused.items():
-        if why.startswith(NOT_UTF8) and names_images(folder.root / name, folder.images):
+        if why.startswith(NOT_TEXT) and names_images(folder.root / name, folder.images):
             raise UsageError(
                 f"{several}{candidates[0]}, and {name}, which {why}; choose one with --captions FILE",
                 code="conflict",
@@ -195,12 +233,10 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
-    planned, reader = list[SourceEntry | Reject](), FileReader()
-    finders = [NameFinder(name for name in folder.files if name.lower().endswith(kind)) for kind in (".txt", ".json")]
-    sidecars = [[finder.find(stem(name)) for finder in finders] for name in folder.images]
-    if not any(map(any, sidecars)):
+    planned, reader = list[SourceEntry | Reject](), FileReader(folder.options.columns.captions)
+    if not any(map(any, folder.sidecars.values())):
         return None
-    for name, found in zip(folder.images, sidecars):
+    for name, found in folder.sidecars.items():
         paths = [str(folder.root / side[0]) if len(side) == 1 else "" for side in found]
         if several := next((side for side in found if len(side) > 1), None):
             planned.append(Reject(safe_key(name), name, tie(several)))
@@ -210,7 +246,7 @@ def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
     total = sum(isinstance(item, SourceEntry) for item in planned)
-    used = {name for found in sidecars for side in found for name in side}
+    used = {name for found in folder.sidecars.values() for side in found for name in side}
     return PlannedSource("sidecar captions", planned, total, used=used)
 
 
@@ -279,9 +315,15 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
         for column, texts in found.items():
             captions.setdefault(column, []).extend(texts)
     used = set[str]()
+    splits = {name: SPLITS.get(str(about.get("split")).lower(), "") for name, (_, about) in named.items()}
+    wanted = _wanted_split(file, set(splits.values()), folder.options)
     for name, (captions, about) in named.items():
         path, reason = finder.find(name)
         used.add(path)
+        if wanted not in ("", splits[name]):
+            continue
+        if not wanted and splits[name] == "test":
+            reason = "of the test split; --split test imports it"
         if reason or not captions:
             planned.append(Reject(safe_key(name), name, reason or "no caption"))
         else:
@@ -291,7 +333,20 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
         raise folder.no_image(f", and none where {file.name} points; expected its images there")
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
     used = {file.relative_to(folder.root).as_posix()} if file.is_relative_to(folder.root) else set[str]()
-    return PlannedSource(f"captions file {file.name}", planned, total, used=used)
+    val = set() if wanted else {name for name, split in splits.items() if split == "val"}
+    is_val = (lambda entry: entry.image in val) if val else None
+    return PlannedSource(f"captions file {file.name}", planned, total, used=used, split=wanted, is_val=is_val)
+
+
+def _wanted_split(file: Path, stated: set[str], options: SourceOptions) -> str:
+    """The one split of a captions file that is read; "" for all rows."""
+    if options.split is not None:
+        wanted = SPLITS.get(options.split.lower(), "")
+        if wanted and wanted in stated:
+            return wanted
+        has = f"has the splits {', '.join(sorted(stated - {''}))}" if stated - {""} else "states no split; leave it out"
+        raise UsageError(f"--split {options.split}: {file} {has}", code="conflict" if stated <= {""} else "unknown")
+    return next((split for split in ("test", "val", "train") if split in stated), "") if options.held_out else ""
 
 
 def _class_source(folder: ImageFolder) -> PlannedSource:
@@ -363,7 +418,7 @@ class _ImageFinder:
 # ---- forms of files ----
 
 
-def _tar_source(tars: list[Path]) -> PlannedSource:
+def _tar_source(tars: list[Path], options: SourceOptions) -> PlannedSource:
     """The samples of WebDataset tars, to shard them again."""
 
     passed = PassedOver()
@@ -371,7 +426,7 @@ def _tar_source(tars: list[Path]) -> PlannedSource:
     def items() -> Iterator[SourceEntry | Reject]:
         for tar in tars:
             try:
-                scan, entries = tar_entries(tar)
+                scan, entries = tar_entries(tar, options.columns.captions)
             except OSError as error:
                 yield Reject("", tar.name, why_unreadable(tar, error))
                 continue
@@ -404,6 +459,27 @@ def open_source(source: str, options: SourceOptions) -> PlannedSource:
     Raises:
         UsageError: it is nothing that can be imported.
     """
+    planned = _planned(source, options)
+    reads = next(words for kind, words in READS.items() if planned.kind.startswith(kind))
+    in_folder = Path(source).expanduser().is_dir()
+    given = {
+        **{"--captions": options.captions, "--image-column": options.columns.image, "--split": options.split},
+        **{"--caption-column": options.columns.captions, "--image-root": options.image_root},
+        **{"--template": None if options.template == TEMPLATE else options.template},
+    }
+    for option, value in given.items():
+        of_folder = option == "--captions" or (option == "--split" and planned.kind == "table")
+        if value is not None and (option not in reads or (of_folder and not in_folder)):
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"{option} {shown}: {source} is read as {planned.kind}, which has no use for it; leave it out",
+                option=option,
+                code="conflict",
+            )
+    return planned
+
+
+def _planned(source: str, options: SourceOptions) -> PlannedSource:
     kind, path = kind_of(source)
     if options.class_folders and (options.captions is not None or kind != "folder"):
         other = f"--captions {options.captions}" if options.captions is not None else f"{source}, which is no folder"
@@ -411,7 +487,7 @@ def open_source(source: str, options: SourceOptions) -> PlannedSource:
     if kind == "folder":
         return open_folder(path, options)
     if kind == "tars":
-        return _tar_source(find_shards(source, "train", option="SRC"))
+        return _tar_source(find_shards(source, "train", option="SRC"), options)
     if kind == "hub":
         return open_hub(source, options.split, options.columns)
     if kind == "missing":

@@ -29,9 +29,8 @@ from aimv2.data.images.entries import (
     loaded_or_reject,
 )
 from aimv2.data.images.readers import image_cell
-from aimv2.data.images.text_tables import captions_by_field
 from aimv2.data.passed import COLUMNS, PassedOver
-from aimv2.data.shards.format import safe_key
+from aimv2.data.shards.format import captions_by_field, safe_key
 from aimv2.errors import UsageError, first_line
 from aimv2.interop.hub import unreachable
 

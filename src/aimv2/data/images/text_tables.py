@@ -7,13 +7,15 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.catalogue import Columns, is_image
-from aimv2.data.images.entries import NOT_UTF8, Captions, Reject
-from aimv2.data.shards.format import clean_captions
+from aimv2.data.images.catalogue import Columns, find_column, is_image
+from aimv2.data.images.entries import Captions, Reject
+from aimv2.data.shards.format import captions_by_field, clean_captions
+from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError
 
 CaptionRow = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known
@@ -27,35 +29,56 @@ def delimiter_of(first: str, file: Path) -> str:
     return found[0] if found else ","
 
 
-def read_delimited(file: Path, errors: str = "strict", width: int = 0) -> Iterator[tuple[int, list[str]]]:
+def read_delimited(file: Path, width: int = 0) -> Iterator[tuple[int, list[str]]]:
     """Rows of CSV, TSV and the like, with the number of the line where each ends; rows without a cell are left out.
 
+    Cells between tabs or bars are not quoted: a quotation mark belongs to the text, but for a pair of them around a whole cell,
+    as spreadsheets write it.
+
     Args:
-        file: of text in UTF-8, with or without a byte order mark.
-        errors: as of :func:`open`.
+        file: of text (:mod:`aimv2.data.text.encoding`).
         width: number of columns; what is beyond them belongs to the last, which may hold the delimiter unquoted. 0: any.
 
     Raises:
         UsageError: a row that is no CSV.
-        UnicodeDecodeError: not UTF-8.
+        UnicodeError: no text.
     """
-    with open(file, encoding="utf-8-sig", errors=errors, newline="") as lines:
+    csv.field_size_limit(2**31 - 1)
+    with open_text(file, newline="") as lines:
         mark = delimiter_of(lines.readline(), file)
         lines.seek(0)
-        rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|")
+        quoted = mark not in "\t|"
+        rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|", quoting=0 if quoted else csv.QUOTE_NONE)
         try:
             for row in rows:
                 if len(row) > width > 0:
                     row[width - 1 :] = [mark.join(row[width - 1 :])]
+                if quoted and any(_holds_rows(cell, mark) for cell in row):
+                    raise csv.Error(
+                        'a quotation mark that is not closed takes the rows before it for one cell; close it or write ""'
+                    )
                 if row:
-                    yield rows.line_num, row
+                    yield rows.line_num, row if quoted else list(map(_unquoted, row))
         except csv.Error as error:
             raise UsageError(f"{file} line {rows.line_num}: {error}; expected a CSV row", code="unreadable") from error
 
 
-def read_json_lines(file: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    is_whole = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner
+    return cell[1:-1].replace('""', '"') if is_whole else cell
+
+
+def _holds_rows(cell: str, mark: str) -> bool:
+    """Whether a cell of several lines goes on with rows of the table, each beginning with an image's name."""
+    return "\n" in cell and any(
+        is_image(line.partition(mark)[0].strip()) for line in cell.splitlines()[1:] if mark in line
+    )
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of each line that is not blank; None where it is not JSON."""
-    with open(file, encoding="utf-8-sig", errors=errors) as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -66,6 +89,8 @@ def read_json_lines(file: Path, errors: str = "strict") -> Iterator[tuple[int, A
 
 # ---- captions files ----
 
+FIRST = 1000  # rows without an image or a caption, after which a file is no captions file
+
 
 def caption_rows(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
     """Rows of a captions file of any kind.
@@ -75,19 +100,13 @@ def caption_rows(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
     """
     try:
         yield from READERS.get(file.suffix.lower(), _delimited_captions)(file, columns)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{file} {NOT_UTF8} ({error.reason} at byte {error.start}); convert it first", code="unreadable"
-        ) from error
+    except UnicodeError as error:
+        raise no_text(file) from error
 
 
-def captions_by_field(row: dict[str, Any], fields: dict[str, str]) -> Captions:
-    """Captions of a row; a cell may be one caption, a list, or {field: captions}."""
-    found: Captions = {}
-    for column, name in fields.items():
-        value = row.get(column)
-        found |= clean_captions(value if isinstance(value, dict) else {name: value})
-    return found
+def no_text(file: Path, option: str = "") -> UsageError:
+    """What to say of a file whose encoding is not known."""
+    return UsageError(f"{option} {file} {NOT_TEXT}".strip(), option=option or None, code="unreadable")
 
 
 def _delimited_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
@@ -101,27 +120,73 @@ def _delimited_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | R
         cells = dict(zip(header, row))
         name = re.sub(r"#\d+$", "", cells.get(image, "").strip())  # Flickr's NAME.jpg#0
         if name:
-            yield name, captions_by_field(cells, fields), {}
+            stated = {key.lower(): cell for key, cell in cells.items() if key.lower() == "split"}
+            yield name, captions_by_field(cells, fields), stated
         else:
             yield Reject("", f"{file.name} line {number}", "no image name")
 
 
 def _json_captions(rows: Iterable[tuple[int, Any]], columns: Columns, place: str) -> Iterator[CaptionRow | Reject]:
-    """Rows that are objects; the first one decides about the columns, later ones may lack some."""
-    found: tuple[str, dict[str, str]] | None = None
+    """Rows that are objects, each read by its own keys.
+
+    Raises:
+        UsageError: no image and caption in any of the first ones.
+    """
+    fields, waiting, lacks = dict[str, str](), list[CaptionRow | Reject](), None
     for number, row in rows:
-        if not isinstance(row, dict):
-            yield Reject("", f"{place} {number}", "not a JSON object")
+        try:
+            found, own = _json_row(row, columns, f"{place} {number}", fields)
+        except UsageError as error:  # no such columns: no captions file, if no other row has them
+            lacks = lacks or error
+            waiting.append(_without_captions(row, columns, f"{place} {number}"))
+            if fields:
+                yield from waiting
+                waiting.clear()
+            elif len(waiting) == FIRST:
+                raise lacks from None
             continue
-        if found is None:
-            found = columns.find(row, f"{place} {number}")
-        image, fields = found
-        name = str("" if row.get(image) is None else row[image]).strip()
-        if not name:
-            yield Reject("", f"{place} {number}", "no image name")
-            continue
-        about = {key: value for key, value in row.items() if key != image and key not in fields}
-        yield name, captions_by_field(row, fields), about
+        fields = fields or own
+        yield from (*waiting, found)
+        waiting.clear()
+    if lacks is not None and not fields:
+        raise lacks
+    yield from waiting
+
+
+def _json_row(
+    row: Any, columns: Columns, place: str, fields: dict[str, str]
+) -> tuple[CaptionRow | Reject, dict[str, str]]:
+    """What a row holds, and its caption columns; ``fields``: those of the first row, which name them."""
+    if not isinstance(row, dict):
+        return Reject("", place, "not a JSON object"), {}
+    row = _answered(row)
+    stated = [key for key, value in row.items() if value not in (None, "", [])] if fields else row
+    image, own = columns.find(stated, place)
+    name = "" if row.get(image) is None else str(row[image]).strip()
+    if not name:
+        return Reject("", place, "no image name"), own
+    about = {key: value for key, value in row.items() if key != image and key not in own}
+    return (name, captions_by_field(row, {key: fields.get(key, field) for key, field in own.items()}), about), own
+
+
+def _without_captions(row: dict[str, Any], columns: Columns, place: str) -> CaptionRow | Reject:
+    image = find_column(row, "image") if columns.image is None else columns.image
+    name = str(row.get(image or "") or "").strip()
+    return (name, {}, {}) if name else Reject("", place, "no image name")
+
+
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of LLaVA's: the first answer in its conversation is the caption."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        return row
+    said = (turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") in ("gpt", "assistant"))
+    if (answer := next(said, None)) is None:
+        return row
+    images = row.get("image")
+    one = images[0] if isinstance(images, list) and len(images) == 1 else images
+    others = {key: value for key, value in row.items() if key != "conversations"}
+    return {**others, "image": None if isinstance(one, list) else one, "caption": answer}
 
 
 def _json_line_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
@@ -129,27 +194,45 @@ def _json_line_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | R
 
 
 def _json_file_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
-    """COCO captions, or a list of rows."""
+    """COCO captions, Karpathy's splits of them, or a list of rows."""
     try:
-        record = json.loads(file.read_text("utf-8-sig"))
+        record = json.loads(decode_text(file.read_bytes(), str(file)))
     except json.JSONDecodeError as error:
         raise UsageError(f"{file} is not JSON: {error}", code="unreadable") from error
     if isinstance(record, list):
         yield from _json_captions(enumerate(record, 1), columns, f"{file.name} entry")
         return
+    images = record.get("images") if isinstance(record, dict) else None
+    if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        yield from map(partial(_karpathy_image, columns), images)
+        return
     if not isinstance(record, dict) or not {"images", "annotations"} <= record.keys():
         raise UsageError(
             f"{file}: expected COCO captions (images, annotations) or a list of rows; choose another with --captions FILE",
         )
-    texts = defaultdict[Any, list[str]](list)
+    keys = columns.captions or ("caption",)
+    texts = defaultdict[Any, dict[str, list[str]]](dict)
     for annotation in record["annotations"]:
-        if "caption" in annotation:
-            texts[annotation.get("image_id")].append(annotation["caption"])
+        for key in set(keys) & annotation.keys():
+            field = key if len(keys) > 1 else "caption"
+            texts[annotation.get("image_id")].setdefault(field, []).append(annotation[key])
     if record["annotations"] and not texts:
-        raise UsageError(f"{file}: captions missing: its annotations have no `caption`; choose with --captions FILE")
+        raise UsageError(
+            f"{file}: captions missing: its annotations have no `{'`, `'.join(keys)}`; choose with --captions FILE"
+        )
     for image in record["images"]:
-        name = str(image.get("file_name") or image.get("id"))
+        name = str(image.get(columns.image or "file_name") or image.get("id"))
         yield name, clean_captions(texts[image.get("id")]), {"image_id": image.get("id")}
+
+
+def _karpathy_image(columns: Columns, image: dict[str, Any]) -> CaptionRow:
+    """An image of Karpathy's JSON: its folder and name, its sentences, its split."""
+    name = "/".join(str(image[key]) for key in ("filepath", "filename") if image.get(key))
+    given = str(image.get(columns.image)) if columns.image else name
+    keys = columns.captions or ("raw",)
+    texts = {key: [sentence.get(key) for sentence in image.get("sentences") or []] for key in keys}
+    about: dict[str, Any] = {key: image[key] for key in ("split", "cocoid", "imgid") if key in image}
+    return given, clean_captions(texts if len(keys) > 1 else texts[keys[0]]), about
 
 
 READERS: dict[str, Callable[[Path, Columns], Iterator[CaptionRow | Reject]]] = {

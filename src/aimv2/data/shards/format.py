@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
+from aimv2.data.text.encoding import decode_text
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ IMAGE_EXTENSIONS = (
     *("bmp", "gif", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "ppm", "pgm"),
     *(HEIF if HEIF_READ else ()),
 )
+CAPTION_KEYS = ("caption", "text", "description", "prompt")  # of KEY.json, where it has no ``captions``
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
 
@@ -274,34 +276,56 @@ def label_of(sample: dict[str, bytes]) -> int:
 
 
 def text_of(parts: Parts, kind: str) -> str:
-    """The text of a sample's first member of a kind, stripped; "" where it has none."""
+    """The text of a sample's first member of a kind, stripped; "" where it has none, or none that is text."""
     found = parts_of_kind(parts, kind)
-    return parts[found[0]].decode("utf-8", "replace").strip() if found else ""
+    try:
+        return decode_text(parts[found[0]], f"KEY.{kind}", "texts in shards").strip() if found else ""
+    except UnicodeError:
+        return ""
 
 
-def captions_of(parts: Parts) -> dict[str, list[str]]:
-    """Captions of a sample by field; {} where it has none.
+def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, list[str]]:
+    """Captions of a sample by field; {} where it has none, or none that is text.
 
-    ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, else ``caption`` or ``text``
-    of KEY.json (img2dataset). What has no field of its own is field ``caption``; of several texts (KEY.short.txt,
-    KEY.long.txt) each is a field of its own.
+    ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, which is one caption however many lines it has,
+    else a known key of KEY.json (img2dataset's ``caption``, Takeout's ``description``). What has no field of its own is field
+    ``caption``; of several texts (KEY.short.txt, KEY.long.txt) each is a field of its own.
+
+    Args:
+        parts: members of the sample.
+        keys: of KEY.json, that hold captions, or ``txt``; several are fields. None: as above.
     """
     about = json_of(parts)
+    try:
+        texts = {name: decode_text(parts[name], "KEY.txt", "texts in shards") for name in parts_of_kind(parts, "txt")}
+    except UnicodeError:
+        return {}
+    if keys is not None:
+        known = texts | {name.lower(): value for name, value in about.items()}
+        return captions_by_field(known, {key.lower(): key if len(keys) > 1 else "caption" for key in keys})
+    several = len(texts) > 1
     captions = clean_captions(about.get("captions"))
-    if not captions:
-        texts = {name: parts[name].decode("utf-8", "replace") for name in parts_of_kind(parts, "txt")}
-        several = len(texts) > 1
-        captions = clean_captions({name[:-4] if several else "caption": text for name, text in texts.items()})
-    return captions or clean_captions(about.get("caption") or about.get("text"))
+    captions = captions or clean_captions({name[:-4] if several else "caption": text for name, text in texts.items()})
+    return captions or clean_captions(next((about[key] for key in CAPTION_KEYS if about.get(key)), None))
 
 
 def json_of(parts: Parts) -> dict[str, Any]:
     """KEY.json of a sample; {} where it is absent, broken or no object."""
     try:
-        about = json.loads(next((parts[name] for name in parts_of_kind(parts, "json")), b"{}"))
+        raw = next((parts[name] for name in parts_of_kind(parts, "json")), b"{}")
+        about = json.loads(decode_text(raw, "KEY.json", "texts in shards"))
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def captions_by_field(row: dict[str, Any], fields: dict[str, str]) -> dict[str, list[str]]:
+    """Captions of a row by {column: field}; a cell may be one caption, a list, or {field: captions}."""
+    found: dict[str, list[str]] = {}
+    for column, name in fields.items():
+        value = row.get(column)
+        found |= clean_captions(value if isinstance(value, dict) else {name: value})
+    return found
 
 
 def clean_captions(value: Any) -> dict[str, list[str]]:

@@ -29,9 +29,11 @@ from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.names import image_root_of
-from aimv2.data.images.sources import EXPECTED, SourceOptions, open_source
+from aimv2.data.images.sources import EXPECTED, TEMPLATE, SourceOptions, open_source
+from aimv2.data.images.text_tables import no_text
 from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
+from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
 
@@ -76,7 +78,7 @@ def import_data(
     captions: str | None = None,
     image_column: str | None = None,
     caption_column: str | list[str] | None = None,
-    template: str = "a photo of a {}.",
+    template: str = TEMPLATE,
     class_folders: bool = False,
     split: str | None = None,
     val_fraction: float = 0.0,
@@ -117,7 +119,15 @@ def import_data(
     """
     started = time.monotonic()
     out = Path(out).expanduser()
-    named = [caption_column] if isinstance(caption_column, str) else caption_column
+    named = (
+        [name for word in caption_column.split(",") if (name := word.strip())]
+        if isinstance(caption_column, str)
+        else caption_column
+    )
+    if caption_column is not None and not named:
+        raise UsageError(
+            "--caption-column: empty; the name of a column, or several with commas, expected", code="missing"
+        )
     image_options = ImageOptions(max_side, max_pixels, quality)
     options = {
         "source": _stable_name(source),
@@ -137,11 +147,11 @@ def import_data(
     root = image_root_of(image_root)
     opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root))
     _prepare(out, options)
-    lines = val_text.decode("utf-8", "replace").splitlines()
-    chooser = ValChooser(val_fraction, {line.strip() for line in lines if line.strip()})
+    chooser = ValChooser(val_fraction, _listed_names(Path(val_list).expanduser()) if val_list else set())
     if val_list is not None and not chooser.names:
         raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
-    plan = Plan(opened, chooser, shard_size)
+    stated = opened.is_val if not val_fraction and not chooser.names else None
+    plan = Plan(opened, stated or chooser, shard_size)
     wanted = (os.cpu_count() or 1) if workers is None else workers
     notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
     if chooser.names and (unmatched := len(chooser.names - chooser.matched)):
@@ -186,7 +196,7 @@ class Plan:
     """
 
     source: PlannedSource
-    is_val: ValChooser
+    is_val: Callable[[SourceEntry], bool]
     shard_size: int
     rejects: list[Reject] = field(default_factory=list)
 
@@ -461,6 +471,13 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
         raise UsageError(f"--shard-size {options['shard_size']}: expected 1 sample or more")
     if not 1 <= options["quality"] <= 100:
         raise UsageError(f"--quality {options['quality']}: expected 1 to 100")
+
+
+def _listed_names(file: Path) -> set[str]:
+    try:
+        return set(text_lines(file))
+    except UnicodeError:
+        raise no_text(file, "--val-list") from None
 
 
 def _stable_name(source: str) -> str:

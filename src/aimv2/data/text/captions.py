@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from aimv2.data.images.catalogue import COLUMNS, find_column, kind_of
-from aimv2.data.images.text_tables import delimiter_of, read_delimited, read_json_lines
+from aimv2.data.images.text_tables import delimiter_of, no_text, read_delimited, read_json_lines
 from aimv2.data.shards.format import captions_of, clean_captions, find_shards, read_samples
 from aimv2.data.shards.tars import is_tar
+from aimv2.data.text.encoding import open_text, text_lines
 from aimv2.errors import UsageError
 
 
@@ -21,14 +21,19 @@ def read_captions(path: str | Path) -> Iterator[str]:
     such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
     """
     file = Path(path).expanduser()
+    try:
+        yield from _captions(file, path)
+    except UnicodeError:
+        raise no_text(file, "CAPTIONS") from None
+
+
+def _captions(file: Path, path: str | Path) -> Iterator[str]:
+    kind = file.suffix.lower()
     if not file.is_file() or is_tar(file.name):
         return _of_shards(path)
-    if file.suffix in (".jsonl", ".ndjson", ".json"):
+    if kind in (".jsonl", ".ndjson", ".json"):
         return _of_json_lines(file)
-    with file.open("rb") as start:
-        if b"\0" in start.read(8192):
-            raise UsageError(f"CAPTIONS: {file} is no text file; a txt, CSV, TSV or JSONL file, or shards, expected")
-    return _of_table(file) if file.suffix in (".csv", ".tsv") or _has_header(file) else _of_lines(file)
+    return _of_table(file) if kind in (".csv", ".tsv") or _has_header(file) else text_lines(file)
 
 
 def _of_shards(path: str | Path) -> Iterator[str]:
@@ -43,14 +48,9 @@ def _of_shards(path: str | Path) -> Iterator[str]:
                 yield from captions
 
 
-def _of_lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        yield from (line.strip() for line in lines if line.strip())
-
-
 def _has_header(file: Path) -> bool:
     """Whether the first line is one like ``image,caption``: bare column names, one the caption's."""
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+    with open_text(file) as lines:
         first = lines.readline(4096).strip()
     names = first.split(delimiter_of(first, file))
     bare = all(re.fullmatch(r'"?[A-Za-z_]\w*"?', name) for name in names)
@@ -58,8 +58,7 @@ def _has_header(file: Path) -> bool:
 
 
 def _of_table(file: Path) -> Iterator[str]:
-    csv.field_size_limit(2**31 - 1)
-    rows = (row for _, row in read_delimited(file, errors="replace"))
+    rows = (row for _, row in read_delimited(file))
     header = next(rows, [])
     column = find_column(header, "caption")
     if column is None:
@@ -70,7 +69,7 @@ def _of_table(file: Path) -> Iterator[str]:
 
 
 def _of_json_lines(file: Path) -> Iterator[str]:
-    for number, row in read_json_lines(file, errors="replace"):
+    for number, row in read_json_lines(file):
         if row is None:
             raise UsageError(
                 f"CAPTIONS: {file} line {number} is not JSON, expected one value a line", code="unreadable"

@@ -22,13 +22,18 @@ MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
 END_NAMES = ("</s>", "<|endoftext|>", "[EOS]")  # tried where no config names the end of text
 SMALLEST_VOCABULARY = 256 + 2  # every byte and the two specials
+READ = 200_000  # characters of a text that are cut into tokens: more would take minutes where they are one word
+_WORD = re.compile(r"(\w{200})\w{800,}|([^\w\s]{200})[^\w\s]{800,}")  # training takes the square of a word's length
+_DIGITS = re.compile(r"(?<=&#)\d{300,}")  # no character, and more than Python reads as a number
 
 
 def clean_text(text: str) -> str:
     """Repaired, without HTML entities, single spaces, stripped, lower-cased."""
     import ftfy
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = ftfy.fix_text(text)
+    for _ in range(2):
+        text = html.unescape(_DIGITS.sub("1114112", text))
     return " ".join(text.split()).lower()
 
 
@@ -74,7 +79,7 @@ class Tokenizer:
         """Ids of the cleaned text, truncated to ``max_tokens`` with ``eos_id`` always the last; no BOS, no padding."""
         if max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1 for the end of text")
-        text = clean_text(text)
+        text = clean_text(text)[:READ]
         if self._is_fast:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         else:
@@ -236,7 +241,7 @@ def train_tokenizer(
             text = clean_text(caption)
             if text:
                 count += 1
-                yield text
+                yield _WORD.sub(r"\1\2", text)
 
     backend = Backend(models.BPE())
     # A first word gets a space as well, so that "red" is one token wherever it stands.

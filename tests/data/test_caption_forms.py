@@ -1,0 +1,339 @@
+"""Captions in the forms that people have: each is read as its maker meant it, or one line says why not."""
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from brought import picture, put, run
+
+from aimv2.cli import main
+from aimv2.data.images.captioned import open_captioned, read_captioned
+from aimv2.data.images.pictures import pictures
+from aimv2.data.shards.format import captions_of, read_samples
+from aimv2.data.text import encoding
+from aimv2.data.text.captions import read_captions
+from aimv2.errors import UsageError
+from aimv2.evals.templates import read_lines
+
+
+def found(out: Path, split: str = "train") -> dict[str, dict[str, list[str]]]:
+    """{key: captions by field} of the shards of an import."""
+    return {key: captions_of(parts) for tar in sorted(out.glob(f"{split}-*.tar")) for key, parts in read_samples(tar)}
+
+
+def rejected(out: Path) -> dict[str, str]:
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return {row["image"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def photos(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        put(folder / name, picture(number))
+    return folder
+
+
+TAKEOUT = json.dumps({"title": "a.jpg", "description": "un café", "creationTime": {"timestamp": "1"}})
+ANSWERS = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": "un café"}]
+LONG = [*ANSWERS, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "no caption"}]
+ROW = {"image": "a.jpg", "caption": "un café"}
+KARPATHY = {"images": [{"filename": "a.jpg", "sentences": [{"raw": "un café", "tokens": ["un"]}], "split": "train"}]}
+FORMS = {  # name: content; each says "un café" of a.jpg
+    "cp1252.csv": "image,caption\na.jpg,un café\n".encode("cp1252"),
+    "utf16.csv": "image,caption\na.jpg,un café\n".encode("utf-16"),
+    "bare16.csv": "image,caption\na.jpg,un café\n".encode("utf-16-le"),
+    "big16.tsv": "image\tcaption\na.jpg\tun café\n".encode("utf-16-be"),
+    "marked.csv": "image,caption\na.jpg,un café\n".encode("utf-8-sig"),
+    "bare-marked.csv": "a.jpg,un café\n".encode("utf-8-sig"),
+    "cp1252.jsonl": json.dumps(ROW, ensure_ascii=False).encode("cp1252"),
+    "utf16.jsonl": json.dumps(ROW, ensure_ascii=False).encode("utf-16"),
+    "utf16.json": json.dumps([ROW], ensure_ascii=False).encode("utf-16"),
+    "prompt.csv": "file_name,prompt\na.jpg,un café\n",
+    "prompt.json": json.dumps([{"file_name": "a.jpg", "prompt": "un café"}]),
+    "llava.json": json.dumps([{"id": "1", "image": "a.jpg", "conversations": LONG}]),
+    "llava.jsonl": json.dumps({"id": "1", "image": ["a.jpg"], "conversations": ANSWERS}),
+    "dataset_flickr8k.json": json.dumps(KARPATHY),
+    "a.caption": "un café\n",
+    "a.jpg.txt": "un café".encode("cp1252"),
+    "a.txt": "un café".encode("utf-16"),
+    "a.json": json.dumps(ROW, ensure_ascii=False).encode("cp1252"),
+    "a.jpg.caption": "un café",
+    "a.jpg.json": TAKEOUT,
+    "a.jpg.supplemental-metadata.json": TAKEOUT,
+    "a.jpg.supplemental-me.json": TAKEOUT,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(tmp_path: Path, name: str) -> None:
+    src = photos(tmp_path / "src", "a.jpg")
+    put(src / name, FORMS[name])
+    run(src, tmp_path / "out")
+    assert found(tmp_path / "out") == {"a": {"caption": ["un café"]}}
+    entries, _ = open_captioned(str(src))  # what is scored against reads the same
+    assert [read_captioned(entry)[1] for entry in entries] == [("un café",)]
+
+
+def test_numbered_files_of_takeout(tmp_path: Path) -> None:
+    src = photos(tmp_path / "src", "a.jpg", "a(1).jpg", "b.jpg", "b(2).jpg")
+    names = ("a.jpg.json", "a.jpg(1).json", "b.jpg.supplemental-metadata.json", "b.jpg.supplemental-meta(2).json")
+    for name in names:
+        put(src / name, json.dumps({"title": "photo", "description": name}))
+    run(src, tmp_path / "out")
+    assert found(tmp_path / "out") == {key: {"caption": [name]} for key, name in zip(("a", "a_1_", "b", "b_2_"), names)}
+
+
+def test_splits_that_a_captions_file_states(tmp_path: Path) -> None:
+    """Karpathy's val is val, restval is training, and what is held out as test is not trained on unless it is asked for."""
+    names = {"a": "train", "b": "restval", "c": "val", "d": "test"}
+    src = photos(tmp_path / "src", *(f"val2014/{name}.jpg" for name in names))
+    images = [
+        {
+            **{"filepath": "val2014", "filename": f"{name}.jpg", "split": split, "cocoid": 1},
+            "sentences": [{"raw": f"A {name}.", "tokens": []}, {"raw": "Two.", "tokens": []}],
+        }
+        for name, split in names.items()
+    ]
+    put(src / "dataset_coco.json", json.dumps({"images": images, "dataset": "coco"}))
+    result = run(src, tmp_path / "out")
+    assert (result["train"], result["val"], result["rejected"]) == (2, 1, 1)
+    assert found(tmp_path / "out") == {f"val2014_{n}": {"caption": [f"A {n}.", "Two."]} for n in "ab"}
+    assert list(found(tmp_path / "out", "val")) == ["val2014_c"]
+    assert "test split; --split test" in rejected(tmp_path / "out")["val2014/d.jpg"]
+    result = run(src, tmp_path / "test", split="test")
+    assert (result["train"], result["val"], result["rejected"]) == (1, 0, 0)
+    entries, split = open_captioned(str(src))
+    assert split == "test" and [entry.image for entry in entries] == ["val2014/d.jpg"]
+    with pytest.raises(UsageError, match="has the splits test, train, val") as error:
+        run(src, tmp_path / "no", split="dev")
+    assert (error.value.option, error.value.code) == ("--split", "unknown")
+    put(src / "rows.csv", "image,caption,split\na.jpg,x,train\nc.jpg,y,valid\nd.jpg,z,test\n")  # so do rows of a table
+    assert run(src, tmp_path / "rows", captions="rows.csv")["val"] == 1
+    assert found(tmp_path / "rows") == {"a": {"caption": ["x"]}}
+
+
+def test_every_row_is_read_by_its_own_keys(tmp_path: Path) -> None:
+    src = photos(tmp_path / "src", *(f"{name}.jpg" for name in "abcdef"))
+    rows = [
+        {"image": "a.jpg"},
+        {"image": "b.jpg", "caption": "one", "by": "me"},
+        {"file_name": "c.jpg", "text": "two"},
+        {"image": "d.jpg", "caption": None, "text": "three"},
+        {"image": "e.jpg", "prompt": "four"},
+        {"id": 1, "caption": "of nothing"},
+        {"image": "f.jpg", "caption": "five", "text": "six"},
+    ]
+    put(src / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    run(src, tmp_path / "out")
+    assert found(tmp_path / "out") == {
+        **{key: {"caption": [text]} for key, text in zip("bcde", ("one", "two", "three", "four"))},
+        "f": {"caption": ["five"], "text": ["six"]},
+    }
+    assert rejected(tmp_path / "out") == {"a.jpg": "no caption", "rows.jsonl line 6": "no image name"}
+
+
+def test_a_quotation_mark_swallows_no_row(tmp_path: Path) -> None:
+    """Between tabs and bars nothing is quoted, but for whole cells; between commas an open mark is refused."""
+    src = photos(tmp_path / "src", "a.jpg", "b.jpg", "c.jpg")
+    for name, mark in (("rows.tsv", "\t"), ("rows.csv", "| ")):
+        cells = [
+            ("image", "caption"),
+            ("a.jpg", '"Stop" it says'),
+            ("b.jpg", '"an open one'),
+            ("c.jpg", '"a ""whole"" cell"'),
+        ]
+        put(src / name, "".join(f"{mark.join(row)}\n" for row in cells))
+        run(src / name, tmp_path / name)
+        texts = [captions["caption"][0] for captions in found(tmp_path / name).values()]
+        assert texts == ['"Stop" it says', '"an open one', 'a "whole" cell']
+        assert [text for text in read_captions(src / "rows.tsv")] == texts
+    put(src / "comma.csv", 'image,caption\na.jpg,"an open one\nb.jpg,two\nc.jpg,three\n')
+    with pytest.raises(UsageError, match=r"comma\.csv line \d.*quotation mark") as error:
+        run(src / "comma.csv", tmp_path / "comma")
+    assert error.value.code == "unreadable"
+    put(src / "comma.csv", 'image,caption\na.jpg,"two\nlines, quoted"\n')  # as it should be
+    run(src / "comma.csv", tmp_path / "lines")
+    assert found(tmp_path / "lines") == {"a": {"caption": ["two\nlines, quoted"]}}
+
+
+PARAGRAPHS = "A dog on a beach.\n\nIt runs\nafter a ball."
+
+
+@pytest.mark.parametrize("form", ["sidecar", "tar", "csv", "jsonl"])
+def test_paragraphs_are_one_caption(tmp_path: Path, form: str) -> None:
+    src = photos(tmp_path / "src", "a.jpg")
+    put(src / "a.txt", PARAGRAPHS + "\n")
+    if form in ("csv", "jsonl"):
+        (src / "a.txt").unlink()
+        row = json.dumps({"image": "a.jpg", "caption": PARAGRAPHS})
+        put(src / f"c.{form}", row if form == "jsonl" else f'image,caption\na.jpg,"{PARAGRAPHS}"\n')
+    if form == "tar":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for path in src.iterdir():
+                tar.add(path, path.name)
+    run(tmp_path / "a.tar" if form == "tar" else src, tmp_path / "out")
+    assert found(tmp_path / "out") == {"a": {"caption": [PARAGRAPHS]}}
+
+
+# ---- encodings ----
+
+UNKNOWN = {
+    "Russian": ("кошка сидит на столе", "cp1251"),
+    "Polish": ("zażółć gęślą jaźń", "cp1250"),
+    "Czech": ("příliš žluťoučký kůň", "cp1250"),
+    "Turkish": ("ağaçların altında, ışık", "cp1254"),
+    "Japanese": ("猫がマットの上に座っている", "shift-jis"),
+    "Chinese": ("一只猫坐在垫子上", "gbk"),
+    "Mac": ("un café à Orléans", "mac-roman"),
+    "DOS": ("un café à la façade", "cp850"),
+}
+WESTERN = (
+    "l’été — «naïve» œuvre",
+    "Größe: 40°C",
+    "¿Qué? ¡El niño!",
+    "smørrebrød på øen",
+    "a “café” in a street of São Paulo, with 5€ for a song by Björk",
+)
+
+
+def test_what_an_encoding_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows-1252 and UTF-16 are read, which one line says; what could be several is refused."""
+    for text in WESTERN:
+        for name in ("cp1252", "utf-16", "utf-8", "utf-8-sig", "utf-16-le", "utf-32"):
+            assert encoding.decode_text(text.encode(name), "x.txt") == text
+            with encoding.open_text(put(tmp_path / "x.txt", ((text + "\n") * 3).encode(name))) as file:
+                assert file.read() == (text + "\n") * 3
+    mixed = ("un café " * 9).encode() + ("été " * 9).encode("cp1252")
+    for raw in (mixed, b"\x89PNG\r\n\0\0\1", *(text.encode(name) for text, name in UNKNOWN.values())):
+        with pytest.raises(encoding.NotText):
+            encoding.decode_text(raw, "x.txt")
+        with pytest.raises(encoding.NotText):
+            encoding.open_text(put(tmp_path / "y.txt", raw))
+    encoding._say.cache_clear()
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    for _ in range(3):
+        encoding.decode_text("é".encode("cp1252"), "z.txt")
+    assert [record.getMessage() for record in caplog.records] == ["z.txt: read as Windows-1252, not UTF-8"]
+
+
+def test_an_encoding_is_found_far_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CHUNK", 64)
+    lines = ["plain words\n"] * 99 + ["un café\n"]
+    with encoding.open_text(put(tmp_path / "a.txt", "".join(lines).encode("cp1252"))) as file:
+        assert list(file) == lines
+    with encoding.open_text(put(tmp_path / "b.txt", "äöü雪".encode() * 99)) as file:  # cut within letters
+        assert file.read() == "äöü雪" * 99
+    with pytest.raises(encoding.NotText):
+        encoding.open_text(put(tmp_path / "c.txt", "".join(["déjà\n", *lines]).encode() + "été\n".encode("cp1252")))
+
+
+@pytest.mark.parametrize("name", ["utf-8-sig", "utf-16", "cp1252"])
+def test_every_list_is_read_by_one_rule(tmp_path: Path, name: str) -> None:
+    """Lists of images, templates and captions: the first line is not lost to a mark, accents are kept."""
+    photos(tmp_path, "café.jpg", "b.jpg")
+    file = put(tmp_path / "list.txt", "café.jpg\nb.jpg\n".encode(name))
+    assert [shown for shown, _ in pictures(str(file))] == ["café.jpg", "b.jpg"]
+    assert [len(read()) > 0 for _, read in pictures(str(file))] == [True, True]
+    assert read_lines(file, "--classes") == list(read_captions(file)) == ["café.jpg", "b.jpg"]
+    put(tmp_path / "list.txt", "кошка.jpg\n".encode("cp1251"))
+    for read, option in (
+        (lambda: list(pictures(str(file))), "IMAGES"),
+        (lambda: list(read_captions(file)), "CAPTIONS"),
+    ):
+        with pytest.raises(UsageError) as error:
+            read()
+        assert (error.value.option, error.value.code) == (option, "unreadable")
+
+
+def test_members_of_tars(tmp_path: Path) -> None:
+    members = {
+        "a.txt": "un café".encode("cp1252"),
+        "b.txt": "un café".encode("utf-16"),
+        "c.json": '{"caption": "un café"}'.encode("cp1252"),
+        "d.txt": "кошка".encode("cp1251"),
+        "e.cls": "7".encode("utf-8-sig"),
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members.items():
+            for member, raw in ((f"{name[0]}.jpg", picture()), (name, content)):
+                entry = tarfile.TarInfo(member)
+                entry.size = len(raw)
+                tar.addfile(entry, io.BytesIO(raw))
+    run(tmp_path / "a.tar", tmp_path / "out")
+    assert found(tmp_path / "out") == {**{key: {"caption": ["un café"]} for key in "abc"}, "e": {}}
+    assert rejected(tmp_path / "out") == {"a.tar/d": f"its .txt {encoding.NOT_TEXT}"}
+    assert len([read() for _, read in pictures(str(tmp_path / "a.tar"))]) == 5  # whose captions nobody needs
+
+
+# ---- options ----
+
+
+def sources(tmp_path: Path) -> dict[str, Path]:
+    """The same two captions of one image, as every kind of source holds them: ``short``, and ``long`` beside it."""
+    row = {"image": "a.jpg", "short": "a cat", "long": "a cat on a mat"}
+    made = {}
+    for kind in ("csv", "tsv", "json", "jsonl", "coco"):
+        src = photos(tmp_path / kind, "a.jpg")
+        mark = "\t" if kind == "tsv" else ","
+        coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, **row, "caption": "x"}]}
+        text = {"json": json.dumps([row]), "jsonl": json.dumps(row), "coco": json.dumps(coco)}.get(kind)
+        made[kind] = put(
+            src / f"c.{kind if kind != 'coco' else 'json'}", text or f"{mark.join(row)}\n{mark.join(row.values())}\n"
+        )
+    made["sidecar"] = photos(tmp_path / "sidecar", "a.jpg")
+    put(made["sidecar"] / "a.json", json.dumps(row | {"caption": "x"}))
+    made["parquet"] = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist([row | {"image": picture()}]), made["parquet"])
+    made["tar"] = tmp_path / "s.tar"
+    with tarfile.open(made["tar"], "w") as tar:
+        for path in sorted(made["sidecar"].iterdir(), reverse=True):
+            tar.add(path, path.name)
+    return made
+
+
+def test_a_caption_column_works_as_typed_on_every_source(tmp_path: Path) -> None:
+    for kind, source in sources(tmp_path).items():
+        for number, typed in enumerate(("short", "short,long", "[short, long]", "lost")):
+            words = [
+                "data",
+                "import",
+                str(source),
+                str(out := tmp_path / f"out-{kind}-{number}"),
+                "--caption-column",
+                typed,
+            ]
+            if typed == "lost":
+                assert main([*words, "--workers", "1"]) == 2
+                continue
+            assert main([*words, "--workers", "1"]) in (None, 0)
+            both = {"long": ["a cat on a mat"], "short": ["a cat"]}
+            assert list(found(out).values()) == [both if "," in typed else {"caption": ["a cat"]}], (kind, typed)
+
+
+UNREAD = {  # option: a source that has no use for it
+    "captions": ("csv", "parquet", "tar"),
+    "image_column": ("sidecar", "tar", "classes"),
+    "caption_column": ("classes",),
+    "split": ("csv", "sidecar", "parquet", "tar", "classes"),
+    "template": ("csv", "sidecar", "parquet", "tar"),
+}
+
+
+def test_an_option_that_a_source_does_not_read_is_refused(tmp_path: Path) -> None:
+    made = {**sources(tmp_path), "classes": photos(tmp_path / "classes", "cat/a.jpg", "dog/b.jpg")}
+    known = {"csv": {"image_column": "image", "caption_column": "short"}, "parquet": {"caption_column": "short"}}
+    for option, kinds in UNREAD.items():
+        for kind in kinds:
+            given = {**known.get(kind, {}), option: "this {}"}
+            with pytest.raises(UsageError) as error:
+                run(made[kind], tmp_path / "out", **given)
+            assert (error.value.option, error.value.code) == (f"--{option.replace('_', '-')}", "conflict"), (
+                kind,
+                option,
+            )
+            assert not (tmp_path / "out").exists()

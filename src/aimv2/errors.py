@@ -1,6 +1,5 @@
 """What a user can cause, and how it is said."""
 
-import difflib
 import re
 from collections.abc import Iterable
 
@@ -120,6 +119,8 @@ def plain(kind: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error line: ``"; did you mean 'x'?"`` for the closest of ``known``, or ``""``."""
+    import difflib
+
     names = list(known)
     found = [name for name in names if name.rpartition(".")[2] == word] or difflib.get_close_matches(
         word, names, 1, 0.5

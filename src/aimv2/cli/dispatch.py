@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import re
 import sys
@@ -155,6 +154,8 @@ def dispatch(words: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     if as_json:
+        import json
+
         print(json.dumps(result, default=str))
     else:
         from aimv2.commands.render import render

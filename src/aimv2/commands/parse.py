@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.config.types import allowed, convert
 from aimv2.errors import UsageError, nearest, one_line
+
+ARGUMENT = re.compile(r"^    (\w+):(.*(?:\n {5,}.*)*)", re.MULTILINE)  # of a docstring
 
 
 def module_of(name: str) -> ModuleType:
@@ -40,12 +43,10 @@ def option_fields(name: str) -> dict[str, Field[Any]]:
 @cache
 def help_texts(name: str) -> dict[str, str]:
     """A line for each option, from the docstrings of the options class and of its bases."""
-    from docstring_parser import parse
-
     texts: dict[str, str] = {}
     for kind in reversed(options_class(name).__mro__):
-        for param in parse(kind.__doc__ or "").params if kind is not object else ():
-            texts[param.arg_name] = " ".join((param.description or "").split())
+        args = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+        texts |= {key: " ".join(text.split()) for key, text in ARGUMENT.findall(args)}
     return texts
 
 

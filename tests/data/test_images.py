@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -230,3 +231,28 @@ def test_store_shrinks_by_max_side() -> None:
     again = Image.open(io.BytesIO(stored.data))
     assert again.size == (200, 400) and 0x0112 not in again.getexif()
     assert store_image(stored.data, max_side=400).data == stored.data
+
+
+def heic(turn: int = 6) -> bytes:
+    """A HEIC image of 64 x 32 pixels, its left half red, turned by its EXIF orientation."""
+    pillow_heif = pytest.importorskip("pillow_heif", reason="the package that reads HEIC is not installed")
+    pillow_heif.register_heif_opener()
+    image, exif, out = Image.new("RGB", (64, 32), "blue"), Image.Exif(), io.BytesIO()
+    image.paste("red", (0, 0, 32, 32))
+    exif[0x0112] = turn
+    image.save(out, "HEIF", quality=95, exif=exif.tobytes())
+    return out.getvalue()
+
+
+def test_heic_is_read_upright_where_its_package_is() -> None:
+    image = decode_image(heic())
+    assert image.size == (32, 64) and image.getpixel((16, 8))[0] > 200 and image.getpixel((16, 56))[2] > 200
+    stored = store_image(heic())
+    assert (stored.extension, stored.width, stored.height) == ("jpg", 32, 64)
+
+
+def test_heic_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for brand in (b"heic", b"mif1", b"hevc"):
+        with pytest.raises(ImageError, match=r"HEIC.*pip install 'aimv2\[heic\]'"):
+            decode_image(b"\0\0\0\x18ftyp" + brand + b"\0" * 64)

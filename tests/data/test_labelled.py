@@ -91,6 +91,19 @@ def refused(source: Path | str, split: str = "train", dataset: str | None = None
 # ---- class folders ----
 
 
+def test_what_systems_leave_among_class_folders_is_no_class(tmp_path: Path) -> None:
+    folders(tmp_path, "train", {"ant": 2, "bee": 1})
+    for name in (
+        "@eaDir/ant.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "ant/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "$RECYCLE.BIN/x.png",
+        "bee/._0.png",
+    ):
+        put(tmp_path / "train" / name, encoded(9))
+    found = require_labelled(str(tmp_path), "train")
+    assert found.classes == ("ant", "bee") and found.labels.tolist() == [0, 0, 1]
+
+
 def test_class_folders(tmp_path: Path) -> None:
     folders(tmp_path, "train", {"bee": 2, "ant": 1})
     folders(tmp_path, "test", {"bee": 1}, start=10)

@@ -347,6 +347,39 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert samples(tmp_path / "out")["train-00000003"]["image"] == picture(3)
 
 
+def test_rows_that_name_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of others names files of its own cache, and none that lie elsewhere on the machine."""
+    inside, outside = put(tmp_path / "cache" / "a.jpg", picture(1)), put(tmp_path / "private" / "b.jpg", picture(2))
+    rows = {"image": [{"bytes": None, "path": str(path)} for path in (inside, outside)], "caption": ["a", "b"]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict(rows, features))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+    for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
+    monkeypatch.chdir(put(tmp_path / "empty" / "x", "").parent)
+    assert run("owner/pictures", tmp_path / "out")["rejected"] == 1
+    assert "--image-root" in rejected(tmp_path / "out")[0][1]
+    assert next(iter(samples(tmp_path / "out").values()))["image"] == picture(1)
+    assert run("owner/pictures", tmp_path / "all", image_root=str(tmp_path))["train"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/0.jpg", "../0.jpg", "images/../../0.jpg", "~/0.jpg", "file:///0.jpg", "HTTP://x.org/0.jpg"]
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_captions_files_name_files_of_their_folder_only(photos: Path, tmp_path: Path, name: str, kind: str) -> None:
+    put(photos / "images" / "x.jpg", picture())
+    row = json.dumps({"image": name, "caption": "x"})
+    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    put(photos / f"c.{kind}", {"csv": f"image,caption\n{name},x\n", "jsonl": row, "json": json.dumps(coco)}[kind])
+    with pytest.raises(UsageError) as caught:
+        run(photos, tmp_path / "out")
+    assert caught.value.option == ("" if "://" in name else "--image-root") and name in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        run(photos, tmp_path / "out", image_root=str(tmp_path / "gone"))
+    assert (caught.value.option, caught.value.code) == ("--image-root", "not-found")
+
+
 def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> list[str]:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")

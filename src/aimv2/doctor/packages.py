@@ -11,6 +11,7 @@ INSTALLED_AS = {
     "faiss": "faiss-cpu",
     "material": "mkdocs-material",
     "megatron": "megatron-energon",
+    "pillow_heif": "pillow-heif",
     "ryml": "rapidyaml",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

@@ -87,7 +87,8 @@ class TableImages:
     column: str
 
     def __call__(self, row: int) -> Image.Image:
-        return decode_image(image_cell(self.rows[row][self.column])[0])
+        anywhere = Path("/")  # `datasets` wrote the paths itself
+        return decode_image(image_cell(self.rows[row][self.column], image_root=anywhere)[0])
 
     def contents(self, rows: np.ndarray) -> str:
         return str(getattr(self.rows, "_fingerprint", UNKNOWN))

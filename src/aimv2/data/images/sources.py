@@ -489,7 +489,7 @@ def _planned(source: str, options: SourceOptions) -> PlannedSource:
     if kind == "tars":
         return _tar_source(find_shards(source, "train", option="SRC"), options)
     if kind == "hub":
-        return open_hub(source, options.split, options.columns)
+        return open_hub(source, options.split, options.columns, options.image_root)
     if kind == "missing":
         raise UsageError(f"SRC: {source} does not exist; expected {EXPECTED}", code="not-found")
     if form := FILE_FORMS.get(path.suffix.lower()):

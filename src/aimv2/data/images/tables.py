@@ -269,8 +269,8 @@ def encoded_images(rows: Any, column: str) -> Any:
     return rows.cast_column(column, datasets.Image(decode=False)) if typed else rows
 
 
-def open_hub(source: str, split: str | None, columns: Columns) -> PlannedSource:
-    """Plan a split of a hub data set, downloaded by `datasets` into its own cache.
+def open_hub(source: str, split: str | None, columns: Columns, image_root: Path | None = None) -> PlannedSource:
+    """Plan a split of a hub data set, downloaded by `datasets` into its own cache, where its rows may name images.
 
     Raises:
         UsageError: not found, or without such a split or columns.
@@ -282,8 +282,9 @@ def open_hub(source: str, split: str | None, columns: Columns) -> PlannedSource:
             if len(names) > 1 and split != "train":
                 raise UsageError(f"{source} has the splits {', '.join(names)}; choose one with --split")
         rows = datasets.load_dataset(source, split=split)
-    passed = PassedOver()
-    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed)
+        home, cache = (Path(getattr(datasets.config, name)) for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"))
+    passed, root = PassedOver(), image_root or (home if cache.is_relative_to(home) else cache)
+    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed, root)
     rows = encoded_images(rows, layout.image).select_columns(layout.names())
     # a split expression such as train[:10%] as part of keys
     stem = safe_key(split.replace("[", "-").replace("]", "").replace(":", "to").replace("%", "pct"))

@@ -248,8 +248,8 @@ def matches(text: str, model: bool = False) -> list[Path]:
         return []
     import braceexpand
 
-    parts = braceexpand.braceexpand(str(path)) if "{" in text else [str(path)]
-    return sorted({Path(name) for part in parts for name in glob.glob(part, recursive=True)})
+    patterns = list(braceexpand.braceexpand(str(path))) if "{" in text else [str(path)]
+    return sorted({Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)})
 
 
 @cache

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from aimv2.config.types import AboveZero
+from aimv2.config.types import Bounds, ValueList, text
 from aimv2.evals.options import DenseOptions
 
 
@@ -18,17 +18,20 @@ class DepthOptions(DenseOptions):
     Args:
         data: images and depth maps (16-bit PNG, 0 where there is no value): ROOT/{train,val}/{images,depth},
             ROOT/{images,depth}/{train,val}, or ROOT/{images,depth} with a list or a fraction
-        depth_scale: units of the depth maps per metre
+        depth_scale: units of the depth maps per metre; null: 1000 (millimetres) in 16-bit maps, and 8-bit maps are rejected
+        invalid: values of the maps that mean "no depth", with commas, such as 0,65535; null: 0, and maps that hold the largest
+            value of their type are rejected
     """
 
     ORDER = (
-        "model data depth_scale val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
+        "model data depth_scale invalid val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
         "trunk_batch device out image_mean image_std"
     )
-    depth_scale: AboveZero = 1000.0
+    depth_scale: Annotated[float | None, Bounds(0, above=True)] = None
+    invalid: ValueList = text(None)
 
 
 def run(options: DepthOptions) -> dict[str, Any]:
     from aimv2.evals.dense import evaluate_depth
 
-    return evaluate_depth(options, options.depth_scale)
+    return evaluate_depth(options, options.depth_scale, options.invalid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Bounds
+from aimv2.config.types import Bounds, ValueList, text
 from aimv2.evals.options import DenseOptions
 
 
@@ -21,18 +21,20 @@ class SegmentOptions(DenseOptions):
         classes: number of classes; null: the largest id in the masks plus one
         ignore: mask value to ignore; -1: none
         reduce_zero: ignore mask value 0 too and move ids down by one (ADE20K)
+        values: mask values of the classes in their order, with commas, such as 0,255; null: the values are the classes' ids
     """
 
     ORDER = (
-        "model data classes ignore reduce_zero val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
+        "model data classes ignore reduce_zero values val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
         "image_size trunk_batch device out image_mean image_std"
     )
     classes: Annotated[int | None, Bounds(2)] = None
     ignore: int = 255
     reduce_zero: bool = False
+    values: ValueList = text(None)
 
 
 def run(options: SegmentOptions) -> dict[str, Any]:
     from aimv2.evals.dense import evaluate_segmentation
 
-    return evaluate_segmentation(options, options.classes, options.ignore, options.reduce_zero)
+    return evaluate_segmentation(options, options.classes, options.ignore, options.reduce_zero, options.values)

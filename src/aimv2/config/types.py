@@ -54,11 +54,13 @@ class Numbers:
         kind = "whole numbers" if self.kind is int else "numbers"
         return f"{kind}, {Bounds(self.low, self.high, self.above).words()}, separated by commas,"
 
-    def __call__(self, value: Any, option: str) -> tuple[Any, ...]:
+    def __call__(self, value: Any, option: str) -> tuple[Any, ...] | None:
         """
         Raises:
             UsageError: no numbers, one outside of the range, the same one twice.
         """
+        if value is None:
+            return None
         given = value if isinstance(value, str | int | float) else ",".join(map(str, value))
         try:
             found = tuple(self.kind(word) for word in split_words(str(given).strip("[]()")))
@@ -119,12 +121,14 @@ if TYPE_CHECKING:  # what convert() makes of the text
     UnitRateList = tuple[float, ...]
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
+    ValueList = tuple[int, ...] | None
 else:
     IntList = Annotated[str, Numbers(int, 1)]
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
     RateList = Annotated[str, Numbers(float, 0, above=True)]
     UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
+    ValueList = Annotated[str | None, Numbers(int, 0, distinct=True)]
     BaselineList = Annotated[str | None, Words(("random", "pixels"))]
     UntrainedOnly = Annotated[
         str | None,

@@ -5,16 +5,18 @@ Legend: I patches, S side of what the encoder sees, N images of a split.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.maps import MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
+from aimv2.data.images.maps import MILLIMETRES, MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
 from aimv2.data.images.readers import contents_of_files
 from aimv2.errors import UsageError
 from aimv2.evals.dense_heads import DenseSettings, DenseTask, Depth, Segmentation, sums_of, train_heads
@@ -25,6 +27,9 @@ from aimv2.features.extraction import Cached, cached_features
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.models.sizes import EncoderConfig
 
+log = logging.getLogger(__name__)
+
+NEAR, FAR = 0.3, 200.0  # metres: a data set all below or all above has another unit
 HELD_OUT = 0.1  # of the training images: where the learning rate is chosen
 
 
@@ -82,11 +87,26 @@ def segmentation_work(
     top, where = max((scan.largest for scan in scans), key=lambda found: found[0])
     if classes is not None and top >= classes:
         raise UsageError(f"--classes {classes}: {where} holds class {top:.0f}, the last one is {classes - 1}")
+    found = sorted(set().union(*(scan.values for scan in scans)))
     count = int(top) + 1 if classes is None else classes
+    if classes is None and count > 2 * len(found) and all(b - a > 1 for a, b in pairwise(found)) and len(found) > 1:
+        shown = ", ".join(map(str, found[:4])) + ", ..." * (len(found) > 4)
+        raise UsageError(
+            f"--data {data}: the masks hold the values {shown} only, which would be {count} classes: give --values "
+            f"{','.join(map(str, found))} if each is a class, or --classes {count} if they are ids",
+            option="--values",
+        )
+    if classes is None and count > 2 * len(found):
+        log.warning(
+            "%s: %d of %d classes are in the masks; --classes, --ignore and --values say what values mean",
+            data,
+            len(found),
+            count,
+        )
     if count < 2:
         raise UsageError(
             f"--data {data}: {count} class{'' if count == 1 else 'es'} in the masks, at least two expected; see "
-            "--ignore and --reduce-zero for values that count as nothing (255 does by default)"
+            "--ignore and --reduce-zero for values that count as nothing (255 does by default; --values 0,255 makes it a class)"
         )
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
         if scan.empty == len(pairs):
@@ -106,6 +126,10 @@ def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scrat
     maps = scans[0].maps
     assert maps is not None
     task = depth_task(maps)
+    if task is not None:
+        log.info("%s: training depths of %.3g to %.3g m", data, task.low, task.high)
+        if task.high < NEAR or task.low > FAR:
+            log.warning("%s: training depths of %.3g to %.3g m; is --depth-scale right?", data, task.low, task.high)
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
         if task is None or scan.empty == len(pairs):
             raise UsageError(f"--data {data}: no depth in the {name} maps: every pixel is 0, which means no value")
@@ -226,9 +250,14 @@ def over_seeds(found: Sequence[dict[str, Any]], headline: str) -> dict[str, Any]
     return figures
 
 
-def evaluate_segmentation(options: DenseOptions, classes: int | None, ignore: int, reduce_zero: bool) -> dict[str, Any]:
+def evaluate_segmentation(
+    options: DenseOptions, classes: int | None, ignore: int, reduce_zero: bool, values: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """The command ``segment``; see :class:`aimv2.commands.segment.SegmentOptions`."""
-    kind = masks(ignore, reduce_zero)
+    if values is not None and (reduce_zero or classes not in (None, len(values))):
+        other = "--reduce-zero" if reduce_zero else f"--classes {classes}"
+        raise UsageError(f"--values: {len(values)} classes are listed; leave {other} out", code="conflict")
+    kind, classes = masks(ignore, reduce_zero, values), classes if values is None else len(values)
 
     def make_work(data: str, side: int, scratch: Path) -> DenseWork:
         return segmentation_work(options, data, kind, side, classes, scratch)
@@ -239,14 +268,17 @@ def evaluate_segmentation(options: DenseOptions, classes: int | None, ignore: in
             "mean": "over the classes that are there or predicted; the confusion summed over the test split",
             "ignore": ignore,
             "reduce_zero": reduce_zero,
+            **({} if values is None else {"values": list(values)}),
         }
 
     return evaluate_dense("segment", options, "masks", make_work, protocol)
 
 
-def evaluate_depth(options: DenseOptions, depth_scale: float) -> dict[str, Any]:
-    """The command ``depth``; ``depth_scale``: units of the depth maps per metre."""
-    kind = depths(depth_scale)
+def evaluate_depth(
+    options: DenseOptions, depth_scale: float | None, invalid: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """The command ``depth``; see :class:`aimv2.commands.depth.DepthOptions`."""
+    kind = depths(depth_scale, invalid)
 
     def make_work(data: str, side: int, scratch: Path) -> DenseWork:
         return depth_work(options, data, kind, side, scratch)
@@ -256,7 +288,8 @@ def evaluate_depth(options: DenseOptions, depth_scale: float) -> dict[str, Any]:
             "target": "metres, by least squares on standardised depth; predictions kept within the training depths",
             "loss": f"squared error of each pixel with a depth at {side} x {side}, the map resized to the nearest",
             "mean": "over all pixels with a depth of the test split",
-            "depth_scale": depth_scale,
+            "depth_scale": MILLIMETRES if depth_scale is None else depth_scale,
+            "invalid": [0] if invalid is None else list(invalid),
         }
 
     return evaluate_dense("depth", options, "depth maps", make_work, protocol)

@@ -17,9 +17,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from aimv2.data.images.catalogue import walk
+from aimv2.data.images.catalogue import walk, walk_files
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
+from aimv2.data.images.names import NameFinder
 from aimv2.data.prefetch import prefetch_map
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.data.text.encoding import text_lines
@@ -30,6 +31,7 @@ MASKS = ("masks", "annotations", "labels")
 DEPTHS = ("depth", "depths")
 TRAIN = ("train", "training")
 VAL = ("val", "validation", "test")
+MILLIMETRES = 1000.0
 VAL_LIST = "val.txt"  # next to the images folder
 FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
 _ORIENTATION_TAG = 0x0112
@@ -69,22 +71,27 @@ class MapScan:
     Attributes:
         largest: value, and the file that holds it.
         empty: maps without any value that counts.
+        values: all class ids, of masks.
         maps: [N, S, S], memory-mapped; None where none was wanted.
     """
 
     largest: tuple[float, Path]
     empty: int
     maps: np.ndarray | None
+    values: frozenset[int] = frozenset()
 
 
-def masks(ignore: int = 255, reduce_zero: bool = False) -> MapKind:
-    """Class ids, int16 [H, W], -1 where ignored: value ``ignore``, and 0 with ``reduce_zero``, which shifts ids by one."""
-    return MapKind("mask", MASKS, partial(read_ids, ignore=ignore, reduce_zero=reduce_zero), -1)
+def masks(ignore: int = 255, reduce_zero: bool = False, values: tuple[int, ...] | None = None) -> MapKind:
+    """Class ids, int16 [H, W], -1 where ignored: value ``ignore``, and 0 with ``reduce_zero``, which shifts ids by one.
+
+    ``values``: the files' values of class 0, 1, ...; None: they are the ids.
+    """
+    return MapKind("mask", MASKS, partial(read_ids, ignore=ignore, reduce_zero=reduce_zero, classes=values), -1)
 
 
-def depths(scale: float = 1000.0) -> MapKind:
-    """Metres, float32 [H, W], 0 where there is no value; ``scale`` is units of the file per metre."""
-    return MapKind("depth", DEPTHS, partial(read_depth, scale=scale), 0)
+def depths(scale: float | None = None, invalid: tuple[int, ...] | None = None) -> MapKind:
+    """Metres, float32 [H, W], 0 where there is no value; see :func:`read_depth`."""
+    return MapKind("depth", DEPTHS, partial(read_depth, scale=scale, invalid=invalid), 0)
 
 
 def open_pairs(
@@ -155,17 +162,25 @@ def _match(images: Path, maps: Path, kind: MapKind) -> list[MappedImage]:
     Raises:
         UsageError: no image; an image without its map; a map that is no PNG.
     """
-    there = {str(path.relative_to(maps).with_suffix("")): path for path in maps.rglob("*") if path.is_file()}
-    there |= {str(path.relative_to(maps).with_suffix("")): path for path in maps.rglob("*.png")}
+    files = [name for name, error in walk_files(maps) if error is None]
+    pngs, others = (NameFinder(n for n in files if n.lower().endswith(".png") == is_png) for is_png in (True, False))
     pairs, lost = [], []
     for name in walk(images):
-        found = there.get(str(Path(name).with_suffix("")))
-        if found is None:
+        found = pngs.find(name) or others.find(name)
+        if not found:
             lost.append(name)
-        elif found.suffix.lower() != ".png":
-            raise UsageError(f"--data: {found} is not a PNG; a {kind.word} is a PNG file")
+        elif len(found) > 1:
+            raise UsageError(
+                f"--data: {images / name} has several {kind.word}s in {maps}: {', '.join(found[:3])}", code="conflict"
+            )
+        elif found[0] not in pngs.names:
+            raise UsageError(f"--data: {maps / found[0]} is not a PNG; a {kind.word} is a PNG file")
         else:
-            pairs.append(MappedImage(name, images / name, found))
+            pairs.append(MappedImage(name, images / name, maps / found[0]))
+    if twice := next((files for files in _by_map(pairs).values() if len(files) > 1), None):
+        raise UsageError(
+            f"--data: {' and '.join(twice[:2])} in {images} have one {kind.word}; rename one", code="conflict"
+        )
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UsageError(
@@ -175,6 +190,13 @@ def _match(images: Path, maps: Path, kind: MapKind) -> list[MappedImage]:
     if not pairs:
         raise UsageError(f"--data: no image in {images}")
     return pairs
+
+
+def _by_map(pairs: Iterable[MappedImage]) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for pair in pairs:
+        found.setdefault(pair.map, []).append(pair.key)
+    return found
 
 
 def _cut(
@@ -208,22 +230,32 @@ def _listed(pairs: list[MappedImage], file: Path) -> set[str]:
         raise UsageError(
             f"--val-list {file}: can't be read: {getattr(error, 'strerror', None) or error}", code="unreadable"
         ) from None
-    known = {name: pair.key for pair in pairs for name in (str(Path(pair.key).with_suffix("")), pair.key)}
+    finder, listed = NameFinder(pair.key for pair in pairs), set[str]()
     for word in words:
-        if word not in known:
-            raise UsageError(f"--val-list {file}: '{word}' is the name of no image there", code="missing")
+        found = finder.find(word)
+        if len(found) != 1:
+            what = f"may be any of {', '.join(found[:3])}" if found else "is the name of no image there"
+            raise UsageError(f"--val-list {file}: '{word}' {what}", code="conflict" if found else "missing")
+        listed.add(found[0])
     if not words:
         raise UsageError(f"--val-list {file}: names no image")
-    return {known[word] for word in words}
+    return listed
 
 
-def read_ids(path: Path, ignore: int = 255, reduce_zero: bool = False) -> np.ndarray:
+def read_ids(
+    path: Path, ignore: int = 255, reduce_zero: bool = False, classes: tuple[int, ...] | None = None
+) -> np.ndarray:
     """A mask of class ids: int16 [H, W], -1 where ignored; see :func:`masks`.
 
     Raises:
-        UsageError: not a PNG of class ids (grey or palette), or an id above 32767.
+        UsageError: not a PNG of class ids (grey or palette), an id above 32767, or a value that is not listed.
     """
     values = _read_png(path, ("L", "P", "1", "I", "I;16"), "class ids (mode L or P) expected").astype(np.int32)
+    if classes is not None:
+        ids = np.select([values == value for value in classes], range(len(classes)), default=-1)
+        if len(strange := np.setdiff1d(values[ids < 0], [ignore])):
+            raise UsageError(f"--values: {path} holds {strange[0]} too, which is neither listed nor --ignore {ignore}")
+        return ids.astype(np.int16)
     nothing = values == ignore
     if reduce_zero:
         nothing |= values == 0
@@ -234,14 +266,32 @@ def read_ids(path: Path, ignore: int = 255, reduce_zero: bool = False) -> np.nda
     return values.astype(np.int16)
 
 
-def read_depth(path: Path, scale: float = 1000.0) -> np.ndarray:
+def read_depth(path: Path, scale: float | None = None, invalid: tuple[int, ...] | None = None) -> np.ndarray:
     """A depth map: float32 [H, W] in metres, 0 where the file has no value.
 
+    Args:
+        path: of a PNG.
+        scale: its units per metre; None: 1000, of 16-bit maps only.
+        invalid: its values that mean "no depth"; None: 0, and the largest of its type must not be there.
+
     Raises:
-        UsageError: not a grey PNG.
+        UsageError: not a grey PNG; 8 bits without a unit; the largest value where nothing says what it means.
     """
     values = _read_png(path, ("I;16", "I", "L"), "depth as 16-bit grey expected")
-    return np.maximum(values, 0).astype(np.float32) / np.float32(scale)
+    largest = np.iinfo(np.uint8 if values.dtype == np.uint8 else np.uint16).max
+    if scale is None and values.dtype == np.uint8:
+        raise UsageError(
+            f"--depth-scale: {path} has 8 bits, 0.255 m at most in millimetres; give --depth-scale, its units per metre",
+            code="missing",
+        )
+    if invalid is None and (top := float((values == largest).mean())):
+        raise UsageError(
+            f"--invalid: {path} holds {largest}, the largest value of its type, in {top:.1%} of its pixels, often a mark for no "
+            f"depth: give --invalid 0,{largest}, or --invalid 0 if it is a depth",
+            code="missing",
+        )
+    values = np.where(np.isin(values, invalid), 0, values) if invalid else values
+    return np.maximum(values, 0).astype(np.float32) / np.float32(MILLIMETRES if scale is None else scale)
 
 
 def _read_png(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
@@ -271,18 +321,20 @@ def scan_maps(
         UsageError: a map that can't be read, or of another size than its image.
     """
     kept: np.ndarray | None = None
-    largest, where, empty = float(kind.floor), pairs[0].map, 0
+    largest, where, empty, ids = float(kind.floor), pairs[0].map, 0, set[int]()
     rows = prefetch_map(partial(_read_checked, kind), pairs)
     for row, values in enumerate(shown(rows, f"reading {kind.word}s", len(pairs))):
         top = float(values.max())
         empty += top <= kind.floor
+        if values.dtype == np.int16:
+            ids.update(np.flatnonzero(np.bincount(values[values >= 0], minlength=1)).tolist())
         if top > largest:
             largest, where = top, pairs[row].map
         if size is not None and file is not None:
             if kept is None:
                 kept = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=(len(pairs), size, size))
             kept[row] = nearest_map(values, size)
-    return MapScan((largest, where), empty, kept)
+    return MapScan((largest, where), empty, kept, frozenset(ids))
 
 
 def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:

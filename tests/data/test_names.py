@@ -8,6 +8,7 @@ import pytest
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.names import NameFinder, inside, locate
+from aimv2.data.shards.format import clean_captions
 from aimv2.errors import UsageError
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -78,3 +79,9 @@ def test_paths_that_lead_out_need_image_root(tmp_path: Path) -> None:
         inside(here, "/etc/passwd", tmp_path)
     with pytest.raises(UsageError):
         inside(here, f"{tmp_path}/herewith/a.jpg")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>", " -1 ", ""])
+def test_no_value_is_no_caption(word: str) -> None:
+    assert clean_captions([word, "a cat"]) == {"caption": ["a cat"]} and clean_captions({"alt": word}) == {}
+    assert clean_captions("none of them") == {"caption": ["none of them"]}

@@ -15,14 +15,17 @@ import aimv2
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.images.decode import decode_image
+from aimv2.data.images.labelled import Labelled
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import captions_of, image_of, read_samples
 from aimv2.data.stream.transforms import image_transform
 from aimv2.data.text.tokenizer import train_tokenizer
+from aimv2.errors import UsageError
 from aimv2.evals.retrieve import best_ranks, chance, recall, relevant
 from aimv2.evals.scorer import by_cosine, by_likelihood, stacked
 from aimv2.evals.scores import wilson
 from aimv2.evals.templates import DEFAULT, IMAGENET, find_templates
+from aimv2.evals.zeroshot import class_names
 from aimv2.interop.convert import convert
 from aimv2.interop.model_folder import save_model
 from aimv2.models.aimv2 import AIMv2
@@ -318,6 +321,12 @@ def test_templates(tmp_path: Path) -> None:
     assert find_templates("imagenet") == IMAGENET and find_templates("my {}!") == ("my {}!",)
     (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n")
     assert find_templates(str(tmp_path / "t.txt")) == ("a {}", "the {}")
+    (tmp_path / "t.txt").write_text("a photo of {c}.\n")  # CLIP_benchmark's
+    (tmp_path / "t.json").write_text('{"cifar10": ["a {c}"], "dtd": ["x"]}')
+    assert find_templates(str(tmp_path / "t.txt")) == ("a photo of {}.",) and find_templates("my {c}") == ("my {}",)
+    assert find_templates(str(tmp_path / "t.json"), "cifar10") == ("a {}",)
+    with pytest.raises(UsageError, match="holds lists for cifar10, dtd"):
+        find_templates(str(tmp_path / "t.json"))
 
 
 WRONG = [
@@ -376,3 +385,16 @@ def test_wrong_use(line: str, said: str, places: dict[str, str], capsys: pytest.
     assert main([places.get(word, word) for word in line.split()]) == 2
     error = capsys.readouterr().err.strip().split("\n")
     assert len(error) == 1 and said in error[0], error
+
+
+def test_names_of_a_file_belong_to_their_classes(tmp_path: Path) -> None:
+    classes = ("great_ape", "b\u00e9e", "cow")
+    data = Labelled("d", "d", "test", classes, [], np.zeros(0, np.int64), lambda row: Image.new("RGB", (1, 1)))
+    file = tmp_path / "names.txt"
+    file.write_text("Cow\nbe\u0301e\ngreat ape\n")
+    assert class_names(data, str(file)) == ("great ape", "be\u0301e", "Cow")
+    file.write_text("one\ntwo\nthree\n")
+    assert class_names(data, str(file)) == ("one", "two", "three")
+    file.write_text("cow\ngreat ape\nbeetle\n")  # by position a cow would be a great ape
+    with pytest.raises(UsageError, match="no name for the class b\u00e9e"):
+        class_names(data, str(file))

@@ -15,8 +15,9 @@ class ZeroshotOptions(ZeroshotData):
 
     Args:
         templates: default (three for photographs; of a pair on imagenet1k CLIP's eighty), imagenet (these eighty), one with {}
-            for the class, or a file with one per line
-        classes: file of class names, one per line in the order of the labels; null: the data set's own
+            (or {c}) for the class, or a file with one per line, or JSON (a list, or one by the names of data sets)
+        classes: file of class names, one per line (or JSON) in the order of the labels, or the data set's own names in any
+            order; null: the data set's own
         normalize: of the likelihood: sum, mean (per token), or prior (the sum minus the text's log-likelihood over other,
             unlabelled images)
         limit: number of images to sample; 0: all

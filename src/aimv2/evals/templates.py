@@ -5,6 +5,7 @@ Source: the notebook Prompt_Engineering_for_ImageNet of openai/CLIP (MIT), in it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,39 +38,47 @@ IMAGENET = (
 LISTS = {"default": DEFAULT, "imagenet": IMAGENET}
 
 
-def find_templates(given: str, dataset: str | None = None) -> tuple[str, ...]:
+def find_templates(given: str, dataset: str | None = None, many: bool = True) -> tuple[str, ...]:
     """The templates of ``--templates``.
 
     Args:
-        given: ``default``, ``imagenet``, one template, or a text file with one a line.
+        given: ``default``, ``imagenet``, one template, or a file; see :func:`read_lines`. ``{c}`` is ``{}``.
         dataset: a registered name; the default of ``imagenet1k`` is ``imagenet``.
+        many: that default may be of eighty.
 
     Raises:
         UsageError: none of these, a template without ``{}``, an empty file.
     """
     if given in LISTS:
-        return LISTS["imagenet" if dataset == "imagenet1k" else given]
-    if "{}" in given:
-        return (given,)
+        return LISTS["imagenet" if dataset == "imagenet1k" and many else given]
+    if "{}" in plain(given):
+        return (plain(given),)
     file = Path(given).expanduser()
     if not file.is_file():
         raise UsageError(
             f"--templates {given}: {', '.join(LISTS)}, a template with {{}} for the class, or a file of them expected"
             f"{nearest(given, LISTS)}"
         )
-    found = read_lines(file, "--templates")
+    found = [plain(line) for line in read_lines(file, "--templates", dataset)]
     for line in found:
         if "{}" not in line:
             raise UsageError(f"--templates {given}: '{line}' has no {{}}, where the class name goes", code="missing")
     return tuple(found)
 
 
-def read_lines(file: Path, option: str) -> list[str]:
-    """The lines of a text file that are not blank, stripped.
+def plain(template: str) -> str:
+    """A template with ``{}`` for the class, which CLIP_benchmark writes ``{c}``."""
+    return template.replace("{c}", "{}")
+
+
+def read_lines(file: Path, option: str, dataset: str | None = None) -> list[str]:
+    """The lines of a text file that are not blank, stripped; or a JSON list, or {data set: list} as CLIP_benchmark has it.
 
     Raises:
-        UsageError: it can't be read, or holds none.
+        UsageError: it can't be read, holds none, or not of the data set.
     """
+    if file.suffix.lower() == ".json" and file.is_file():
+        return _read_json(file, option, dataset)
     try:
         found = list(text_lines(file))
     except (OSError, UnicodeError) as error:
@@ -77,6 +86,22 @@ def read_lines(file: Path, option: str) -> list[str]:
     if not found:
         raise UsageError(f"{option} {file}: the file is empty; a line each is expected")
     return found
+
+
+def _read_json(file: Path, option: str, dataset: str | None) -> list[str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {file}: can't be read as JSON: {error}", code="unreadable") from None
+    if isinstance(found, dict) and dataset not in found:
+        known = ", ".join(list(found)[:5])
+        raise UsageError(
+            f"{option} {file}: holds lists for {known}, ...; --dataset says which, got {dataset}", code="missing"
+        )
+    lines = found[dataset] if isinstance(found, dict) else found
+    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+        raise UsageError(f"{option} {file}: a list of texts is expected", code="unreadable")
+    return [line.strip() for line in lines]
 
 
 def fill(templates: Sequence[str], name: str) -> list[str]:

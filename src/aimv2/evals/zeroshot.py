@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, Split, subset
+from aimv2.data.images.names import NameFinder
 from aimv2.data.images.opening import EXPECTED, open_labelled
 from aimv2.data.prefetch import prefetch_map
 from aimv2.errors import UsageError
@@ -52,10 +53,10 @@ def evaluate_zeroshot(options: ZeroshotData, templates: str, classes: str | None
     with Evaluation("zeroshot", options.out) as evaluation:
         matcher = open_matcher(options.model, options.by, options.where, options.stats)
         # a decoder reads every text before every image: eighty per class are for pairs
-        texts = find_templates(templates, dataset if matcher.by == "contrastive" else None)
+        texts = find_templates(templates, dataset, matcher.by == "contrastive")
         prior = matcher.by == "likelihood" and options.normalize == "prior"
         images = choose(source, dataset, limit, options.seed, prior, options.image_root)
-        names = class_names(images.test, classes)
+        names = class_names(images.test, classes, dataset)
         evaluation.open_folder()
         groups = [fill(texts, name) for name in names]
         rejected: list[dict[str, str]] = []
@@ -130,8 +131,10 @@ def _unlabelled(source: str, split: Split, image_root: str | None) -> Labelled |
         return None
 
 
-def class_names(data: Labelled, file: str | None) -> tuple[str, ...]:
+def class_names(data: Labelled, file: str | None, dataset: str | None = None) -> tuple[str, ...]:
     """What the templates are filled with: the names of ``--classes``, else the data set's, underscores as spaces.
+
+    Where a file holds the data set's own names, each belongs to its class, in whatever order.
 
     Raises:
         UsageError: not as many names as classes, or names that are numbers.
@@ -144,9 +147,20 @@ def class_names(data: Labelled, file: str | None) -> tuple[str, ...]:
                 f"--classes FILE, one a line in the order of the labels ({len(names)} of them)"
             )
         return names
-    found = tuple(read_lines(Path(file).expanduser(), "--classes"))
+    found = tuple(read_lines(Path(file).expanduser(), "--classes", dataset))
     if len(found) != len(data.classes):
         raise UsageError(f"--classes {file}: {len(found)} names, but {data.source} has {len(data.classes)} classes")
+    finder = NameFinder(name.replace("_", " ") for name in found)
+    own = [finder.find(name.replace("_", " "), stems=False) for name in data.classes]
+    if all(len(one) == 1 for one in own) and len({one[0] for one in own}) == len(own):
+        return tuple(one[0] for one in own)
+    if 2 * sum(map(bool, own)) > len(own):
+        name = next(name for name, one in zip(data.classes, own) if len(one) != 1)
+        raise UsageError(
+            f"--classes {file}: no name for the class {name} (or several), though other classes have theirs there; "
+            "all of them, or new names in the order of the labels, expected",
+            code="mismatch",
+        )
     return found
 
 

@@ -22,11 +22,11 @@ from PIL import Image
 from aimv2.data.images.caption_files import are_classes
 from aimv2.data.images.catalogue import find_column, walk
 from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
-from aimv2.data.images.names import NO_VALUE, NameFinder, folded, normal
+from aimv2.data.images.names import NameFinder, folded, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
-from aimv2.data.shards.format import find_shards, split_shards
+from aimv2.data.shards.format import NO_VALUE, find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import text_lines
@@ -281,7 +281,7 @@ SEVERAL = re.compile(r"\[.*\]|-?\d+(\.0+)?([\s,;|]+-?\d+(\.0+)?)+")
 def number_labels(
     words: Sequence[str], train: Sequence[str], names: tuple[str, ...] | None, source: str
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Labels as written, to int64 [N], -1 for none (see :data:`aimv2.data.images.names.NO_VALUE`), and the classes' names, if any.
+    """Labels as written, to int64 [N], -1 for none (see :data:`aimv2.data.shards.format.NO_VALUE`), and the classes' names, if any.
 
     Args:
         words: of this split.

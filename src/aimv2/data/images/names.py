@@ -17,10 +17,6 @@ from aimv2.data.images.catalogue import is_image, stem
 from aimv2.data.images.decode import ImageError
 from aimv2.errors import UsageError
 
-NO_VALUE = frozenset(
-    ("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "-1")
-)  # as programs write that there is none
-
 
 def normal(name: str) -> str:
     """A name in the normal form in which names are compared."""

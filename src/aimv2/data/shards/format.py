@@ -32,6 +32,8 @@ IMAGE_EXTENSIONS = (
     *(HEIF if HEIF_READ else ()),
 )
 CAPTION_KEYS = ("caption", "text", "description", "prompt")  # of KEY.json, where it has no ``captions``
+# as programs write that there is no value
+NO_VALUE = frozenset(("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "-1"))
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
 
@@ -329,12 +331,12 @@ def captions_by_field(row: dict[str, Any], fields: dict[str, str]) -> dict[str, 
 
 
 def clean_captions(value: Any) -> dict[str, list[str]]:
-    """A caption, a list of them, or {field: either} as {field: [caption, ...]}; stripped, none empty."""
+    """A caption, a list of them, or {field: either} as {field: [caption, ...]}; stripped, none of :data:`NO_VALUE`."""
     fields = value if isinstance(value, dict) else {"caption": value}
     clean = dict[str, list[str]]()
     for name, texts in fields.items():
         listed = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else []
-        if kept := [text.strip() for text in listed if isinstance(text, str) and text.strip()]:
+        if kept := [text.strip() for text in listed if isinstance(text, str) and text.strip() not in NO_VALUE]:
             clean[str(name)] = kept
     return clean
 

@@ -24,8 +24,8 @@ class DepthOptions(DenseOptions):
     """
 
     ORDER = (
-        "model data depth_scale invalid val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
-        "trunk_batch device out image_mean image_std"
+        "model data depth_scale val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
+        "trunk_batch device out image_mean image_std invalid"
     )
     depth_scale: Annotated[float | None, Bounds(0, above=True)] = None
     invalid: ValueList = text(None)

@@ -25,8 +25,8 @@ class SegmentOptions(DenseOptions):
     """
 
     ORDER = (
-        "model data classes ignore reduce_zero values val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
-        "image_size trunk_batch device out image_mean image_std"
+        "model data classes ignore reduce_zero val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
+        "image_size trunk_batch device out image_mean image_std values"
     )
     classes: Annotated[int | None, Bounds(2)] = None
     ignore: int = 255

@@ -12,6 +12,7 @@ import re
 import sys
 import tarfile
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from shard_tars import tar_of, tar_of_links
 
 from aimv2.commands.render import render_figures
+from aimv2.data.images.decode import decode_image
 from aimv2.data.passed import HEIF_READ
 from aimv2.data.shards.format import read_samples
 from aimv2.errors import UsageError
@@ -265,6 +267,122 @@ def links_inside_the_folder(root: Path) -> None:
     put(root / "captions.csv", "image,caption\n0.jpg,a link\nlinked/1.jpg,below a link\nlinked/2.jpg,too\n")
 
 
+# ---- captions files and sidecars ----
+
+
+def csv_of(names: list[str], mark: str = ",", head: tuple[str, str] = ("image", "caption"), quoted: bool = True) -> str:
+    """A table of names and captions; quoted where a caption needs it."""
+    plain = [
+        f'"{text.replace(chr(34), 2 * chr(34))}"' if quoted and re.search(f'[{mark}"]', text) else text
+        for text in TEXTS
+    ]
+    return "".join(f"{name}{mark}{text}\n" for name, text in [head, *zip(names, plain)])
+
+
+@layout
+def csv_cp1252(root: Path) -> None:
+    put(root / "captions.csv", csv_of(photos(root)).encode("cp1252"))
+
+
+@layout
+def csv_with_BOM(root: Path) -> None:
+    put(root / "captions.csv", csv_of(photos(root)).encode("utf-8-sig"))
+
+
+@layout
+def tsv_utf16(root: Path) -> None:
+    put(root / "captions.tsv", csv_of(photos(root), "\t", quoted=False).encode("utf-16"))
+
+
+@layout
+def bars_with_quotes(root: Path) -> None:
+    rows = "".join(f"{name}| {n}| {text}\n" for n, (name, text) in enumerate(zip(photos(root, count=3), TEXTS)))
+    put(root / "results.csv", f'image_name| comment_number| comment\n{rows}0.jpg| 3| "an opening quote\n')
+
+
+@layout
+def csv_with_more_columns_and_short_rows(root: Path) -> None:
+    photos(root)
+    put(root / "captions.csv", "image,caption,license,author\n0.jpg,a,CC0,me\n1.jpg,b\n2.jpg\n3.jpg,c,CC0,me,more\n")
+
+
+@layout
+def csv_prompt(root: Path) -> None:
+    put(root / "metadata.csv", csv_of(photos(root), head=("file_name", "prompt")))
+
+
+@layout
+def llava_json(root: Path) -> None:
+    turns = lambda text: [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": text}]  # noqa: E731
+    rows = [
+        {"id": str(n), "image": name, "conversations": turns(TEXTS[n])}
+        for n, name in enumerate(photos(root, "images/{}.jpg"))
+    ]
+    put(root / "llava.json", json.dumps(rows))
+
+
+@layout
+def jsonl_with_different_keys(root: Path) -> None:
+    photos(root)
+    rows = [
+        {"image": "0.jpg", "caption": "a"},
+        {"file_name": "1.jpg", "text": "b"},
+        {"image": "2.jpg", "captions": ["c", "d"]},
+    ]
+    put(root / "captions.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, {"image": "3.jpg"}]))
+
+
+@layout
+def karpathy_json(root: Path) -> None:
+    photos(root / "val2014", "COCO_{}.jpg")
+    splits = ("train", "restval", "val", "test")
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_{n}.jpg",
+            "split": splits[n],
+            "cocoid": n,
+            "sentences": [{"raw": TEXTS[n], "tokens": []}],
+        }
+        for n in range(4)
+    ]
+    put(root / "dataset_coco.json", json.dumps({"images": images, "dataset": "coco"}))
+
+
+@layout
+def caption_sidecars(root: Path) -> None:
+    for name, text in zip(photos(root), TEXTS):
+        put(root / f"{name[:-4]}.caption", text)
+
+
+@layout
+def photo_jpg_txt(root: Path) -> None:
+    for name, text in zip(photos(root), TEXTS):
+        put(root / f"{name}.txt", f"{text}\nof two lines" if name[0] == "0" else text)
+
+
+@layout
+def takeout(root: Path) -> None:
+    for n, name in enumerate(photos(root, "IMG_{}.jpg")):
+        about = {"title": name, "description": TEXTS[n] if n < 3 else "", "url": "https://example.org"}
+        put(root / (f"{name}.json" if n % 2 else f"{name}.supplemental-metadata.json"), json.dumps(about))
+
+
+@layout
+def nfd_names(root: Path) -> None:
+    for n, name in enumerate(("caf\u00e9", "cre\u0300me", "Zo\u00eb", "plain")):
+        put(root / f"{unicodedata.normalize('NFD', name)}.JPG", square(n))
+    names = (f"{unicodedata.normalize('NFC', name)}.jpg" for name in ("caf\u00e9", "cre\u0300me", "zo\u00eb", "plain"))
+    put(root / "captions.csv", csv_of(list(names)))
+
+
+@layout
+def numbered_class_folders(root: Path) -> None:
+    for n in range(12):
+        put(root / str(n) / "a.jpg", square(n % 6))
+    put(root / "classnames.txt", "".join(f"class {n}\n" for n in range(12)))
+
+
 # ---- what it says ----
 
 
@@ -282,10 +400,10 @@ def said(make: Layout, place: Path) -> str:
         print(f"error: {error}", file=lines)
     for tar in sorted(out.glob("*.tar")):
         for key, parts in read_samples(tar):
-            print(
-                f"  {tar.name[:-11]} {key}: {json.dumps(json.loads(parts['json'])['captions'], ensure_ascii=False)}",
-                file=lines,
-            )
+            red = decode_image(parts["jpg"]).getpixel((8, 8))[0]
+            label = f" class {parts['cls'].decode()}" if "cls" in parts else ""
+            captions = json.dumps(json.loads(parts["json"])["captions"], ensure_ascii=False)
+            print(f"  {tar.name[:-11]} {key}: image {round(red / 40)}{label} {captions}", file=lines)
     if (out / "rejected.jsonl").exists():
         for row in map(json.loads, (out / "rejected.jsonl").read_text().splitlines()):
             print(f"  rejected {row['image']}: {row['reason']}", file=lines)

@@ -23,7 +23,7 @@ from aimv2.data.images.caption_files import (
     why_no_captions,
 )
 from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem, walk
-from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
+from aimv2.data.images.class_names import NAMES_FILES, class_folders, names_beside, same_class, subfolders
 from aimv2.data.images.entries import (
     UNREAD,
     Captions,
@@ -61,7 +61,7 @@ READS = {
     "sidecar captions": ("--caption-column",),
     "class folders": ("--class-folders", "--template"),
     "table": ("--image-column", "--caption-column", "--split", "--image-root"),
-    "hub data set": ("--image-column", "--caption-column", "--split"),
+    "hub data set": ("--image-column", "--caption-column", "--split", "--image-root"),
     "WebDataset tars": ("--caption-column",),
 }
 
@@ -306,7 +306,7 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     finder = _ImageFinder(folder.root, file.parent, images, folder.options.image_root)
     named = dict[str, tuple[Captions, dict[str, Any]]]()
     planned: list[SourceEntry | Reject] = []
-    for row in caption_rows(file, folder.options.columns):
+    for row in caption_rows(file, folder.options.columns, folder.passed):
         if isinstance(row, Reject):
             planned.append(row)
             continue
@@ -370,7 +370,7 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
         captions = {"caption": [folder.options.template.replace("{}", called.replace("_", " "))]}
         where = (str(root / name),)
         planned.append(SourceEntry(safe_key(name), name, where, captions, label, {"class": called}, reader))
-    return PlannedSource("class folders", planned, len(planned), [name for _, name in ordered])
+    return PlannedSource("class folders", planned, len(planned), [name for _, name in ordered], used={*NAMES_FILES})
 
 
 def _ordered_classes(root: Path, folders: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
@@ -444,7 +444,10 @@ def _table_file(file: Path, options: SourceOptions) -> PlannedSource:
 
 
 def _captions_file(file: Path, options: SourceOptions) -> PlannedSource:
-    return _captions_source(file, ImageFolder(file.parent, options))
+    folder = ImageFolder(file.parent, options)
+    planned = _captions_source(file, folder)
+    planned.passed.update(folder.passed)
+    return planned
 
 
 FILE_FORMS: dict[str, Callable[[Path, SourceOptions], PlannedSource]] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 from aimv2.data.images.catalogue import Columns, find_column, is_image
 from aimv2.data.images.entries import Captions, Reject
+from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, clean_captions
 from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError
@@ -92,14 +93,17 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
 FIRST = 1000  # rows without an image or a caption, after which a file is no captions file
 
 
-def caption_rows(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
-    """Rows of a captions file of any kind.
+def caption_rows(file: Path, columns: Columns, passed: PassedOver | None = None) -> Iterator[CaptionRow | Reject]:
+    """Rows of a captions file of any kind; ``passed`` counts the columns that are not read and the rows that lack some.
 
     Raises:
         UsageError: it is not one, or its columns are not found.
     """
     try:
-        yield from READERS.get(file.suffix.lower(), _delimited_captions)(file, columns)
+        if reader := READERS.get(file.suffix.lower()):
+            yield from reader(file, columns)
+        else:
+            yield from _delimited_captions(file, columns, PassedOver() if passed is None else passed)
     except UnicodeError as error:
         raise no_text(file) from error
 
@@ -109,15 +113,18 @@ def no_text(file: Path, option: str = "") -> UsageError:
     return UsageError(f"{option} {file} {NOT_TEXT}".strip(), option=option or None, code="unreadable")
 
 
-def _delimited_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
+def _delimited_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:
     """CSV and its kin, with a header, or without one: image, caption."""
     header = [cell.strip() for cell in next(read_delimited(file), (1, []))[1]]
     bare = len(header) > 1 and is_image(header[0].partition("#")[0]) and columns == Columns()
     if bare:
         header = ["image", "caption"]
     image, fields = columns.find(header, str(file))
+    passed.add(COLUMNS, *(name for name in header if name not in (image, *fields) and name.lower() != "split"))
     for number, row in islice(read_delimited(file, width=len(header)), 0 if bare else 1, None):
         cells = dict(zip(header, row))
+        if len(row) < len(header):
+            passed.add("cells that rows lack", f"{file.name} line {number}", number=len(header) - len(row))
         name = re.sub(r"#\d+$", "", cells.get(image, "").strip())  # Flickr's NAME.jpg#0
         if name:
             stated = {key.lower(): cell for key, cell in cells.items() if key.lower() == "split"}

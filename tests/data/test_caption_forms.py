@@ -13,6 +13,8 @@ from brought import picture, put, run
 
 from aimv2.cli import main
 from aimv2.data.images.captioned import open_captioned, read_captioned
+from aimv2.data.images.maps import masks, open_pairs
+from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.pictures import pictures
 from aimv2.data.shards.format import captions_of, read_samples
 from aimv2.data.text import encoding
@@ -87,7 +89,7 @@ def test_numbered_files_of_takeout(tmp_path: Path) -> None:
     assert found(tmp_path / "out") == {key: {"caption": [name]} for key, name in zip(("a", "a_1_", "b", "b_2_"), names)}
 
 
-def test_splits_that_a_captions_file_states(tmp_path: Path) -> None:
+def test_splits_that_a_captions_file_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Karpathy's val is val, restval is training, and what is held out as test is not trained on unless it is asked for."""
     names = {"a": "train", "b": "restval", "c": "val", "d": "test"}
     src = photos(tmp_path / "src", *(f"val2014/{name}.jpg" for name in names))
@@ -106,6 +108,8 @@ def test_splits_that_a_captions_file_states(tmp_path: Path) -> None:
     assert "test split; --split test" in rejected(tmp_path / "out")["val2014/d.jpg"]
     result = run(src, tmp_path / "test", split="test")
     assert (result["train"], result["val"], result["rejected"]) == (1, 0, 0)
+    assert run(src, tmp_path / "drawn", val_fraction=0.01)["train"] == 3  # the option decides, and a line says so
+    assert "--val-fraction decides" in caplog.text
     entries, split = open_captioned(str(src))
     assert split == "test" and [entry.image for entry in entries] == ["val2014/d.jpg"]
     with pytest.raises(UsageError, match="has the splits test, train, val") as error:
@@ -337,3 +341,32 @@ def test_an_option_that_a_source_does_not_read_is_refused(tmp_path: Path) -> Non
                 option,
             )
             assert not (tmp_path / "out").exists()
+
+
+def test_a_root_of_images_is_for_lists(tmp_path: Path) -> None:
+    """``--image-root`` of ``embed``, ``explore``, ``knn`` and the others: refused where no path could lead there."""
+    classes = photos(tmp_path / "classes", "cat/a.jpg", "dog/b.jpg")
+    for read in (
+        lambda: list(pictures(str(classes), image_root=tmp_path)),
+        lambda: open_labelled(str(classes), "train", image_root=str(tmp_path)),
+        lambda: run(classes, tmp_path / "out", image_root=str(tmp_path)),
+    ):
+        with pytest.raises(UsageError) as error:
+            read()
+        assert (error.value.option, error.value.code) == ("--image-root", "conflict")
+
+
+def test_tables_and_maps_are_looked_for_as_images_are(tmp_path: Path) -> None:
+    """What macOS and a NAS leave in folders is none of them, wherever files are looked for."""
+    src = tmp_path / "src"
+    rows = pa.Table.from_pylist([{"image": picture(), "caption": "a cat"}])
+    for name in ("a.PARQUET", ".cache/b.parquet", "@eaDir/c.parquet", "__MACOSX/d.parquet"):
+        pq.write_table(rows, put(src / name, b""))
+    assert run(src, tmp_path / "out")["train"] == 1
+    scenes = photos(tmp_path / "scenes", "images/train/x.jpg", "images/val/x.jpg")
+    for split in ("train", "val"):
+        put(scenes / f"masks/{split}/x.png", picture(format="PNG"))
+        put(scenes / f"masks/{split}/._x.png", b"no picture")
+        put(scenes / f"masks/{split}/@eaDir/x.png", b"no picture")
+    found, _, _ = open_pairs(str(scenes), masks())
+    assert [pair.map.relative_to(scenes).as_posix() for pair in found] == ["masks/train/x.png"]

@@ -40,6 +40,7 @@ TRAINED = train_tokenizer(CAPTIONS, 600)
         ("", ""),
         ("\u3000 \xa0", ""),
         ("\ud800broken", "\ufffdbroken"),
+        (f"a &#{'9' * 5000}; b", "a \ufffd b"),
     ],
 )
 def test_clean_text(raw, clean):
@@ -173,6 +174,15 @@ def test_trained_loads_in_transformers(tmp_path):
 @given(st.text(max_size=60))
 def test_nothing_is_lost(raw):
     assert TRAINED.decode(TRAINED.encode(raw, max_tokens=10_000)) == clean_text(raw)
+
+
+def test_one_enormous_word_is_read_as_its_beginning(tokenizer):
+    """Training takes the square of a word's length, and a caption may be a picture in base64: minutes, else."""
+    start, rest = "ab" * 100, "xyz" * 300_000
+    long = train_tokenizer([*CAPTIONS, start + rest, "-" * 1_000_000], 600)
+    assert long.fingerprint() == train_tokenizer([*CAPTIONS, start, "-" * 200], 600).fingerprint()
+    assert tokenizer.encode("a red circle " + "ab" * 1_000_000) == tokenizer.encode("a red circle " + "ab" * 1_000)
+    assert len(tokenizer.encode("ab" * 1_000_000, 10_000_000)) <= text_module.READ + 1
 
 
 def test_training_errors():

@@ -69,6 +69,12 @@ def open_labelled(
         listed = _with_classes(splits[split](), splits, split, about if strict else None, source)
     except OverflowError:
         raise wrong(source, "a label of more than 64 bits; labels count from 0 without a gap") from None
+    if image_root is not None and form.kind in ("class folders", "WebDataset shards"):
+        raise UsageError(
+            f"--image-root {image_root}: {source} holds {form.kind}, which name no files elsewhere; leave it out",
+            option="--image-root",
+            code="conflict",
+        )
     listed = _paths_checked(listed, form.kind == "lists", source, image_root)
     _check(listed, split, source)
     if about is not None:

@@ -47,6 +47,12 @@ def pictures(
     passed = PassedOver() if passed is None else passed
     _file_state.cache_clear()  # of an earlier listing
     kind, path = kind_of(source)
+    if image_root is not None and not (kind == "file" and path.suffix.lower() in LISTS):
+        raise UsageError(
+            f"--image-root {image_root}: {source} is no list of paths ({', '.join(LISTS)}); leave it out",
+            option="--image-root",
+            code="conflict",
+        )
     if kind == "folder":
         found = _of_folder(path, passed)
     elif kind == "tars":

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.catalogue import Columns, find_column
+from aimv2.data.images.catalogue import Columns, find_column, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import (
     UNREAD,
@@ -86,10 +86,15 @@ class RowLayout:
 # ---- Parquet and Arrow files ----
 
 
+def is_table(name: str) -> bool:
+    """Whether a file is a Parquet or Arrow table by its extension."""
+    return name.lower().endswith((".parquet", ".arrow"))
+
+
 def tables_in(folder: Path, split: str | None) -> list[Path]:
     """Tables under a folder, of one split where their names (``train-00000-of-00002``) tell several."""
     groups: dict[str, list[Path]] = {}
-    for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]):
+    for path in sorted(folder / name for name, error in walk_files(folder) if error is None and is_table(name)):
         if path.is_file() and not path.name.startswith(("cache-", ".")) and not is_download_note(path):
             match = re.match(r"(train|valid|val|validation|test)(?![a-z])", path.name)
             groups.setdefault(match[1] if match else "", []).append(path)
@@ -193,7 +198,7 @@ def _row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterabl
     """Number of rows of each group of a file, and what reads the batches of a group."""
     import pyarrow.parquet
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as parquet:
             for group in range(parquet.num_row_groups):
                 read = partial(parquet.iter_batches, BATCH_ROWS, [group])
@@ -223,7 +228,7 @@ def _arrow_reader(file: Path) -> Iterator[Any]:
 def _schema(file: Path) -> Any:
     import pyarrow.parquet
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return pyarrow.parquet.read_schema(file)
     with _arrow_reader(file) as reader:
         return reader.schema

@@ -146,12 +146,18 @@ def import_data(
     columns = Columns(image_column, tuple(named) if named else None)
     root = image_root_of(image_root)
     opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root))
-    _prepare(out, options)
     chooser = ValChooser(val_fraction, _listed_names(Path(val_list).expanduser()) if val_list else set())
     if val_list is not None and not chooser.names:
         raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
-    stated = opened.is_val if not val_fraction and not chooser.names else None
-    plan = Plan(opened, stated or chooser, shard_size)
+    chosen = bool(val_fraction or chooser.names)
+    if opened.is_val and chosen:
+        log.warning(
+            "%s: --val-%s decides what is validation, not the splits stated there",
+            source,
+            "list" if val_list else "fraction",
+        )
+    plan = Plan(opened, chooser if chosen else opened.is_val or chooser, shard_size)
+    _prepare(out, options)
     wanted = (os.cpu_count() or 1) if workers is None else workers
     notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
     if chooser.names and (unmatched := len(chooser.names - chooser.matched)):

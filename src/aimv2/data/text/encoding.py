@@ -96,9 +96,9 @@ def text_lines(file: Path) -> Iterator[str]:
 def _encoding_of(head: bytes, odd: bytes, where: str, name: str) -> str:
     """The encoding by a file's beginning, and by the part of it that is not UTF-8."""
     found = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
-    if found is None and b"\0" in head:
-        even, uneven = head[::2].count(0), head[1::2].count(0)
-        if 4 * (even + uneven) <= len(head) or 4 * min(even, uneven) > max(even, uneven):
+    even, uneven = head[::2].count(0), head[1::2].count(0)
+    if found is None and 4 * (even + uneven) > len(head):
+        if 4 * min(even, uneven) > max(even, uneven):
             raise NotText(f"{name} {NOT_TEXT}")
         found = "utf-16-le" if uneven > even else "utf-16-be"
     if found is None:
@@ -118,6 +118,8 @@ def _is_western(raw: bytes) -> bool:
     try:
         text = raw.decode("cp1252")
     except UnicodeDecodeError:
+        return False
+    if "\0" in text:
         return False
     high = len(_HIGH.findall(text))
     if 20 * (len(_UTF8.findall(raw)) + len(_STRANGE.findall(text))) > high:

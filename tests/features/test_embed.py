@@ -375,8 +375,8 @@ def test_a_list_of_odd_lines(tmp_path: Path) -> None:
     listed.write_text("photos/0.png\n~nobody-of-that-name/x.png\nphotos/\0.png\nphotos\n")
     result = api.embed(str(tmp_path / "m"), str(listed), str(tmp_path / "out"))
     assert (result["rows"], result["rejected"]) == (1, 3)
-    listed.write_bytes(b"photos/0.png\nphotos/\xff.png\n")
-    with pytest.raises(UsageError, match=r"some.txt: UTF-8 text with a path a line is expected") as error:
+    listed.write_bytes(b"photos/0.png\nphotos/\x81\xff.png\n")
+    with pytest.raises(UsageError, match=r"some.txt is not UTF-8") as error:
         api.embed(str(tmp_path / "m"), str(listed), str(tmp_path / "out2"))
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out2").exists()
 

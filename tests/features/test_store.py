@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from foreign_models import vit
 from PIL import Image
 
 from aimv2.config.schema import DataConfig
+from aimv2.data.images.labelled import Labelled
 from aimv2.data.images.opening import open_labelled
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import RankError, UsageError
+from aimv2.evals.probe import ProbeSettings, SweepSplits
+from aimv2.evals.probe_result import ProbeWork, identity
 from aimv2.explorer.stored import Stored
 from aimv2.features.embed import Wanted, embed_images, list_images
 from aimv2.features.extraction import cached_features
+from aimv2.features.fingerprint import architecture
 from aimv2.features.frozen import of_encoder, open_frozen
 from aimv2.features.store import FeatureStore
 from aimv2.features.teach import Lesson, teach
+from aimv2.features.teacher import open_teacher
 from aimv2.features.training_cache import training_features
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -47,12 +53,13 @@ def encoder(seed: int = 0, eps: float | None = None, **changes: Any) -> VisionEn
     return model
 
 
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {  # equal weights but for the first
     "weights": {"seed": 1},
     "heads": {"heads": 4},
     "mean": {"mean": (0.5, 0.5, 0.5)},
     "std": {"std": (0.5, 0.5, 0.5)},
     "eps": {"eps": 1e-3},
+    "patches": {"max_patches": 2000},
 }
 
 
@@ -81,6 +88,33 @@ def replace_photographs(data: Path) -> None:
     images = [parts["png" if "png" in parts else "jpg"] for _, parts in samples]
     samples[0][1]["png" if "png" in samples[0][1] else "jpg"] = images[1]
     write_shard(tar, samples)
+
+
+def states(data: Path) -> Iterator[str]:
+    """Other states of the photographs and of the shards, each undone before the next: time, size, names in another order."""
+    photo, tar = data / "photos" / "train" / "red" / "2.png", data / "shards" / "train-000001.tar"
+    old = {file: (file.read_bytes(), file.stat()) for file in (photo, tar)}
+
+    def restore() -> None:
+        for file, (content, about) in old.items():
+            file.write_bytes(content)
+            os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+    for file, (_, about) in old.items():
+        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    yield "time"
+    restore()
+    for file, (content, about) in old.items():
+        file.write_bytes(content + bytes(1024))
+        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    yield "size"
+    restore()
+    for one, two in ((photo, photo.with_name("4.png")), (tar, tar.with_name("train-000000.tar"))) * 2:
+        one.rename(data / "aside")
+        two.rename(one)
+        (data / "aside").rename(two)
+        if one == tar:
+            yield "order" if (one.stat().st_size, one.read_bytes()) != (old[tar][1].st_size, old[tar][0]) else ""
 
 
 def evaluate(data: Path, model: VisionEncoder, **changes: Any) -> Path:
@@ -144,6 +178,11 @@ def test_whatever_changes_the_features_is_refused(user: str, data: Path) -> None
         with pytest.raises(UsageError, match="give a new folder") as error:
             run(data, encoder(), **changes)
         assert error.value.code == "mismatch", changes
+    for state in filter(None, states(data)):
+        with pytest.raises(UsageError, match="replaced or changed") as error:
+            run(data, encoder())
+        assert error.value.code == "mismatch", state
+    run(data, encoder())
     replace_photographs(data)
     with pytest.raises(UsageError, match="replaced or changed") as error:
         run(data, encoder())
@@ -162,6 +201,7 @@ def test_the_processor_and_the_architecture_of_a_transformers_model_count(data: 
     model, split = vit(data / "vit"), open_labelled(str(data / "photos"), "train")
     assert split is not None
     cached_features(open_frozen(str(model)), split, folder=data / "store")
+    taught = open_teacher(str(model), CPU).fingerprint
     for name, changes in (
         ("preprocessor_config.json", {"image_mean": [0.4, 0.4, 0.4]}),
         ("preprocessor_config.json", {"rescale_factor": 1 / 128}),
@@ -173,6 +213,7 @@ def test_the_processor_and_the_architecture_of_a_transformers_model_count(data: 
         with pytest.raises(UsageError) as error:
             cached_features(open_frozen(str(model)), split, folder=data / "store")
         assert error.value.code == "mismatch", changes
+        assert open_teacher(str(model), CPU).fingerprint != taught, changes
         (model / name).write_text(kept)
     cached_features(open_frozen(str(model)), split, folder=data / "store")
 
@@ -230,6 +271,7 @@ def test_the_explorer_reads_pictures_where_features_do_not_fit(data: Path) -> No
     former = Stored(data / "store")
     assert not former.of(encoder()) and "earlier version" in former.note(encoder(), False)
     about.write_text(kept)
+    assert all(Stored(data / "store").stale for _ in filter(None, states(data))) and not Stored(data / "store").stale
     replace_photographs(data)
     changed = Stored(data / "store")
     assert not changed.of(encoder()) and "replaced or changed" in changed.note(encoder(), False)
@@ -289,3 +331,55 @@ def test_a_rank_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("aimv2.features.store.LONGEST_WAIT", 0.0)
     with pytest.raises(RankError, match="rank 1 waited"):
         FeatureStore(tmp_path / "s", {"fingerprint": 2}, "data.features", rank=1, ranks=2)
+
+
+def test_every_field_of_a_configuration_and_every_norm_counts() -> None:
+    """Whatever a later version adds to it; a name alone does not."""
+    model = encoder()
+    known = architecture(model)
+    for field in fields(EncoderConfig):
+        value = getattr(CONFIG, field.name)
+        other = (*value[:2], 9.0) if isinstance(value, tuple) else "other" if isinstance(value, str) else value + 1
+        changed = build(CONFIG, None, seed=0)
+        changed.config = replace(CONFIG, **{field.name: other})
+        assert (architecture(changed) != known) == (field.name != "name"), field.name
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.eps, kept = 1e-3, module.eps
+            assert architecture(model) != known, name
+            module.eps = kept
+    other = type("Other", (VisionEncoder,), {})(CONFIG)
+    assert architecture(other) != known == architecture(model)
+
+
+def test_every_bit_of_the_weights_counts() -> None:
+    model = encoder()
+    known, seen = of_encoder("m", model).sha256, set()
+    for name, value in model.state_dict().items():
+        bits = value.view(torch.int32).view(-1)
+        bits[-1] ^= 1
+        seen.add(of_encoder("m", model).sha256)
+        bits[-1] ^= 1
+        assert known not in seen, name
+    assert len(seen) == len(model.state_dict()) and of_encoder("m", model).sha256 == known
+    seen.add(of_encoder("m", encoder().bfloat16().float()).sha256)
+    assert len(seen) == len(model.state_dict()) + 1
+
+
+def test_an_unfinished_probe_is_of_its_labels(data: Path) -> None:
+    """The same photographs under other labels, other names of classes, or in another order."""
+    split = open_labelled(str(data / "photos"), "train")
+    assert split is not None
+    work = ProbeWork(ProbeSettings(), "auto", (0,), 0, 0, 8, 0)
+
+    def of(other: Labelled) -> Any:
+        return identity(of_encoder("m", encoder()), SweepSplits(other, None, split), "test", work)
+
+    assert of(replace(split)) == of(split)
+    for changes in (
+        {"labels": split.labels[::-1]},
+        {"classes": split.classes[::-1]},
+        {"keys": [*split.keys[1:], split.keys[0]]},
+    ):
+        found, known = of(replace(split, **changes)), of(split)
+        assert [key for key in known if found[key] != known[key]] == ["labels"], changes

@@ -5,6 +5,7 @@ Legend: G heads of a sweep, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -119,10 +120,14 @@ def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeW
     """What must be the same for an output folder to be continued."""
     images = [split for split in (splits.train, splits.select, splits.test) if split is not None]
     contents = [contents_of_rows(split.image, np.arange(len(split.keys))) for split in images]
+    labels = [
+        hashlib.sha256(repr((split.classes, list(split.keys), split.labels.tolist())).encode()) for split in images
+    ]
     return {
         "weights_sha256": frozen.sha256,
         "model": frozen.fingerprint(),
         "contents": contents,
+        "labels": [found.hexdigest() for found in labels],
         "image_size": frozen.image_size,
         "precision": frozen.precision,
         "data": splits.test.source,

@@ -5,6 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+POINTER = "a Git LFS pointer in place of the file; run `git lfs pull` where it was cloned"
+
+
+def is_pointer(data: bytes | Path) -> bool:
+    """Whether a file, or the start of one, is a pointer of Git LFS."""
+    if isinstance(data, Path):
+        try:
+            with data.open("rb") as file:
+                data = file.read(64)
+        except OSError:
+            return False
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
 
 def write_aside(path: Path, text: str) -> None:
     """Writes ``text`` next to ``path`` and renames it: a reader never sees half of it."""

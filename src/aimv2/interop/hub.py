@@ -38,6 +38,7 @@ WANTED = [  # never a pickle; spiece.model is SigLIP's, sentencepiece.bpe.model 
     *("tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     "special_tokens_map.json",
 ]
+SHARD = re.compile(r"-\d{5}-of-(\d{5})$")  # ends the name of one of several weight files
 CARD = "README.md"  # read for its licence only
 INDEX = "model.safetensors.index.json"
 REQUIRED = ("config.json", "preprocessor_config.json")  # without them a model could be mistaken for another
@@ -184,7 +185,7 @@ def lacking_weights(folder: Path) -> bool:
             return not all((folder / name).is_file() for name in indexed_files(folder))
         except UsageError:
             return True
-    return all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in folder.glob("*.safetensors"))
+    return all(SHARD.search(file.stem) for file in folder.glob("*.safetensors"))
 
 
 def _misses(folder: Path) -> Path:

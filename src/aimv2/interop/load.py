@@ -23,7 +23,16 @@ from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
 from aimv2.interop.hub import INDEX
 from aimv2.interop.layouts import Detected, Rules
-from aimv2.interop.shapes import decoder_config, encoder_config, pair_config, read_image_processor, read_json, section
+from aimv2.interop.shapes import (
+    VISION,
+    decoder_config,
+    encoder_config,
+    named_section,
+    pair_config,
+    read_image_processor,
+    read_json,
+)
+from aimv2.io import POINTER, is_pointer
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -107,10 +116,34 @@ def _from_file(given: str, path: Path) -> ModelSource:
         raise UsageError(
             f"MODEL {given}: a .safetensors file is expected, got '{path.suffix or path.name}'", code="unsupported"
         )
-    return ModelSource(given, path.parent, (path,))
+    if is_pointer(path):
+        raise UsageError(f"MODEL {given}: {POINTER}", code="unreadable")
+    return ModelSource(given, path.parent, _with_its_shards(given, path))
+
+
+def _with_its_shards(given: str, path: Path) -> tuple[Path, ...]:
+    """A weights file, with the others where its name says that it is one of several.
+
+    Raises:
+        UsageError: one of them is not there.
+    """
+    part = hub.SHARD.search(path.stem)
+    if part is None:
+        return (path,)
+    stem, count = path.stem[: part.start()], int(part[1])
+    files = tuple(path.with_name(f"{stem}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1))
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise UsageError(
+            f"MODEL {given}: {path.name} is one of {count} weight files; {lost[0]} is not there", code="not-found"
+        )
+    return files
 
 
 def _from_folder(given: str, folder: Path) -> ModelSource:
+    for name in hub.WANTED:
+        for file in folder.glob(name):
+            if is_pointer(file):
+                raise UsageError(f"MODEL {given}: {file.name} is {POINTER}", code="unreadable")
     if (folder / INDEX).is_file():
         names = hub.indexed_files(folder)
         for name in names:
@@ -123,8 +156,8 @@ def _from_folder(given: str, folder: Path) -> ModelSource:
         inner = model_folder.find_model(folder)
         return ModelSource(given, inner, (inner / model_folder.WEIGHTS,))
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return ModelSource(given, folder, (files[0],))
+    if len(files) == 1 or (files and hub.SHARD.search(files[0].stem)):
+        return ModelSource(given, folder, _with_its_shards(given, files[0]))
     if files:
         some = ", ".join(file.name for file in files[:4])
         raise UsageError(
@@ -356,9 +389,9 @@ def plan(at: ModelSource, weights: Weights, found: Detected, decoder: bool) -> t
         if is_pair:
             pair = pair_config(found, weights, stored, processor)
             return LiT(pair), layouts.pair_rules(found.layout, pair.encoder, pair.text), ()
-        shape = encoder_config(found, weights, section(stored, "vision_config") or stored, processor)
+        shape = encoder_config(found, weights, named_section(stored, VISION) or stored, processor)
         if decoder:
-            parts = decoder_config(weights)
+            parts = decoder_config(weights, stored)
             return AIMv2(shape, parts), layouts.trainer_rules(shape, parts), ()
         rules = layouts.encoder_rules(found.layout, shape, "", found.image)
         return VisionEncoder(shape), rules, ("models.text_decoder.",) if found.layout == "trainer" else ()

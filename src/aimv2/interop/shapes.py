@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aimv2.errors import UsageError
 from aimv2.interop import layouts, model_folder
 from aimv2.interop.layouts import LAYOUTS, Detected
+from aimv2.io import POINTER, is_pointer
 from aimv2.models.lit import LiTConfig, TextConfig
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, DecoderConfig, EncoderConfig
 
@@ -18,6 +20,24 @@ if TYPE_CHECKING:
     from aimv2.interop.load import Weights
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, in its key ``image_processor``
+VISION, DECODER = (
+    ("vision_config", "encoder", "image_encoder"),
+    ("decoder", "decoder_config", "text_decoder", "text_config"),
+)
+HEADS = ("num_attention_heads", "heads", "num_heads")
+# keys of configurations that change what is computed: the values that AIMV2 has, the first for messages
+ACTIVATIONS = ("silu", "swish", None)
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ACTIVATIONS,
+    "act_layer": ACTIVATIONS,
+    "norm_layer": ("rmsnorm", "RmsNorm", None),
+    "num_channels": (3, None),
+    "in_chans": (3, None),
+    "quantization_config": (None, {}),
+    **dict.fromkeys(
+        ("qkv_bias", "use_bias", "mlp_bias", "proj_bias", "class_token", "qk_norm", "qkv_norm"), (False, None)
+    ),
+}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -29,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    if is_pointer(path):
+        raise UsageError(f"{path} is {POINTER}", code="unreadable")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -46,6 +68,38 @@ def section(stored: dict[str, Any], key: str) -> dict[str, Any]:
     return value or {}
 
 
+def named_section(stored: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The first of several sections that is there, else {}."""
+    return next((found for key in keys if (found := section(stored, key))), {})
+
+
+def check_fixed(stored: dict[str, Any], where: str, **sizes: Any) -> None:
+    """Check the keys of a configuration that change what a model computes, and that no AIMV2 has otherwise.
+
+    Args:
+        stored: the configuration.
+        where: name of the weights, for the message.
+        **sizes: what the weights say, by key; None: nothing.
+
+    Raises:
+        UsageError: another value.
+    """
+    given = {**section(stored, "model_args"), **stored}
+    for key, allowed in FIXED.items():
+        if key in given and given[key] not in allowed:
+            raise UsageError(
+                f"{where}: {key} {given[key]!r} in {model_folder.CONFIG}; AIMV2 has {allowed[0]!r}", code="unsupported"
+            )
+    eps = given.get("rms_norm_eps", 1e-5)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or abs(eps - 1e-5) > 1e-9:
+        raise UsageError(f"{where}: rms_norm_eps {eps!r} in {model_folder.CONFIG}; AIMV2 has 1e-5", code="unsupported")
+    for key, value in sizes.items():
+        if value is not None and given.get(key) not in (None, value, [value, value]):
+            raise UsageError(
+                f"{where}: {key} {given[key]!r} in {model_folder.CONFIG}, {value} by the weights", code="mismatch"
+            )
+
+
 def whole(value: Any, key: str) -> int:
     """Validate a positive integer of a configuration; anything else is a UsageError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -57,6 +111,11 @@ def configured_int(stored: dict[str, Any], key: str, other: str = "", default: A
     """A positive integer under ``key`` or under ``other``, else ``default``; None where there is none."""
     value = stored.get(key, stored.get(other, default))
     return None if value is None else whole(value, key)
+
+
+def configured_heads(stored: dict[str, Any]) -> int | None:
+    """Number of attention heads by a configuration; None where it says none."""
+    return next((whole(stored[key], key) for key in HEADS if stored.get(key) is not None), None)
 
 
 def positive(value: Any, key: str) -> float:
@@ -172,15 +231,18 @@ def encoder_config(
     gate = prefix + block[4].split()[0].format(i=0)
     hidden = dims(weights, gate, "hidden, width")[0] // (2 if ours else 1)
     image_size = grid_of(weights, prefix + embed[3]) * patch if found.position else None
-    heads = configured_int(stored, "num_attention_heads", "heads", section(stored, "model_args").get("num_heads"))
+    check_fixed(
+        stored, weights.where, hidden_size=width, embed_dim=width, intermediate_size=hidden, patch_size=patch, image_size=image_size,
+        img_size=image_size, is_native=False if found.position else None, use_head=True if found.head else None,
+    )  # fmt: skip
+    heads = configured_heads({**section(stored, "model_args"), **stored})
     heads = default_heads(width, weights.where) if heads is None else heads
-    eps = stored.get("rms_norm_eps", 1e-5)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or abs(eps - 1e-5) > 1e-9:
-        raise UsageError(f"{weights.where}: rms_norm_eps {eps!r} in {model_folder.CONFIG}; AIMV2 has 1e-5")
     config = EncoderConfig("", width, depth, check_heads(heads, width, weights.where), hidden, patch, image_size)
     if found.head:
         config = replace(config, pool_heads=heads)
-    mean, std = normalization(processor or section(stored, "pretrained_cfg"), weights.where)
+    # timm's older files have the mean and std themselves
+    flat = stored if not ours and "mean" in stored and "std" in stored else {}
+    mean, std = normalization(processor or section(stored, "pretrained_cfg") or flat, weights.where)
     return replace(config, mean=mean, std=std, name=config_name(config))
 
 
@@ -242,7 +304,8 @@ def pair_config(found: Detected, weights: Weights, stored: dict[str, Any], proce
     names, text = LAYOUTS[found.layout], section(stored, "text_config")
     prefix = found.text or ""
     vocab, width = dims(weights, prefix + names.text[0], "vocabulary, width")
-    end, heads = text.get("eos_token_id"), configured_int(text, "num_attention_heads")
+    end, heads = text.get("eos_token_id"), configured_heads(text)
+    check_fixed(text, weights.where, hidden_size=width, vocab_size=vocab)
     if end is not None and (isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab):
         raise UsageError(
             f"{model_folder.CONFIG}: eos_token_id {end!r}, one of 0 to {vocab - 1} expected", code="unknown"
@@ -267,20 +330,27 @@ def pair_config(found: Detected, weights: Weights, stored: dict[str, Any], proce
     )
 
 
-def decoder_config(weights: Weights) -> DecoderConfig:
+def decoder_config(weights: Weights, stored: dict[str, Any]) -> DecoderConfig:
     """Decoder config from a checkpoint of the released training code.
 
+    Args:
+        weights: open files.
+        stored: ``config.json``, or {}; a section of the decoder in it states the heads.
+
     Raises:
-        UsageError: a missing key, or a tensor of another number of dimensions.
+        UsageError: a missing key, a tensor of another number of dimensions, a value of the configuration that no AIMV2 has.
     """
+    about = named_section(stored, DECODER)
     theirs = "models.text_decoder."
     names = {ours: theirs + name for ours, name in layouts.TRAINER_DECODER.items()}
     width = dims(weights, names["decoder.project.weight"], "width, encoder")[0]
     trunk = LAYOUTS["trainer"].trunk
+    check_fixed(about, weights.where, hidden_size=width, width=width)
+    heads = configured_heads(about)
     return DecoderConfig(
         width=width,
-        depth=depth_of(weights, theirs + trunk.block[0], None),
-        heads=default_heads(width, weights.where),
+        depth=depth_of(weights, theirs + trunk.block[0], configured_int(about, "num_hidden_layers", "depth")),
+        heads=check_heads(default_heads(width, weights.where) if heads is None else heads, width, weights.where),
         hidden=dims(weights, theirs + trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
         vocab_size=dims(weights, names["decoder.token_embed.weight"], "vocabulary, width")[0],
         max_text=dims(weights, names["decoder.text_position"], "positions, width")[0] - 1,

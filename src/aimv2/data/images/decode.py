@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
+from aimv2.io import POINTER, is_pointer
+
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning limit: about 13,400 x 13,400
 Image.init()
 FORMATS = tuple(  # not every build of Pillow has all; multi-picture JPEGs (MPO) open as JPEG
@@ -160,7 +162,7 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         raise ImageError(f"more than {max_pixels:,} pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError("not an image of a known format") from error
+        raise ImageError(POINTER if is_pointer(raw) else "not an image of a known format") from error
     except Exception as error:  # a broken header makes Pillow's plugins raise nearly anything
         raise ImageError(_reason(error, "header")) from error
     width, height = image.size

@@ -23,6 +23,7 @@ from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
 from aimv2.data.text.encoding import decode_text
 from aimv2.errors import UsageError
+from aimv2.io import POINTER, is_pointer
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def _matching_tars(source: str | Path, option: str) -> list[Path]:
 
     pattern = os.path.expanduser(str(source))
     if Path(pattern).is_file():
+        if is_pointer(Path(pattern)):
+            raise UsageError(f"{option}: {source} is {POINTER}", code="unreadable")
         if not tarfile.is_tarfile(pattern):
             raise UsageError(f"{option}: {source} is not a tar of samples; {_how_to_import(source)}")
         return [Path(pattern)]

@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from aimv2.io import POINTER, is_pointer
+
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _NAME = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz)$", re.IGNORECASE)
 
@@ -52,6 +54,8 @@ def open_tar(tar: Path) -> IO[bytes]:
     Raises:
         OSError: it cannot be read; it is not compressed as its name says.
     """
+    if is_pointer(tar):
+        raise OSError(POINTER)
     if not is_packed(tar):
         return open(tar, "rb")
     state = tar.stat()

@@ -17,6 +17,7 @@ from typing import Any
 
 from aimv2.errors import UsageError, first_line
 from aimv2.interop.hub import unreachable
+from aimv2.io import POINTER, is_pointer
 
 MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
@@ -137,6 +138,9 @@ def load_tokenizer(source: str | Path, option: str = "data.tokenizer") -> Tokeni
         option: the option that the user would change, for error messages.
     """
     path = Path(source).expanduser()
+    for file in (path, *(path.glob("*") if path.is_dir() else ())):
+        if is_pointer(file):
+            raise UsageError(f"{option}: {file} is {POINTER}", code="unreadable")
     if path.is_file():
         return _from_file(path, None, str(source), option)
     if path.is_dir():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -360,3 +362,27 @@ def test_a_baseline_that_can_not_be_had_is_refused_before_any_forward_pass(
     with pytest.raises(UsageError, match="--baselines random"):
         getattr(api, command)(str(folder), str(data), baselines=["random"])
     assert not calls
+
+
+def test_timm_without_a_network_ends_at_once_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client uses its cache without retries, and afterwards asks again."""
+    from huggingface_hub import constants
+
+    from aimv2.interop import hub
+
+    before, states = constants.HF_HUB_OFFLINE, []
+
+    def create_model(name: str, **_: Any) -> None:
+        states.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not found")
+
+    timm = ModuleType("timm")
+    vars(timm).update(is_model=lambda name: name == "vit_x", list_models=lambda: ["vit_x"], create_model=create_model)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setattr(hub, "unreachable", lambda: "no route")
+    with pytest.raises(UsageError, match=r"timm:vit_x: .*the hub can't be reached \(no route\) and the cache lacks it"):
+        open_frozen("timm:vit_x")
+    assert states == [True] and before == constants.HF_HUB_OFFLINE
+    with pytest.raises(UsageError, match="timm has no such model; did you mean 'vit_x'"):
+        open_frozen("timm:vit_xx")
+    assert len(states) == 1

@@ -16,8 +16,14 @@ from test_layouts import DECODER, encoder, equal, pair, shape
 
 import aimv2
 from aimv2 import cli
+from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.shards.format import find_shards
+from aimv2.data.shards.tars import open_tar
+from aimv2.data.text.tokenizer import load_tokenizer
 from aimv2.errors import UsageError
-from aimv2.interop.convert import convert
+from aimv2.features.frozen import open_frozen
+from aimv2.interop.convert import convert, renamed
+from aimv2.interop.layouts import trainer_rules
 from aimv2.models.create import build
 from aimv2.models.lit import LiT, LiTConfig
 
@@ -78,6 +84,18 @@ def test_tensors(key: str, value: torch.Tensor, said: str, tmp_path: Path) -> No
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5'"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06"),
         ({"vision_config": [1]}, r"vision_config \[1\], an object expected"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' in config.json; AIMV2 has 'silu'"),
+        ({"act_layer": "gelu"}, "act_layer 'gelu'"),
+        ({"model_args": {"norm_layer": "layernorm"}}, "norm_layer 'layernorm'"),
+        ({"qkv_bias": True}, "qkv_bias True"),
+        ({"use_bias": True}, "use_bias True"),
+        ({"num_channels": 1}, "num_channels 1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"is_native": True}, "is_native True in config.json, False by the weights"),
+        ({"image_size": 56}, "image_size 56 in config.json, 28 by the weights"),
+        ({"patch_size": 16}, "patch_size 16"),
+        ({"hidden_size": 64}, "hidden_size 64"),
+        ({"intermediate_size": 64}, "intermediate_size 64"),
     ],
 )
 def test_configurations(values: dict, said: str, tmp_path: Path) -> None:
@@ -111,13 +129,14 @@ def test_means_and_deviations(values: dict, tmp_path: Path) -> None:
         {"init_temperature": "warm"},
         {"max_logit_scale": -1},
         {"text_config": 3},
+        {"text_config__hidden_size": 64},
     ],
     ids=str,
 )
 def test_configurations_of_pairs(values: dict, tmp_path: Path) -> None:
     convert(pair(), tmp_path / "m", "released")
     retold(tmp_path / "m", **values)
-    with pytest.raises(UsageError, match=r"expected|do not divide") as error:
+    with pytest.raises(UsageError, match=r"expected|do not divide|by the weights") as error:
         aimv2.load_model(tmp_path / "m")
     one_line(error)
 
@@ -423,3 +442,85 @@ def test_the_processor_beside_an_aimv2_decides_its_pixels(
         with pytest.raises(UsageError, match="its image processor") as error:
             aimv2.load_model(tmp_path / "m")
         one_line(error)
+
+
+def test_what_says_the_same_in_other_words_is_read(tmp_path: Path) -> None:
+    convert(encoder(), tmp_path / "m", "transformers")
+    retold(tmp_path / "m", hidden_act="swish", image_size=[28, 28], attention_dropout=0.1)
+    equal(aimv2.load_model(tmp_path / "m"), encoder())
+    retold(tmp_path / "m", hidden_act="relu")
+    with pytest.raises(UsageError, match="hidden_act 'relu'") as error:
+        aimv2.load_model(tmp_path / "m")
+    assert error.value.code == "unsupported"
+    convert(pair(), tmp_path / "pair", "transformers")
+    for key, value in (("hidden_act", "gelu"), ("rms_norm_eps", 1e-6)):  # of the text tower, too
+        before = json.loads((tmp_path / "pair" / "config.json").read_text())
+        retold(tmp_path / "pair", **{f"text_config__{key}": value})
+        with pytest.raises(UsageError, match=key):
+            aimv2.load_model(tmp_path / "pair")
+        (tmp_path / "pair" / "config.json").write_text(json.dumps(before))
+
+
+@pytest.mark.parametrize("form", ["decoder", "text_config"])
+def test_heads_of_a_released_decoder_are_those_of_the_configuration(form: str, tmp_path: Path) -> None:
+    """The width alone can not tell them: 768 is 6 heads of a released text tower, or 12."""
+    decoder = replace(DECODER, width=768, heads=12)
+    model = build(shape(), decoder, seed=0).eval()
+    save_file(renamed(model, trainer_rules(model.encoder.config, decoder)), tmp_path / "model.safetensors")
+    key = {"decoder": "heads", "text_config": "num_attention_heads"}[form]
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, form: {key: 12}}))
+    loaded = aimv2.load_model(tmp_path, decoder=True)
+    assert loaded.decoder.config.heads == 12
+    equal(loaded, model)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, form: {key: 7}}))
+    with pytest.raises(UsageError, match="7 attention heads do not divide the width 768"):
+        aimv2.load_model(tmp_path, decoder=True)
+
+
+POINTER_TEXT = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 123\n" % (b"0" * 64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors.index.json"],
+)
+def test_a_pointer_of_git_lfs_is_called_that(name: str, tmp_path: Path) -> None:
+    convert(encoder(), tmp_path / "m", "transformers")
+    (tmp_path / "m" / name).write_bytes(POINTER_TEXT)
+    for opened in (aimv2.load_model, open_frozen):
+        with pytest.raises(UsageError, match=f"{name}.* Git LFS pointer") as error:
+            opened(str(tmp_path / "m"))
+        assert one_line(error) and error.value.code == "unreadable"
+
+
+def test_a_pointer_in_place_of_data_is_called_that(tmp_path: Path) -> None:
+    for name in ("a.png", "a.tar", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(POINTER_TEXT)
+    with pytest.raises(ImageError, match="Git LFS pointer"):
+        decode_image(tmp_path / "a.png")
+    with pytest.raises(OSError, match="Git LFS pointer"):
+        open_tar(tmp_path / "a.tar")
+    for opened, name in (
+        (load_tokenizer, "tokenizer.json"),
+        (load_tokenizer, ""),
+        (aimv2.load_model, "model.safetensors"),
+        (lambda path: find_shards(path, "train"), "a.tar"),
+    ):
+        with pytest.raises(UsageError, match="Git LFS pointer"):
+            opened(tmp_path / name)
+
+
+def test_one_of_several_weight_files(tmp_path: Path) -> None:
+    convert(encoder(), tmp_path / "m", "released")
+    folder, weights = tmp_path / "m", load_file(tmp_path / "m" / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        save_file({key: weights[key] for key in sorted(weights)[i::2]}, folder / name)
+    equal(aimv2.load_model(folder), encoder())  # all are there: the index adds nothing
+    equal(aimv2.load_model(folder / names[1]), encoder())
+    (folder / names[0]).unlink()
+    for given in (folder, folder / names[1]):
+        with pytest.raises(UsageError, match=f"{names[1]} is one of 2 weight files; {names[0]} is not there") as error:
+            aimv2.load_model(given)
+        assert error.value.code == "not-found"

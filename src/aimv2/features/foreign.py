@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line, nearest
 from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
 from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor, refuse_other_inputs
+from aimv2.interop.hub import offline_if_unreachable
 from aimv2.interop.shapes import read_json
 
 PREFIXES = ("module.", "_orig_mod.")  # put before every key by DataParallel and torch.compile
@@ -410,12 +411,16 @@ def timm_frozen(source: str, device: torch.device, stats: Stats | None) -> Froze
     try:
         import timm
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"MODEL {source}: timm can't be imported here ({str(error).splitlines()[0]})") from None
-    try:
-        model: Any = timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).eval().to(device)
-    except Exception as error:  # an unknown name, no network, no such weights
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"MODEL {source}: timm can't open it ({why})") from None
+        raise UsageError(f"MODEL {source}: timm can't be imported here ({first_line(error)})", code="missing") from None
+    name = source.removeprefix("timm:")
+    if ":" not in name and not timm.is_model(name):
+        raise UsageError(f"MODEL {source}: timm has no such model{nearest(name, timm.list_models())}", code="unknown")
+    with offline_if_unreachable() as unreached:
+        try:
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
+        except Exception as error:  # no network, no such weights
+            why = f"the hub can't be reached ({unreached}) and the cache lacks it" if unreached else first_line(error)
+            raise UsageError(f"MODEL {source}: timm can't open its weights: {why}", code="not-found") from None
     about = timm.data.resolve_model_data_config(model)
     return of_timm(
         source, model, about["input_size"][-1], stats or Stats(tuple(about["mean"]), tuple(about["std"])), device

@@ -31,6 +31,7 @@ USE = {
     "session = onnxruntime.InferenceSession('{name}/model.onnx')  # pixel_values -> features",
     "openvino": "from aimv2.interop.openvino import OpenVINOEncoder\n\nencoder = OpenVINOEncoder({name!r})",
 }
+TIMM_BASE = "aimv2_large_patch14_224"  # timm's name for sizes that it has no name for; model_args in config.json change its size
 LIBRARIES = ("transformers", "timm", "onnx")  # library names on the hub
 LICENCE_KEYS = ("license", "license_name", "license_link")  # the hub's spelling
 HOLDS_PAIRS = ("released", "transformers", "safetensors")
@@ -221,9 +222,8 @@ def _count(module: nn.Module) -> int:
 def _use(config: EncoderConfig, to: str, name: str, pair: bool, whole: bool) -> str:
     """Python code that loads the model."""
     known = timm_name(config)
-    if to == "timm" and known is None:
-        lines = OURS.format(variable="encoder", name=name, options="")
-        return f"# timm has no model of this size\n{lines}"
+    if to == "timm" and known is None:  # by the folder's config.json
+        return f"import timm\n\nmodel = timm.create_model({f'local-dir:{name}'!r}, pretrained=True)"
     if to in USE:
         return USE[to].format(name=name, timm=known)
     variable = "pair" if pair else "model" if whole else "encoder"

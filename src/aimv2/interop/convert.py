@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
 from aimv2.interop import layouts
-from aimv2.interop.card import timm_name
+from aimv2.interop.card import TIMM_BASE, timm_name
 from aimv2.interop.layouts import Rules
 from aimv2.interop.model_folder import CONFIG, WEIGHTS, save_model
 from aimv2.models.aimv2 import AIMv2
@@ -186,9 +186,11 @@ def to_timm(model: nn.Module, out: Path) -> None:
             "timm has no native AIMV2; --to released, transformers or onnx", option="--to", code="unsupported"
         )
     tensors = renamed(image, layouts.encoder_rules("timm", config))
-    name = timm_name(config)
+    ratio = config.hidden / config.width
+    if int(config.width * ratio) != config.hidden:  # timm rounds down
+        ratio = (config.hidden + 0.5) / config.width
     about = {
-        "architecture": name or "vit",
+        "architecture": timm_name(config) or TIMM_BASE,
         "num_classes": 0,
         "num_features": config.width,
         "global_pool": "avg",
@@ -209,6 +211,7 @@ def to_timm(model: nn.Module, out: Path) -> None:
             "embed_dim": config.width,
             "depth": config.depth,
             "num_heads": config.heads,
+            "mlp_ratio": ratio,
         },
     }
     save_file(tensors, out / WEIGHTS, {"format": "pt"})

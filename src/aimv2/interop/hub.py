@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aimv2.errors import UsageError, first_line
@@ -63,6 +65,19 @@ def unreachable() -> str:
     except Exception as error:  # any network error
         return first_line(error)
     return ""
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[str]:
+    """Gives why the hub can't be reached, "" where it can; where not, its client uses the cache at once, without retries."""
+    from huggingface_hub import constants
+
+    before, why = constants.HF_HUB_OFFLINE, unreachable()
+    constants.HF_HUB_OFFLINE = before or bool(why)
+    try:
+        yield why
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def download(repository: str, revision: str | None) -> Path:

@@ -227,7 +227,8 @@ def encoder_config(
         raise UsageError(
             f"{weights.where}: key '{prefix + embed[0]}' holds patches of {patch} x {side}, squares expected"
         )
-    depth = depth_of(weights, prefix + block[0], configured_int(stored, "num_hidden_layers", "depth"))
+    about = {**section(stored, "model_args"), **stored}
+    depth = depth_of(weights, prefix + block[0], configured_int(about, "num_hidden_layers", "depth"))
     gate = prefix + block[4].split()[0].format(i=0)
     hidden = dims(weights, gate, "hidden, width")[0] // (2 if ours else 1)
     image_size = grid_of(weights, prefix + embed[3]) * patch if found.position else None
@@ -235,7 +236,7 @@ def encoder_config(
         stored, weights.where, hidden_size=width, embed_dim=width, intermediate_size=hidden, patch_size=patch, image_size=image_size,
         img_size=image_size, is_native=False if found.position else None, use_head=True if found.head else None,
     )  # fmt: skip
-    heads = configured_heads({**section(stored, "model_args"), **stored})
+    heads = configured_heads(about)
     heads = default_heads(width, weights.where) if heads is None else heads
     config = EncoderConfig("", width, depth, check_heads(heads, width, weights.where), hidden, patch, image_size)
     if found.head:

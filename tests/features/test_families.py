@@ -264,27 +264,35 @@ SMALLEST = (
     "_s",
     "",
 )
-SAID = {  # families whose features are no patches on a square grid, and the word of the refusal
-    "crossvit": "gives no patch features",
-}
+SHALLOW = (
+    "beit",
+    "deepseek_vit",
+    "gemma4_vit",
+    "naflexvit",
+    "qwen3_vit",
+    "vision_transformer_sam",
+)  # of large members only
+TOO_LARGE = ("mobilenetv5",)  # no member below 290M parameters, and no depth to choose
+SAID = dict.fromkeys(("coat", "crossvit"), "gives no patch features")  # families that are refused, and why
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TIMM, reason="timm is not installed")
 def test_every_family_of_timm_keeps_the_contract_or_says_what_it_gives() -> None:
+    """The smallest member of each, with random weights; the layout of a map is settled by its sides."""
     import timm
 
     wrong, kept = {}, 0
-    for family in timm.list_modules():
+    for family in sorted(set(timm.list_modules()) - set(TOO_LARGE)):
         names = sorted(timm.list_models(module=family), key=len)
         name = next(name for part in SMALLEST for name in names if part in name)
         torch.manual_seed(0)
         try:
-            model = timm.create_model(name, num_classes=0).eval()
-            about = timm.data.resolve_model_data_config(model)
-            frozen = of_timm(name, model, about["input_size"][-1], STATS, torch.device("cpu"))
-            raw = model.forward_features(torch.zeros(1, *about["input_size"]))
-            check_grid(frozen, None, raw.ndim == 3)
+            model = timm.create_model(name, num_classes=0, **({"depth": 2} if family in SHALLOW else {})).eval()
+            shape = timm.data.resolve_model_data_config(model)["input_size"]
+            frozen = of_timm(name, model, shape[-1], STATS, torch.device("cpu"))
+            if model.forward_features(torch.zeros(1, *shape)).ndim == 3:
+                check_grid(frozen, None)
             kept += 1
         except UsageError as error:
             if SAID.get(family, "nothing") not in str(error):

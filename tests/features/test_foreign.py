@@ -386,3 +386,12 @@ def test_timm_without_a_network_ends_at_once_in_one_line(monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="timm has no such model; did you mean 'vit_x'"):
         open_frozen("timm:vit_xx")
     assert len(states) == 1
+
+
+def test_a_folder_of_timm_is_called_that(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 0}')
+    with pytest.raises(UsageError, match=r"a model of timm \(vit_tiny_patch16_224\).* give timm:local-dir:"):
+        open_frozen(str(tmp_path))

@@ -226,3 +226,15 @@ def test_the_licence_comes_with_the_weights(served: Hub, tmp_path: Path) -> None
     api.convert("someone/else", str(tmp_path / "out"), "timm")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: other\nlicense_name: theirs\n" in card and "licence of the weights: theirs" in card
+
+
+def test_a_cached_pair_of_transformers_5_is_complete(tmp_path: Path) -> None:
+    """It writes one file for tokenizer and images, which any client may have downloaded."""
+    folder = tmp_path / "models--a--b" / "snapshots" / OLD
+    convert(encoder(), folder, "transformers")
+    processor = folder / "preprocessor_config.json"
+    stored = json.loads(processor.read_text())
+    processor.unlink()
+    assert not hub.complete(folder, "a/b")
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": stored}))
+    assert hub.complete(folder, "a/b")

@@ -422,6 +422,11 @@ def timm_frozen(source: str, device: torch.device, stats: Stats | None) -> Froze
             why = f"the hub can't be reached ({unreached}) and the cache lacks it" if unreached else first_line(error)
             raise UsageError(f"MODEL {source}: timm can't open its weights: {why}", code="not-found") from None
     about = timm.data.resolve_model_data_config(model)
+    if about["input_size"][0] != 3:
+        raise UsageError(
+            f"MODEL {source}: it takes images of {about['input_size'][0]} channels; an encoder of RGB images is expected",
+            code="unsupported",
+        )
     return of_timm(
         source, model, about["input_size"][-1], stats or Stats(tuple(about["mean"]), tuple(about["std"])), device
     )

@@ -257,6 +257,7 @@ def _open(
 ) -> Frozen:
     from aimv2.features.foreign import is_foreign, timm_frozen, transformers_frozen
     from aimv2.interop import load, openvino
+    from aimv2.interop.shapes import read_json
     from aimv2.models.lit import LiT
 
     folder = Path(source).expanduser()
@@ -269,7 +270,16 @@ def _open(
     if is_foreign(at.folder):
         return transformers_frozen(source, at.folder, device, stats, options)
     refuse_stats(source, stats, options)
-    model = load.load_model(at, device=device)
+    try:
+        model = load.load_model(at, device=device)
+    except UsageError as error:
+        known = read_json(at.folder / "config.json").get("architecture")  # timm's key
+        if error.code != "unsupported" or known is None:
+            raise
+        raise UsageError(
+            f"MODEL {source}: a model of timm ({known}) and no AIMV2; give timm:local-dir:{at.folder} where timm is installed",
+            code="unsupported",
+        ) from None
     encoder = model.image if isinstance(model, LiT) else model
     assert isinstance(encoder, VisionEncoder)
     return of_encoder(source, encoder, image_size)

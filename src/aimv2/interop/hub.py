@@ -173,7 +173,11 @@ def complete(folder: Path, repository: str) -> bool:
         True if all weights, ``config.json`` and ``preprocessor_config.json`` are there; a file that the repository is known to
             lack (noted by the hub's client) counts as there.
     """
-    known = [(folder / name).is_file() or (_misses(folder) / name).is_file() for name in REQUIRED]
+    newer = (folder / "processor_config.json").is_file()  # holds what preprocessor_config.json held
+    known = [
+        (folder / name).is_file() or (_misses(folder) / name).is_file() or (newer and name == REQUIRED[1])
+        for name in REQUIRED
+    ]
     tokenizer = not repository.endswith("-lit") or any(
         all((folder / name).is_file() for name in names)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))

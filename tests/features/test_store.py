@@ -20,6 +20,7 @@ from PIL import Image
 from aimv2.config.schema import DataConfig
 from aimv2.data.images.labelled import Labelled
 from aimv2.data.images.opening import open_labelled
+from aimv2.data.images.readers import contents_of_rows
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import RankError, UsageError
@@ -383,3 +384,31 @@ def test_an_unfinished_probe_is_of_its_labels(data: Path) -> None:
     ):
         found, known = of(replace(split, **changes)), of(split)
         assert [key for key in known if found[key] != known[key]] == ["labels"], changes
+
+
+@pytest.mark.parametrize("form", ["text", "struct"])
+def test_files_that_a_table_names_count(form: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set saved with paths in the place of images: a photograph replaced behind them is another image."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(data)
+    names = [f"photos/train/red/{number}.png" for number in (0, 2, 4)]
+    kind = (
+        datasets.Value("string")
+        if form == "text"
+        else {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    )
+    cells = names if form == "text" else [{"bytes": None, "path": name} for name in names]
+    features = datasets.Features({"image": kind, "label": datasets.Value("int64")})
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 0]}, features)).save_to_disk(
+        "set"
+    )
+
+    def mark() -> str:
+        split = open_labelled("set", "train")
+        assert split is not None and split.image(1).size == (50, 40)
+        return contents_of_rows(split.image, np.arange(3))
+
+    before = mark()
+    assert mark() == before
+    os.utime(data / names[1], ns=(0, 0))
+    assert mark() != before

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from aimv2.data.images.entries import read_tar_sample
 from aimv2.data.images.names import found_or_written, locate, locate_inside
 from aimv2.errors import UsageError, shown
 
+LONGEST_PATH = 4096  # bytes; a longer text is an image in base64
 UNKNOWN = "unknown"  # contents of images that cannot be compared
 
 
@@ -91,7 +92,23 @@ class TableImages:
         return decode_image(image_cell(self.rows[row][self.column], image_root=anywhere)[0])
 
     def contents(self, rows: np.ndarray) -> str:
-        return str(getattr(self.rows, "_fingerprint", UNKNOWN))
+        """Of the table, and of the files that its cells name."""
+        mark = str(getattr(self.rows, "_fingerprint", UNKNOWN))
+        named = [str(name) for name in self._paths() if name]
+        return f"{mark} {contents_of_files(found_or_written(Path(), name) for name in named)}" if named else mark
+
+    def _paths(self) -> Iterator[str | None]:
+        """The paths of cells without an image, or that may be paths, read without the images."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for cells in self.rows.data.column(self.column).chunks:
+            if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
+                yield from pc.struct_field(
+                    cells.filter(pc.is_null(pc.struct_field(cells, "bytes"))), "path"
+                ).to_pylist()
+            elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+                yield from cells.filter(pc.less(pc.binary_length(cells), LONGEST_PATH)).to_pylist()
 
 
 def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None) -> tuple[bytes, str | None]:

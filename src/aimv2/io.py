@@ -1,5 +1,6 @@
 """Small files that are either whole or absent; lines for the user; the state of the code."""
 
+import glob
 import os
 import subprocess
 import sys
@@ -53,3 +54,20 @@ def git_state(folder: Path | None = None) -> str | None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}, {'with changes' if changed else 'clean'}"
+
+
+def matching(pattern: str) -> list[tuple[str, bool, list[Path]]]:
+    """(path or glob, whether it is a glob, what matches it, sorted) for each alternative in the braces of a pattern.
+
+    A folder that is there is no pattern, whatever marks its name has.
+    """
+    path = Path(pattern).expanduser()
+    base = next((folder for folder in path.parents if folder.is_dir()), Path())
+    rest = str(path.relative_to(base))
+    parts = [rest]
+    if "{" in rest:
+        import braceexpand
+
+        parts = list(braceexpand.braceexpand(rest))
+    found = ([*glob.iglob(os.path.join(glob.escape(str(base)), part), recursive=True)] for part in parts)
+    return [(str(base / part), glob.has_magic(part), sorted(map(Path, names))) for part, names in zip(parts, found)]

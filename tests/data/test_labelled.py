@@ -19,8 +19,9 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, limit, subset
 from aimv2.data.images.opening import open_labelled, require_labelled
 from aimv2.data.shards import listing
-from aimv2.data.shards.format import label_of, read_sample, scan_shard
+from aimv2.data.shards.format import find_shards, label_of, read_sample, scan_shard
 from aimv2.errors import UsageError
+from aimv2.pipeline.state import matches
 from runs import bytes_read
 
 CLASSES = ("ant", "bee", "cow")
@@ -539,3 +540,41 @@ def test_lists_lead_out_of_their_folder_with_image_root_only(tmp_path: Path) -> 
     assert data is not None and number_in(data.image(0)) == 7
     with pytest.raises(UsageError, match=r"--image-root .*no such folder"):
         open_labelled(str(tmp_path / "lists"), "train", image_root=str(tmp_path / "no"))
+
+
+def test_a_path_with_marks_of_patterns_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets, braces and asterisks in names of folders that are there; patterns below them are patterns."""
+    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "odd[1] {a,b} *x"
+    shard(root / "train-000000.tar", samples([0, 1]))
+    shard(root / "test-000000.tar", samples([1, 0]))
+    tars = [root / "test-000000.tar", root / "train-000000.tar"]
+    for source in (root, tars[1], f"{root}/train-*.tar", f"{root}/{{train,test}}-000000.tar", f"{root}/t?[a-r]*"):
+        assert opened(source, "train").labels.tolist() == [0, 1]
+    assert find_shards(f"{root}/{{train,test}}-00000[0-3].tar", "train") == matches(f"{root}/*.tar") == tars
+    assert matches(str(root)) == [root]
+    table = hf.Dataset.from_dict({"image": [{"bytes": encoded(1), "path": None}] * 2, "label": [0, 1]})
+    for split in ("train", "validation"):
+        (root / "table").mkdir(exist_ok=True)
+        table.to_parquet(str(root / "table" / f"{split}-00000-of-00001.parquet"))
+    assert seen(opened(root / "table", "train")) == [("train-00000000", 0, 1), ("train-00000001", 1, 1)]
+    assert len(opened(root / "table", "test").labels) == 2
+    put(root / "list" / "train.csv", "path,label\nx[1].png,0\nx[1].png,1\n")
+    put(root / "list" / "x[1].png", encoded(3))
+    assert seen(opened(root / "list" / "train.csv", "train"))[0] == ("x[1].png", 0, 3)
+    folders(root / "classes", "train", {"a*": 1, "b[3]": 1})
+    assert opened(root / "classes", "train").classes == ("a*", "b[3]")
+
+
+def test_paths_in_a_table_start_at_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    put(tmp_path / "images" / "a.png", encoded(9))
+    put(tmp_path / "table" / "inner" / "b.png", encoded(4))
+    paths = ["inner/B.PNG", str(tmp_path / "images" / "a.png")]
+    hf.Dataset.from_dict({"image": paths, "label": [0, 1]}).save_to_disk(tmp_path / "table")
+    data = opened(tmp_path / "table", "train")
+    assert number_in(data.image(0)) == 4
+    with pytest.raises(ImageError, match="give --image-root DIR"):
+        data.image(1)
+    allowed = open_labelled(str(tmp_path / "table"), "train", image_root=str(tmp_path / "images"))
+    assert allowed is not None and number_in(allowed.image(1)) == 9

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from aimv2.data.text.encoding import text_lines
+from aimv2.data.text.encoding import decode_text, text_lines
 from aimv2.errors import UsageError, nearest
 
 DEFAULT = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
@@ -90,7 +90,7 @@ def read_lines(file: Path, option: str, dataset: str | None = None) -> list[str]
 
 def _read_json(file: Path, option: str, dataset: str | None) -> list[str]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
+        found = json.loads(decode_text(file.read_bytes(), str(file)))
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {file}: can't be read as JSON: {error}", code="unreadable") from None
     if isinstance(found, dict) and dataset not in found:

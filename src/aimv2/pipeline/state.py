@@ -6,7 +6,6 @@ folder with something of others in it.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoint_at, split_step
+from aimv2.io import matching
 from aimv2.pipeline.read import Chain, Job, fill, strings
 
 FORMAT = "aimv2 stage 1"
@@ -246,10 +246,7 @@ def matches(text: str, model: bool = False) -> list[Path]:
         return [folder] if (folder := checkpoint_at(*run)) is not None else []
     if not any(mark in text for mark in "*?[{"):
         return []
-    import braceexpand
-
-    patterns = list(braceexpand.braceexpand(str(path))) if "{" in text else [str(path)]
-    return sorted({Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)})
+    return sorted({path for _, _, paths in matching(text) for path in paths})
 
 
 @cache

@@ -8,6 +8,7 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -342,11 +343,25 @@ def saved_form(root: Path, source: str) -> Form | None:
     import datasets
 
     try:
-        return _dataset_form((datasets.load_from_disk if saved else datasets.load_dataset)(str(root)), source)
+        return _dataset_form(datasets.load_from_disk(str(root)) if saved else _load_parquet(root), source, root)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UsageError):
             raise
         raise wrong(source, f"`datasets` can't load it: {first_line(error)}") from None
+
+
+def _load_parquet(root: Path) -> Any:
+    """A folder of Parquet files; `datasets` takes brackets in its name for a pattern, so that then each file is named."""
+    import datasets
+
+    if not glob.has_magic(str(root)):
+        return datasets.load_dataset(str(root))
+    files: dict[str, list[str]] = {}
+    for path in sorted(path for pattern in ("*.parquet", "*/*.parquet") for path in root.glob(pattern)):
+        words = (re.split(r"[^a-z]", name.lower())[0] for name in (path.name, path.parent.name))
+        split = next((SPLITS[word] for word in words if word in SPLITS), "train")
+        files.setdefault(split, []).append(glob.escape(str(path)))
+    return datasets.load_dataset("parquet", data_files=files)
 
 
 def hub_form(path: Path, source: str) -> Form:
@@ -360,14 +375,14 @@ def hub_form(path: Path, source: str) -> Form:
     return _dataset_form(tables, source)
 
 
-def _dataset_form(tables: Any, source: str) -> Form:
+def _dataset_form(tables: Any, source: str, root: Path | None = None) -> Form:
     parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
     found = {split: rows for name, rows in parts.items() if (split := SPLITS.get(str(name).lower()))}
     if not found:
         raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
     labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
     found = labelled or found
-    return Form("`datasets`", {split: partial(_list_dataset, found, split, source) for split in found})
+    return Form("`datasets`", {split: partial(_list_dataset, found, split, source, root) for split in found})
 
 
 def _column(rows: Any, kind: str) -> str | None:
@@ -402,7 +417,7 @@ def _label_words(rows: Any, column: str, source: str) -> list[str]:
     return list(map(word, _values(rows, column)))
 
 
-def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
+def _list_dataset(parts: dict[str, Any], split: str, source: str, root: Path | None) -> Listed:
     rows = parts[split]
     image, label = _column(rows, "image"), _column(rows, "label")
     if image is None or label is None:
@@ -413,5 +428,5 @@ def _list_dataset(parts: dict[str, Any], split: str, source: str) -> Listed:
     names = getattr(rows.features[label], "names", None)
     labels, classes = number_labels(words, train, tuple(names) if names else None, source)
     keys = [f"{split}-{row:08d}" for row in range(len(rows))]
-    images = TableImages(encoded_images(rows, image).select_columns([image]), image)
+    images = TableImages(encoded_images(rows, image).select_columns([image]), image, root)
     return Listed(keys, labels, classes, images)

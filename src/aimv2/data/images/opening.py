@@ -21,7 +21,7 @@ from aimv2.data.images.catalogue import kind_of
 from aimv2.data.images.forms import Form, Listed, wrong
 from aimv2.data.images.labelled import Labelled, Split
 from aimv2.data.images.names import found_or_written, image_root_of, inside
-from aimv2.data.images.readers import ImageFiles
+from aimv2.data.images.readers import ImageFiles, TableImages
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,8 @@ def _with_classes(
 def _paths_checked(listed: Listed, is_list: bool, source: str, image_root: str | None) -> Listed:
     """Paths of images lead into their own folder or ``--image-root``; the first one of a list is there."""
     top, image = image_root_of(image_root), listed.image
+    if isinstance(image, TableImages):
+        return replace(listed, image=replace(image, image_root=top))
     if not isinstance(image, ImageFiles):
         return listed
     names = [inside(image.root, key, top) for key in image.names]

@@ -86,10 +86,12 @@ class TableImages:
 
     rows: Any
     column: str
+    root: Path | None = None  # where paths start; None: `datasets` wrote them itself
+    image_root: Path | None = None
 
     def __call__(self, row: int) -> Image.Image:
-        anywhere = Path("/")  # `datasets` wrote the paths itself
-        return decode_image(image_cell(self.rows[row][self.column], image_root=anywhere)[0])
+        root, more = (Path(), Path("/")) if self.root is None else (self.root, self.image_root)
+        return decode_image(image_cell(self.rows[row][self.column], root, more)[0])
 
     def contents(self, rows: np.ndarray) -> str:
         """Of the table, and of the files that its cells name."""

@@ -4,7 +4,6 @@ A shard is a tar of samples, a sample is consecutive members with one base name.
 to them; nothing outside the tar is ever read for it.
 """
 
-import glob
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
 from aimv2.data.text.encoding import decode_text
 from aimv2.errors import UsageError
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, matching
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +90,6 @@ def split_shards(folder: Path, *, option: str = "data.train") -> dict[str, list[
 
 
 def _matching_tars(source: str | Path, option: str) -> list[Path]:
-    import braceexpand
-
     pattern = os.path.expanduser(str(source))
     if Path(pattern).is_file():
         if is_pointer(Path(pattern)):
@@ -101,13 +98,9 @@ def _matching_tars(source: str | Path, option: str) -> list[Path]:
             raise UsageError(f"{option}: {source} is not a tar of samples; {_how_to_import(source)}")
         return [Path(pattern)]
     found: set[Path] = set()
-    parts = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
-    for part in parts:
-        if glob.has_magic(part):
-            found.update(Path(path) for path in glob.glob(part, recursive=True) if is_tar(path))
-        elif Path(part).is_file() or Path(part).is_symlink():
-            found.add(Path(part))
-        else:
+    for part, is_glob, paths in matching(pattern):
+        found.update(path for path in paths if is_tar(path.name) or not is_glob)
+        if not paths and not is_glob:
             raise UsageError(
                 f"{option}: {part} does not exist; expected a folder, a glob, a brace pattern or one tar of"
                 " WebDataset samples",

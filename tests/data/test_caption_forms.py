@@ -217,7 +217,7 @@ def test_what_an_encoding_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
             encoding.decode_text(raw, "x.txt")
         with pytest.raises(encoding.NotText):
             encoding.open_text(put(tmp_path / "y.txt", raw))
-    encoding._say.cache_clear()
+    encoding.say_once.cache_clear()
     caplog.set_level(logging.WARNING)
     caplog.clear()
     for _ in range(3):

@@ -131,8 +131,12 @@ class ImageFolder:
         """{image: the text files, the JSON files that are named after it}; several where it is not clear which."""
         texts = NameFinder(name for name in self.files if name.lower().endswith((".txt", ".caption")))
         records = {plain_record(name): name for name in self.files if name.lower().endswith(".json")}
-        finder = NameFinder(records)
-        return {name: (texts.find(name), [records[found] for found in finder.find(name)]) for name in self.images}
+        finder, folders = NameFinder(records), {name.rpartition("/")[0] for name in (*texts.names, *records)}
+        return {
+            name: (texts.find(name), [records[found] for found in finder.find(name)])
+            for name in self.images
+            if name.rpartition("/")[0] in folders  # of a million images in class folders, none
+        }
 
     @cached_property
     def captions_files(self) -> tuple[list[str], dict[str, str]]:
@@ -236,7 +240,8 @@ def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     planned, reader = list[SourceEntry | Reject](), FileReader(folder.options.columns.captions)
     if not any(map(any, folder.sidecars.values())):
         return None
-    for name, found in folder.sidecars.items():
+    for name in folder.images:
+        found = folder.sidecars.get(name, ([], []))
         paths = [str(folder.root / side[0]) if len(side) == 1 else "" for side in found]
         if several := next((side for side in found if len(side) > 1), None):
             planned.append(Reject(safe_key(name), name, tie(several)))

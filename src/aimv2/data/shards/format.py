@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
-from aimv2.data.text.encoding import decode_text
+from aimv2.data.text.encoding import NOT_TEXT, decode_text, say_once
 from aimv2.errors import UsageError
 from aimv2.io import POINTER, is_pointer, matching
 
@@ -297,6 +297,7 @@ def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, 
     try:
         texts = {name: decode_text(parts[name], "KEY.txt", "texts in shards") for name in parts_of_kind(parts, "txt")}
     except UnicodeError:
+        say_once(f"a text in shards {NOT_TEXT}; such captions are left out")
         return {}
     if keys is not None:
         known = texts | {name.lower(): value for name, value in about.items()}

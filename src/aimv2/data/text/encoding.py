@@ -109,7 +109,7 @@ def _encoding_of(head: bytes, odd: bytes, where: str, name: str) -> str:
             if not _is_western(odd):
                 raise NotText(f"{name} {NOT_TEXT}") from None
         found = "cp1252"
-    _say(where, _WORDS[found])
+    say_once(f"{where}: read as {_WORDS[found]}, not UTF-8")
     return found
 
 
@@ -131,5 +131,6 @@ def _is_western(raw: bytes) -> bool:
 
 
 @lru_cache(maxsize=1000)
-def _say(where: str, encoding: str) -> None:
-    log.warning("%s: read as %s, not UTF-8", where, encoding)
+def say_once(line: str) -> None:
+    """Logs a line, the first time in this process."""
+    log.warning("%s", line)

@@ -233,6 +233,14 @@ def test_hub_files_are_used_once_cached(tmp_path, monkeypatch):
         ("flickr.txt", 'image,caption\n1.jpg,"one, two"\n3.jpg,three\n'),
         ("table.tsv", "url\tText\nu\tone, two\nu\tthree\n"),
         ("rows.jsonl", '{"caption": "one, two"}\n\n"three"\n'),
+        ("list.json", '["one, two", {"id": 1}, {"prompt": "three"}]'),
+        ("llava.json", '[{"conversations": [{"from": "gpt", "value": "one, two"}]}, {"text": "three"}]'),
+        (
+            "coco.json",
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "one, two"}, {"image_id": 1, "caption": "three"}]}',
+        ),
+        ("karpathy.json", '{"images": [{"filename": "a", "sentences": [{"raw": "one, two"}, {"raw": "three"}]}]}'),
+        ("lines.json", '{"caption": "one, two"}\n{"caption": "three"}\n'),
         ("fields.jsonl", '{"captions": {"alt": ["one, two"], "syn": "three"}}\n{"other": 1}\n'),
     ],
 )

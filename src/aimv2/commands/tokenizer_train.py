@@ -14,7 +14,7 @@ class TokenizerTrainOptions:
     """Train a byte-level BPE on captions.
 
     Args:
-        captions: text file with one caption per line, CSV, TSV, JSONL, or a folder or pattern of shards
+        captions: text file with one caption per line, CSV, TSV, JSONL, JSON, or a folder or pattern of shards
         out: folder for the tokenizer
         vocab_size: number of tokens, end of text included
     """

@@ -166,7 +166,7 @@ def _json_row(
     """What a row holds, and its caption columns; ``fields``: those of the first row, which name them."""
     if not isinstance(row, dict):
         return Reject("", place, "not a JSON object"), {}
-    row = _answered(row)
+    row = answered(row)
     stated = [key for key, value in row.items() if value not in (None, "", [])] if fields else row
     image, own = columns.find(stated, place)
     name = "" if row.get(image) is None else str(row[image]).strip()
@@ -182,7 +182,7 @@ def _without_captions(row: dict[str, Any], columns: Columns, place: str) -> Capt
     return (name, {}, {}) if name else Reject("", place, "no image name")
 
 
-def _answered(row: dict[str, Any]) -> dict[str, Any]:
+def answered(row: dict[str, Any]) -> dict[str, Any]:
     """A row of LLaVA's: the first answer in its conversation is the caption."""
     turns = row.get("conversations")
     if not isinstance(turns, list):

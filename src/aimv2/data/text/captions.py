@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from aimv2.data.images.catalogue import COLUMNS, find_column, kind_of
-from aimv2.data.images.text_tables import delimiter_of, no_text, read_delimited, read_json_lines
+from aimv2.data.images.catalogue import COLUMNS, Columns, find_column, kind_of
+from aimv2.data.images.entries import Reject
+from aimv2.data.images.text_tables import answered, caption_rows, delimiter_of, no_text, read_delimited, read_json_lines
 from aimv2.data.shards.format import captions_of, clean_captions, find_shards, read_samples
 from aimv2.data.shards.tars import is_tar
-from aimv2.data.text.encoding import open_text, text_lines
+from aimv2.data.text.encoding import decode_text, open_text, text_lines
 from aimv2.errors import UsageError
 
 
@@ -18,7 +21,8 @@ def read_captions(path: str | Path) -> Iterator[str]:
     """Captions of a text file (one a line), a CSV, TSV or JSONL file, or of WebDataset shards.
 
     A table needs a header with a caption column (:data:`aimv2.data.images.catalogue.COLUMNS`); a ``.txt`` that begins with
-    such a header (``image,caption``) is a table too. JSONL lines are strings or objects with such a key.
+    such a header (``image,caption``) is a table too. JSONL lines, and entries of a JSON list, are strings or objects with such
+    a key; COCO's and Karpathy's JSON are read as well.
     """
     file = Path(path).expanduser()
     try:
@@ -69,11 +73,23 @@ def _of_table(file: Path) -> Iterator[str]:
 
 
 def _of_json_lines(file: Path) -> Iterator[str]:
-    for number, row in read_json_lines(file):
+    rows: Iterable[tuple[int, Any]] = read_json_lines(file)
+    if file.suffix.lower() == ".json":  # a list, captions of COCO, or JSON lines all the same
+        try:
+            whole = json.loads(decode_text(file.read_bytes(), str(file)))
+        except json.JSONDecodeError:
+            whole = None
+        if isinstance(whole, dict) and "images" in whole:
+            found = (row for row in caption_rows(file, Columns()) if not isinstance(row, Reject))
+            rows = ((number, {"captions": captions}) for number, (_, captions, _) in enumerate(found, 1))
+        elif isinstance(whole, list):
+            rows = enumerate(whole, 1)
+    for number, row in rows:
         if row is None:
             raise UsageError(
                 f"CAPTIONS: {file} line {number} is not JSON, expected one value a line", code="unreadable"
             )
         if isinstance(row, dict):
+            row = answered(row)
             row = next((row[key] for key in ("captions", *COLUMNS["caption"]) if row.get(key)), None)
         yield from (caption for field in clean_captions(row).values() for caption in field)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aimv2.data.images.catalogue import is_image, stem
 from aimv2.data.images.decode import ImageError
+from aimv2.data.passed import KINDS
 from aimv2.errors import UsageError
 
 
@@ -182,3 +183,29 @@ def image_root_of(given: str | None) -> Path | None:
     if not (folder := Path(given).expanduser()).is_dir():
         raise UsageError(f"--image-root {given}: no such folder", code="not-found")
     return folder
+
+
+class ImageFinder:
+    """Finds the file that a captions file means by a name."""
+
+    def __init__(self, root: Path, home: Path, images: list[str], image_root: Path | None) -> None:
+        self.root, self.home, self.image_root, self.names = root, home, image_root, NameFinder(images)
+
+    def find(self, name: str) -> tuple[str, str]:
+        """(path, "") or ("", reason).
+
+        Raises:
+            UsageError: a path that leads out of the folder and of ``image_root``; a URL.
+        """
+        name = name.replace("\\", "/").removeprefix("./")
+        found = self.names.find(name) or self.names.find(f"images/{name}")
+        if not found and ("/" in name or is_image(name)):
+            for home in (self.root, self.home, *([self.image_root] if self.image_root else [])):
+                path = home / inside(home, name, self.image_root)
+                if path.is_file():
+                    return str(path), ""
+        found = found or self.names.find(name, anywhere=True)
+        if len(found) > 1:
+            return "", f"several images of that name: {', '.join(found[:3])}"
+        unread = KINDS.get(name.rpartition(".")[2].lower())
+        return (str(self.root / found[0]), "") if found else ("", unread or "no such image")

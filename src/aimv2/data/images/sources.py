@@ -34,10 +34,10 @@ from aimv2.data.images.entries import (
     tar_entries,
 )
 from aimv2.data.images.forms import SPLITS as STATED
-from aimv2.data.images.names import NameFinder, inside, tie
+from aimv2.data.images.names import ImageFinder, NameFinder, tie
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
-from aimv2.data.passed import KINDS, PassedOver, passed_lines
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import NOT_TEXT, open_text
@@ -308,7 +308,7 @@ def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...
 def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     """The images that a captions file names, looked up in the folder."""
     images, reader = folder.images, FileReader()
-    finder = _ImageFinder(folder.root, file.parent, images, folder.options.image_root)
+    finder = ImageFinder(folder.root, file.parent, images, folder.options.image_root)
     named = dict[str, tuple[Captions, dict[str, Any]]]()
     planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns, folder.passed):
@@ -392,32 +392,6 @@ def _ordered_classes(root: Path, folders: list[str]) -> tuple[list[tuple[str, st
         if names is None or len(names) != len(train_folders):
             train_folders = [folder for folder in train_folders if folder not in empty]
     return class_folders(train_folders, names, source), same_class(train_folders, folders, source)
-
-
-class _ImageFinder:
-    """Finds the file that a captions file means by a name."""
-
-    def __init__(self, root: Path, home: Path, images: list[str], image_root: Path | None) -> None:
-        self.root, self.home, self.image_root, self.names = root, home, image_root, NameFinder(images)
-
-    def find(self, name: str) -> tuple[str, str]:
-        """(path, "") or ("", reason).
-
-        Raises:
-            UsageError: a path that leads out of the folder and of ``image_root``; a URL.
-        """
-        name = name.replace("\\", "/").removeprefix("./")
-        found = self.names.find(name) or self.names.find(f"images/{name}")
-        if not found and ("/" in name or is_image(name)):
-            for home in (self.root, self.home, *([self.image_root] if self.image_root else [])):
-                path = home / inside(home, name, self.image_root)
-                if path.is_file():
-                    return str(path), ""
-        found = found or self.names.find(name, anywhere=True)
-        if len(found) > 1:
-            return "", f"several images of that name: {', '.join(found[:3])}"
-        unread = KINDS.get(name.rpartition(".")[2].lower())
-        return (str(self.root / found[0]), "") if found else ("", unread or "no such image")
 
 
 # ---- forms of files ----

@@ -23,7 +23,7 @@ from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor,
 from aimv2.interop.hub import offline_if_unreachable
 from aimv2.interop.shapes import read_json
 
-PREFIXES = ("module.", "_orig_mod.")  # put before every key by DataParallel and torch.compile
+WRAPPED = r"^(?:(?:module|_orig_mod|model|backbone)\.)+"  # what training puts before every key
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -53,16 +53,23 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
     _refuse_adapters(source, folder)
     from transformers import AutoModel
 
+    def read(**more: Any) -> Any:
+        return AutoModel.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **more,
+        )
+
     try:
         with quiet():
-            model, found = AutoModel.from_pretrained(
-                folder,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                output_loading_info=True,
-            )
+            model, found = read()
+            if found["missing_keys"] and any(re.match(WRAPPED, key) for key in found["unexpected_keys"]):
+                again = read(key_mapping={WRAPPED: ""})
+                model, found = min((model, found), again, key=lambda one: len(one[1]["missing_keys"]))
     except Exception as error:  # of the file system, of a configuration, of a package that is missing
         found = {"error_msgs": [error]}
     if found["error_msgs"]:
@@ -72,7 +79,7 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
     missing = dict.fromkeys(found["missing_keys"], f"; unused: {_some(left)}" if left else "")
     for name, stored, wanted in found["mismatched_keys"]:
         missing[name] = f": {name} is {list(stored)} there, {list(wanted)} by config.json"
-    _refuse_left_over(source, model, left, missing)
+    _refuse_left_over(source, model, left)
     return model.eval().to(device), missing
 
 
@@ -105,18 +112,11 @@ def _refuse_adapters(source: str, folder: Path) -> None:
             )
 
 
-def _refuse_left_over(source: str, model: Any, left: list[str], missing: Mapping[str, str]) -> None:
+def _refuse_left_over(source: str, model: Any, left: list[str]) -> None:
     """
     Raises:
-        UsageError: keys with a prefix of training, or of blocks that the model lacks; keys of a head that it lacks are fine.
+        UsageError: keys of blocks that the model lacks; keys of a head that it lacks are fine.
     """
-    for prefix in PREFIXES:
-        marked = [key for key in left if key.startswith(prefix)]
-        if marked and missing:
-            raise UsageError(
-                f"MODEL {source}: its {len(marked)} keys begin with '{prefix}' ({marked[0]}), so that {_some(missing)} would be "
-                "random; save the weights without that prefix"
-            )
     base = getattr(model, "base_model_prefix", "") + "."
     known = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
     more = [key for key in left if re.sub(r"\d+", "#", key.removeprefix(base)) in known]

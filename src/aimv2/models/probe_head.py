@@ -92,8 +92,8 @@ class ProbeSweep(nn.Module):
 
     Queries are learned constants and no projection has a bias, so the key matrix is folded into the query and the value matrix
     is applied after averaging. A probe then costs 4 N D H multiply-adds per image instead of 4 N D D, with the same result and
-    gradients; all probes of a layer are two batched matmuls over its tokens. The probes hold the weights; their own forward runs
-    once one is chosen and saved.
+    gradients; all probes of a layer are two batched matmuls over its tokens. The probes only hold the weights: it is this
+    module's forward that runs, not theirs.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from PIL import Image
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, limit, subset
 from aimv2.data.images.opening import open_labelled, require_labelled
+from aimv2.data.images.tables import RowLayout
 from aimv2.data.shards import listing
 from aimv2.data.shards.format import find_shards, label_of, read_sample, scan_shard
 from aimv2.errors import UsageError
@@ -478,6 +479,15 @@ def test_no_value_is_no_class(tmp_path: Path, word: str) -> None:
 
 
 def test_numbers_that_pandas_wrote_are_numbers(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "tars" / "train-0.tar",
+        [("a.png", encoded(1)), ("a.cls", b"1.0\n"), ("b.png", encoded(2)), ("b.cls", b"0.0")],
+    )
+    assert opened(tmp_path / "tars", "train").labels.tolist() == [1, 0]
+    row = {"image": encoded(1), "text": "a cat", "label": 2.0}
+    layout = RowLayout("image", {"text": "caption"}, "label")
+    assert layout.sample(row, tmp_path).label == "2"
+    assert layout.sample({**row, "label": float("nan")}, tmp_path).label is None
     put(tmp_path / "x.png", encoded(5))
     put(tmp_path / "train.csv", "path,label\n" + "".join(f"x.png,{n}.0\n" for n in range(11)))
     assert opened(tmp_path, "train").labels.tolist() == list(range(11))

@@ -105,6 +105,7 @@ VAL = [("val/ILSVRC2012_val_00000001.JPEG", 2, 101), ("val/ILSVRC2012_val_000000
 
 
 def test_imagenet_of_kaggle(tmp_path: Path) -> None:
+    put(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "._ILSVRC2012_val_00000001.JPEG", b"of a Mac")
     home = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
     imagenet(home)
     put(home / "test" / "ILSVRC2012_test_00000001.JPEG", encoded(0))  # without labels: no split

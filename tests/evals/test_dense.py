@@ -501,6 +501,9 @@ def test_maps_are_found_in_any_case_and_normal_form(tmp_path: Path) -> None:
     (root / "val.txt").write_text("CAF\u00c9\n")
     train, test, _ = open_pairs(str(root), masks())
     assert [pair.map.name for pair in train] == ["1.png", "2.png"] and test[0].map.name == "cafe\u0301.PNG"
-    (root / "masks" / "CAFE\u0301.png").touch()
+    (root / "images").rename(root / "Images")
+    (root / "masks").rename(root / "Masks")
+    assert len(open_pairs(str(root), masks())[0]) == 2
+    (root / "Masks" / "CAFE\u0301.png").touch()
     with pytest.raises(UsageError, match="has several masks"):
         open_pairs(str(root), masks())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aimv2.data.images.catalogue import walk
+from aimv2.data.images.catalogue import is_hidden, walk
 from aimv2.data.images.class_names import class_folders, names_beside
 from aimv2.data.images.forms import (
     Form,
@@ -118,7 +118,7 @@ def imagenet(root: Path, source: str) -> Form | None:
 
 def _children(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not is_hidden(name))
     except NotADirectoryError:
         return []
 

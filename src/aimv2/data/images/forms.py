@@ -357,7 +357,9 @@ def _load_parquet(root: Path) -> Any:
     if not glob.has_magic(str(root)):
         return datasets.load_dataset(str(root))
     files: dict[str, list[str]] = {}
-    for path in sorted(path for pattern in ("*.parquet", "*/*.parquet") for path in root.glob(pattern)):
+    for path in sorted(
+        path for pattern in ("*.parquet", "*/*.parquet") for path in root.glob(pattern) if path.name[0] != "."
+    ):
         words = (re.split(r"[^a-z]", name.lower())[0] for name in (path.name, path.parent.name))
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         files.setdefault(split, []).append(glob.escape(str(path)))

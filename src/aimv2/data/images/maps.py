@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aimv2.data.images.catalogue import walk, walk_files
+from aimv2.data.images.class_names import subfolders
 from aimv2.data.images.decode import FORMATS, decode_image
 from aimv2.data.images.labelled import Labelled
 from aimv2.data.images.names import NameFinder
@@ -134,7 +135,12 @@ def open_pairs(
 
 
 def _find(folder: Path | None, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None) if folder else None
+    """The first of ``names`` (in any case) that is a folder there; "." is the folder itself."""
+    if folder is None or names == (".",):
+        return folder
+    there = NameFinder(subfolders(folder))
+    found = (there.find(name, stems=False) for name in names)
+    return next((folder / one[0] for one in found if len(one) == 1), None)
 
 
 def _split(root: Path, names: Sequence[str], kind: MapKind) -> tuple[Path, Path, str] | None:

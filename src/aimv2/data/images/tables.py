@@ -79,6 +79,8 @@ class RowLayout:
         if not captions:
             raise ImageError("no caption")
         number = row[self.label] if self.label else None
+        if isinstance(number, float) and number.is_integer():
+            number = int(number)  # pandas makes a column of floats where a cell is empty
         label = str(number) if isinstance(number, int) and number >= 0 else None
         return Loaded(data, captions, label, {"source": name} if name else {})
 

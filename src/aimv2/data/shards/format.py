@@ -269,7 +269,7 @@ def why_no_image(parts: Parts) -> str:
 
 def label_of(sample: dict[str, bytes]) -> int:
     """The class of a sample (KEY.cls), -1 where it has none."""
-    text = text_of(sample, "cls")
+    text = text_of(sample, "cls").removesuffix(".0")  # as pandas writes it
     return int(text) if text.isdigit() else -1
 
 

@@ -273,7 +273,7 @@ SHALLOW = (
     "vision_transformer_sam",
 )  # of large members only
 TOO_LARGE = ("mobilenetv5",)  # no member below 290M parameters, and no depth to choose
-SAID = dict.fromkeys(("coat", "crossvit"), "gives no patch features")  # families that are refused, and why
+SAID = dict.fromkeys(("coat", "crossvit", "efficientvim"), "gives no patch features")  # families that are refused, and why
 
 
 @pytest.mark.slow

@@ -183,6 +183,23 @@ def test_paragraphs_are_one_caption(tmp_path: Path, form: str) -> None:
     assert found(tmp_path / "out") == {"a": {"caption": [PARAGRAPHS]}}
 
 
+BROKEN = (
+    {"images": [{"filename": "a.jpg", "sentences": ["no row"]}]},
+    {"images": ["a.jpg"], "annotations": [{"image_id": 1, "caption": "x"}]},
+    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ["x"]},
+    {"images": 1, "annotations": {}},
+)
+
+
+@pytest.mark.parametrize("record", BROKEN)
+def test_json_of_another_make_is_one_line(tmp_path: Path, record: dict) -> None:
+    src = photos(tmp_path / "src", "a.jpg")
+    put(src / "captions.json", json.dumps(record))
+    with pytest.raises(UsageError, match=r"captions\.json") as error:
+        run(src, tmp_path / "out")
+    assert "\n" not in str(error.value) and "--captions FILE" in str(error.value)
+
+
 # ---- encodings ----
 
 UNKNOWN = {
@@ -300,7 +317,7 @@ def sources(tmp_path: Path) -> dict[str, Path]:
     return made
 
 
-def test_a_caption_column_works_as_typed_on_every_source(tmp_path: Path) -> None:
+def test_a_caption_column_works_as_typed_on_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, source in sources(tmp_path).items():
         for number, typed in enumerate(("short", "short,long", "[short, long]", "lost")):
             words = [
@@ -313,6 +330,7 @@ def test_a_caption_column_works_as_typed_on_every_source(tmp_path: Path) -> None
             ]
             if typed == "lost":
                 assert main([*words, "--workers", "1"]) == 2
+                assert "lost" in capsys.readouterr().err
                 continue
             assert main([*words, "--workers", "1"]) in (None, 0)
             both = {"long": ["a cat on a mat"], "short": ["a cat"]}

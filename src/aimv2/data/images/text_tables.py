@@ -17,7 +17,7 @@ from aimv2.data.images.entries import Captions, Reject
 from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, clean_captions
 from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 
 CaptionRow = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known
 
@@ -106,6 +106,12 @@ def caption_rows(file: Path, columns: Columns, passed: PassedOver | None = None)
             yield from _delimited_captions(file, columns, PassedOver() if passed is None else passed)
     except UnicodeError as error:
         raise no_text(file) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{file}: no captions as COCO, Karpathy or LLaVA write them ({first_line(error)}); choose another with --captions FILE",
+            option="--captions",
+            code="unreadable",
+        ) from error
 
 
 def no_text(file: Path, option: str = "") -> UsageError:

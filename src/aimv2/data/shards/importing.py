@@ -282,7 +282,8 @@ def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
 
 def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
     if not loaded.captions and loaded.label is None:
-        return Reject(item.key, item.image, "no caption")
+        keys = getattr(item.reader, "keys", None)
+        return Reject(item.key, item.image, f"no caption{' in ' + ', '.join(keys) if keys else ''}")
     try:
         image = store_image(loaded.data, options.max_side, options.max_pixels, options.quality)
     except ImageError as error:

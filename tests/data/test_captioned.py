@@ -23,6 +23,15 @@ def read(source: Path, captions: str | None = None) -> list[tuple[str, tuple[str
     return [(item.image, read_captioned(item)[1]) for item in open_captioned(str(source), captions)[0]]
 
 
+def test_what_is_left_out_of_a_measurement_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("0.jpg", "1.jpg", "2.jpg", "a.nef"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "captions.csv").write_text("image,caption,license\n0.jpg,a,CC0\n1.jpg,b,CC0\ngone.jpg,c,CC0\n")
+    assert len(open_captioned(str(tmp_path))[0]) == 2
+    assert "2 of 4 are left out; gone.jpg: no such image" in caplog.text
+    assert "RAW images of cameras" in caplog.text and "columns that are not read: 1 (license)" in caplog.text
+
+
 def test_captions_files(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "0.png", "1.png", "2.png")
     (tmp_path / "captions.txt").write_text('image,caption\n0.png,A dog .\n0.png,"One, two"\n2.png,A cat\n')

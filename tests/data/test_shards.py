@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from shard_tars import energon_samples, jpeg, names, samples, tar_of, tar_of_links
 
+from aimv2.config.schema import DataConfig
 from aimv2.data.images.entries import tar_entries
 from aimv2.data.passed import HEIF_READ
 from aimv2.data.shards.format import (
@@ -29,7 +30,9 @@ from aimv2.data.shards.format import (
 )
 from aimv2.data.shards.index import build_index
 from aimv2.data.shards.listing import list_shard
+from aimv2.data.stream.samples import training_shards
 from aimv2.errors import UsageError
+from aimv2.features.teach import copy_splits
 
 # ---- find ----
 
@@ -256,6 +259,15 @@ def test_dead_links_among_shards_are_named(tmp_path: Path, caplog: pytest.LogCap
         build_index(found, tmp_path / "index")
     assert caught.value.code == "unreadable"
     assert list(read_samples(found[1])) == [] and "a dead link" in caplog.text
+    for read in (
+        lambda: training_shards(DataConfig(train=str(tmp_path))),
+        lambda: copy_splits(str(tmp_path), tmp_path / "x"),
+    ):
+        (tmp_path / "val-1.tar").unlink(missing_ok=True)
+        (tmp_path / "val-1.tar").symlink_to(tmp_path / "gone.tar")
+        with pytest.raises(UsageError, match="a dead link") as caught:
+            read()
+        assert caught.value.option in ("DATA", "data.train")
 
 
 # ---- write ----

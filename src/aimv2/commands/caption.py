@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, shown
 
 
 @dataclass(kw_only=True)
@@ -96,6 +96,6 @@ def render(result: dict[str, Any], console: Console) -> None:
     for row in result["captions"]:
         console.print(f"{row['image']}\t{row['caption']}")
     for row in result["rejected"]:
-        Console(stderr=True, markup=False).print(f"{row['image']}: {row['reason']}")
+        Console(stderr=True, markup=False, soft_wrap=True).print(shown(f"{row['image']}: {row['reason']}"))
     for line in passed_lines(result["passed_over"]):
         Console(stderr=True, markup=False, soft_wrap=True).print(line)

@@ -33,6 +33,7 @@ from aimv2.data.shards.format import (
     write_manifest,
     write_shard,
 )
+from aimv2.data.shards.tars import without_dead_links
 from aimv2.data.stream.samples import image_bytes, sample_rng
 from aimv2.data.stream.teacher_views import EXTENSION, write_views
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
@@ -119,6 +120,7 @@ def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: 
         UsageError: nothing to read, an OUT that holds something else, a full disk.
     """
     shards, folder = find_shards(source, "train", option="DATA"), Path(out).expanduser()
+    without_dead_links(shards, "DATA")
     if not shards:
         raise UsageError(
             f"DATA {source}: validation shards only (val-*, test-*); train-* are expected", code="not-found"
@@ -209,7 +211,7 @@ def copy_splits(source: str, folder: Path) -> dict[str, int]:
     for split, tars in split_shards(Path(source).expanduser(), option="DATA").items():
         if split == "train" or not tars:
             continue
-        for tar in tars:
+        for tar in without_dead_links(tars, "DATA"):
             shutil.copyfile(tar, folder / tar.name)
         counts[split] = sum(len(scan_shard(tar).keys) for tar in tars)
     return counts

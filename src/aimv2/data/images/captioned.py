@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2.data.images.catalogue import kind_of
-from aimv2.data.images.entries import SourceEntry, tar_entries
+from aimv2.data.images.entries import Reject, SourceEntry, tar_entries
 from aimv2.data.images.sources import IMAGE_FORMS, SourceOptions, open_folder
+from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import find_shards, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, shown
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,13 @@ def _of_files(root: Path, captions: str | None, source: str) -> tuple[list[Sourc
         ) from None
     if planned.classes:
         raise UsageError(f"--data {source}: class folders without captions; a captions file or sidecars expected")
-    if entries := [item for item in planned.items if isinstance(item, SourceEntry)]:
+    listed = list(planned.items)
+    if entries := [item for item in listed if isinstance(item, SourceEntry)]:
+        if rejects := [item for item in listed if isinstance(item, Reject)]:
+            first = shown(f"{rejects[0].image}: {rejects[0].reason}", 200)
+            log.warning("--data %s: %d of %d are left out; %s", source, len(rejects), len(listed), first)
+        for line in passed_lines(planned.passed.result()):
+            log.warning("--data %s: %s", source, line)
         return entries, planned.split or "all"
     raise UsageError(f"--data {source}: no image with a caption there", code="missing")
 

@@ -30,7 +30,7 @@ from aimv2.data.shards.format import (
     why_no_image,
 )
 from aimv2.data.shards.tars import why_unreadable
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, shown
 
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
@@ -266,7 +266,7 @@ def _findings(result: dict[str, Any]) -> list[RenderableType]:
         lines.append(Text(f"{number:>9,}  {name}", style="yellow" if number else "green"))
         for example in found["examples"][:2]:
             words = " = ".join(example) if isinstance(example, list) else example
-            lines.append(Text(f"{'':11}{words}", style="dim", overflow="ellipsis", no_wrap=True))
+            lines.append(Text(f"{'':11}{shown(words)}", style="dim", overflow="ellipsis", no_wrap=True))
     passed = passed_lines(result["passed_over"])
     lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in passed[:LINES]]
     return (

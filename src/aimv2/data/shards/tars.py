@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from aimv2.errors import UsageError
 from aimv2.io import POINTER, is_pointer
 
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -41,6 +42,17 @@ def why_unreadable(tar: Path, error: OSError) -> str:
     """Why a tar can't be opened; a dead link is called that."""
     dead = tar.is_symlink() and not tar.exists()
     return f"cannot be read: {f'a dead link to {os.readlink(tar)}' if dead else error.strerror or error}"
+
+
+def without_dead_links(tars: list[Path], option: str) -> list[Path]:
+    """The same tars, where none of them is a dead link.
+
+    Raises:
+        UsageError: one is; ``option`` gave it.
+    """
+    if dead := next((tar for tar in tars if not tar.exists()), None):
+        raise UsageError(f"{option}: {dead} {why_unreadable(dead, FileNotFoundError())}", code="unreadable")
+    return tars
 
 
 def is_packed(tar: Path) -> bool:

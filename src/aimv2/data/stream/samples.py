@@ -31,6 +31,7 @@ from aimv2.config.schema import DataConfig, Source
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.shards.format import captions_of, find_shards, image_of, label_of, why_no_image
 from aimv2.data.shards.index import build_index, count_samples
+from aimv2.data.shards.tars import without_dead_links
 from aimv2.data.stream.native import draw_area, fit_area, make_native_batch, pack
 from aimv2.data.stream.teacher_views import draw_view
 from aimv2.data.stream.transforms import Box, crop_resize, random_crop_box, to_pixels
@@ -310,6 +311,7 @@ def training_shards(config: DataConfig) -> list[list[Path]]:
             raise UsageError(
                 f"data.train: {source.path} holds validation shards only (val-*, test-*); train-* are expected"
             )
+        without_dead_links(shards, "data.train")
     return found
 
 

@@ -70,11 +70,9 @@ OWN |= {name: {"backbone_config": RESNET} for name in QUERIES}
 LEFT = {
     "dinat": "needs the package natten",
     "granite4_vision": "its default configuration builds no model",
-    **(
-        {}
-        if TIMM
-        else dict.fromkeys(("edgetam_vision_model", "gemma3n_vision", "timm_backbone", "timm_wrapper"), "needs timm")
-    ),
+    "edgetam_vision_model": "its default backbone, of timm, does not run in it",
+    "timm_backbone": "its default configuration names no model",
+    **({} if TIMM else dict.fromkeys(("gemma3n_vision", "timm_wrapper"), "needs timm")),
 }
 # families of the lists of image models that are no encoders of RGB images, and what the refusal names
 REFUSED = {

@@ -12,7 +12,6 @@ from PIL import Image
 
 from aimv2.data.images.decode import upright_rgb
 from aimv2.errors import UsageError, nearest
-from aimv2.interop.hub import RELEASED, shape_of
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 if TYPE_CHECKING:
@@ -198,6 +197,8 @@ def _given(image: object) -> str:
 
 def _encoder_config(model: object) -> EncoderConfig:
     if isinstance(model, str):
+        from aimv2.interop.hub import RELEASED, shape_of
+
         if model not in MODELS and model not in RELEASED:
             raise UsageError(f"no model '{model}'{nearest(model, [*MODELS, *RELEASED])}")
         return shape_of(model) if model in RELEASED else MODELS[model][0]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError, first_line
-from aimv2.interop.hub import unreachable
 from aimv2.io import POINTER, is_pointer
 
 MAX_TOKENS = 77
@@ -200,6 +199,8 @@ def _from_hub(name: str, option: str) -> Tokenizer:
         raise _refuse(name, option)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
+
+    from aimv2.interop.hub import unreachable
 
     found = try_to_load_from_cache(name, "tokenizer.json")
     if not isinstance(found, str):

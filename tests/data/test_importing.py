@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from brought import picture, put, run
+from PIL import Image
 
 from aimv2.data.images.entries import FileReader, SourceEntry, TarReader
 from aimv2.data.shards import importing
@@ -243,3 +244,23 @@ def test_nothing_but_rejects(photos: Path, tmp_path: Path) -> None:
     assert len(rejected(tmp_path / "out")) == 8
     put(photos / "c.csv", "image,caption\n0.jpg,a\n")
     assert run(photos, tmp_path / "out")["train"] == 1
+
+
+def test_images_without_captions(tmp_path: Path) -> None:
+    """A folder of images alone: refused by default, by a line that names the option; with it every image is taken."""
+    folder = tmp_path / "photos"
+    for number in range(4):
+        (folder / f"day{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (60 * number, 0, 0)).save(folder / f"day{number % 2}" / f"{number}.jpg")
+    (folder / "notes.csv").write_text("what,when\nholiday,june\n")
+    with pytest.raises(UsageError, match="captions missing") as refused:
+        import_data(str(folder / "day0"), tmp_path / "none", progress=False)
+    assert "--no-captions" in str(refused.value)
+    result = import_data(str(folder), tmp_path / "out", no_captions=True, val_fraction=0.3, progress=False)
+    assert result["train"] + result["val"] == 4 and result["rejected"] == 0
+    parts = [sample for tar in sorted((tmp_path / "out").glob("*.tar")) for _, sample in read_samples(tar)]
+    assert len(parts) == 4 and all("jpg" in sample and "txt" not in sample for sample in parts)
+    assert all(json.loads(sample["json"])["captions"] == {} for sample in parts)
+    with pytest.raises(UsageError) as tars:
+        import_data(str(tmp_path / "out" / "*.tar"), tmp_path / "again", no_captions=True, progress=False)
+    assert tars.value.option == "--no-captions" and tars.value.code == "conflict"

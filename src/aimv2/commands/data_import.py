@@ -29,6 +29,7 @@ class DataImportOptions:
         workers: number of processes; null: as many as there are cores, at most 8
         class_folders: use the names of the sub-folders as captions (see template), whatever other files there are; by default
             only if there are two or more and no file that may hold captions
+        no_captions: take the images of a folder without captions (objective.targets=image trains on them)
     """
 
     source: str
@@ -45,6 +46,7 @@ class DataImportOptions:
     workers: PositiveInt | None = None
     class_folders: bool = False
     image_root: str | None = None
+    no_captions: bool = False
 
 
 def run(options: DataImportOptions) -> dict[str, Any]:

@@ -132,9 +132,11 @@ class FileReader(Reader):
 
     Attributes:
         keys: of the sidecar, that hold captions; None: the known ones.
+        images_only: its entries have no captions, and are used all the same.
     """
 
     keys: tuple[str, ...] | None = None
+    images_only: bool = False
 
     def read(self, entry: SourceEntry) -> Loaded:
         path, *sidecars = entry.where

@@ -63,6 +63,7 @@ READS = {
     "table": ("--image-column", "--caption-column", "--split", "--image-root"),
     "hub data set": ("--image-column", "--caption-column", "--split", "--image-root"),
     "WebDataset tars": ("--caption-column",),
+    "images without captions": ("--no-captions",),
 }
 
 
@@ -78,6 +79,7 @@ class SourceOptions:
         skip: a folder inside the source that is not part of it (the output).
         class_folders: the user states that the folders are classes, whatever else lies there.
         image_root: a folder outside the source, below which tables and captions files may name images.
+        no_captions: a folder's images are taken without captions, whatever else lies there.
         held_out: of a captions file whose rows state splits, take test, else val, else train.
     """
 
@@ -88,6 +90,7 @@ class SourceOptions:
     skip: Path | None = None
     class_folders: bool = False
     image_root: Path | None = None
+    no_captions: bool = False
     held_out: bool = False
 
 
@@ -173,6 +176,18 @@ class ImageFolder:
 
 def _stated_classes(folder: ImageFolder) -> PlannedSource | None:
     return _class_source(folder) if folder.options.class_folders else None
+
+
+def _images_only(folder: ImageFolder) -> PlannedSource | None:
+    if not folder.options.no_captions:
+        return None
+    if not folder.images:
+        raise folder.no_image()
+    reader, none = FileReader(images_only=True), Captions()
+    planned = [
+        SourceEntry(safe_key(name), name, (str(folder.root / name),), none, None, {}, reader) for name in folder.images
+    ]
+    return PlannedSource("images without captions", planned, len(planned))
 
 
 def _stated_captions(folder: ImageFolder) -> PlannedSource | None:
@@ -275,6 +290,7 @@ def _class_folder(folder: ImageFolder) -> PlannedSource:
 
 FolderForm = Callable[[ImageFolder], PlannedSource | None]
 FOLDER_FORMS: tuple[FolderForm, ...] = (
+    _images_only,
     _stated_classes,
     _stated_captions,
     _tar_folder,
@@ -447,6 +463,7 @@ def open_source(source: str, options: SourceOptions) -> PlannedSource:
     given = {
         **{"--captions": options.captions, "--image-column": options.columns.image, "--split": options.split},
         **{"--caption-column": options.columns.captions, "--image-root": options.image_root},
+        **{"--no-captions": options.no_captions or None},
         **{"--template": None if options.template == TEMPLATE else options.template},
     }
     for option, value in given.items():

@@ -8,7 +8,6 @@ all are done.
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -30,14 +29,11 @@ from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.names import image_root_of
 from aimv2.data.images.sources import EXPECTED, TEMPLATE, SourceOptions, open_source
-from aimv2.data.images.text_tables import no_text
 from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
-from aimv2.data.text.encoding import text_lines
+from aimv2.data.shards.val_choice import choose_val
 from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
-
-log = logging.getLogger(__name__)
 
 WORK = ".import"
 PLAN_FORMAT = 1
@@ -89,6 +85,7 @@ def import_data(
     max_pixels: int = MAX_PIXELS,
     quality: int = 95,
     image_root: str | None = None,
+    no_captions: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
@@ -110,6 +107,7 @@ def import_data(
         max_pixels: Refuse larger images.
         quality: of the JPEGs that are encoded here.
         image_root: A folder outside the source, below which tables and captions files may name images.
+        no_captions: A folder's images, without captions.
 
     Returns:
         out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), seconds.
@@ -119,15 +117,7 @@ def import_data(
     """
     started = time.monotonic()
     out = Path(out).expanduser()
-    named = (
-        [name for word in caption_column.split(",") if (name := word.strip())]
-        if isinstance(caption_column, str)
-        else caption_column
-    )
-    if caption_column is not None and not named:
-        raise UsageError(
-            "--caption-column: empty; the name of a column, or several with commas, expected", code="missing"
-        )
+    named = _column_names(caption_column)
     image_options = ImageOptions(max_side, max_pixels, quality)
     options = {
         "source": _stable_name(source),
@@ -138,6 +128,7 @@ def import_data(
         # an import begun by an older version resumes
         **({"class_folders": True} if class_folders else {}),
         **({"image_root": _stable_name(image_root)} if image_root else {}),
+        **({"no_captions": True} if no_captions else {}),
     }
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
@@ -145,52 +136,32 @@ def import_data(
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
     root = image_root_of(image_root)
-    opened = open_source(source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root))
-    chooser = ValChooser(val_fraction, _listed_names(Path(val_list).expanduser()) if val_list else set())
-    if val_list is not None and not chooser.names:
-        raise UsageError(f"--val-list {val_list} is empty; expected one key or image name a line")
-    chosen = bool(val_fraction or chooser.names)
-    if opened.is_val and chosen:
-        log.warning(
-            "%s: --val-%s decides what is validation, not the splits stated there",
-            source,
-            "list" if val_list else "fraction",
-        )
-    plan = Plan(opened, chooser if chosen else opened.is_val or chooser, shard_size)
+    opened = open_source(
+        source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
+    )
+    chooser, is_val = choose_val(source, opened, val_fraction, val_list)
+    plan = Plan(opened, is_val, shard_size)
     _prepare(out, options)
     wanted = (os.cpu_count() or 1) if workers is None else workers
     notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
-    if chooser.names and (unmatched := len(chooser.names - chooser.matched)):
-        if not chooser.matched:
-            raise UsageError(
-                f"--val-list {val_list}: none of its {unmatched} names is a key or image name of {source}; the shards of "
-                f"{out} are left unfinished: remove them, or give another list and another OUT",
-                code="mismatch",
-            )
-        log.warning("--val-list: %d of %d names match no image", unmatched, len(chooser.names))
+    chooser.check_matched(source, val_list, out)
     result = _finish(out, notes, plan.rejects, opened, options)
     return {"out": str(out), **result, "seconds": round(time.monotonic() - started, 2)}
 
 
+def _column_names(given: str | list[str] | None) -> list[str] | None:
+    """``a,b`` or a list -> the names of columns."""
+    if given is None:
+        return None
+    words = given.split(",") if isinstance(given, str) else given
+    if not (names := [name for word in words if (name := word.strip())]):
+        raise UsageError(
+            "--caption-column: empty; the name of a column, or several with commas, expected", code="missing"
+        )
+    return names
+
+
 # ---- plan ----
-
-
-@dataclass
-class ValChooser:
-    """Which keys are validation: by the key's hash, or by a list of keys and image names."""
-
-    fraction: float
-    names: set[str]
-    matched: set[str] = field(default_factory=set)
-
-    def __call__(self, item: SourceEntry) -> bool:
-        if self.names:
-            file = item.image.rpartition("/")[2]
-            found = self.names & {item.key, item.image, file, file.rpartition(".")[0]}
-            self.matched |= found
-            return bool(found)
-        digest = hashlib.sha256(item.key.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
 
 
 @dataclass
@@ -281,7 +252,7 @@ def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
 
 
 def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
-    if not loaded.captions and loaded.label is None:
+    if not loaded.captions and loaded.label is None and not getattr(item.reader, "images_only", False):
         keys = getattr(item.reader, "keys", None)
         return Reject(item.key, item.image, f"no caption{' in ' + ', '.join(keys) if keys else ''}")
     try:
@@ -478,13 +449,6 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
         raise UsageError(f"--shard-size {options['shard_size']}: expected 1 sample or more")
     if not 1 <= options["quality"] <= 100:
         raise UsageError(f"--quality {options['quality']}: expected 1 to 100")
-
-
-def _listed_names(file: Path) -> set[str]:
-    try:
-        return set(text_lines(file))
-    except UnicodeError:
-        raise no_text(file, "--val-list") from None
 
 
 def _stable_name(source: str) -> str:

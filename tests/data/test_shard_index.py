@@ -253,6 +253,18 @@ def test_a_wrong_index_beside_a_tar_is_left_alone(tmp_path: Path, wrong: str) ->
     assert count_samples(index) == len(wanted)
 
 
+@pytest.mark.parametrize("long", ["", "x" * 120])
+def test_an_index_beside_an_unsorted_tar_hides_no_halves(tmp_path: Path, long: str) -> None:
+    parts = [(f"{key}{long}.{kind}", b"1") for kind in ("jpg", "txt") for key in "ab"]
+    tar = tar_of(tmp_path / "a.tar", parts)
+    with tarfile.open(tar) as archive:
+        offsets = [member.offset for member in archive]
+    end = offsets[-1] + 1024 + (1024 if long else 0)
+    (tmp_path / "a.tar.idx").write_bytes(struct.pack("<5Q", *offsets, end))
+    with pytest.raises(UsageError, match="unsorted"):
+        build_index([tar], tmp_path / "index")
+
+
 def test_empty_tars_are_left_out(tmp_path: Path) -> None:
     empty = tar_of(tmp_path / "empty.tar", [])
     (tmp_path / "nothing.tar").write_bytes(b"")

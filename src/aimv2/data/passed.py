@@ -16,6 +16,7 @@ FORKS, HIDDEN, LINKS = "macOS resource forks (._*)", "hidden files and folders",
 SYSTEM, LOOPS = "folders of systems (thumbnails, bins)", "links back to a folder above"
 OTHERS, CLOSED = "files of other kinds", "folders that can't be read"
 COLUMNS = "columns that are not read"
+ODD_LABELS = "labels that are no whole number from 0"
 SYSTEM_FOLDERS = ("@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", ".thumbnails")
 _EXTENSIONS = {
     HEIF_NEEDS: "" if HEIF_READ else " ".join(HEIF),

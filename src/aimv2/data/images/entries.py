@@ -20,6 +20,7 @@ from aimv2.data.shards.format import (
     Parts,
     ShardScan,
     captions_of,
+    class_number,
     clean_captions,
     image_of,
     json_of,
@@ -44,6 +45,7 @@ class Loaded(NamedTuple):
     captions: Captions
     label: str | None
     about: dict[str, Any]
+    odd_label: str | None = None  # a label that is no number of a class, which is left out
 
 
 class Reject(NamedTuple):
@@ -121,6 +123,12 @@ class PlannedSource:
     own_images: bool = False
     split: str = ""
     is_val: Callable[[SourceEntry], bool] | None = None
+
+
+def read_label(value: Any) -> tuple[str | None, str | None]:
+    """(the number of a class, None), or (None, what there is instead); (None, None) of an empty cell, which may be NaN."""
+    number, nothing = class_number(value), value in (None, "") or value != value
+    return number, None if nothing or number is not None else str(value)
 
 
 # ---- files ----
@@ -209,4 +217,5 @@ class TarReader(Reader):
                 decode_text(parts[name], f"its .{name}", "texts in shards")
         except UnicodeError as error:
             raise ImageError(str(error)) from None
-        return Loaded(data, captions_of(parts, self.keys), text_of(parts, "cls") or None, json_of(parts))
+        label, odd = read_label(text_of(parts, "cls"))
+        return Loaded(data, captions_of(parts, self.keys), label, json_of(parts), odd)

@@ -27,6 +27,7 @@ from aimv2.data.images.entries import (
     Reject,
     SourceEntry,
     loaded_or_reject,
+    read_label,
 )
 from aimv2.data.images.readers import image_cell
 from aimv2.data.passed import COLUMNS, PassedOver
@@ -78,11 +79,8 @@ class RowLayout:
         captions = captions_by_field(row, self.fields)
         if not captions:
             raise ImageError("no caption")
-        number = row[self.label] if self.label else None
-        if isinstance(number, float) and number.is_integer():
-            number = int(number)  # pandas makes a column of floats where a cell is empty
-        label = str(number) if isinstance(number, int) and number >= 0 else None
-        return Loaded(data, captions, label, {"source": name} if name else {})
+        label, odd = read_label(row[self.label] if self.label else None)
+        return Loaded(data, captions, label, {"source": name} if name else {}, odd)
 
 
 # ---- Parquet and Arrow files ----

@@ -269,8 +269,16 @@ def why_no_image(parts: Parts) -> str:
 
 def label_of(sample: dict[str, bytes]) -> int:
     """The class of a sample (KEY.cls), -1 where it has none."""
-    text = text_of(sample, "cls").removesuffix(".0")  # as pandas writes it
-    return int(text) if text.isdigit() else -1
+    text = class_number(text_of(sample, "cls"))
+    return int(text) if text else -1
+
+
+def class_number(value: Any) -> str | None:
+    """The number of a class as digits: of a whole number from 0, or its text; "1.0" too, as pandas writes it; None of all else."""
+    if isinstance(value, bool):
+        value = int(value)
+    found = re.fullmatch(r"([0-9]+)(\.0+)?", str(value)) if isinstance(value, int | float | str) else None
+    return found[1] if found else None
 
 
 def text_of(parts: Parts, kind: str) -> str:

@@ -29,7 +29,7 @@ from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.names import image_root_of
 from aimv2.data.images.sources import EXPECTED, TEMPLATE, SourceOptions, open_source
-from aimv2.data.passed import passed_lines
+from aimv2.data.passed import ODD_LABELS, PassedOver, passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.errors import UsageError, shown
@@ -60,11 +60,12 @@ class ShardJob(NamedTuple):
 
 
 class ShardNote(NamedTuple):
-    """What became of a shard."""
+    """What became of a shard; ``passed`` as of `PassedOver.result`."""
 
     digest: str
     written: int
     rejects: list[Reject]
+    passed: dict[str, dict[str, Any]]
 
 
 def import_data(
@@ -180,7 +181,7 @@ class Plan:
     def __iter__(self) -> Iterator[ShardJob]:
         waiting: dict[str, list[SourceEntry]] = {"train": [], "val": []}
         numbers = {"train": 0, "val": 0}
-        used = set[str]()
+        used = dict[str, int]()
         for item in self.source.items:
             if isinstance(item, Reject):
                 self.rejects.append(item)
@@ -198,11 +199,13 @@ class Plan:
                 yield ShardJob(f"{split}-{numbers[split]:06d}", items)
 
 
-def _unused(key: str, used: set[str]) -> str:
-    number, found = 2, key
+def _unused(key: str, used: dict[str, int]) -> str:
+    """The key, or the next with a number that is free; ``used``: the numbers that keys have come to."""
+    found = key
     while found in used:
-        found, number = f"{key}-{number}", number + 1
-    used.add(found)
+        used[key] += 1
+        found = f"{key}-{used[key]}"
+    used[found] = 1
     return found
 
 
@@ -230,7 +233,7 @@ def _end_with_parent() -> None:
 
 def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
     """Write one shard and its note; both whole or not at all."""
-    rejects: list[Reject] = []
+    rejects, passed = list[Reject](), PassedOver()
 
     def samples() -> Iterator[tuple[str, Parts]]:
         for item, loaded in zip(job.items, job.items[0].reader.load(job.items)):
@@ -240,13 +243,15 @@ def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
             if isinstance(sample, Reject):
                 rejects.append(sample)
             else:
+                if isinstance(loaded, Loaded) and loaded.odd_label is not None:
+                    passed.add(ODD_LABELS, loaded.odd_label)
                 yield item.key, sample
 
     path = out / f"{job.name}.tar"
     written = write_shard(path, samples())
     if not written:
         path.unlink()
-    note = ShardNote(job.digest(), written, rejects)
+    note = ShardNote(job.digest(), written, rejects, passed.result())
     write_aside(out / WORK / f"{job.name}.json", json.dumps(note._asdict()))
     return note
 
@@ -390,7 +395,8 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
         record = json.loads((out / WORK / f"{job.name}.json").read_text())
     except FileNotFoundError:
         return None
-    note = ShardNote(record["digest"], record["written"], [Reject(*reject) for reject in record["rejects"]])
+    rejects = [Reject(*reject) for reject in record["rejects"]]
+    note = ShardNote(record["digest"], record["written"], rejects, record.get("passed", {}))
     if note.digest != job.digest():
         raise UsageError(
             f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
@@ -408,6 +414,8 @@ def _finish(
     for name, note in sorted(notes.items()):
         counts[name.split("-")[0]] += note.written
         rejects = rejects + note.rejects
+        for kind, about in note.passed.items():
+            source.passed.add(kind, *about["examples"], number=about["number"])
     if rejects:
         lines = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects]
         (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))

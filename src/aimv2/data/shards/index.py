@@ -31,11 +31,12 @@ from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 META = ".nv-meta"
 INDEX_SUFFIX = ".idx"  # of TAR.idx, which energon writes next to a tar: the offsets of its samples
 TARS = "tars.json"  # the links that have samples, and why a tar could not be read to its end
 BLOCK = tarfile.BLOCKSIZE
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 class _Shard(NamedTuple):
@@ -209,24 +210,28 @@ def _read_shard(tar: Path) -> _Shard:
 
 
 def _fits(offsets: np.ndarray, tar: Path) -> bool:
-    """Whether at each offset there is the header of another sample than before, and nothing after the last.
+    """Whether at each offset there is the header of a sample of its own, and nothing after the last.
 
     An offset that is left out is not noticed here; energon then ends the run (see :data:`aimv2.data.stream.samples.BAD_INDEX`).
+    A name that comes twice may be that of two halves, as in an unsorted tar, which only a scan tells.
     """
-    last, end = "", int(offsets[-1])
+    known, end = set[int](), int(offsets[-1])
     with open(tar, "rb") as file:
         for at in offsets[:-1].tolist():
-            file.seek(at)
-            try:
-                member = tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
-            except tarfile.HeaderError:
-                return False
-            name = member.name.rpartition("/")[0] + "/" + member.name.rpartition("/")[2].partition(".")[0]
-            if member.isreg() and name == last:  # an extended header does not hold the name
-                return False
-            last = name if member.isreg() else ""
+            member, is_extended = tarfile.TarInfo(), True
+            while is_extended:  # such a header comes before the sample's own
+                file.seek(at)
+                try:
+                    member = tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+                except tarfile.HeaderError:
+                    return False
+                is_extended = member.type in _EXTENDED
+                at += BLOCK + (member.size + BLOCK - 1) // BLOCK * BLOCK
+            folder, _, last = member.name.rpartition("/")
+            known.add(hash((folder, last.partition(".")[0])))
         file.seek(end - BLOCK)
-        return bool(file.read(BLOCK).strip(b"\0")) and not file.read(BLOCK).strip(b"\0")
+        is_end = bool(file.read(BLOCK).strip(b"\0")) and not file.read(BLOCK).strip(b"\0")
+    return is_end and len(known) == len(offsets) - 1
 
 
 def _move_into_place(aside: Path, folder: Path, links: dict[str, Path]) -> None:

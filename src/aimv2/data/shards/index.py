@@ -36,7 +36,13 @@ META = ".nv-meta"
 INDEX_SUFFIX = ".idx"  # of TAR.idx, which energon writes next to a tar: the offsets of its samples
 TARS = "tars.json"  # the links that have samples, and why a tar could not be read to its end
 BLOCK = tarfile.BLOCKSIZE
-_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class _Shard(NamedTuple):

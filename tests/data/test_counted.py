@@ -1,12 +1,11 @@
 """What an import leaves out is counted, and labels of every form are read or counted."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from brought import picture, put, run
+from brought import picture, run
 from shard_tars import tar_of
 
 from aimv2.data.shards.format import read_samples

@@ -97,7 +97,7 @@ def test_one_folder_is_no_class(tmp_path: Path) -> None:
     src = tmp_path / "src"
     for number in range(3):
         put(src / "images" / f"{number}.jpg", picture(number))
-    with pytest.raises(UsageError, match=r"\(images\): one folder is no class.*--captions FILE, or --class-folders"):
+    with pytest.raises(UsageError, match=r"\(images\): one folder is no class.*--captions FILE, --class-folders"):
         run(src, tmp_path / "out")
     put(src / "masks" / "0.png", picture(1, format="PNG"))
     with pytest.raises(UsageError, match=r"\(images, masks\): their names are no classes"):

@@ -177,8 +177,7 @@ def test_compressed_tars(tmp_path: Path, ending: str) -> None:
     packed.write_bytes(packed.read_bytes()[:-12])
     assert scan_shard(packed).cut or ending != "tar.gz"
     packed.write_bytes(b"no archive")
-    with nullcontext() if ending == "tar.xz" else pytest.raises(OSError):
-        assert scan_shard(packed).cut
+    assert scan_shard(packed).cut
 
 
 def test_links_in_tars(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_training_errors():
 
 
 def test_missing_source_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "unreachable", lambda: "no network")
+    monkeypatch.setattr("aimv2.interop.hub.unreachable", lambda: "no network")
     for source in (tmp_path / "none", "no-such/name", "a/b/c.json"):
         with pytest.raises(UsageError) as error:
             load_tokenizer(source, option="model.tokenizer")
@@ -220,7 +220,7 @@ def test_hub_files_are_used_once_cached(tmp_path, monkeypatch):
     TRAINED.save(tmp_path / "cached")
     cached = str(tmp_path / "cached" / "tokenizer.json")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: cached)
-    monkeypatch.setattr(text_module, "unreachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("aimv2.interop.hub.unreachable", lambda: pytest.fail("asked the hub"))
     tokenizer = load_tokenizer("some/name")
     assert tokenizer.name == "some/name" and tokenizer.fingerprint() == TRAINED.fingerprint()
 

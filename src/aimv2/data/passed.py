@@ -16,6 +16,7 @@ FORKS, HIDDEN, LINKS = "macOS resource forks (._*)", "hidden files and folders",
 SYSTEM, LOOPS = "folders of systems (thumbnails, bins)", "links back to a folder above"
 OTHERS, CLOSED = "files of other kinds", "folders that can't be read"
 COLUMNS = "columns that are not read"
+BESIDE = "members next to another of their kind, which is read"
 ODD_LABELS = "labels that are no whole number from 0"
 SYSTEM_FOLDERS = ("@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", ".thumbnails")
 _EXTENSIONS = {
@@ -24,9 +25,11 @@ _EXTENSIONS = {
     "raf raw rw2 rwl sr2 srf srw x3f",
     "images of a form that is not read; export them as JPEG or PNG": "ai dds djvu emf eps exr fits hdr ico icns jxl jxr pcx pdf psb "
     "psd svg svgz tga wmf xcf",
+    "archives that are not read here": "tar tgz gz bz2 xz zst zip 7z rar",
     "videos": "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts webm wmv",
 }
 # what to call files that look like pictures and are not read, by extension
+PICTURES = tuple(_EXTENSIONS)[:3]
 KINDS = {extension: kind for kind, extensions in _EXTENSIONS.items() for extension in extensions.split()}
 
 

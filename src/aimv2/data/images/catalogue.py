@@ -55,12 +55,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or is_system_folder(name)
 
 
-def walk(folder: Path, inner: str = "") -> Iterator[str]:
+def walk(folder: Path, inner: str = "", passed: PassedOver | None = None) -> Iterator[str]:
     """Paths of the images below ``folder``, relative to it, folder by folder in order of names.
 
     Args:
         folder: where paths start.
         inner: the part of it to list, "" or ending in a slash.
+        passed: counts the other files.
 
     Raises:
         OSError: a folder that can't be read.
@@ -70,6 +71,8 @@ def walk(folder: Path, inner: str = "") -> Iterator[str]:
             raise error
         if is_image(name):
             yield name
+        elif passed is not None:
+            passed.add_files([name])
 
 
 def walk_files(
@@ -127,16 +130,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 # ---- columns ----
 
+TURNS = ("conversations", "messages")  # a dialogue, whose first answer is the caption
 # a table may have several of them: the first one counts
 COLUMNS = {
     "image": (
         *("image", "file", "filename", "file_name", "path", "filepath", "image_path", "image_name"),
-        *("image_file", "img", "jpg", "jpeg", "png", "webp", "image_id"),
+        *("image_file", "img", "jpg", "jpeg", "png", "webp", "images", "image_id"),
     ),
     "label": ("label", "labels", "fine_label", "class", "target", "cls", "category"),
     "caption": (
         *("caption", "captions", "text", "alt", "alt_text", "title", "description", "comment", "sentence"),
-        *("sentences", "prompt"),
+        *("sentences", *TURNS, "prompt"),
     ),
 }
 FEATURES = {"image": "Image", "label": "ClassLabel"}  # types of the library `datasets`
@@ -190,9 +194,8 @@ class Columns:
             )
         found = [name for name in named_columns(known.values(), "caption") if name != image]
         if len(found) > 1:
-            found = [
-                name for name in found if name.strip().lower() != "prompt"
-            ]  # what was asked, where captions are there too
+            plain = [name for name in found if name.strip().lower() not in (*TURNS, "prompt")]  # what was asked, too
+            found = plain or [name for name in found if name.strip().lower() in TURNS][:1]
         captions = self.captions or [name.strip().lower() for name in found]
         if lost := next((name for name in captions if name.lower() not in known), None):
             raise UsageError(

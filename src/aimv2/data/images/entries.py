@@ -29,6 +29,7 @@ from aimv2.data.shards.format import (
     safe_key,
     scan_shard,
     text_of,
+    texts_of_sample,
     why_no_image,
 )
 from aimv2.data.text.encoding import decode_text
@@ -213,7 +214,7 @@ class TarReader(Reader):
     def read(self, entry: SourceEntry) -> Loaded:
         data, parts = read_tar_sample(*entry.where)
         try:
-            for name in (*parts_of_kind(parts, "txt"), *parts_of_kind(parts, "json")):
+            for name in (*texts_of_sample(parts), *parts_of_kind(parts, "json")):
                 decode_text(parts[name], f"its .{name}", "texts in shards")
         except UnicodeError as error:
             raise ImageError(str(error)) from None

@@ -27,10 +27,11 @@ from aimv2.data.images.names import NameFinder, folded, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
+from aimv2.data.passed import PICTURES, PassedOver, passed_lines
 from aimv2.data.shards.format import NO_VALUE, find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
-from aimv2.data.text.encoding import text_lines
+from aimv2.data.text.encoding import say_once, text_lines
 from aimv2.errors import UsageError, first_line
 
 SPLITS = {
@@ -145,12 +146,14 @@ def _list_class_folders(root: Path, parts: dict[str, Path], source: str, split: 
     classes = class_folders(folders, names_beside(root), f"--data {source}")
     there = same_class(folders, subfolders(own), f"--data {source}: {own.name}")
     inner = "" if own == root else f"{own.name}/"
-    keys, counts = list[str](), []
+    keys, counts, passed = list[str](), [], PassedOver()
     for folder, _ in classes:
         before = len(keys)
         if folder in there:
-            keys += walk(root, f"{inner}{there[folder]}/")
+            keys += walk(root, f"{inner}{there[folder]}/", passed)
         counts.append(len(keys) - before)
+    for line in passed_lines({kind: about for kind, about in passed.result().items() if kind in PICTURES}):
+        say_once(f"--data {source}: {line}")
     if split == "train" and keys and 0 in counts:
         empty = own / classes[counts.index(0)][0]
         raise wrong(source, f"{empty} is a class without an image; give it images, or remove folder and name")

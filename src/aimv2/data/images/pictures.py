@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.catalogue import is_image, kind_of, walk_files
+from aimv2.data.images.catalogue import is_image, kind_of, list_files, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import SourceEntry, read_tar_sample, tar_entries
 from aimv2.data.images.names import locate_inside
@@ -96,6 +96,8 @@ def _of_folder(folder: Path, passed: PassedOver) -> Iterator[Picture]:
     tars = tars_in(folder)
     if tars and next(_image_files(folder, PassedOver()), None) is None:
         yield from _of_shards(tars, passed)
+        own = {tar.name for tar in tars}
+        passed.add_files(name for name in list_files(folder, passed) if name not in own)
     else:
         yield from _image_files(folder, passed)
 

@@ -52,7 +52,8 @@ EXPECTED = (
 
 SPLITS = {**STATED, "restval": "train"}  # as Karpathy calls what COCO's validation images add to training
 _CAPTIONS_JSON = re.compile(
-    r'"(annotations|images|captions?|file_name)"\s*:|^\s*\[.*"(prompt"\s*:|from"\s*:\s*"(gpt|assistant)")', re.DOTALL
+    r'"(annotations|images|captions?|file_name)"\s*:|^\s*\[.*"(prompt"\s*:|(from|role)"\s*:\s*"(gpt|assistant)")',
+    re.DOTALL,
 )
 TEMPLATE = "a photo of a {}."
 # what a kind of source has no use for is refused; by the beginning of its name

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.catalogue import Columns, find_column, is_image
+from aimv2.data.images.catalogue import TURNS, Columns, find_column, is_image
 from aimv2.data.images.entries import Captions, Reject
 from aimv2.data.passed import COLUMNS, PassedOver
-from aimv2.data.shards.format import captions_by_field, clean_captions
+from aimv2.data.shards.format import answers, captions_by_field, clean_captions
 from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
 
@@ -99,11 +99,9 @@ def caption_rows(file: Path, columns: Columns, passed: PassedOver | None = None)
     Raises:
         UsageError: it is not one, or its columns are not found.
     """
+    passed = PassedOver() if passed is None else passed
     try:
-        if reader := READERS.get(file.suffix.lower()):
-            yield from reader(file, columns)
-        else:
-            yield from _delimited_captions(file, columns, PassedOver() if passed is None else passed)
+        yield from READERS.get(file.suffix.lower(), _delimited_captions)(file, columns, passed)
     except UnicodeError as error:
         raise no_text(file) from error
     except (AttributeError, KeyError, TypeError) as error:
@@ -139,7 +137,9 @@ def _delimited_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
             yield Reject("", f"{file.name} line {number}", "no image name")
 
 
-def _json_captions(rows: Iterable[tuple[int, Any]], columns: Columns, place: str) -> Iterator[CaptionRow | Reject]:
+def _json_captions(
+    rows: Iterable[tuple[int, Any]], columns: Columns, place: str, passed: PassedOver
+) -> Iterator[CaptionRow | Reject]:
     """Rows that are objects, each read by its own keys.
 
     Raises:
@@ -148,7 +148,7 @@ def _json_captions(rows: Iterable[tuple[int, Any]], columns: Columns, place: str
     fields, waiting, lacks = dict[str, str](), list[CaptionRow | Reject](), None
     for number, row in rows:
         try:
-            found, own = _json_row(row, columns, f"{place} {number}", fields)
+            found, own = _json_row(row, columns, f"{place} {number}", fields, passed)
         except UsageError as error:  # no such columns: no captions file, if no other row has them
             lacks = lacks or error
             waiting.append(_without_captions(row, columns, f"{place} {number}"))
@@ -167,15 +167,20 @@ def _json_captions(rows: Iterable[tuple[int, Any]], columns: Columns, place: str
 
 
 def _json_row(
-    row: Any, columns: Columns, place: str, fields: dict[str, str]
+    row: Any, columns: Columns, place: str, fields: dict[str, str], passed: PassedOver
 ) -> tuple[CaptionRow | Reject, dict[str, str]]:
     """What a row holds, and its caption columns; ``fields``: those of the first row, which name them."""
     if not isinstance(row, dict):
         return Reject("", place, "not a JSON object"), {}
-    row = answered(row)
+    row = answered(row, place, passed)
     stated = [key for key, value in row.items() if value not in (None, "", [])] if fields else row
     image, own = columns.find(stated, place)
-    name = "" if row.get(image) is None else str(row[image]).strip()
+    cell = row.get(image)
+    if isinstance(cell, list):
+        if len(cell) > 1:
+            return Reject("", place, f"{len(cell)} images in one row; one is expected"), own
+        cell = cell[0] if cell else None
+    name = "" if cell is None else str(cell).strip()
     if not name:
         return Reject("", place, "no image name"), own
     about = {key: value for key, value in row.items() if key != image and key not in own}
@@ -188,32 +193,30 @@ def _without_captions(row: dict[str, Any], columns: Columns, place: str) -> Capt
     return (name, {}, {}) if name else Reject("", place, "no image name")
 
 
-def answered(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of LLaVA's: the first answer in its conversation is the caption."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
+def answered(row: dict[str, Any], place: str = "", passed: PassedOver | None = None) -> dict[str, Any]:
+    """A row of LLaVA's: the first answer in its dialogue is the caption."""
+    turns = next((name for name in TURNS if isinstance(row.get(name), list)), None)
+    said = answers(row[turns]) if turns else []
+    if not said or said[0] is None:
         return row
-    said = (turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") in ("gpt", "assistant"))
-    if (answer := next(said, None)) is None:
-        return row
-    images = row.get("image")
-    one = images[0] if isinstance(images, list) and len(images) == 1 else images
-    others = {key: value for key, value in row.items() if key != "conversations"}
-    return {**others, "image": None if isinstance(one, list) else one, "caption": answer}
+    if len(said) > 1 and passed is not None:
+        passed.add("answers after the first of a dialogue", place, number=len(said) - 1)
+    others = {key: value for key, value in row.items() if key != turns}
+    return {**others, "image": row.get("image") or row.get("images"), "caption": said[0]}
 
 
-def _json_line_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
-    return _json_captions(read_json_lines(file), columns, f"{file.name} line")
+def _json_line_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:
+    return _json_captions(read_json_lines(file), columns, f"{file.name} line", passed)
 
 
-def _json_file_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | Reject]:
+def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:
     """COCO captions, Karpathy's splits of them, or a list of rows."""
     try:
         record = json.loads(decode_text(file.read_bytes(), str(file)))
     except json.JSONDecodeError as error:
         raise UsageError(f"{file} is not JSON: {error}", code="unreadable") from error
     if isinstance(record, list):
-        yield from _json_captions(enumerate(record, 1), columns, f"{file.name} entry")
+        yield from _json_captions(enumerate(record, 1), columns, f"{file.name} entry", passed)
         return
     images = record.get("images") if isinstance(record, dict) else None
     if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
@@ -233,6 +236,9 @@ def _json_file_captions(file: Path, columns: Columns) -> Iterator[CaptionRow | R
         raise UsageError(
             f"{file}: captions missing: its annotations have no `{'`, `'.join(keys)}`; choose with --captions FILE"
         )
+    known = {image.get("id") for image in record["images"]}
+    for lost in texts.keys() - known:
+        yield Reject("", f"image_id {lost}", "an annotation's image that is not among the images")
     for image in record["images"]:
         name = str(image.get(columns.image or "file_name") or image.get("id"))
         yield name, clean_captions(texts[image.get("id")]), {"image_id": image.get("id")}
@@ -248,7 +254,7 @@ def _karpathy_image(columns: Columns, image: dict[str, Any]) -> CaptionRow:
     return given, clean_captions(texts if len(keys) > 1 else texts[keys[0]]), about
 
 
-READERS: dict[str, Callable[[Path, Columns], Iterator[CaptionRow | Reject]]] = {
+READERS: dict[str, Callable[[Path, Columns, PassedOver], Iterator[CaptionRow | Reject]]] = {
     ".jsonl": _json_line_captions,
     ".ndjson": _json_line_captions,
     ".json": _json_file_captions,

@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from aimv2.data.images.catalogue import list_files
 from aimv2.data.images.decode import ImageError, image_size
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import (
@@ -109,10 +110,8 @@ def check_data(
         why = "; ".join(["", *total.cut[:1], *passed_lines(total.passed.result())])
         raise UsageError(f"empty data set: no sample in {source}{why}")
     if (folder := Path(source).expanduser()).is_dir():
-        others = {path.name for path in folder.iterdir() if not path.is_dir()} - OWN
-        total.passed.add_files(
-            sorted(others - {tar.name for group in _groups(source, "all").values() for tar in group})
-        )
+        own = OWN | {tar.name for group in _groups(source, "all").values() for tar in group}
+        total.passed.add_files(name for name in list_files(folder, total.passed) if name not in own)
     return {
         "source": str(source),
         "samples": total.samples,

@@ -12,13 +12,13 @@ import re
 import secrets
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from aimv2.data.passed import HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
+from aimv2.data.passed import BESIDE, HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
 from aimv2.data.text.encoding import NOT_TEXT, decode_text, say_once
 from aimv2.errors import UsageError
@@ -31,6 +31,7 @@ IMAGE_EXTENSIONS = (
     *("bmp", "gif", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "ppm", "pgm"),
     *(HEIF if HEIF_READ else ()),
 )
+TEXTS = ("txt", "caption")
 CAPTION_KEYS = ("caption", "text", "description", "prompt")  # of KEY.json, where it has no ``captions``
 # as programs write that there is no value
 NO_VALUE = frozenset(("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "-1"))
@@ -159,7 +160,7 @@ def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInf
     An unsorted tar, where images and captions of a sample lie apart, has no whole sample; ``cut`` says so.
     """
     scan, last_name, end = ShardScan(), None, 0
-    pictured, apart, extensions = dict[int, bool](), 0, set[str]()
+    pictured, apart, extensions = dict[int, bool](), 0, dict[str, str]()
 
     def lies_apart() -> bool:
         """Whether the sample that ends here has its image, or the rest, elsewhere."""
@@ -175,9 +176,11 @@ def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInf
             scan.offsets.append(member.offset)
             if keep_keys:
                 scan.keys.append(name)
-            last_name, extensions = name, set()
+            _count_beside(scan.passed, extensions)
+            last_name, extensions = name, {}
         _count_unread(scan.passed, member.name, extension.lower(), extensions)
         end = member.offset_data + (0 if member.islnk() or member.issym() else (member.size + 511) // 512 * 512)
+    _count_beside(scan.passed, extensions)
     if last_name is not None and apart + lies_apart():
         why = f"unsorted (the members of {apart + lies_apart():,} samples lie apart)"
         sort = f"mkdir t && tar -xf {path.name} -C t && tar --sort=name -cf sorted.tar -C t ."
@@ -190,16 +193,30 @@ def scan_shard(path: Path, keep_keys: bool = True, met: Callable[[tarfile.TarInf
     return scan
 
 
-def _count_unread(passed: PassedOver, member: str, extension: str, extensions: set[str]) -> None:
+def _count_beside(passed: PassedOver, members: dict[str, str]) -> None:
+    """Notes members of a sample ({extension: name}) that give way to another of their kind."""
+    if len(members) < 2:
+        return
+    for kinds in (IMAGE_EXTENSIONS, TEXTS, ("json",), ("cls",)):
+        found = [name for name in members if name.rpartition(".")[2] in kinds]
+        if len(found) > 1:
+            read = texts_of_sample(members) if kinds == TEXTS else parts_of_kind(members, *kinds)
+            undecided = kinds == TEXTS or (
+                kinds == IMAGE_EXTENSIONS and read[0] not in kinds
+            )  # all are, or the sample none
+            passed.add(BESIDE, *(members[name] for name in found if name not in (read if undecided else read[:1])))
+
+
+def _count_unread(passed: PassedOver, member: str, extension: str, extensions: dict[str, str]) -> None:
     """Notes a member of a sample that nothing reads; ``extensions`` are those of the sample so far."""
     last = extension.rpartition(".")[2]
     if extension in extensions:
         passed.add("members that come twice in a sample: the last counts", member)
     elif last in KINDS:
         passed.add(KINDS[last], member)
-    elif last not in ("txt", "json", "cls") and not _is_image(extension):
+    elif last not in (*TEXTS, "json", "cls") and not _is_image(extension):
         passed.add("members of other kinds", member)
-    extensions.add(extension)
+    extensions[extension] = member
 
 
 def read_samples(tar: Path) -> Iterator[tuple[str, Parts]]:
@@ -246,9 +263,14 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def parts_of_kind(parts: Parts, *kinds: str) -> list[str]:
+def parts_of_kind(parts: Mapping[str, object], *kinds: str) -> list[str]:
     """The extensions of a sample that are of a kind: ``jpg`` itself, else those that end so, such as ``input.jpg``."""
     return [kind for kind in kinds if kind in parts] or [name for name in parts if name.rpartition(".")[2] in kinds]
+
+
+def texts_of_sample(parts: Mapping[str, object]) -> list[str]:
+    """The extensions of a sample's captions: ``txt`` or those that end so, else ``caption`` likewise."""
+    return parts_of_kind(parts, TEXTS[0]) or parts_of_kind(parts, TEXTS[1])
 
 
 def image_of(parts: Parts) -> tuple[str, bytes] | None:
@@ -293,9 +315,9 @@ def text_of(parts: Parts, kind: str) -> str:
 def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, list[str]]:
     """Captions of a sample by field; {} where it has none, or none that is text.
 
-    ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, which is one caption however many lines it has,
-    else a known key of KEY.json (img2dataset's ``caption``, Takeout's ``description``). What has no field of its own is field
-    ``caption``; of several texts (KEY.short.txt, KEY.long.txt) each is a field of its own.
+    ``captions`` of KEY.json (ours: {field: [...]}, or one list), else KEY.txt, else KEY.caption, each of which is one caption
+    however many lines it has, else a known key of KEY.json (img2dataset's ``caption``, Takeout's ``description``). What has no
+    field of its own is field ``caption``; of several texts (KEY.short.txt, KEY.long.txt) each is a field of its own.
 
     Args:
         parts: members of the sample.
@@ -303,7 +325,7 @@ def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, 
     """
     about = json_of(parts)
     try:
-        texts = {name: decode_text(parts[name], "KEY.txt", "texts in shards") for name in parts_of_kind(parts, "txt")}
+        texts = {name: decode_text(parts[name], "KEY.txt", "texts in shards") for name in texts_of_sample(parts)}
     except UnicodeError:
         say_once(f"a text in shards {NOT_TEXT}; such captions are left out")
         return {}
@@ -312,7 +334,9 @@ def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, 
         return captions_by_field(known, {key.lower(): key if len(keys) > 1 else "caption" for key in keys})
     several = len(texts) > 1
     captions = clean_captions(about.get("captions"))
-    captions = captions or clean_captions({name[:-4] if several else "caption": text for name, text in texts.items()})
+    captions = captions or clean_captions(
+        {name.rpartition(".")[0] if several else "caption": text for name, text in texts.items()}
+    )
     return captions or clean_captions(next((about[key] for key in CAPTION_KEYS if about.get(key)), None))
 
 
@@ -331,8 +355,32 @@ def captions_by_field(row: dict[str, Any], fields: dict[str, str]) -> dict[str, 
     found: dict[str, list[str]] = {}
     for column, name in fields.items():
         value = row.get(column)
-        found |= clean_captions(value if isinstance(value, dict) else {name: value})
+        value = (answers(value) or [None])[0] if _is_dialogue(value) else value
+        fresh = clean_captions(value if isinstance(value, dict) else {name: value})
+        found |= {f"{name}_{key}" if key in found else key: texts for key, texts in fresh.items()}
     return found
+
+
+def _is_dialogue(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and not {"from", "role"}.isdisjoint(value[0])
+    )
+
+
+def answers(turns: Any) -> list[Any]:
+    """What the model says in a dialogue: LLaVA's {from: gpt, value}, or {role: assistant, content}, text or pieces of it."""
+    said = []
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and {turn.get("from"), turn.get("role")} & {"gpt", "assistant"}:
+            text = turn.get("value", turn.get("content"))
+            pieces = (
+                [piece.get("text") for piece in text if isinstance(piece, dict)] if isinstance(text, list) else [text]
+            )
+            said.append(" ".join(piece for piece in pieces if isinstance(piece, str)) or None)
+    return said
 
 
 def clean_captions(value: Any) -> dict[str, list[str]]:

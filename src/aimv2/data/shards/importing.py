@@ -441,6 +441,9 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
     if not source:
         raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
     val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
+    others = {"--captions": options["captions"], "--class-folders": options.get("class_folders")}
+    if options.get("no_captions") and (given := next((name for name, value in others.items() if value), None)):
+        raise UsageError(f"--no-captions: got {given} too; one of them expected", code="conflict")
     if "{}" not in template:
         raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
     if not 0 <= val_fraction < 1:

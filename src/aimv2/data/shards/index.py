@@ -191,13 +191,13 @@ def _write_offsets(folder: Path, links: dict[str, Path], progress: bool) -> None
 def _read_shard(tar: Path) -> _Shard:
     """The offsets in ``TAR.idx`` where they match the tar; else those of its headers, which takes many more reads."""
     index = tar.with_name(tar.name + INDEX_SUFFIX)
-    if is_packed(tar):
-        raise UsageError(
-            f"shard {tar} is compressed, and training reads at any place; unpack it (gunzip, unxz, bunzip2), or make shards of it "
-            "with `aimv2 data import`",
-            code="unsupported",
-        )
     try:
+        if is_packed(tar):
+            raise UsageError(
+                f"shard {tar} is compressed, and training reads at any place; unpack it (gunzip, unxz, bunzip2), or make shards of "
+                "it with `aimv2 data import`",
+                code="unsupported",
+            )
         if index.is_file() and index.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
             offsets = read_offsets(index, tar)
             if offsets is not None and offsets[0] == 0 and _fits(offsets, tar):

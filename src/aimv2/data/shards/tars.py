@@ -23,7 +23,8 @@ from typing import IO, Any
 from aimv2.errors import UsageError
 from aimv2.io import POINTER, is_pointer
 
-_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# by their first bytes: a compressed tar may be called .tar
+_PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _NAME = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz)$", re.IGNORECASE)
 
 
@@ -56,15 +57,25 @@ def without_dead_links(tars: list[Path], option: str) -> list[Path]:
 
 
 def is_packed(tar: Path) -> bool:
-    """Whether a tar is compressed, by its name."""
-    return tar.suffix.lower() in _PACKED
+    """Whether a tar is compressed; its name may not tell.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _unpacker(tar) is not None
+
+
+def _unpacker(tar: Path) -> Callable[..., Any] | None:
+    with open(tar, "rb") as file:
+        head = file.read(6)
+    return next((unpack for start, unpack in _PACKED.items() if head.startswith(start)), None)
 
 
 def open_tar(tar: Path) -> IO[bytes]:
     """The plain tar, to be read from any place; a compressed one is unpacked into a temporary file, which lives for a while.
 
     Raises:
-        OSError: it cannot be read; it is not compressed as its name says.
+        OSError: it cannot be read.
     """
     if is_pointer(tar):
         raise OSError(POINTER)
@@ -77,11 +88,11 @@ def open_tar(tar: Path) -> IO[bytes]:
     return open(copy.name, "rb")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # tars are read one after the other; each copy takes its size on the disk
 def _unpacked(tar: Path, _size: int, _changed: int) -> Any:
     copy = tempfile.NamedTemporaryFile(prefix="aimv2-", suffix=".tar")  # noqa: SIM115 - the cache closes it
     try:
-        with _PACKED[tar.suffix.lower()](tar) as packed:
+        with (_unpacker(tar) or open)(tar, "rb") as packed:
             shutil.copyfileobj(packed, copy, 1 << 20)
     except (EOFError, zlib.error, lzma.LZMAError):  # cut: what is there is read, and reported like any tar that is cut
         copy.write(b"\xff")

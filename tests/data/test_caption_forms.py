@@ -113,11 +113,65 @@ def test_splits_that_a_captions_file_states(tmp_path: Path, caplog: pytest.LogCa
     entries, split = open_captioned(str(src))
     assert split == "test" and [entry.image for entry in entries] == ["val2014/d.jpg"]
     with pytest.raises(UsageError, match="has the splits test, train, val") as error:
-        run(src, tmp_path / "no", split="dev")
+        run(src, tmp_path / "no", split="other")
     assert (error.value.option, error.value.code) == ("--split", "unknown")
     put(src / "rows.csv", "image,caption,split\na.jpg,x,train\nc.jpg,y,valid\nd.jpg,z,test\n")  # so do rows of a table
     assert run(src, tmp_path / "rows", captions="rows.csv")["val"] == 1
     assert found(tmp_path / "rows") == {"a": {"caption": ["x"]}}
+
+
+def test_words_for_splits(tmp_path: Path) -> None:
+    """In a captions file, a Parquet file, a labelled list: one table of words; what is none of them is refused."""
+    src = photos(tmp_path / "src", *(f"{name}.jpg" for name in "abcdef"))
+    words = dict(zip("abcdef", ("train", "dev", "restval", "test", "", "train")))
+    rows = [{"image": f"{name}.jpg", "caption": f"A {name}.", "split": word} for name, word in words.items()]
+    rows.append({**rows[-1], "split": "test"})  # the same image once more
+    table = put(src / "rows.csv", "image,caption,split\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
+    result = run(src, tmp_path / "out")
+    assert (result["train"], result["val"]) == (3, 1) and list(found(tmp_path / "out", "val")) == ["b"]
+    assert rejected(tmp_path / "out")["f.jpg"] == "stated as train and as test"
+    run(src, tmp_path / "rest", split="restval")
+    assert list(found(tmp_path / "rest")) == ["c"]
+    parquet = tmp_path / "rows/rows.parquet"
+    parquet.parent.mkdir()
+    cells = [{**row, "image": (src / row["image"]).read_bytes()} for row in rows[:-1]]
+    pq.write_table(pa.Table.from_pylist(cells), parquet)
+    result = run(parquet.parent, tmp_path / "table")
+    assert (result["train"], result["val"], result["rejected"]) == (4, 1, 1) and not result["passed_over"]
+    assert run(parquet, tmp_path / "held", split="test")["train"] == 1
+    for given, other in ((parquet, "other"), (table, "other")):
+        with pytest.raises(UsageError, match="has the splits test, train, val") as error:
+            run(given, tmp_path / "no", split=other)
+        assert (error.value.option, error.value.code) == ("--split", "unknown")
+    for word in ("held-out", "2"):
+        put(src / "rows.csv", f"image,caption,split\na.jpg,x,train\nb.jpg,y,{word}\n")
+        with pytest.raises(UsageError, match=f"split '{word}'; train, val or test expected"):
+            run(src, tmp_path / "no")
+
+
+def test_splits_that_lists_and_tables_of_labels_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    src = photos(tmp_path / "src", *(f"{name}.jpg" for name in "abcd"))
+    rows = [
+        {"image": f"{name}.jpg", "label": row % 2, "split": split}
+        for row, (name, split) in enumerate(zip("abcd", ("train", "train", "test", "dev")))
+    ]
+    put(src / "rows.csv", "image,label,split\n" + "".join(f"{','.join(map(str, row.values()))}\n" for row in rows))
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    pq.write_table(
+        pa.Table.from_pylist([{**row, "image": {"bytes": (src / row["image"]).read_bytes()}} for row in rows]),
+        tables / "train.parquet",
+    )
+    for source in (src / "rows.csv", tables):
+        labels = {split: open_labelled(str(source), split).labels.tolist() for split in ("train", "val", "test")}
+        assert labels == {"train": [0, 1], "val": [1], "test": [0]}
+        assert open_labelled(str(source), "val").image(0) is not None
+    encoding.say_once.cache_clear()
+    put(photos(tmp_path / "sidecars", "a.jpg") / "a.json", '{"caption": "x", "split": "test"}')
+    assert run(tmp_path / "sidecars", tmp_path / "out")["train"] == 1 and "state the split 'test'" in caplog.text
+    put(src / "train.csv", (src / "rows.csv").read_text())
+    with pytest.raises(UsageError, match="has rows of the split test"):
+        open_labelled(str(src), "train")
 
 
 def test_every_row_is_read_by_its_own_keys(tmp_path: Path) -> None:

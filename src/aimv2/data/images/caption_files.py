@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from aimv2.data.images.splits import SPLITS
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
 
 # not text, so not looked into: tables, archives of one file, databases, documents, arrays
@@ -15,7 +16,6 @@ CLOSED = (
 SYSTEM = ("thumbs.db", "desktop.ini")
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")  # where a bare number may well be an image's name
 STRUCTURE = ("image", "images", "img", "imgs", "jpegimages")  # folders that hold a data set's images: names of no class
-SPLITS = ("train", "val", "valid", "validation", "test")
 READ = 1 << 18  # bytes of a file that are looked at
 SHOWN = 3
 _SAYS_SO = re.compile(r"caption|prompt|descri|annotation|metadata|sentence|(?:^|[^a-z])(?:alt|text)s?(?:[^a-z]|$)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aimv2.data.images.decode import ImageError
+from aimv2.data.images.splits import WORDS, stated_word
 from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import (
     Parts,
@@ -32,7 +33,7 @@ from aimv2.data.shards.format import (
     texts_of_sample,
     why_no_image,
 )
-from aimv2.data.text.encoding import decode_text
+from aimv2.data.text.encoding import decode_text, say_once
 from aimv2.errors import first_line
 
 Captions = dict[str, list[str]]
@@ -169,8 +170,15 @@ def _read_sidecars(keys: tuple[str, ...] | None, *files: str) -> tuple[Captions,
             raise ImageError(
                 str(error) if isinstance(error, UnicodeError) else f"{Path(file).name} is no JSON"
             ) from None
-    captions = captions_of(parts, keys)
-    return captions or ({} if isinstance(record, dict) else clean_captions(record)), json_of(parts)
+    captions, about = captions_of(parts, keys), json_of(parts)
+    _say_split(about, "images with a .json")
+    return captions or ({} if isinstance(record, dict) else clean_captions(record)), about
+
+
+def _say_split(about: dict[str, Any], what: str) -> None:
+    """A line where a sample states that it is no training data: its JSON is read too late to sort it."""
+    if WORDS.get(word := stated_word(about.get("split")), word) not in ("", "train"):
+        say_once(f"{what} state the split '{word}', which is not followed; --val-list FILE decides what is validation")
 
 
 # ---- tars ----
@@ -218,5 +226,6 @@ class TarReader(Reader):
                 decode_text(parts[name], f"its .{name}", "texts in shards")
         except UnicodeError as error:
             raise ImageError(str(error)) from None
-        label, odd = read_label(text_of(parts, "cls"))
-        return Loaded(data, captions_of(parts, self.keys), label, json_of(parts), odd)
+        about, (label, odd) = json_of(parts), read_label(text_of(parts, "cls"))
+        _say_split(about, "samples in shards")
+        return Loaded(data, captions_of(parts, self.keys), label, about, odd)

@@ -25,6 +25,7 @@ from aimv2.data.images.catalogue import find_column, walk
 from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
 from aimv2.data.images.names import NameFinder, folded, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
+from aimv2.data.images.splits import SPLITS, stated_split
 from aimv2.data.images.tables import encoded_images, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.passed import PICTURES, PassedOver, passed_lines
@@ -34,10 +35,6 @@ from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import say_once, text_lines
 from aimv2.errors import UsageError, first_line
 
-SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "val", "valid": "val", "validation": "val"},
-}
 LISTS = (".csv", ".tsv")
 log = logging.getLogger(__name__)
 
@@ -232,7 +229,8 @@ def list_file(path: Path, source: str) -> Form | None:
     if path.suffix.lower() not in LISTS:
         return None
     if path.stem.lower() not in SPLITS:
-        return _list_form({"train": path}, source)
+        stated = sorted({split or "train" for split in _read_list(path, source)[2]})
+        return _list_form(dict.fromkeys(stated, path), source)
     siblings = (other for other in path.parent.iterdir() if other.suffix.lower() == path.suffix.lower())
     return _list_form(_by_split(siblings, source), source)
 
@@ -244,16 +242,24 @@ def _list_form(files: dict[str, Path], source: str) -> Form | None:
 
 def _list_file(files: dict[str, Path], split: str, source: str) -> Listed:
     file = files[split]
-    keys, words = _read_list(file, source)
-    known = files.get("train", file)
-    labels, classes = number_labels(
-        words, words if known == file else _read_list(known, source)[1], names_beside(file.parent), source
-    )
+    keys, words = _of_split(file, split, source)
+    training = words if split == "train" or "train" not in files else _of_split(files["train"], "train", source)[1]
+    labels, classes = number_labels(words, training, names_beside(file.parent), source)
     return Listed(keys, labels, classes, ImageFiles(file.parent, keys))
 
 
-def _read_list(file: Path, source: str) -> tuple[list[str], list[str]]:
-    """Paths and labels, as they are written."""
+def _of_split(file: Path, split: str, source: str) -> tuple[list[str], list[str]]:
+    """Paths and labels of the rows of a split; a file that is named like one holds that one only."""
+    keys, words, stated = _read_list(file, source)
+    named = SPLITS.get(file.stem.lower())
+    if named and (other := next((row for row in stated if row not in ("", named)), None)):
+        raise wrong(source, f"{file.name} has rows of the split {other}; rename the file, or put them into {other}.csv")
+    own = [row for row, of in enumerate(stated) if (of or named or "train") == split]
+    return [keys[row] for row in own], [words[row] for row in own]
+
+
+def _read_list(file: Path, source: str) -> tuple[list[str], list[str], list[str]]:
+    """Paths and labels, as they are written, and the splits that the rows state ("": none)."""
     try:
         rows = [[cell.strip() for cell in row] for _, row in read_delimited(file) if any(row)]
     except (OSError, UnicodeError) as error:
@@ -275,7 +281,10 @@ def _read_list(file: Path, source: str) -> tuple[list[str], list[str]]:
         raise wrong(source, f"row {short} of {file.name} has {len(rows[short - 1])} cells; path,label expected")
     if not rows:
         raise wrong(source, f"{file.name} has a header and no row")
-    return [row[places[0]] for row in rows], [row[places[1]] for row in rows]
+    named = [] if image is None else [name.lower() for name in header]
+    cells = [row[named.index("split")] if "split" in named and len(row) == len(named) else "" for row in rows]
+    splits = [stated_split(cell, f"--data {source}: {file.name}") for cell in cells]
+    return [row[places[0]] for row in rows], [row[places[1]] for row in rows], splits
 
 
 NUMBER = re.compile(r"-?\d+(\.0+)?")  # pandas writes 1.0 where a cell of the column is empty
@@ -382,12 +391,30 @@ def hub_form(path: Path, source: str) -> Form:
 
 def _dataset_form(tables: Any, source: str, root: Path | None = None) -> Form:
     parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
-    found = {split: rows for name, rows in parts.items() if (split := SPLITS.get(str(name).lower()))}
+    found = dict[str, Any]()
+    for name, rows in parts.items():
+        for split, own in _stated_parts(rows, SPLITS.get(str(name).lower(), ""), source).items():
+            if split in found:
+                raise wrong(source, f"{name} and another part both hold rows of the split {split}; one of them expected")
+            found[split] = own
     if not found:
         raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
     labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
     found = labelled or found
     return Form("`datasets`", {split: partial(_list_dataset, found, split, source, root) for split in found})
+
+
+def _stated_parts(rows: Any, named: str, source: str) -> dict[str, Any]:
+    """The rows by the splits that a column states; without one, as the part that they are in is named."""
+    column = next((name for name in rows.column_names if name.lower() == "split"), None)
+    if column is None:
+        return {named: rows} if named else {}
+    kinds = getattr(rows.features[column], "names", None)
+    cells = [kinds[cell] if kinds and cell is not None else cell for cell in _values(rows, column)]
+    places: dict[str, list[int]] = {}
+    for row, cell in enumerate(cells):
+        places.setdefault(stated_split(cell, f"--data {source}: {column}") or named or "train", []).append(row)
+    return {split: rows.select(own) if len(places) > 1 else rows for split, own in places.items()}
 
 
 def _column(rows: Any, kind: str) -> str | None:

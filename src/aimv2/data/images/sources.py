@@ -33,8 +33,8 @@ from aimv2.data.images.entries import (
     SourceEntry,
     tar_entries,
 )
-from aimv2.data.images.forms import SPLITS as STATED
 from aimv2.data.images.names import ImageFinder, NameFinder, tie
+from aimv2.data.images.splits import StatedSplits, stated_split
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
 from aimv2.data.passed import PassedOver, passed_lines
@@ -50,7 +50,6 @@ EXPECTED = (
     "one such file, or a hub data set id"
 )
 
-SPLITS = {**STATED, "restval": "train"}  # as Karpathy calls what COCO's validation images add to training
 _CAPTIONS_JSON = re.compile(
     r'"(annotations|images|captions?|file_name)"\s*:|^\s*\[.*"(prompt"\s*:|(from|role)"\s*:\s*"(gpt|assistant)")',
     re.DOTALL,
@@ -225,7 +224,13 @@ def _table_folder(folder: ImageFolder) -> PlannedSource | None:
     tables = tables_in(folder.root, folder.options.split)
     if not tables:
         return None
-    planned = open_tables(tables, folder.root, folder.options.columns, folder.options.image_root)
+    planned = open_tables(
+        tables, folder.root, folder.options.columns, folder.options.image_root, folder.options.split
+    )
+    if (split := folder.options.split) is not None and not planned.split and not tables[0].name.startswith(split):
+        raise UsageError(
+            f"--split {split}: {folder.root} states no split; leave it out", option="--split", code="conflict"
+        )
     planned.used = {path.relative_to(folder.root).as_posix() for path in tables}
     return planned
 
@@ -326,26 +331,28 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     """The images that a captions file names, looked up in the folder."""
     images, reader = folder.images, FileReader()
     finder = ImageFinder(folder.root, file.parent, images, folder.options.image_root)
-    named = dict[str, tuple[Captions, dict[str, Any]]]()
+    named, torn = dict[str, tuple[Captions, dict[str, Any]]](), dict[str, str]()
     planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns, folder.passed):
         if isinstance(row, Reject):
             planned.append(row)
             continue
         name, found, about = row
-        captions = named.setdefault(name, ({}, about))[0]
+        captions, first = named.setdefault(name, ({}, about))
+        if (split := about.get("split")) is not None and (before := first.setdefault("split", split)) != split:
+            if stated_split(split, str(file)) != stated_split(before, str(file)):
+                torn[name] = f"stated as {before} and as {split}"
         for column, texts in found.items():
             captions.setdefault(column, []).extend(texts)
     used = set[str]()
-    splits = {name: SPLITS.get(str(about.get("split")).lower(), "") for name, (_, about) in named.items()}
-    wanted = _wanted_split(file, set(splits.values()), folder.options)
+    cells = {name: about.get("split") for name, (_, about) in named.items()}
+    splits = StatedSplits(str(file), cells.values(), folder.options.split, folder.options.held_out)
     for name, (captions, about) in named.items():
         path, reason = finder.find(name)
         used.add(path)
-        if wanted not in ("", splits[name]):
+        if not splits.is_read(cells[name]) and name not in torn:
             continue
-        if not wanted and splits[name] == "test":
-            reason = "of the test split; --split test imports it"
+        reason = torn.get(name) or splits.refusal(cells[name]) or reason
         if reason or not captions:
             planned.append(Reject(safe_key(name), name, reason or "no caption"))
         else:
@@ -355,20 +362,9 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
         raise folder.no_image(f", and none where {file.name} points; expected its images there")
     planned += [Reject(safe_key(name), name, "no caption") for name in images if str(folder.root / name) not in used]
     used = {file.relative_to(folder.root).as_posix()} if file.is_relative_to(folder.root) else set[str]()
-    val = set() if wanted else {name for name, split in splits.items() if split == "val"}
+    val = {name for name, cell in cells.items() if splits.is_val(cell)}
     is_val = (lambda entry: entry.image in val) if val else None
-    return PlannedSource(f"captions file {file.name}", planned, total, used=used, split=wanted, is_val=is_val)
-
-
-def _wanted_split(file: Path, stated: set[str], options: SourceOptions) -> str:
-    """The one split of a captions file that is read; "" for all rows."""
-    if options.split is not None:
-        wanted = SPLITS.get(options.split.lower(), "")
-        if wanted and wanted in stated:
-            return wanted
-        has = f"has the splits {', '.join(sorted(stated - {''}))}" if stated - {""} else "states no split; leave it out"
-        raise UsageError(f"--split {options.split}: {file} {has}", code="conflict" if stated <= {""} else "unknown")
-    return next((split for split in ("test", "val", "train") if split in stated), "") if options.held_out else ""
+    return PlannedSource(f"captions file {file.name}", planned, total, used=used, split=splits.wanted, is_val=is_val)
 
 
 def _class_source(folder: ImageFolder) -> PlannedSource:
@@ -436,7 +432,7 @@ def _tar_source(tars: list[Path], options: SourceOptions) -> PlannedSource:
 
 
 def _table_file(file: Path, options: SourceOptions) -> PlannedSource:
-    return open_tables([file], file.parent, options.columns, options.image_root)
+    return open_tables([file], file.parent, options.columns, options.image_root, options.split)
 
 
 def _captions_file(file: Path, options: SourceOptions) -> PlannedSource:
@@ -468,7 +464,7 @@ def open_source(source: str, options: SourceOptions) -> PlannedSource:
         **{"--template": None if options.template == TEMPLATE else options.template},
     }
     for option, value in given.items():
-        of_folder = option == "--captions" or (option == "--split" and planned.kind == "table")
+        of_folder = option == "--captions" or (option == "--split" and planned.kind == "table" and not planned.split)
         if value is not None and (option not in reads or (of_folder and not in_folder)):
             shown = ",".join(value) if isinstance(value, tuple) else value
             raise UsageError(

@@ -30,6 +30,7 @@ from aimv2.data.images.entries import (
     read_label,
 )
 from aimv2.data.images.readers import image_cell
+from aimv2.data.images.splits import StatedSplits
 from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
 from aimv2.errors import UsageError, first_line
@@ -98,7 +99,7 @@ def tables_in(folder: Path, split: str | None) -> list[Path]:
         if path.is_file() and not path.name.startswith(("cache-", ".")) and not is_download_note(path):
             match = re.match(r"(train|valid|val|validation|test)(?![a-z])", path.name)
             groups.setdefault(match[1] if match else "", []).append(path)
-    if split is not None and groups:
+    if split is not None and {*groups} - {""}:
         if split not in groups:
             raise UsageError(f"--split {split}: {folder} has the splits {', '.join(filter(None, groups))}")
         return groups[split]
@@ -113,33 +114,56 @@ def is_download_note(table: Path) -> bool:
     return table.stem.isdigit() and any(table.with_suffix(end).exists() for end in ("", ".tar"))
 
 
-def open_tables(files: list[Path], root: Path, columns: Columns, image_root: Path | None = None) -> PlannedSource:
-    """Plan the rows of Parquet or Arrow files, in order of path; ``image_root``: where else paths in them may lead.
+def open_tables(
+    files: list[Path], root: Path, columns: Columns, image_root: Path | None = None, split: str | None = None
+) -> PlannedSource:
+    """Plan the rows of Parquet or Arrow files, in order of path.
+
+    Args:
+        image_root: where else paths in them may lead.
+        split: of their rows, where a column states it.
 
     Raises:
-        UsageError: a file is broken, or the columns are not found.
+        UsageError: a file is broken, the columns are not found, or no row is of the split.
     """
     import pyarrow
 
-    counts = []
+    counts, stated = [], dict[str, list[Any]]()
     try:
         for file in files:
             counts.append(sum(count for count, _ in _row_groups(file)))
-        schema = _schema(files[0])
-    except (pyarrow.ArrowException, OSError) as error:
+        schema = _schema(file := files[0])
+        column = next((name for name in schema.names if name.lower() == "split"), None)
+        for file in files if column is not None else ():
+            batches = (batch for _, read in _row_groups(file) for batch in read([column]))
+            stated[str(file)] = [row.get(column) for batch in batches for row in batch.to_pylist()]
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
     passed, types = PassedOver(), _stated_types(schema)
-    reader = TableReader(RowLayout.of(schema.names, columns, str(files[0]), types, passed, image_root))
+    names = [name for name in schema.names if name != column]
+    reader = TableReader(RowLayout.of(names, columns, str(files[0]), types, passed, image_root))
+    cells = (cell for own in stated.values() for cell in own)
+    splits = StatedSplits(str(files[0]), cells, split if stated else None)
 
-    def items() -> Iterator[SourceEntry]:
+    def items() -> Iterator[SourceEntry | Reject]:
         for file, count in zip(files, counts):
             stem = safe_key(file.relative_to(root).with_suffix("").as_posix())
             for row in range(count):
-                yield SourceEntry(
-                    f"{stem}-{row:08d}", f"{file.name} row {row}", (str(file), row), UNREAD, None, UNREAD, reader
-                )
+                key, name, cell = f"{stem}-{row:08d}", f"{file.name} row {row}", stated[str(file)][row] if stated else ""
+                if splits.is_read(cell) and (why := splits.refusal(cell)):
+                    yield Reject(key, name, why)
+                elif splits.is_read(cell):
+                    yield SourceEntry(key, name, (str(file), row), UNREAD, None, UNREAD, reader)
 
-    return PlannedSource("table", items(), sum(counts), unique_keys=True, passed=passed)
+    total = sum(map(splits.is_read, (cell for own in stated.values() for cell in own))) if stated else sum(counts)
+    has_val = any(splits.is_val(cell) for cell in {cell for own in stated.values() for cell in own})
+    return PlannedSource(
+        *("table", items(), total),
+        unique_keys=True,
+        passed=passed,
+        split=splits.wanted,
+        is_val=(lambda entry: splits.is_val(stated[entry.where[0]][entry.where[1]])) if has_val else None,
+    )
 
 
 def _stated_types(schema: Any) -> dict[str, str]:

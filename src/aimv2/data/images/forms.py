@@ -395,7 +395,9 @@ def _dataset_form(tables: Any, source: str, root: Path | None = None) -> Form:
     for name, rows in parts.items():
         for split, own in _stated_parts(rows, SPLITS.get(str(name).lower(), ""), source).items():
             if split in found:
-                raise wrong(source, f"{name} and another part both hold rows of the split {split}; one of them expected")
+                raise wrong(
+                    source, f"{name} and another part both hold rows of the split {split}; one of them expected"
+                )
             found[split] = own
     if not found:
         raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")

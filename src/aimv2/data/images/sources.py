@@ -224,9 +224,7 @@ def _table_folder(folder: ImageFolder) -> PlannedSource | None:
     tables = tables_in(folder.root, folder.options.split)
     if not tables:
         return None
-    planned = open_tables(
-        tables, folder.root, folder.options.columns, folder.options.image_root, folder.options.split
-    )
+    planned = open_tables(tables, folder.root, folder.options.columns, folder.options.image_root, folder.options.split)
     if (split := folder.options.split) is not None and not planned.split and not tables[0].name.startswith(split):
         raise UsageError(
             f"--split {split}: {folder.root} states no split; leave it out", option="--split", code="conflict"

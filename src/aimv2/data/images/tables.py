@@ -149,7 +149,11 @@ def open_tables(
         for file, count in zip(files, counts):
             stem = safe_key(file.relative_to(root).with_suffix("").as_posix())
             for row in range(count):
-                key, name, cell = f"{stem}-{row:08d}", f"{file.name} row {row}", stated[str(file)][row] if stated else ""
+                key, name, cell = (
+                    f"{stem}-{row:08d}",
+                    f"{file.name} row {row}",
+                    stated[str(file)][row] if stated else "",
+                )
                 if splits.is_read(cell) and (why := splits.refusal(cell)):
                     yield Reject(key, name, why)
                 elif splits.is_read(cell):

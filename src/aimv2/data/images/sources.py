@@ -337,9 +337,10 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
             continue
         name, found, about = row
         captions, first = named.setdefault(name, ({}, about))
-        if (split := about.get("split")) is not None and (before := first.setdefault("split", split)) != split:
-            if stated_split(split, str(file)) != stated_split(before, str(file)):
-                torn[name] = f"stated as {before} and as {split}"
+        if split := stated_split(about.get("split"), str(file)):
+            before = stated_split(first.get("split"), str(file))
+            first["split"] = first["split"] if before else about["split"]
+            torn |= {name: f"stated as {before} and as {split}"} if before not in ("", split) else {}
         for column, texts in found.items():
             captions.setdefault(column, []).extend(texts)
     used = set[str]()

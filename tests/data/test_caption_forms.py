@@ -264,6 +264,18 @@ UNKNOWN = {
     "Japanese": ("猫がマットの上に座っている", "shift-jis"),
     "Chinese": ("一只猫坐在垫子上", "gbk"),
     "Mac": ("un café à Orléans", "mac-roman"),
+    "Slovene": ("rdeč avto", "cp1250"),
+    "Polish street": ("dziewczyna na ulicy w mieście", "cp1250"),
+    "Hungarian": ("kutya a fűben", "cp1250"),
+    "Turkish car": ("kırmızı araba", "cp1254"),
+    "Lithuanian": ("žuvis", "cp1257"),
+    "Mac Spanish": ("señor", "mac-roman"),
+    "Mac word": ("naïve", "mac-roman"),
+    "DOS words": ("ô là", "cp850"),
+    "Chinese letter": ("的", "gbk"),
+    "Japanese letter": ("犬", "shift-jis"),
+    "Taiwanese letter": ("狗", "big5"),
+    "Russian house": ("дом", "utf-16-le"),
     "DOS": ("un café à la façade", "cp850"),
 }
 WESTERN = (
@@ -271,6 +283,11 @@ WESTERN = (
     "Größe: 40°C",
     "¿Qué? ¡El niño!",
     "smørrebrød på øen",
+    "Um cão na praia, com uma criança",
+    "Il caffè è sul tavolo della città",
+    "Ein Hund – „Größe“ – läuft über die Straße",
+    "a man—a woman: the dog runs—quickly… “hello” don’t",
+    "the café of a señor in Köln, a piñata and crème brûlée",
     "a “café” in a street of São Paulo, with 5€ for a song by Björk",
 )
 
@@ -296,6 +313,19 @@ def test_what_an_encoding_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert [record.getMessage() for record in caplog.records] == ["z.txt: read as Windows-1252, not UTF-8"]
 
 
+def test_pointers_are_no_captions(tmp_path: Path) -> None:
+    """What Git LFS leaves in place of a text, a list or a table is called that."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 9\n"
+    src = photos(tmp_path / "src", "a.jpg", "b.jpg")
+    put(src / "a.txt", pointer)
+    put(src / "b.txt", "a cat")
+    assert run(src, tmp_path / "out")["train"] == 1 and "Git LFS pointer" in rejected(tmp_path / "out")["a.jpg"]
+    for name in ("rows.csv", "rows.jsonl", "rows.json", "rows.parquet"):
+        with pytest.raises(UsageError, match="Git LFS pointer") as error:
+            run(put(src / "lists" / name, pointer), tmp_path / "no")
+        assert error.value.code == "unreadable"
+
+
 def test_an_encoding_is_found_far_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "CHUNK", 64)
     lines = ["plain words\n"] * 99 + ["un café\n"]
@@ -305,6 +335,8 @@ def test_an_encoding_is_found_far_into_a_file(tmp_path: Path, monkeypatch: pytes
         assert file.read() == "äöü雪" * 99
     with pytest.raises(encoding.NotText):
         encoding.open_text(put(tmp_path / "c.txt", "".join(["déjà\n", *lines]).encode() + "été\n".encode("cp1252")))
+    with pytest.raises(encoding.NotText):  # the other way round
+        encoding.open_text(put(tmp_path / "d.txt", "un café\n".encode("cp1252") + "".join([*lines, "déjà\n"]).encode()))
 
 
 @pytest.mark.parametrize("name", ["utf-8-sig", "utf-16", "cp1252"])

@@ -163,8 +163,8 @@ class ImageFolder:
                 try:
                     with open_text(path) as file:
                         head = file.read(65536)
-                except UnicodeError:
-                    refused[name] = NOT_TEXT
+                except UnicodeError as error:
+                    refused[name] = str(error).removeprefix(f"{path.name} ")
                     continue
                 if _CAPTIONS_JSON.search(head):
                     found.append(name)

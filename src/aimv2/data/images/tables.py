@@ -35,6 +35,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
 from aimv2.errors import UsageError, first_line
 from aimv2.interop.hub import unreachable
+from aimv2.io import POINTER, is_pointer
 
 BATCH_ROWS = 128
 
@@ -128,13 +129,15 @@ def open_tables(
     """
     import pyarrow
 
+    if pointer := next(filter(is_pointer, files), None):
+        raise UsageError(f"{pointer} is {POINTER}", code="unreadable")
     counts, stated = [], dict[str, list[Any]]()
     try:
         for file in files:
             counts.append(sum(count for count, _ in _row_groups(file)))
         schema = _schema(file := files[0])
-        column = next((name for name in schema.names if name.lower() == "split"), None)
-        for file in files if column is not None else ():
+        column = next((name for name in schema.names if name.lower() == "split"), "")
+        for file in files if column else ():
             batches = (batch for _, read in _row_groups(file) for batch in read([column]))
             stated[str(file)] = [row.get(column) for batch in batches for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError, KeyError) as error:

@@ -18,6 +18,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import answers, captions_by_field, clean_captions
 from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
+from aimv2.io import POINTER, is_pointer
 
 CaptionRow = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known
 
@@ -114,7 +115,8 @@ def caption_rows(file: Path, columns: Columns, passed: PassedOver | None = None)
 
 def no_text(file: Path, option: str = "") -> UsageError:
     """What to say of a file whose encoding is not known."""
-    return UsageError(f"{option} {file} {NOT_TEXT}".strip(), option=option or None, code="unreadable")
+    why = f"is {POINTER}" if is_pointer(file) else NOT_TEXT
+    return UsageError(f"{option} {file} {why}".strip(), option=option or None, code="unreadable")
 
 
 def _delimited_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:

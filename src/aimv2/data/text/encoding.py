@@ -8,10 +8,13 @@ from __future__ import annotations
 import codecs
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
+
+from aimv2.io import POINTER, is_pointer
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +29,39 @@ _WORDS = {
 }
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+_CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _HIGH = re.compile(r"[^\x00-\x7f]")
 _UPPER, _LOWER = "À-ÖØ-ÞŠŒŽŸ", "ß-öø-ÿšœž"
-# what no text of western Europe has, and other encodings read as it do: three such letters in a row, a capital or a sign in a word
+_ANY = f"a-zA-Z{_UPPER}{_LOWER}"
+_SMALL = f"a-z{_LOWER}"
+# what no text of western Europe has, and other encodings read as it do: three such letters in a row or two by themselves, a capital or
+# a sign in a word, signs next to such letters, quotation marks that turn the wrong way
 _STRANGE = re.compile(
-    rf"[{_UPPER}{_LOWER}]{{3}}|[a-z{_LOWER}][{_UPPER}]|(?<=[a-z{_LOWER}])[‚ƒ„†‡ˆ‰˜]|"
-    rf"(?<=[a-zA-Z{_UPPER}{_LOWER}])[¡-¶¸-¿×÷‚ƒ„†‡ˆ‰‹›˜€](?=[a-zA-Z{_UPPER}{_LOWER}])|[\x81\x8d\x8f\x90\x9d]"
+    rf"[{_UPPER}{_LOWER}]{{3}}|[{_SMALL}][{_UPPER}]|(?<=[{_SMALL}])[‚ƒ„†‡ˆ‰˜]|"
+    rf"(?<=[{_ANY}])[¡-¶¸-¿×÷‚ƒ„†‡ˆ‰‹›˜€•“”](?=[{_ANY}])|[\x81\x8d\x8f\x90\x9d]|"
+    rf"(?<![{_ANY}])[{_UPPER}{_LOWER}]{{2}}(?![{_ANY}])|[¢-¨ª¬¯-º][¢-ª¬-º¼-¾{_UPPER}{_LOWER}]|"
+    rf"[{_UPPER}{_LOWER}][¢-¨ª¬¯-º¼-¾]|(?<![{_ANY}])[¤¦¨ª¬¯´¶¸¹](?=[a-z])|”(?=\w)|[¿¡](?=[À-ÿ])[^áéíóúñÁÉÍÓÚÑ]"
 )
-# letters of languages that are written in it; French, German, Spanish, Portuguese, Italian, Nordic ones, Dutch, Icelandic, Catalan
-_LETTERS = (
-    *("àâæçéèêëîïôœùûüÿ", "äöüßé", "áéíñóúü", "áàâãçéêíóôõúü", "àèéìíîòóùú", "åäöéæø", "ëïéèöüáó", "áðéíóúýþæö", "àçèéíïòóúü"),
-)  # fmt: skip
+_TURNED = re.compile(r"(?<![^\s,])“(?=\s|$)")
+_JOINED = re.compile(rf"([{_SMALL}]+)[–—…](?=([{_SMALL}]+))")  # two words, or another encoding's letter in one
+_SHORT = frozenset(
+    ["a", "an", "as", "at", "be", "by", "he", "if", "in", "is", "it", "my", "no", "of", "on", "so", "to", "we"]
+)
+_SAFE = "äöüßéóå"  # they are the same in the encodings of the east
+# languages that are written in it: their letters, and words that tell them from others with these bytes
+_LANGUAGES = (
+    ("àâæçéèêëîïôœùûüÿ", "le la les un une des du de et dans avec sur au aux est l d qu à où"),
+    ("äöüßé", "der die das ein eine und mit auf"),
+    ("áéíóúñü", "el la los las un una de del con en por que al"),
+    ("áàâãçéêíóôõúü", "um uma com em os as ao dos das de que à é não"),
+    ("àèéìíîòóù", "il la gli un una di del della con nel che per al c è più"),
+    ("åäöéæø", "och ett en med og til på"),
+    ("ëïéèöüáó", "de het een en van met op"),
+    ("áðéíóúýþæö", "og með við"),
+    ("àçèéíïòóúü", "el la els les un una de del amb"),
+)
+_ENGLISH = frozenset(["the", "of", "with", "and", "is", "at", "for", "this", "that", "his", "her", "from"])
+_BORROWED = [known for known, _ in _LANGUAGES if "þ" not in known]  # English has words of all of them
 
 
 class NotText(UnicodeError):
@@ -54,6 +79,8 @@ def decode_text(raw: bytes, name: str, said: str | None = None) -> str:
     Raises:
         NotText: no encoding fits.
     """
+    if is_pointer(raw):
+        raise NotText(f"{name} is {POINTER}")
     encoding = _encoding_of(raw, raw, said or name, name)
     try:
         return raw.decode(encoding).removeprefix("\ufeff")
@@ -70,6 +97,8 @@ def open_text(file: Path, newline: str | None = None) -> TextIO:
     """
     with file.open("rb") as stream:
         head = chunk = stream.read(CHUNK)
+        if is_pointer(head):
+            raise NotText(f"{file.name} is {POINTER}")
         before, decoder = b"", codecs.getincrementaldecoder("utf-8")()
         try:
             while chunk:
@@ -79,7 +108,10 @@ def open_text(file: Path, newline: str | None = None) -> TextIO:
                 before, chunk = before if chunk.isascii() else chunk, following
         except UnicodeDecodeError:
             pass
-    encoding = _encoding_of(head, before + chunk, str(file), file.name)
+        encoding = _encoding_of(head, before + chunk, str(file), file.name)
+        while encoding == "cp1252" and (chunk := stream.read(CHUNK)):
+            if _is_odd(chunk, chunk.decode("cp1252", "replace")):
+                raise NotText(f"{file.name} {NOT_TEXT}")
     return file.open(encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
 
 
@@ -102,6 +134,8 @@ def _encoding_of(head: bytes, odd: bytes, where: str, name: str) -> str:
             raise NotText(f"{name} {NOT_TEXT}")
         found = "utf-16-le" if uneven > even else "utf-16-be"
     if found is None:
+        if 20 * len(_CONTROLS.findall(head)) > len(head):  # UTF-16 of other alphabets
+            raise NotText(f"{name} {NOT_TEXT}")
         try:
             odd.decode("utf-8")
             return "utf-8"
@@ -121,13 +155,29 @@ def _is_western(raw: bytes) -> bool:
         return False
     if "\0" in text:
         return False
-    high = len(_HIGH.findall(text))
-    if 20 * (len(_UTF8.findall(raw)) + len(_STRANGE.findall(text))) > high:
+    if _is_odd(raw, text):
         return False
-    letters = re.findall(rf"[{_UPPER}{_LOWER}]", text)
-    if 16 * len(letters) < len(text):  # names and loan words, of any language
-        return True
-    return any(20 * sum(letter.lower() in known for letter in letters) >= 19 * len(letters) for known in _LETTERS)
+    words = Counter(re.findall(rf"[{_ANY}]+", text.lower()))
+    spelt = {word: re.findall(rf"[{_LOWER}]", word) for word in words if not word.isascii()}
+    letters = [letter for word, own in spelt.items() for letter in own * words[word]]
+    unsafe = sum(letter not in _SAFE for letter in letters)
+    english = sum(words[word] for word in _ENGLISH)
+    told = {known: sum(words[word] for word in own.split()) for known, own in _LANGUAGES}
+    is_known = bool(english or any(told.values()))
+    pairs = (all(len(word) > 2 or word in _SHORT for word in pair) for pair in _JOINED.findall(text))
+    if 20 * sum(not (is_known and parted) for parted in pairs) > len(_HIGH.findall(text)):
+        return False
+    for known, number in told.items():
+        if 10 * number >= unsafe and 20 * sum(letter in known for letter in letters) >= 19 * len(letters):
+            return True
+    borrowed = [any(known.issuperset(own) for known in map(set, _BORROWED)) for own in spelt.values()]
+    return 4 * english >= len(letters) and 20 * sum(borrowed) >= 19 * len(borrowed)
+
+
+def _is_odd(raw: bytes, text: str) -> bool:
+    """Whether more than a twentieth of what is not ASCII is UTF-8, or strange in Windows-1252."""
+    turned = 0 if "„" in text else len(_TURNED.findall(text))  # German closes with this mark
+    return 20 * (len(_UTF8.findall(raw)) + len(_STRANGE.findall(text)) + turned) > len(_HIGH.findall(text))
 
 
 @lru_cache(maxsize=1000)

@@ -58,6 +58,8 @@ def test_labels_of_tars(tmp_path: Path) -> None:
     ]
     (tmp_path / "src").mkdir()
     tar_of(tmp_path / "src" / "0.tar", members)
+    checked = check_data(tmp_path / "src")
+    assert checked["labels"] == 2 and counted(checked) == {ODD: 2}
     for shard_size in (1, 4):  # the counts of shards come together
         result = run(tmp_path / "src", tmp_path / f"out{shard_size}", shard_size=shard_size)
         assert labels(tmp_path / f"out{shard_size}") == ["1", None, None, "7"] and counted(result) == {ODD: 2}
@@ -156,6 +158,17 @@ def test_a_compressed_tar_by_another_name(tmp_path: Path, packed: str) -> None:
         with pytest.raises(UsageError) as caught:
             build_index([name], tmp_path / "index")
         assert caught.value.code == "unsupported"
+
+
+def test_cut_names_of_takeout(tmp_path: Path) -> None:
+    long, src = "IMG " + "x" * 41, tmp_path / "src"  # and more than 46 characters in all
+    for number, end in enumerate(("_1.jpg", "_2.jpg", "y.jpg")):
+        put(src / (long + end), picture(number))
+    for name, end in ((f"{long}_.json", "_1.jpg"), (f"{long}y.json", "y.jpg")):
+        put(src / name, json.dumps({"title": long + end, "description": end}))
+    run(src, tmp_path / "out")
+    found = [parts["txt"].decode() for _, parts in read_samples(tmp_path / "out" / "train-000000.tar")]
+    assert found == ["_1.jpg", "y.jpg"]
 
 
 @pytest.mark.parametrize("other", [{"class_folders": True}, {"captions": "c.csv"}])

@@ -1,6 +1,8 @@
 """Files next to images that may hold their captions, whether or not they can be read as captions."""
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -26,6 +28,7 @@ _CUT = re.compile(r"[^\w.\-]")
 _FIELD = re.compile(r"[^,;|\t\"]+")  # between separators and quotes
 _FIRST = re.compile(r"^\s*\S+")
 _TAKEOUT = re.compile(r"(\.\w+)(?:\.(s[a-z-]*))?(\(\d+\))?\.json$")
+TAKEOUT_CUT = 46  # characters of an image's name that the name of its JSON file keeps
 _DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
 
 
@@ -145,6 +148,30 @@ def plain_record(file: str) -> str:
     if named is None or not "supplemental-metadata".startswith(named[2] or "") or not (named[2] or named[3]):
         return file
     return f"{file[: named.start()]}{named[3] or ''}{named[1]}.json"
+
+
+def records_of(root: Path, files: Sequence[str], images: Sequence[str]) -> dict[str, str]:
+    """{name of an image's JSON file in full: the file}; Takeout cuts long ones, and their ``title`` tells images apart."""
+    began, found = defaultdict[str, list[str]](list), dict[str, str]()
+    for image in images:
+        if len(name := PurePosixPath(image).name) > TAKEOUT_CUT:
+            began[image[: TAKEOUT_CUT - len(name)]].append(image)
+    for file in files:
+        if file.lower().endswith(".json"):
+            full = plain_record(file)
+            meant = began.get(full[: -len(".json")], [])
+            if len(meant) > 1:
+                title = _title(root / file)
+                meant = [image for image in meant if PurePosixPath(image).name == title]
+            found[f"{meant[0]}.json" if len(meant) == 1 else full] = file
+    return found
+
+
+def _title(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_bytes())["title"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def are_classes(folders: Sequence[str]) -> bool:

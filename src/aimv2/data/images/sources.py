@@ -19,7 +19,7 @@ from aimv2.data.images.caption_files import (
     are_splits,
     may_hold_captions,
     names_images,
-    plain_record,
+    records_of,
     why_no_captions,
 )
 from aimv2.data.images.catalogue import Columns, is_image, kind_of, list_files, stem, walk
@@ -133,7 +133,7 @@ class ImageFolder:
     def sidecars(self) -> dict[str, tuple[list[str], list[str]]]:
         """{image: the text files, the JSON files that are named after it}; several where it is not clear which."""
         texts = NameFinder(name for name in self.files if name.lower().endswith((".txt", ".caption")))
-        records = {plain_record(name): name for name in self.files if name.lower().endswith(".json")}
+        records = records_of(self.root, self.files, self.images)
         finder, folders = NameFinder(records), {name.rpartition("/")[0] for name in (*texts.names, *records)}
         return {
             name: (texts.find(name), [records[found] for found in finder.find(name)])

@@ -18,16 +18,17 @@ from rich.text import Text
 
 from aimv2.data.images.catalogue import list_files
 from aimv2.data.images.decode import ImageError, image_size
-from aimv2.data.passed import PassedOver, passed_lines
+from aimv2.data.images.entries import read_label
+from aimv2.data.passed import ODD_LABELS, PassedOver, passed_lines
 from aimv2.data.shards.format import (
     MANIFEST,
     captions_of,
     find_shards,
     image_of,
-    parts_of_kind,
     read_samples,
     scan_shard,
     split_shards,
+    text_of,
     why_no_image,
 )
 from aimv2.data.shards.tars import why_unreadable
@@ -141,7 +142,9 @@ def check_shard(tar: Path, min_side: int) -> ShardReport:
     for key, parts in read_samples(tar):
         name = f"{tar.name}/{key}"
         report.samples += 1
-        report.labels += bool(parts_of_kind(parts, "cls"))
+        label, odd = read_label(text_of(parts, "cls"))
+        report.labels += label is not None
+        report.passed.add(ODD_LABELS, *([f"{name}: {odd}"] if odd is not None else []))
         report.captions.append([text for each in captions_of(parts).values() for text in each])
         if not report.captions[-1]:
             report.uncaptioned.append(name)

@@ -11,10 +11,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from aimv2.config.schema import LogConfig
 from aimv2.io import say as say
 from aimv2.io import write_aside
+
+
+FIRST = (1, 2, 5)  # steps of a start that the console shows whatever train.log_every is: the first line comes soon
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -45,8 +49,11 @@ class Log:
         self.writer = self._tensorboard(run, start) if config.tensorboard else None
         self.wandb = self._wandb(run, config.wandb) if config.wandb else None
         if self.console.is_terminal:
-            columns = (BarColumn(20), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            whole = Column(no_wrap=True, min_width=len(f"{steps}/{steps}"))  # narrow terminals lose figures, not these
+            left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8))
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            done = TextColumn("{task.completed}/{task.total}", table_column=whole)
+            self.progress = Progress(done, left, BarColumn(10), figures, console=self.console, expand=True)
             self.task = self.progress.add_task("", total=steps, completed=start)
             self.progress.start()
         self.began, self.first = time.perf_counter(), start
@@ -80,17 +87,21 @@ class Log:
             self.wandb.log(numbers, step=step)
         self._show(step, figures)
 
-    def _show(self, step: int, figures: dict[str, Any]) -> None:
+    def early(self, step: int, loss: float) -> None:
+        """One of the first steps, for the eye only."""
+        if self.active:
+            self._show(step, {"loss": loss}, of_training=True)
+
+    def _show(self, step: int, figures: dict[str, Any], of_training: bool = False) -> None:
         text = describe(figures)
         if self.progress is not None:
-            if "lr" in figures:
+            if of_training or "lr" in figures:
                 self.progress.update(self.task, completed=step, description=text)
             else:
                 self.say(f"step {step}: {text}")
             return
         rate = (time.perf_counter() - self.began) / max(step - self.first, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self.steps - step)))
-        self.say(f"step {step}/{self.steps} {text} eta {left}")
+        self.say(f"step {step}/{self.steps} eta {duration(rate * (self.steps - step))} {text}")
 
     def close(self) -> None:
         if not self.active:
@@ -118,6 +129,14 @@ SHOWN = {
     "mfu": ("mfu", "{:.0%}"),
     "memory_gb": ("GB", "{:.1f}"),
 }
+
+
+def duration(seconds: float) -> str:
+    """``H:MM:SS``; from a day on with the days."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d " * (days > 0) + f"{hours:02}:{minutes:02}:{rest:02}"
 
 
 def describe(figures: dict[str, Any]) -> str:

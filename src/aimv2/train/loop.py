@@ -26,7 +26,7 @@ from aimv2.train.best import Best
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
 from aimv2.train.interrupt import Interrupted, StopFlag
-from aimv2.train.log import Log
+from aimv2.train.log import FIRST, Log
 from aimv2.train.parallel import Trainable
 from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
@@ -127,7 +127,7 @@ class Trainer:
             self.update.warm_up(pairs, self.config.data.max_tokens, self.view)
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds
-        saved = self.step if self.step else -1
+        first, saved = self.step, self.step if self.step else -1
         while self.step < last:
             self.train_step(next(self.stream))
             self.seconds = before + time.perf_counter() - began
@@ -135,6 +135,8 @@ class Trainer:
                 self.check_finite()
             if self.step % train.log_every == 0 or self.step == train.steps:
                 self.report(log)
+            elif self.world.main and self.step - first in FIRST:
+                log.early(self.step, self.loss())
             best = False
             if self.step == train.steps or (every and self.step % every == 0):
                 self.validate(log)
@@ -176,6 +178,12 @@ class Trainer:
             self.first_broken = torch.zeros_like(figures.broken, dtype=torch.int64)
         new = figures.broken & (self.first_broken == 0)
         self.first_broken = torch.where(new, self.step, self.first_broken)
+
+    def loss(self) -> float:
+        """The loss of the last step; waits for the device."""
+        assert self.last is not None
+        weights = self.update.objective.weights
+        return sum(weights[name] * mean.item() for name, mean in zip(self.last.names, self.last.means) if weights[name])
 
     def check_finite(self) -> None:
         """Stops all ranks together where a step since the last check was non-finite; its update was skipped."""

@@ -161,3 +161,11 @@ def test_a_model_in_memory_is_no_model_of_a_command(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="got a VisionEncoder in memory") as error:
             call(model, str(tmp_path), **({"out": str(tmp_path / "o")} if call is api.embed else {}))
         assert error.value.code == "mismatch" and len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_without_weights_is_one_line(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = VisionEncoder(EncoderConfig("tiny", 16, 1, 2, 16, 4, 8))
+    with pytest.raises(UsageError) as error:
+        aimv2.save_pretrained(model, tmp_path / "out")
+    assert error.value.code == "missing" and not (tmp_path / "out").exists()

@@ -157,3 +157,18 @@ def test_captions_want_one_tensor(images: Any) -> None:
     for call in (model.caption, lambda images: read_images(model, images)):
         with pytest.raises(TypeError, match=f"expected, got .*{type(images).__name__}.*image_transform"):
             call(images)
+
+
+class Held(Tensor):
+    """A subclass as other libraries have them for images."""
+
+
+def test_subclasses_are_looked_at_too() -> None:
+    for images in (torch.nn.Parameter(HUNDREDS), HUNDREDS.as_subclass(Held)):
+        with pytest.raises(ValueError, match="normalised"):
+            tiny()(images)
+
+
+def test_a_prefix_in_a_list_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prefix_len must be int64 \[2\].*\[1, 2\]"):
+        tiny()(PIXELS, prefix_len=[1, 2])

@@ -110,7 +110,7 @@ class ArrayEncoder:
             ValueError: integers other than uint8, floats of magnitudes above 20, or an unsupported image shape.
         """
         self.config.check_pixels(tuple(images.shape))
-        if str(images.dtype) == "uint8" or "float" in str(images.dtype):
+        if len(images) and (str(images.dtype) == "uint8" or "float" in str(images.dtype)):
             self.config.check_values(float(images.min()), float(images.max()), str(images.dtype) == "uint8")
         return self.apply(self.params, self.normalize(images))
 

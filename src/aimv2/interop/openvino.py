@@ -125,7 +125,7 @@ class OpenVINOEncoder:
             ValueError: integers other than uint8, floats of magnitudes above 20, or an unsupported image shape.
         """
         self.config.check_pixels(tuple(images.shape))
-        if images.dtype.is_floating_point or images.dtype == torch.uint8:
+        if images.numel() and (images.dtype.is_floating_point or images.dtype == torch.uint8):
             self.config.check_values(float(images.min()), float(images.max()), images.dtype == torch.uint8)
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean) / self.std

@@ -62,15 +62,15 @@ def not_images(found: object, wanted: str = "a tensor [B, 3, H, W] is") -> TypeE
 
 
 def _readable(images: Tensor) -> bool:
-    """Whether images hold values that can be looked at: eager, not traced, and without stopping a training step."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not Tensor:
+    """Whether images hold values that can be looked at: eager, not traced, nor of a subclass without values of its own."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if images.is_meta or not images.numel() or torch._C._functorch.is_functorch_wrapped_tensor(images):
+    plain = type(images).__torch_dispatch__ is Tensor.__torch_dispatch__  # not so of fake and sharded tensors
+    if not plain or images.is_meta or not images.numel() or torch._C._functorch.is_functorch_wrapped_tensor(images):
         return False
     if images.dtype == torch.uint8:
         return images.device.type == "cpu"
-    on_host = images.device.type == "cpu" or not torch.is_grad_enabled()
-    return images.is_floating_point() and on_host and not (images.is_cuda and torch.cuda.is_current_stream_capturing())
+    return images.is_floating_point() and not (images.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class VisionEncoder(nn.Module):
@@ -89,6 +89,7 @@ class VisionEncoder(nn.Module):
         self.head = AttentionPool(config.width, config.pool_heads) if config.pool_heads else None
         self.compiled = False  # set where the blocks are compiled: selects the form of the mask
         self.frozen = False  # set by the training step while only the decoder is trained: runs under no_grad
+        self.looked = False  # at images whose check made an accelerator wait
         self.mean: Tensor
         self.std: Tensor
         for name in ("mean", "std"):
@@ -126,13 +127,15 @@ class VisionEncoder(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 0..255 -> float32 ``(x / 255 - mean) / std``; float images pass unchanged.
 
-        In evaluation mode a warning, once a process, says that all pixels lie in 0..1; not under compilation, export or tracing,
-        nor on an accelerator while gradients are recorded.
+        In evaluation mode a warning, once a process, says that all pixels lie in 0..1; not under compilation, export or tracing.
+        On an accelerator while gradients are recorded only the first images are looked at: it waits for the device.
 
         Raises:
             ValueError: another integer type, or in evaluation mode float images of magnitudes above 20.
         """
-        if not self.training and _readable(images):
+        waits = images.device.type != "cpu" and torch.is_grad_enabled()
+        if not self.training and not (waits and self.looked) and _readable(images):
+            self.looked = waits
             low, high = torch.stack(images.aminmax()).tolist()
             self.config.check_values(low, high, images.dtype == torch.uint8)
         if images.dtype == torch.uint8:
@@ -183,9 +186,11 @@ class VisionEncoder(nn.Module):
         if prefix_len is not None and layout is not None and layout.image_groups:
             mask = prefix_spans(layout.image_slots, layout.image_groups, prefix_len)
         elif prefix_len is not None:
-            if prefix_len.dtype not in (torch.int64, torch.int32) or prefix_len.shape != x.shape[:1]:
+            whole = isinstance(prefix_len, Tensor) and prefix_len.dtype in (torch.int64, torch.int32)
+            if not whole or prefix_len.shape != x.shape[:1]:
+                given = [getattr(prefix_len, key, "") for key in ("dtype", "shape")] if whole else [prefix_len]
                 raise ValueError(
-                    f"prefix_len must be int64 [{len(x)}], patches of each image, got {prefix_len.dtype} {list(prefix_len.shape)}"
+                    f"prefix_len must be int64 [{len(x)}], patches of each image, got {' '.join(map(str, given))}"
                 )
             compiled = self.compiled and torch.is_grad_enabled()  # evaluation runs eager
             mask = prefix_attention_mask(prefix_len, x.shape[1], compiled)

@@ -16,9 +16,10 @@ from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.models.create import build, create_model
 from aimv2.models.distilled import Distiller
+from aimv2.models.encoder import VisionEncoder
 from aimv2.models.init import init_weights
 from aimv2.models.lit import TunedLiT
-from aimv2.models.sizes import DecoderConfig
+from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.tasks.init_weights import origin_of
 
 PREFIXES = (

@@ -17,7 +17,6 @@ from aimv2.config.schema import LogConfig
 from aimv2.io import say as say
 from aimv2.io import write_aside
 
-
 FIRST = (1, 2, 5)  # steps of a start that the console shows whatever train.log_every is: the first line comes soon
 
 

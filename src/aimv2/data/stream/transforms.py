@@ -204,8 +204,9 @@ def _encoder_config(model: object) -> EncoderConfig:
         return shape_of(model) if model in RELEASED else MODELS[model][0]
     from aimv2.models.layers import unwrapped
 
-    config = getattr(getattr(model := unwrapped(model), "encoder", model), "config", None)
-    if not isinstance(config, EncoderConfig):
+    found = (getattr(getattr(one, "encoder", one), "config", None) for one in (model, unwrapped(model)))
+    config = next((one for one in found if isinstance(one, EncoderConfig)), None)
+    if config is None:
         raise UsageError(
             f"image_transform(model): a model or a name of the sizes table expected, got {type(model).__name__}; images go into "
             "what it returns, image_transform(model)(image)"

@@ -1,6 +1,6 @@
 """`data import` on small layouts of the forms that people have: what it says and which captions it finds, held in layouts.txt.
 
-After a change that is meant: ``python tests/data/test_layouts.py`` writes layouts.txt anew; look at the difference.
+After a change that is meant: ``python tests/data/test_import_layouts.py`` writes layouts.txt anew; look at the difference.
 """
 
 import base64
@@ -31,7 +31,7 @@ from aimv2.data.shards.format import read_samples
 from aimv2.errors import UsageError
 
 GOLDEN = Path(__file__).with_name("layouts.txt")
-HEAD = "# What `data import` says of each layout, and the captions it finds; written by: python tests/data/test_layouts.py\n"
+HEAD = "# What `data import` says of each layout, and the captions it finds; written by: python tests/data/test_import_layouts.py\n"
 TEXTS = ("a red square", 'a "quoted" word', "café, crème", "two | bars")
 Layout = Callable[[Path], dict[str, object] | None]
 LAYOUTS: dict[str, Layout] = {}

@@ -172,3 +172,11 @@ def test_subclasses_are_looked_at_too() -> None:
 def test_a_prefix_in_a_list_is_named() -> None:
     with pytest.raises(ValueError, match=r"prefix_len must be int64 \[2\].*\[1, 2\]"):
         tiny()(PIXELS, prefix_len=[1, 2])
+
+
+def test_layers_and_batches_of_another_kind_say_what_they_want() -> None:
+    for layers in (-1, ["last"]):
+        with pytest.raises(TypeError, match=r"layers: a list of whole numbers, such as \[-1\]"):
+            tiny().encode(PIXELS, layers=layers)
+    with pytest.raises(TypeError, match=r"\.encoder\(images\)"):
+        create_model("aimv2-tiny-patch8-32", decoder=True)(PIXELS)

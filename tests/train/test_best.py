@@ -1,6 +1,7 @@
 """RUN@best: the checkpoint with the best held-out figure, kept whatever else goes; RUN stays the newest."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import aimv2
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints, find_model
+from aimv2.tasks.pretrain import Pretrain
 from runs import metrics, resume, train
 from world import TinyWorld
 
@@ -81,8 +83,22 @@ def test_wrong_use(data: Path, tmp_path: Path, options: dict[str, Any], code: st
     with pytest.raises(UsageError, match=words) as error:
         train(data, tmp_path / "run", **{**OPTIONS, **options})
     assert error.value.option == "eval.best" and error.value.code == code
-    if code == "unknown":  # seen at the first validation: the step is saved
-        assert [number for number, _ in checkpoints(tmp_path / "run")] == [1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_only_validation_knows_to_be_missing_costs_no_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimv2.tasks.pretrain.Pretrain.figures", ())  # of a task that does not list them
+    with pytest.raises(UsageError, match="did you mean 'val_text_loss'"):
+        train(data, tmp_path / "run", **{**OPTIONS, "eval__best": "val_text_los"})
+    assert [number for number, _ in checkpoints(tmp_path / "run")] == [1]
+
+
+def test_the_figures_of_the_task_are_those_that_validation_gives(whole: Path) -> None:
+    given = {name for line in metrics(whole) for name in line if name.startswith("val_")}
+    listed = [name for name in Pretrain.figures if not any(fnmatchcase(one, name) for one in given)]
+    assert not listed and all(any(fnmatchcase(one, name) for name in Pretrain.figures) for one in given)
 
 
 def test_no_validation_split(data: Path, tmp_path: Path) -> None:

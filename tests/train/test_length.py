@@ -79,5 +79,8 @@ def test_a_run_ends_by_the_clock_and_resumes_exactly(data: Path, tmp_path: Path)
     assert first["stopped_at"] == 1 and metrics(tmp_path / "run")[-1]["step"] == 1
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["max_hours"] is None
     assert resume(tmp_path / "run", train__max_hours=1e-9)["stopped_at"] == 2
+    with pytest.raises(UsageError) as error:
+        resume(tmp_path / "run", train__stop_at=1)
+    assert error.value.option == "train.stop_at" and error.value.code == "conflict"
     assert resume(tmp_path / "run", train__max_hours=1000)["step"] == 6
     assert exact(tmp_path / "run") == exact(tmp_path / "whole")

@@ -71,7 +71,9 @@ def plain_model(model: Any) -> nn.Module:
             code="mismatch",
         )
     if any(value.is_meta for value in state.values()):
-        raise UsageError("model: its weights are on the meta device, which holds none; load or initialize it first", code="missing")
+        raise UsageError(
+            "model: its weights are on the meta device, which holds none; load or initialize it first", code="missing"
+        )
     shapes = {key: value.shape for key, value in targets.items()}
     if shapes == {key: value.shape for key, value in given.items() if not hasattr(value, "full_tensor")}:
         return model

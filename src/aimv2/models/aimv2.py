@@ -66,7 +66,15 @@ class AIMv2(nn.Module):
             batch: images, captions, prefix lengths, scored rows.
             text_targets: see :meth:`MultimodalDecoder.forward`.
             bidirectional: full attention over all patches (Cap with full attention, Table 9a).
+
+        Raises:
+            TypeError: images in place of a batch.
         """
+        if isinstance(batch, Tensor):
+            raise TypeError(
+                "a batch of pairs (aimv2.batch.make_batch) is expected, got a tensor: .encoder(images) gives features, "
+                ".caption(images) texts"
+            )
         features = self.encoder.forward_batch(batch, bidirectional)
         return self.decoder(features, batch, text_targets)
 

@@ -173,6 +173,8 @@ class VisionEncoder(nn.Module):
             with torch.no_grad():
                 return self.forward(images, prefix_len, layers, strips)
         depth = len(self.blocks)
+        if isinstance(layers, int) or not all(hasattr(layer, "__index__") for layer in layers or ()):
+            raise TypeError(f"layers: a list of whole numbers, such as [-1], is expected, got {layers!r}")
         if not all(-depth <= layer < depth for layer in layers or ()):
             raise ValueError(f"layers must be {-depth} to {depth - 1}, got {layers}")
         wanted = [layer % depth for layer in layers or ()]

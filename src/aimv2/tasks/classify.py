@@ -38,6 +38,7 @@ class Classify(Task):
 
     options: ClassVar[type[Any]] = ClassifyTaskOptions
     reads = ("init",)
+    figures = ("val_class_loss", "val_top1")
 
     def check_world(self, world: World) -> None:
         if world.size > 1:

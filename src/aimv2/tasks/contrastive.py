@@ -38,6 +38,7 @@ class Contrastive(Task):
 
     options: ClassVar[type[Any]] = ContrastiveTaskOptions
     reads = ("init", "data.features")
+    figures = ("val_contrastive_loss", "val_image_to_text", "val_text_to_image")
     start_text = START
 
     def check(self) -> None:

@@ -33,6 +33,7 @@ class Distill(Pretrain):
 
     options: ClassVar[type[Any]] = DistillTaskOptions
     cools = False
+    figures = (*Pretrain.figures, "val_feature_loss")
     may_change = ("objective.teacher", "objective.teacher_image_mean", "objective.teacher_image_std")
     teacher: Teacher
 

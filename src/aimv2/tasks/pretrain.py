@@ -29,6 +29,7 @@ class Pretrain(Task):
 
     options: ClassVar[type[Any]] = PretrainTaskOptions
     reads = ("init", "optim.fresh_decoder", "optim.lora")
+    figures = ("val_text_loss", "val_perplexity", "val_pixel_loss*")
     cools = True
     no_captions = ", or train on images alone with objective.targets=image"
 

@@ -54,6 +54,7 @@ class Task(ABC):
         may_change: configuration keys that may differ when a run resumes.
         reads: of ``init``, ``optim.fresh_decoder``, ``optim.lora`` and ``data.features`` those that it honours; the others are
             refused.
+        figures: names of what ``validate`` gives, ``*`` for any ending; (): known once it has run.
         cools: whether ``optim.schedule=cooldown`` may continue a run of it.
         start_text: token that its captions begin with, which a newly trained tokenizer gets; None: none.
         no_captions: end of the message where captions are missing.
@@ -62,6 +63,7 @@ class Task(ABC):
     options: ClassVar[type[Any]]
     may_change: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ()
+    figures: ClassVar[tuple[str, ...]] = ()
     cools: ClassVar[bool] = False
     start_text: ClassVar[str | None] = None
     no_captions: ClassVar[str] = ""

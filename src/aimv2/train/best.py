@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from aimv2.config.schema import Config
@@ -16,8 +17,14 @@ LOWER = ("_loss", "_perplexity")  # parts of the names of figures that are bette
 NEITHER = ("val_pairs", "val_scale", "val_bias")
 
 
-def check_best(config: Config, validated: bool) -> None:
-    """Raises UsageError where ``eval.best`` names a figure and the run would not have it on the way."""
+def check_best(config: Config, validated: bool, known: tuple[str, ...]) -> None:
+    """Raises UsageError where ``eval.best`` names a figure and the run would not have it on the way.
+
+    Args:
+        config: of the run.
+        validated: there are samples to validate on.
+        known: names of the task's figures, ``*`` for any ending; (): not known yet.
+    """
     figure = config.eval.best
     if figure is None:
         return
@@ -26,6 +33,17 @@ def check_best(config: Config, validated: bool) -> None:
     why = why or (f"{figure} is neither better nor worse when it is higher" if figure in NEITHER else None)
     if why:
         raise UsageError(f"eval.best {figure}: {why}; change it, or leave it out", option="eval.best", code="conflict")
+    if known and not any(fnmatchcase(figure, name) for name in known):
+        raise unknown(figure, [name.rstrip("*") for name in known])
+
+
+def unknown(figure: str, known: list[str]) -> UsageError:
+    """The error for a figure that validation does not give."""
+    return UsageError(
+        f"eval.best {figure}: no such figure{nearest(figure, known)} (there: {', '.join(known)})",
+        option="eval.best",
+        code="unknown",
+    )
 
 
 class Best:
@@ -55,12 +73,7 @@ class Best:
         if self.figure is None or not figures:
             return False
         if self.figure not in figures:
-            known = [name for name in figures if name not in NEITHER]
-            raise UsageError(
-                f"eval.best {self.figure}: no such figure{nearest(self.figure, known)} (there: {', '.join(known)})",
-                option="eval.best",
-                code="unknown",
-            )
+            raise unknown(self.figure, [name for name in figures if name not in NEITHER])
         value = figures[self.figure]
         if not math.isfinite(value):
             return False

@@ -29,7 +29,8 @@ from aimv2.tasks.task import Context
 from aimv2.train import prepare
 from aimv2.train.best import check_best
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
-from aimv2.train.loop import Trainer, memory_gb
+from aimv2.train.interrupt import Interrupted
+from aimv2.train.loop import COMPILING, Trainer, memory_gb
 from aimv2.train.parallel import want_compile
 from aimv2.train.schedule import learning_rate
 
@@ -177,12 +178,12 @@ def build_trainer(
 ) -> Trainer:
     """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
     validated = bool(validation_shards(config.data))
-    check_best(config, validated)
+    task = task_of(config)
+    check_best(config, validated, task.figures)
     if not validated:
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'", code="missing")
-    task = task_of(config)
     task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
     model = task.build(Context(tokenizer, world, resuming))
@@ -268,7 +269,11 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     result |= trainer.figures
     if config.eval.best is not None:
         result["best"] = read_best(run)
-    result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
+    try:
+        result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
+    except KeyboardInterrupt:
+        again = trainer.command_to_go_on()
+        raise Interrupted(f"stopped; training is done, the evaluation at its end is not: {again}", 130) from None
     result |= {"parameters": parameters, "encoder_parameters": inside}
     result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
     result |= about_run(config, folder / WEIGHTS)
@@ -343,7 +348,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
             batch = next(trainer.stream)
             trainer.model.train()
             if trainer.compiled:
-                say("compiling the blocks")
+                say(COMPILING)
                 pairs = config.train.batch_size // world.size // config.train.accumulate
                 trainer.update.warm_up(pairs, config.data.max_tokens, trainer.view)
             taken = []

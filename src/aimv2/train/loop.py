@@ -32,6 +32,8 @@ from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.view import make_view
 
+COMPILING = "compiling the blocks, which may take minutes (train.compile off starts at once)"
+
 
 class Stream(Protocol):
     """Endless batches of this rank, restorable."""
@@ -119,10 +121,16 @@ class Trainer:
         train, every = self.config.train, self.config.eval.every
         log = self.log or self.open_log()
         last = min(train.steps, train.stop_at or train.steps)
+        if last < self.step:
+            raise UsageError(
+                f"train.stop_at {last}: the run is at step {self.step} already; give a later one, or leave it out",
+                option="train.stop_at",
+                code="conflict",
+            )
         self.flag = StopFlag()  # before any data worker starts
         self.model.train()
         if self.compiled and self.step < last:
-            log.say("compiling the blocks")
+            log.say(COMPILING)
             pairs = train.batch_size // self.world.size // train.accumulate
             self.update.warm_up(pairs, self.config.data.max_tokens, self.view)
         self.mark, self.marked = time.perf_counter(), self.step

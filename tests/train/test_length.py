@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from aimv2 import api
+from aimv2.data.scenes import write_scenes
 from aimv2.errors import UsageError
 from runs import TINY, exact, metrics, resume, train
 from world import TinyWorld
@@ -84,3 +85,9 @@ def test_a_run_ends_by_the_clock_and_resumes_exactly(data: Path, tmp_path: Path)
     assert error.value.option == "train.stop_at" and error.value.code == "conflict"
     assert resume(tmp_path / "run", train__max_hours=1000)["step"] == 6
     assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+
+
+def test_a_step_without_a_recipe_has_no_more_pairs_than_there_are(data: Path, tmp_path: Path) -> None:
+    assert values(data, train__batch_size=None)["train.batch_size"] == 64
+    write_scenes(str(tmp_path / "few"), 21, size=32)
+    assert values(tmp_path / "few", train__batch_size=None)["train.batch_size"] == 16

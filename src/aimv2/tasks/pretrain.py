@@ -28,8 +28,8 @@ class Pretrain(Task):
     """An encoder under a multimodal decoder."""
 
     options: ClassVar[type[Any]] = PretrainTaskOptions
-    reads = ("init", "optim.fresh_decoder", "optim.lora")
-    figures = ("val_text_loss", "val_perplexity", "val_pixel_loss*")
+    reads: ClassVar[tuple[str, ...]] = ("init", "optim.fresh_decoder", "optim.lora")
+    figures: ClassVar[tuple[str, ...]] = ("val_text_loss", "val_perplexity", "val_pixel_loss*")
     cools = True
     no_captions = ", or train on images alone with objective.targets=image"
 

@@ -18,7 +18,7 @@ import torch
 import aimv2
 from aimv2.config.load import check_keys, parse, provenance, read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
-from aimv2.data.stream.samples import validation_shards
+from aimv2.data.stream.samples import training_samples, validation_shards
 from aimv2.distributed import World, join_world, leave_world
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import file_hash
@@ -106,7 +106,7 @@ def settle(
     """
     samples = prepare.first_samples(config, 64)
     if recipe is None:
-        base = prepare.defaults_for(samples)
+        base = prepare.defaults_for(samples, training_samples(config.data))
         if config.init is not None:
             del base["model.name"]  # the shape of init
         filled = parse({**base, **given})

@@ -144,8 +144,13 @@ def _names(config: Config) -> str:
 # ---- defaults for data without a recipe ----
 
 
-def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
-    """Sensible values for data without a recipe, by the size of the images: a small model that trains on a laptop."""
+def defaults_for(samples: list[dict[str, bytes]], count: int) -> dict[str, Any]:
+    """Sensible values for data without a recipe, by the size of the images: a small model that trains on a laptop.
+
+    Args:
+        samples: the first ones of the training data.
+        count: of all training samples; a step has at most so many pairs.
+    """
     from PIL import Image
 
     sides = []
@@ -161,7 +166,7 @@ def defaults_for(samples: list[dict[str, bytes]]) -> dict[str, Any]:
     return {
         "model.name": name,
         "train.steps": 5000,
-        "train.batch_size": 64,
+        "train.batch_size": next((size for size in (64, 32, 16, 8, 4) if size <= count), 2),
         "train.precision": "fp32",
         "train.save_every": 500,
         "eval.every": 500,

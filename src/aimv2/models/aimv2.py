@@ -33,7 +33,6 @@ from aimv2.batch import Batch
 from aimv2.errors import UsageError
 from aimv2.models.decoder import MultimodalDecoder, Prediction
 from aimv2.models.encoder import VisionEncoder, not_images
-from aimv2.models.generate import generate
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
 
@@ -106,6 +105,8 @@ class AIMv2(nn.Module):
             ValueError: options out of range, no text head.
             UsageError: no tokeniser.
         """
+        from aimv2.models.generate import generate
+
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise UsageError(

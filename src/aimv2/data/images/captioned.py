@@ -58,6 +58,13 @@ def _of_files(root: Path, captions: str | None, source: str) -> tuple[list[Sourc
         planned = open_folder(root, SourceOptions(captions, held_out=True), IMAGE_FORMS)
     except UsageError as error:
         why = str(error).partition("; ")[0].removeprefix("SRC: ")
+        if error.option == "--image-root":
+            why = why.removeprefix("--image-root: ")
+            raise UsageError(
+                f"--data {source}: {why}; import it first, with data import --image-root DIR",
+                option="--data",
+                code="mismatch",
+            ) from None
         raise UsageError(
             f"--data {source}: {why}; shards, a captions file, or a folder with one expected", code=error.code
         ) from None

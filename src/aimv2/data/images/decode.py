@@ -151,8 +151,8 @@ def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header only, and refuse by it."""
     try:
         raw = data.read_bytes() if isinstance(data, Path) else data
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not raw:
         raise ImageError("empty file")
     if raw[4:8] == b"ftyp" and raw[8:12] in HEIF_BRANDS:

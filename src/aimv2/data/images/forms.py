@@ -26,7 +26,7 @@ from aimv2.data.images.class_names import class_folders, names_beside, same_clas
 from aimv2.data.images.names import NameFinder, folded, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.splits import SPLITS, stated_split
-from aimv2.data.images.tables import encoded_images, hub_library, types_of
+from aimv2.data.images.tables import encoded_images, hub_files, hub_library, types_of
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.passed import PICTURES, PassedOver, passed_lines
 from aimv2.data.shards.format import NO_VALUE, find_shards, split_shards
@@ -386,10 +386,10 @@ def hub_form(path: Path, source: str) -> Form:
     """
     with hub_library(source, "--data") as datasets:
         tables = datasets.load_dataset(source)
-    return _dataset_form(tables, source)
+    return _dataset_form(tables, source, hub_files())
 
 
-def _dataset_form(tables: Any, source: str, root: Path | None = None) -> Form:
+def _dataset_form(tables: Any, source: str, root: Path) -> Form:
     parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
     found = dict[str, Any]()
     for name, rows in parts.items():
@@ -451,7 +451,7 @@ def _label_words(rows: Any, column: str, source: str) -> list[str]:
     return list(map(word, _values(rows, column)))
 
 
-def _list_dataset(parts: dict[str, Any], split: str, source: str, root: Path | None) -> Listed:
+def _list_dataset(parts: dict[str, Any], split: str, source: str, root: Path) -> Listed:
     rows = parts[split]
     image, label = _column(rows, "image"), _column(rows, "label")
     if image is None or label is None:

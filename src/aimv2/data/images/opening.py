@@ -9,6 +9,7 @@ Legend: N images, C classes.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,14 +167,16 @@ def _paths_checked(listed: Listed, is_list: bool, source: str, image_root: str |
     """Paths of images lead into their own folder or ``--image-root``; the first one of a list is there."""
     top, image = image_root_of(image_root), listed.image
     if isinstance(image, TableImages):
+        for name in image.paths():
+            inside(image.root, name, top)
         return replace(listed, image=replace(image, image_root=top))
     if not isinstance(image, ImageFiles):
         return listed
     names = [inside(image.root, key, top) for key in image.names]
     if top is not None:
-        names = [name if found_or_written(image.root, name).exists() else str(top / name) for name in names]
+        names = [name if os.path.exists(found_or_written(image.root, name)) else str(top / name) for name in names]
     image = ImageFiles(image.root, names)
-    if is_list and not found_or_written(image.root, image.names[0]).is_file():
+    if is_list and not os.path.isfile(found_or_written(image.root, image.names[0])):
         raise wrong(source, f"names {listed.keys[0]}, which is not there; paths start at {image.root}")
     return replace(listed, image=image)
 

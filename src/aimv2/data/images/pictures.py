@@ -5,8 +5,8 @@ What can't be read is named all the same, and raises the reason when it is read:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Iterator
+from functools import cache, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from aimv2.data.images.catalogue import is_image, kind_of, list_files, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import SourceEntry, read_tar_sample, tar_entries
-from aimv2.data.images.names import locate_inside
+from aimv2.data.images.names import inside, locate_inside, shared, taken
 from aimv2.data.images.readers import contents_of_files
 from aimv2.data.images.text_tables import no_text
 from aimv2.data.passed import PassedOver, passed_lines
@@ -124,16 +124,29 @@ def _fail(why: str) -> bytes:
 
 
 def _of_list(path: Path, option: str, image_root: Path | None) -> Iterator[Picture]:
+
+    @cache
+    def several() -> set[Path | None]:
+        reads = (_read_named(path.parent, name, image_root) for name in dict.fromkeys(text_lines(path)))
+        return shared(read.args[0] if read.func is _read else None for read in reads)
+
     try:
         for name in text_lines(path):
-            yield name, _read_named(path.parent, name, image_root)
+            yield name, _read_named(path.parent, name, image_root, several)
     except UnicodeError:
         raise no_text(path, option) from None
 
 
-def _read_named(folder: Path, name: str, image_root: Path | None) -> Callable[[], bytes]:
+def _read_named(
+    folder: Path, name: str, image_root: Path | None, several: Callable[[], Collection[Path | None]] = tuple
+) -> partial[bytes]:
+    """``several``: files that several names of the list mean; asked where the file is not found under its own name."""
     try:
-        return partial(_read, locate_inside(folder, name, image_root))
+        path = locate_inside(folder, name, image_root)
+        homes = (folder, image_root or folder)
+        if path not in [home / inside(folder, name, image_root) for home in homes] and path in several():
+            raise ImageError(taken(path.name))
+        return partial(_read, path)
     except (ImageError, OSError) as error:
         return partial(_fail, str(error))
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 
 from aimv2.data.images.decode import ImageError, decode_image, is_encoded
 from aimv2.data.images.entries import read_tar_sample
-from aimv2.data.images.names import found_or_written, locate, locate_inside
+from aimv2.data.images.names import found_or_written, locate, locate_inside, shared, taken
 from aimv2.errors import UsageError, shown
 
 LONGEST_PATH = 4096  # bytes; a longer text is an image in base64
@@ -42,7 +43,7 @@ def contents_of_files(files: Iterable[Path]) -> str:
         try:
             about = file.stat()
             digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
-        except OSError:
+        except (OSError, ValueError):  # a name with a zero byte
             digest.update(b"none\n")
     return digest.hexdigest()
 
@@ -55,7 +56,14 @@ class ImageFiles:
     names: Sequence[str]
 
     def __call__(self, row: int) -> Image.Image:
-        return decode_image(locate(self.root, self.names[row]))
+        path = locate(self.root, self.names[row])
+        if path != self.root / self.names[row] and path in self._several:
+            raise ImageError(taken(path.name))
+        return decode_image(path)
+
+    @cached_property
+    def _several(self) -> set[Path]:
+        return shared(found_or_written(self.root, name) for name in dict.fromkeys(self.names))
 
     def contents(self, rows: np.ndarray) -> str:
         return contents_of_files(found_or_written(self.root, self.names[row]) for row in rows.tolist())
@@ -86,31 +94,43 @@ class TableImages:
 
     rows: Any
     column: str
-    root: Path | None = None  # where paths start; None: `datasets` wrote them itself
+    root: Path  # where paths start
     image_root: Path | None = None
 
     def __call__(self, row: int) -> Image.Image:
-        root, more = (Path(), Path("/")) if self.root is None else (self.root, self.image_root)
-        return decode_image(image_cell(self.rows[row][self.column], root, more)[0])
+        return decode_image(image_cell(self.rows[row][self.column], self.root, self.image_root)[0])
 
     def contents(self, rows: np.ndarray) -> str:
         """Of the table, and of the files that its cells name."""
         mark = str(getattr(self.rows, "_fingerprint", UNKNOWN))
-        named = [str(name) for name in self._paths() if name]
-        return f"{mark} {contents_of_files(found_or_written(Path(), name) for name in named)}" if named else mark
+        named = list(map(self._located, self.paths()))
+        return f"{mark} {contents_of_files(named)}" if named else mark
 
-    def _paths(self) -> Iterator[str | None]:
-        """The paths of cells without an image, or that may be paths, read without the images."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
+    def _located(self, name: str) -> Path:
+        try:
+            return locate_inside(self.root, name, self.image_root)
+        except (ImageError, UsageError):
+            return self.root / name
 
+    def paths(self) -> Iterator[str]:
+        """See :func:`paths_of`."""
         for cells in self.rows.data.column(self.column).chunks:
-            if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
-                yield from pc.struct_field(
-                    cells.filter(pc.is_null(pc.struct_field(cells, "bytes"))), "path"
-                ).to_pylist()
-            elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-                yield from cells.filter(pc.less(pc.binary_length(cells), LONGEST_PATH)).to_pylist()
+            yield from paths_of(cells)
+
+
+def paths_of(cells: Any) -> list[str]:
+    """The paths among the cells of an Arrow array of images: where they have no image, or may be paths; read without the images."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        cells = cells.flatten()
+    if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
+        cells = pc.struct_field(cells.filter(pc.is_null(pc.struct_field(cells, "bytes"))), "path")
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        return []
+    short = cells.filter(pc.less(pc.binary_length(cells), LONGEST_PATH))
+    return [name for name in short.to_pylist() if name and from_base64(name) is None]
 
 
 def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None) -> tuple[bytes, str | None]:
@@ -138,10 +158,10 @@ def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None)
         raise ImageError("no image" if isinstance(cell, dict) else f"no encoded image, but {type(cell).__name__}")
     try:
         return locate_inside(folder, str(name), image_root).read_bytes(), name
-    except UsageError as error:
+    except (UsageError, ImageError) as error:
         raise ImageError(str(error)) from None
-    except OSError as error:
-        raise ImageError(f"{shown(name, 200)} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{shown(name, 200)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def from_base64(text: bytes | str) -> bytes | None:

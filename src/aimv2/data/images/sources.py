@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from aimv2.data.images.entries import (
     SourceEntry,
     tar_entries,
 )
-from aimv2.data.images.names import ImageFinder, NameFinder, tie
+from aimv2.data.images.names import ImageFinder, NameFinder, shared, taken, tie
 from aimv2.data.images.splits import StatedSplits, stated_split
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import caption_rows
@@ -257,21 +258,24 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
     planned, reader = list[SourceEntry | Reject](), FileReader(folder.options.columns.captions)
-    if not any(map(any, folder.sidecars.values())):
+    sides = [side for found in folder.sidecars.values() for side in chain(*found)]
+    if not sides:
         return None
+    several = shared(sides)
     for name in folder.images:
         found = folder.sidecars.get(name, ([], []))
         paths = [str(folder.root / side[0]) if len(side) == 1 else "" for side in found]
-        if several := next((side for side in found if len(side) > 1), None):
-            planned.append(Reject(safe_key(name), name, tie(several)))
+        if tied := next((side for side in found if len(side) > 1), None):
+            planned.append(Reject(safe_key(name), name, tie(tied)))
+        elif other := [s for s in chain(*found) if s in several and stem(plain_record(s)) not in (name, stem(name))]:
+            planned.append(Reject(safe_key(name), name, taken(other[0])))
         elif any(paths):
             where = (str(folder.root / name), *paths)
             planned.append(SourceEntry(safe_key(name), name, where, UNREAD, None, UNREAD, reader))
         else:
             planned.append(Reject(safe_key(name), name, "no caption"))
     total = sum(isinstance(item, SourceEntry) for item in planned)
-    used = {name for found in folder.sidecars.values() for side in found for name in side}
-    return PlannedSource("sidecar captions", planned, total, used=used)
+    return PlannedSource("sidecar captions", planned, total, used=set(sides))
 
 
 def _class_folder(folder: ImageFolder) -> PlannedSource:
@@ -328,7 +332,6 @@ def open_folder(root: Path, options: SourceOptions, forms: tuple[FolderForm, ...
 def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     """The images that a captions file names, looked up in the folder."""
     images, reader = folder.images, FileReader()
-    finder = ImageFinder(folder.root, file.parent, images, folder.options.image_root)
     named, torn = dict[str, tuple[Captions, dict[str, Any]]](), dict[str, str]()
     planned: list[SourceEntry | Reject] = []
     for row in caption_rows(file, folder.options.columns, folder.passed):
@@ -346,8 +349,9 @@ def _captions_source(file: Path, folder: ImageFolder) -> PlannedSource:
     used = set[str]()
     cells = {name: about.get("split") for name, (_, about) in named.items()}
     splits = StatedSplits(str(file), cells.values(), folder.options.split, folder.options.held_out)
+    paths = ImageFinder(folder.root, file, images, folder.options.image_root).find_all(named)
     for name, (captions, about) in named.items():
-        path, reason = finder.find(name)
+        path, reason = paths[name]
         used.add(path)
         if not splits.is_read(cells[name]) and name not in torn:
             continue

@@ -29,7 +29,8 @@ from aimv2.data.images.entries import (
     loaded_or_reject,
     read_label,
 )
-from aimv2.data.images.readers import image_cell
+from aimv2.data.images.names import inside
+from aimv2.data.images.readers import image_cell, paths_of
 from aimv2.data.images.splits import StatedSplits
 from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
@@ -144,7 +145,9 @@ def open_tables(
         raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
     passed, types = PassedOver(), _stated_types(schema)
     names = [name for name in schema.names if name != column]
-    reader = TableReader(RowLayout.of(names, columns, str(files[0]), types, passed, image_root))
+    layout = RowLayout.of(names, columns, str(files[0]), types, passed, image_root)
+    _check_first_paths(files[0], layout)
+    reader = TableReader(layout)
     cells = (cell for own in stated.values() for cell in own)
     splits = StatedSplits(str(files[0]), cells, split if stated else None)
 
@@ -171,6 +174,22 @@ def open_tables(
         split=splits.wanted,
         is_val=(lambda entry: splits.is_val(stated[entry.where[0]][entry.where[1]])) if has_val else None,
     )
+
+
+def _check_first_paths(file: Path, layout: RowLayout) -> None:
+    """Paths in the first rows lead to where they may; a row further down is rejected by itself.
+
+    Raises:
+        UsageError: one does not.
+    """
+    import pyarrow
+
+    try:
+        first = next((batch for _, read in _row_groups(file) for batch in read([layout.image])), None)
+    except (pyarrow.ArrowException, OSError):  # its rows are rejected
+        return
+    for name in [] if first is None else paths_of(first.column(layout.image)[:BATCH_ROWS]):
+        inside(file.parent, name, layout.image_root, file.name)
 
 
 def _stated_types(schema: Any) -> dict[str, str]:
@@ -292,6 +311,14 @@ def hub_library(source: str, option: str) -> Iterator[Any]:
         datasets.config.HF_HUB_OFFLINE = was_offline
 
 
+def hub_files() -> Path:
+    """The folder of all that `datasets` downloads, in which the rows of a hub data set may name images."""
+    import datasets
+
+    home, cache = (Path(getattr(datasets.config, name)) for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"))
+    return home if cache.is_relative_to(home) else cache
+
+
 def types_of(rows: Any) -> dict[str, str]:
     """{column: type} of a `datasets.Dataset`."""
     return {name: type(feature).__name__ for name, feature in rows.features.items()}
@@ -318,9 +345,8 @@ def open_hub(source: str, split: str | None, columns: Columns, image_root: Path 
             if len(names) > 1 and split != "train":
                 raise UsageError(f"{source} has the splits {', '.join(names)}; choose one with --split")
         rows = datasets.load_dataset(source, split=split)
-        home, cache = (Path(getattr(datasets.config, name)) for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"))
-    passed, root = PassedOver(), image_root or (home if cache.is_relative_to(home) else cache)
-    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed, root)
+    passed = PassedOver()
+    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed, image_root)
     rows = encoded_images(rows, layout.image).select_columns(layout.names())
     # a split expression such as train[:10%] as part of keys
     stem = safe_key(split.replace("[", "-").replace("]", "").replace(":", "to").replace("%", "pct"))
@@ -344,4 +370,4 @@ class DatasetReader(Reader):
             row = self.rows[entry.where[0]]
         except Exception as error:  # decoding a cell may raise anything
             raise ImageError(f"cannot be read: {first_line(error)}") from None
-        return self.layout.sample(row, Path())
+        return self.layout.sample(row, hub_files())

@@ -20,6 +20,7 @@ from aimv2.data.images.caption_files import (
     are_splits,
     may_hold_captions,
     names_images,
+    plain_record,
     records_of,
     why_no_captions,
 )
@@ -258,8 +259,7 @@ def _captions_folder(folder: ImageFolder) -> PlannedSource | None:
 def _sidecar_folder(folder: ImageFolder) -> PlannedSource | None:
     """Captions in a text or JSON file next to each image."""
     planned, reader = list[SourceEntry | Reject](), FileReader(folder.options.columns.captions)
-    sides = [side for found in folder.sidecars.values() for side in chain(*found)]
-    if not sides:
+    if not (sides := [side for found in folder.sidecars.values() for side in chain(*found)]):
         return None
     several = shared(sides)
     for name in folder.images:

@@ -157,3 +157,14 @@ def test_sidecars_that_are_no_text_are_rejected_by_name(tmp_path: Path) -> None:
         "2.json is not UTF-8",
         "3.json is no JSON",
     ]
+
+
+def test_captions_of_one_letter_or_sign_are_not_made_up(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    names = [f"{kind}/{number}.jpg" for kind in ("cat", "dog") for number in range(2)]
+    for number, name in enumerate(names):
+        put(src / name, picture(number))
+    for sign in ("x", "猫", "🐶"):
+        put(src / "cat/caps.csv", "".join(f"{name.rpartition('/')[2]},{sign}\n" for name in names))
+        with pytest.raises(UsageError, match=r"caps\.csv"):
+            run(src, tmp_path / "out")

@@ -218,6 +218,36 @@ def test_a_quotation_mark_swallows_no_row(tmp_path: Path) -> None:
     assert found(tmp_path / "lines") == {"a": {"caption": ["two\nlines, quoted"]}}
 
 
+SPOILT = {  # rows of a table that cannot be told apart: refused
+    "numbers.csv": 'image,caption\n1,"a dog\n2,a cat\n3,x\n',
+    "closed.csv": 'image,caption\n1,"a dog\n2,a cat\n3,"x"\n',
+    "balanced.csv": 'image,caption\n1,"a dog\n2,a cat"\n3,x\n',
+    "first.csv": 'caption,image\nok,1.jpg\n"a dog,2.jpg\na cat,3.jpg\n',
+    "escaped.csv": 'image,caption\n1.jpg,"he said \\"hi\\", then left"\n',
+    "twice.csv": "image,caption,Caption\n1.jpg,one,two\n",
+    "bare.tsv": "1.jpg\ta dog\t0.9\n",
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_cells_that_are_not_clear_are_refused(tmp_path: Path, name: str) -> None:
+    src = photos(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    with pytest.raises(UsageError, match=r"quotation mark|several columns|no header") as error:
+        run(put(src / name, SPOILT[name]), tmp_path / "out")
+    assert error.value.code in ("unreadable", "conflict", "missing")
+
+
+def test_surplus_cells(tmp_path: Path) -> None:
+    """They belong to the last cell if that is the caption; else the row is rejected, and the file is one of captions all the same."""
+    src = photos(tmp_path / "src", "a.jpg", "b.jpg")
+    put(src / "rows.csv", "image,caption,url\na.jpg,a dog, running,http\nb.jpg,b,u,\n")
+    assert run(src, tmp_path / "out")["train"] == 1 and found(tmp_path / "out") == {"b": {"caption": ["b"]}}
+    assert "4 cells, 3 expected" in rejected(tmp_path / "out")["rows.csv line 2"]
+    put(src / "rows.csv", "image|caption\na.jpg|two | bars, one\nb.jpg|  lead\n")
+    run(src, tmp_path / "bars")
+    assert [texts["caption"] for texts in found(tmp_path / "bars").values()] == [["two | bars, one"], ["lead"]]
+
+
 PARAGRAPHS = "A dog on a beach.\n\nIt runs\nafter a ball."
 
 
@@ -235,6 +265,15 @@ def test_paragraphs_are_one_caption(tmp_path: Path, form: str) -> None:
                 tar.add(path, path.name)
     run(tmp_path / "a.tar" if form == "tar" else src, tmp_path / "out")
     assert found(tmp_path / "out") == {"a": {"caption": [PARAGRAPHS]}}
+
+
+def test_a_named_key_that_no_caption_has(tmp_path: Path) -> None:
+    src = photos(tmp_path, "a.jpg")
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    for key, record in (("caption", coco), ("raw", KARPATHY)):
+        with pytest.raises(UsageError, match="`zz`") as error:
+            run(put(src / "rows.json", json.dumps(record)), tmp_path / "out", caption_column=f"{key},zz")
+        assert (error.value.option, error.value.code) == ("--caption-column", "missing")
 
 
 BROKEN = (

@@ -182,7 +182,9 @@ class Columns:
         Raises:
             UsageError: a column is missing.
         """
-        known = {name.strip().lower(): name for name in names}
+        names = list(names)
+        lower = [name.strip().lower() for name in names]
+        known = dict(zip(lower, names))
         listed = ", ".join(known.values())
         image = known.get(self.image.lower()) if self.image else find_column(known.values(), "image", types)
         if image is None:
@@ -208,5 +210,10 @@ class Columns:
                 f"{source}: captions missing: no caption column among {listed}; give --caption-column",
                 option="--caption-column",
                 code="missing",
+            )
+        used = [known[name.lower()] for name in (image.strip(), *captions)]
+        if twice := next((name for name in used if lower.count(name.strip().lower()) > 1), None):
+            raise UsageError(
+                f"{source}: several columns {twice!r} among {', '.join(names)}; rename one", code="conflict"
             )
         return image, {known[name.lower()]: name if len(captions) > 1 else "caption" for name in captions}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from aimv2.data.images.entries import (
 from aimv2.data.images.names import ImageFinder, NameFinder, shared, taken, tie
 from aimv2.data.images.splits import StatedSplits, stated_split
 from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
-from aimv2.data.images.text_tables import caption_rows
+from aimv2.data.images.text_tables import FIRST, caption_rows
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
@@ -155,11 +155,12 @@ class ImageFolder:
                 continue
             if kind in ("csv", "tsv", "txt", "jsonl", "ndjson") and here:
                 try:
-                    row = next(iter(caption_rows(path, self.options.columns)), None)
+                    rows = islice(caption_rows(path, self.options.columns), FIRST)
+                    row = next((row for row in rows if not isinstance(row, Reject)), None)
                 except UsageError as error:
                     refused[name] = str(error).removeprefix(f"{path}").lstrip(": ").removeprefix("captions missing: ")
                     continue
-                if row is not None and not isinstance(row, Reject):
+                if row is not None:
                     found.append(name)
             elif kind == "json" and (here or (name.startswith("annotations/") and "caption" in name.lower())):
                 try:

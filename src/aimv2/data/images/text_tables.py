@@ -20,6 +20,9 @@ from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
 from aimv2.io import POINTER, is_pointer
 
+UNCLOSED = (
+    'a quotation mark that is not closed takes several cells or rows for one; close it, and write "" within a cell'
+)
 CaptionRow = tuple[str, Captions, dict[str, Any]]  # image name, captions by field, what else is known
 
 
@@ -50,19 +53,24 @@ def read_delimited(file: Path, width: int = 0) -> Iterator[tuple[int, list[str]]
         mark = delimiter_of(lines.readline(), file)
         lines.seek(0)
         quoted = mark not in "\t|"
-        rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == "|", quoting=0 if quoted else csv.QUOTE_NONE)
+        rows = csv.reader(lines, delimiter=mark, quoting=0 if quoted else csv.QUOTE_NONE, strict=True)
         try:
             for row in rows:
                 if len(row) > width > 0:
                     row[width - 1 :] = [mark.join(row[width - 1 :])]
-                if quoted and any(_holds_rows(cell, mark) for cell in row):
-                    raise csv.Error(
-                        'a quotation mark that is not closed takes the rows before it for one cell; close it or write ""'
-                    )
+                if quoted and any(_holds_rows(cell, mark, row[0].isdigit()) for cell in row):
+                    raise csv.Error(UNCLOSED)
                 if row:
+                    row = list(map(str.strip, row)) if mark == "|" else row
                     yield rows.line_num, row if quoted else list(map(_unquoted, row))
         except csv.Error as error:
-            raise UsageError(f"{file} line {rows.line_num}: {error}; expected a CSV row", code="unreadable") from error
+            why = UNCLOSED if re.search("expected after|end of data", str(error)) else error
+            raise UsageError(f"{file} line {rows.line_num}: {why}; expected a CSV row", code="unreadable") from error
+
+
+def _mark_of(file: Path) -> str:
+    with open_text(file) as lines:
+        return delimiter_of(lines.readline(), file)
 
 
 def _unquoted(cell: str) -> str:
@@ -71,11 +79,10 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if is_whole else cell
 
 
-def _holds_rows(cell: str, mark: str) -> bool:
-    """Whether a cell of several lines goes on with rows of the table, each beginning with an image's name."""
-    return "\n" in cell and any(
-        is_image(line.partition(mark)[0].strip()) for line in cell.splitlines()[1:] if mark in line
-    )
+def _holds_rows(cell: str, mark: str, numbered: bool) -> bool:
+    """Whether a cell of several lines goes on with rows of the table, each beginning with an image's name or a number."""
+    firsts = (line.partition(mark)[0].strip() for line in cell.splitlines()[1:] if mark in line)
+    return "\n" in cell and any(is_image(first) or (numbered and first.isdigit()) for first in firsts)
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -123,12 +130,22 @@ def _delimited_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
     """CSV and its kin, with a header, or without one: image, caption."""
     header = [cell.strip() for cell in next(read_delimited(file), (1, []))[1]]
     bare = len(header) > 1 and is_image(header[0].partition("#")[0]) and columns == Columns()
+    if bare and len(header) > 2 and _mark_of(file) in "\t|":
+        raise UsageError(
+            f"{file}: rows of {len(header)} cells and no header; give it one, such as image, caption, score",
+            code="missing",
+        )
     if bare:
         header = ["image", "caption"]
     image, fields = columns.find(header, str(file))
     passed.add(COLUMNS, *(name for name in header if name not in (image, *fields) and name.lower() != "split"))
-    for number, row in islice(read_delimited(file, width=len(header)), 0 if bare else 1, None):
+    width = len(header) if header[-1] in fields else 0  # a comma in the last cell is the caption's
+    for number, row in islice(read_delimited(file, width=width), 0 if bare else 1, None):
         cells = dict(zip(header, row))
+        if any(map(str.strip, row[len(header) :])):
+            why = f"{len(row)} cells, {len(header)} expected; a caption with the delimiter in it needs quotation marks"
+            yield Reject("", f"{file.name} line {number}", why)
+            continue
         if len(row) < len(header):
             passed.add("cells that rows lack", f"{file.name} line {number}", number=len(header) - len(row))
         name = re.sub(r"#\d+$", "", cells.get(image, "").strip())  # Flickr's NAME.jpg#0
@@ -222,6 +239,8 @@ def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
         return
     images = record.get("images") if isinstance(record, dict) else None
     if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        stated = {key for image in images for sentence in image.get("sentences") or [] for key in sentence}
+        _check_stated(file, columns, stated)
         yield from map(partial(_karpathy_image, columns), images)
         return
     if not isinstance(record, dict) or not {"images", "annotations"} <= record.keys():
@@ -238,12 +257,23 @@ def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
         raise UsageError(
             f"{file}: captions missing: its annotations have no `{'`, `'.join(keys)}`; choose with --captions FILE"
         )
+    _check_stated(file, columns, {key for annotation in record["annotations"] for key in annotation})
     known = {image.get("id") for image in record["images"]}
     for lost in texts.keys() - known:
         yield Reject("", f"image_id {lost}", "an annotation's image that is not among the images")
     for image in record["images"]:
         name = str(image.get(columns.image or "file_name") or image.get("id"))
         yield name, clean_captions(texts[image.get("id")]), {"image_id": image.get("id")}
+
+
+def _check_stated(file: Path, columns: Columns, stated: set[str]) -> None:
+    """Raises UsageError where the user names a key that no caption has."""
+    if lost := next((key for key in columns.captions or () if key not in stated), None):
+        raise UsageError(
+            f"{file}: captions missing: none has the key `{lost}`; choose with --caption-column",
+            option="--caption-column",
+            code="missing",
+        )
 
 
 def _karpathy_image(columns: Columns, image: dict[str, Any]) -> CaptionRow:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import IMAGES, SHAPE, VERBS, configure, normalised, rewrite, save, two_colours, vit
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aimv2 import api
@@ -31,17 +32,43 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return two_colours(tmp_path_factory.mktemp("colours"))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.backbone.", "module.vit.", "student."])
-def test_keys_of_training_are_read(tmp_path: Path, prefix: str) -> None:
+PREFIXES = (
+    *("module.", "_orig_mod.module.", "model.backbone.", "module.vit."),
+    *("encoder.", "student.backbone.", "model.vision_tower.", "_orig_mod.student."),
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_keys_of_training_are_read(tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = vit(tmp_path / "vit")
     wanted = open_frozen(str(folder)).sha256
+    capsys.readouterr()
     rewrite(folder, lambda key, value: (prefix + key, value))
-    if prefix != "student.":
-        assert open_frozen(str(folder)).sha256 == wanted
-        return
-    with pytest.raises(UsageError, match="random") as refused:
+    assert open_frozen(str(folder)).sha256 == wanted
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_wrapped_blocks_are_read_and_what_is_left_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = vit(tmp_path / "vit", head=True)
+    wanted = open_frozen(str(folder)).sha256
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "left out 2 keys" in line and "classifier.weight" in line]) == 1
+    inner = "layer.1._checkpoint_wrapped_module._orig_mod."
+    rewrite(folder, lambda key, value: ("_orig_mod." + key.replace("layer.1.", inner), value))
+    assert open_frozen(str(folder)).sha256 == wanted
+
+
+@pytest.mark.parametrize("pair", [("", "_orig_mod."), ("model.", "module."), ("student.", "teacher.")])
+def test_two_models_in_one_file_are_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    folder = vit(tmp_path / "vit")
+    file = folder / "model.safetensors"
+    values = load_file(file)
+    save_file({before + key: value * n for n, before in enumerate(pair) for key, value in values.items()}, file)
+    with pytest.raises(UsageError, match="several models") as refused:
         open_frozen(str(folder))
-    assert "embeddings.cls_token" in str(refused.value) and "unused: student." in str(refused.value)
+    assert refused.value.code == "conflict" and pair[1] in str(refused.value)
 
 
 @pytest.mark.parametrize("lost", ["layer.1.", "layernorm.bias", "embeddings.position_embeddings"])

@@ -41,13 +41,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["defaults of the class", "not normalised", "not scaled", "another scale", "offset", "blue first", "unknown class"],
 )  # fmt: skip
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_the_processor_decides_the_pixels(tmp_path: Path, stored: dict[str, Any], wanted: Any, file: str) -> None:
+def test_the_processor_decides_the_pixels(
+    tmp_path: Path, stored: dict[str, Any], wanted: Any, file: str, nested: bool
+) -> None:
     from transformers import AutoModel
 
     folder = vit(tmp_path / "vit")
     (folder / "preprocessor_config.json").unlink()
-    (folder / file).write_text(json.dumps(stored if file.startswith("pre") else {"image_processor": stored}))
+    (folder / file).write_text(json.dumps({"image_processor": stored} if nested else stored))
     with torch.no_grad():
         theirs = AutoModel.from_pretrained(folder).eval()(wanted(IMAGES.float())).last_hidden_state[:, 1:]
     frozen = open_frozen(str(folder))
@@ -116,6 +119,8 @@ def test_a_processor_that_does_more_is_refused(tmp_path: Path) -> None:
         ({"rescale_factor": 0}, "rescale_factor 0"),
         ({"size": "abc"}, "size 'abc'"),
         ({"image_mean": "abc"}, "image_mean abc"),
+        ({"image_mean": [123, 116, 103]}, "of pixels in 0 to 1"),
+        ({"image_std": [58, 57, 57]}, "of pixels in 0 to 1"),
         ({"image_mean": [0.1] * 4}, "image_mean"),
         ({"image_std": [0.0] * 3}, "image_std"),
         ({"auto_map": {"AutoImageProcessor": "code.Processor"}}, "custom code"),
@@ -176,6 +181,25 @@ def test_a_model_for_anything_but_rgb_images_says_what_it_takes(
         with pytest.raises(UsageError, match=said) as refused:
             opened(str(folder))
         assert refused.value.code == "unsupported" and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [("CLIP", {"num_channels": 1, "image_size": 32, "patch_size": 8}, "images of 1 channel"),
+     ("Siglip2", {"num_patches": 16, "patch_size": 8}, r"spatial_shapes \(patches .* NaFlex")],
+)  # fmt: skip
+def test_a_pair_for_anything_but_rgb_images_says_what_it_takes(
+    tmp_path: Path, name: str, shape: dict[str, Any], said: str
+) -> None:
+    import transformers
+
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 10, "projection_size": 32, "max_position_embeddings": 8}
+    config = getattr(transformers, name + "Config")(text_config=text, vision_config={**tower, **shape})
+    folder = save(tmp_path / "pair", getattr(transformers, name + "Model")(config))
+    with pytest.raises(UsageError, match=said) as refused:
+        open_matcher(str(folder))
+    assert refused.value.code == "unsupported"
 
 
 def test_a_naflex_processor_of_another_model_is_named(tmp_path: Path) -> None:

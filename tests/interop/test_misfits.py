@@ -24,6 +24,7 @@ from aimv2.errors import UsageError
 from aimv2.features.frozen import open_frozen
 from aimv2.interop.convert import convert, renamed
 from aimv2.interop.layouts import trainer_rules
+from aimv2.interop.shapes import PROCESSORS
 from aimv2.models.create import build
 from aimv2.models.lit import LiT, LiTConfig
 
@@ -410,6 +411,7 @@ def test_pooling_heads_of_another_number_are_kept_by_ours_alone(tmp_path: Path) 
     equal(aimv2.load_model(tmp_path / "out"), model)
 
 
+@pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     "processor, mean, std",
@@ -427,12 +429,11 @@ def test_pooling_heads_of_another_number_are_kept_by_ours_alone(tmp_path: Path) 
     ids=["values", "of its class", "not normalised", "another scale", "not scaled"],
 )
 def test_the_processor_beside_an_aimv2_decides_its_pixels(
-    processor: dict, mean: tuple, std: tuple, nested: bool, tmp_path: Path
+    processor: dict, mean: tuple, std: tuple, nested: bool, name: str, tmp_path: Path
 ) -> None:
     """In either file of transformers; what it can not follow is refused."""
     convert(encoder(), tmp_path / "m", "transformers")
     (tmp_path / "m" / "preprocessor_config.json").unlink()
-    name = "processor_config.json" if nested else "preprocessor_config.json"
     (tmp_path / "m" / name).write_text(json.dumps({"image_processor": processor} if nested else processor))
     config = aimv2.load_model(tmp_path / "m").config
     assert config.mean == pytest.approx(mean) and config.std == pytest.approx(std)
@@ -461,20 +462,56 @@ def test_what_says_the_same_in_other_words_is_read(tmp_path: Path) -> None:
         (tmp_path / "pair" / "config.json").write_text(json.dumps(before))
 
 
-@pytest.mark.parametrize("form", ["decoder", "text_config"])
-def test_heads_of_a_released_decoder_are_those_of_the_configuration(form: str, tmp_path: Path) -> None:
+def test_a_file_of_no_image_processor_is_refused(tmp_path: Path) -> None:
+    convert(encoder(), tmp_path / "m", "transformers")
+    (tmp_path / "m" / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # names no pixels
+    equal(aimv2.load_model(tmp_path / "m"), encoder())
+    (tmp_path / "m" / "preprocessor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json: nothing of an image processor") as error:
+        aimv2.load_model(tmp_path / "m")
+    one_line(error)
+
+
+@pytest.mark.parametrize("values", [{"mean": [123, 116, 103]}, {"std": [58, 57, 57]}], ids=str)
+def test_a_mean_of_bytes_is_refused(values: dict, tmp_path: Path) -> None:
+    """With the default scale, and in our own configuration."""
+    convert(encoder(), tmp_path / "m", "transformers")
+    convert(encoder(), tmp_path / "ours", "safetensors")
+    retold(tmp_path / "m", "preprocessor_config.json", **{f"image_{key}": value for key, value in values.items()})
+    retold(tmp_path / "ours", **{f"encoder__{key}": value for key, value in values.items()})
+    for folder in ("m", "ours"):
+        with pytest.raises(UsageError, match="of pixels in 0 to 1") as error:
+            aimv2.load_model(tmp_path / folder)
+        one_line(error)
+
+
+HEADS = [
+    {"decoder": {"heads": 12}},
+    {"text_config": {"num_attention_heads": 12}},
+    {"text_decoder_config": {"n_heads": 12}},
+    {"language_config": {"nhead": 12}},
+    {"multimodal_decoder": {"decoder_attention_heads": 12}},
+    {"decoder_num_heads": 12},
+]
+
+
+def test_heads_of_a_released_decoder_are_those_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The width alone can not tell them: 768 is 6 heads of a released text tower, or 12."""
     decoder = replace(DECODER, width=768, heads=12)
     model = build(shape(), decoder, seed=0).eval()
     save_file(renamed(model, trainer_rules(model.encoder.config, decoder)), tmp_path / "model.safetensors")
-    key = {"decoder": "heads", "text_config": "num_attention_heads"}[form]
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, form: {key: 12}}))
-    loaded = aimv2.load_model(tmp_path, decoder=True)
-    assert loaded.decoder.config.heads == 12
-    equal(loaded, model)
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, form: {key: 7}}))
-    with pytest.raises(UsageError, match="7 attention heads do not divide the width 768"):
-        aimv2.load_model(tmp_path, decoder=True)
+    for said in HEADS:
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, **said}))
+        assert aimv2.load_model(tmp_path, decoder=True).decoder.config.heads == 12, said
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, **said}).replace("12", "7"))
+        with pytest.raises(UsageError, match="7 attention heads do not divide the width 768"):
+            aimv2.load_model(tmp_path, decoder=True)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    assert aimv2.load_model(tmp_path, decoder=True).decoder.config.heads == 6
+    assert "heads of the decoder taken from its width: 6" in capsys.readouterr().err
 
 
 POINTER_TEXT = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 123\n" % (b"0" * 64)
@@ -524,3 +561,31 @@ def test_one_of_several_weight_files(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"{names[1]} is one of 2 weight files; {names[0]} is not there") as error:
             aimv2.load_model(given)
         assert error.value.code == "not-found"
+
+
+@pytest.mark.parametrize("other", ["ema-0000{}-of-00002", "model-0000{}-of-00003", "zz"])
+def test_several_sets_of_weight_files_are_not_chosen_from(other: str, tmp_path: Path) -> None:
+    convert(encoder(), tmp_path / "m", "released")
+    folder, weights = tmp_path / "m", load_file(tmp_path / "m" / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for form, files in ((other, int(other[-1]) if "of" in other else 1), ("model-0000{}-of-00002", 2)):
+        for i in range(files):
+            save_file(dict(sorted(weights.items())[i::files]), folder / f"{form.format(i + 1)}.safetensors")
+    with pytest.raises(UsageError, match="several weight files") as error:
+        aimv2.load_model(folder)
+    assert one_line(error) and error.value.code == "conflict"
+    equal(aimv2.load_model(folder / "model-00001-of-00002.safetensors"), encoder())
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="MODEL xxx") as error:
+        aimv2.load_model("x" * 3000)
+    assert len(one_line(error)) < 300 and error.value.code == "not-found"
+
+
+def test_a_model_of_another_family_is_called_that(tmp_path: Path) -> None:
+    save_file({"embeddings.word_embeddings.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UsageError, match="model_type 'bert'") as error:
+        aimv2.load_model(tmp_path)
+    assert one_line(error) and error.value.code == "unsupported"

@@ -81,6 +81,11 @@ def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"under student\. and teacher\.") as error:
         aimv2.load_model(folder)
     assert error.value.code == "conflict"
+    folder = aimv2.save_pretrained(encoder(), tmp_path / "twice", "released")
+    rekeyed(folder, lambda key: "_orig_mod." + key, **load_file(folder / "model.safetensors"))
+    with pytest.raises(UsageError, match="several models") as error:
+        aimv2.load_model(folder)
+    assert error.value.code == "conflict"
 
 
 # ---- models in memory ----

@@ -20,10 +20,11 @@ from aimv2.errors import UsageError, first_line, nearest
 from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
 from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor, refuse_other_inputs
+from aimv2.interop import layouts
 from aimv2.interop.hub import offline_if_unreachable
+from aimv2.interop.load import model_type, say_left_out
 from aimv2.interop.shapes import read_json
 
-WRAPPED = r"^(?:(?:module|_orig_mod|model|backbone)\.)+"  # what training puts before every key
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -33,8 +34,7 @@ Outputs = Callable[[], Sequence[Tensor]]
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds a model of ``transformers`` other than an AIMV2."""
-    kind = read_json(folder / "config.json").get("model_type")
-    return kind is not None and not str(kind).startswith("aimv2")
+    return model_type(folder) is not None
 
 
 # ---- loading ----
@@ -67,9 +67,13 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
     try:
         with quiet():
             model, found = read()
-            if found["missing_keys"] and any(re.match(WRAPPED, key) for key in found["unexpected_keys"]):
-                again = read(key_mapping={WRAPPED: ""})
+            base = getattr(model, "base_model_prefix", "")
+            names = model.state_dict(), found["missing_keys"], found["unexpected_keys"]
+            for mapping in layouts.renamings(f"MODEL {source}", base, *names):
+                again = read(key_mapping=mapping)
                 model, found = min((model, found), again, key=lambda one: len(one[1]["missing_keys"]))
+    except UsageError:
+        raise
     except Exception as error:  # of the file system, of a configuration, of a package that is missing
         found = {"error_msgs": [error]}
     if found["error_msgs"]:
@@ -80,6 +84,7 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
     for name, stored, wanted in found["mismatched_keys"]:
         missing[name] = f": {name} is {list(stored)} there, {list(wanted)} by config.json"
     _refuse_left_over(source, model, left)
+    say_left_out(f"MODEL {source}", left)
     return model.eval().to(device), missing
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2.errors import UsageError
+from aimv2.interop.model_folder import CONFIG, MOST
 from aimv2.interop.shapes import PROCESSORS, processor_file, read_image_processor
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD
 
@@ -93,10 +98,10 @@ class Processing(NamedTuple):
     processor: Any
 
 
-def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bool = True) -> Stats | None:
+def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, most: float = 1.0) -> Stats | None:
     """Parses mean and std: ``"0.5,0.5,0.5"``, a list, or one number for all channels; None: neither.
 
-    ``unit``: of pixels in 0..1, so that none is above 1; else of pixels that may be in 0..255.
+    ``most``: what none is above; finite for those of pixels in 0..1.
 
     Raises:
         UsageError: one without the other, not one or three numbers, a std of 0 or less.
@@ -106,7 +111,7 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
     if mean is None or std is None:
         there, absent = options if std is None else options[::-1]
         raise UsageError(f"{there} without {absent}: give both", code="missing")
-    found, most = [], 1.0 if unit else float("inf")
+    found = []
     for option, given in zip(options, (mean, std)):
         words = given if isinstance(given, list | tuple) else str(given).split(",")
         try:
@@ -116,7 +121,7 @@ def read_stats(mean: Any, std: Any, options: tuple[str, str] = OPTIONS, unit: bo
         is_std = option == options[1]
         right = len(values) in (1, 3) and bool(np.isfinite(values).all()) and max(values) <= most
         if not right or (is_std and min(values) <= 0):
-            above, scaled = " above 0" * is_std, ", of pixels in 0 to 1," * unit
+            above, scaled = " above 0" * is_std, ", of pixels in 0 to 1," * (most < math.inf)
             raise UsageError(f"{option} {given}: one number{above} or three (red, green, blue){scaled} expected")
         found.append(values * (3 // len(values)))
     return Stats(*found)
@@ -132,11 +137,13 @@ def refuse_other_inputs(source: str, model: Any, forward: Callable[..., Any]) ->
         for name, value in inspect.signature(forward).parameters.items()
         if value.kind is value.POSITIONAL_OR_KEYWORD
     }
+    configs = (model.config, getattr(model.config, "vision_config", None))
     channels, frames = (
-        next((n for key in keys if isinstance(n := getattr(model.config, key, None), int)), None)
+        next((n for config in configs for key in keys if isinstance(n := getattr(config, key, None), int)), None)
         for keys in (CHANNELS, FRAMES)
     )
-    needed = [name for name, needs in names.items() if needs or name in ("pixel_values", "input_ids")]
+    always = {"pixel_values", "input_ids", *(name for name, words in INPUTS.items() if words is NAFLEX)}
+    needed = [name for name, needs in names.items() if needs or name in always]
     if needed != ["pixel_values"]:
         wanted = " and ".join(needed or list(names)[:1] or ["no images"])
     elif frames is not None:
@@ -186,18 +193,20 @@ def read_processor(
     bgr = bool(stored.get("do_flip_channel_order"))
     if stats is not None:
         return Processing(Pixels(stats=stats, bgr=bgr, origin="options"), size, processor)
+    scaled = stored.get("do_rescale", True)
+    scale = stored.get("rescale_factor", 1 / 255) if scaled else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise UsageError(f"{file}: rescale_factor {scale!r}: a number above 0 expected")
     times = bool(stored.get("do_normalize", processor is None)), bool(stored.get("include_top"))
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if any(times) and (mean is None or std is None):
         raise UsageError(f"MODEL {source}: {file.name} normalises images and names no mean and std; {either}")
     if any(times):  # the second time, of EfficientNet's, by the std alone
-        given = read_stats(mean, std, (f"{file}: image_mean", f"{file}: image_std"), unit=False)
+        given = read_stats(
+            mean, std, (f"{file}: image_mean", f"{file}: image_std"), MOST if abs(255 * scale - 1) < 0.01 else math.inf
+        )
         assert given is not None
         stats = Stats(given.mean if times[0] else (0.0,) * 3, tuple(value ** sum(times) for value in given.std))
-    scaled = stored.get("do_rescale", True)
-    scale = stored.get("rescale_factor", 1 / 255) if scaled else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise UsageError(f"{file}: rescale_factor {scale!r}: a number above 0 expected")
     offset = 1.0 if scaled and stored.get("rescale_offset", stored.get("offset")) else 0.0
     pixels = Pixels(float(scale), offset, stats, bgr, file.name)
     if processor is not None and (why := _differs(processor, pixels)):
@@ -212,7 +221,7 @@ def former_pixels(folder: Path) -> Pixels:
     """Preprocessing of versions before 0.2: the file's mean and std, else ImageNet's, of pixels over 255."""
     stored = read_image_processor(folder)
     mean, std = stored.get("image_mean") or IMAGENET_MEAN, stored.get("image_std") or IMAGENET_STD
-    return Pixels(stats=read_stats(mean, std, unit=False), origin="an earlier version")
+    return Pixels(stats=read_stats(mean, std, most=math.inf), origin="an earlier version")
 
 
 def _open(folder: Path) -> Any:
@@ -220,9 +229,11 @@ def _open(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        with quiet():
+        with quiet(), TemporaryDirectory() as alone:  # its settings in the one form that transformers reads
+            (Path(alone) / PROCESSORS[1]).write_text(json.dumps(read_image_processor(folder)))
+            shutil.copy(folder / CONFIG, alone)
             return AutoImageProcessor.from_pretrained(
-                folder, backend="pil", trust_remote_code=False, local_files_only=True
+                alone, backend="pil", trust_remote_code=False, local_files_only=True
             )
     except Exception:  # then only the file is used
         return None

@@ -11,6 +11,7 @@ training code), ``ours``.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -228,9 +229,12 @@ def plain_names(keys: Collection[str], where: str) -> tuple[dict[str, str], list
         key of each plain name, and the keys that lie outside of the prefix; all keys where no layout fits below any.
 
     Raises:
-        UsageError: models under several prefixes.
+        UsageError: models under several prefixes, or with and without those of wrappers.
     """
-    names = {WRAPPER.sub("", key): key for key in keys}
+    names: dict[str, str] = {}
+    for key in keys:
+        if (other := names.setdefault(WRAPPER.sub("", key), key)) != key:
+            raise UsageError(f"{where}: several models: '{other}' and '{key}'; save one of them", code="conflict")
     if _detected(names) is not None:
         return names, []
     found: dict[str, dict[str, str]] = {}
@@ -251,6 +255,51 @@ def plain_names(keys: Collection[str], where: str) -> tuple[dict[str, str], list
         used = set(below.values())
         return below, sorted(key for key in keys if key not in used)
     return names, []
+
+
+WRAPPED = r"^(?:(?:module|_orig_mod|model|backbone)\.)+"  # what training puts before every key
+WITHIN = f"(?:{WRAPPER.pattern})+"
+
+
+def renamings(
+    where: str, base: str, known: Collection[str], missing: Collection[str], unexpected: Collection[str]
+) -> list[dict[str, str]]:
+    """What to try on the keys of a file that are not those of a model of ``transformers``: pattern -> what replaces it.
+
+    Args:
+        where: name of the file, for the error message.
+        base: the name that transformers may put before the model's own names.
+        known: the model's names.
+        missing: those of them that the file lacks.
+        unexpected: keys of the file that are none of them.
+
+    Raises:
+        UsageError: weights that are there twice, with and without wrappers or under two prefixes.
+    """
+    plain = {key: WRAPPER.sub("", key) for key in sorted(unexpected)}
+    once, wrapped = {name: name for name in {*known} - {*missing}}, False
+    for key, name in plain.items():
+        short = re.sub(WRAPPED, "", name)
+        wrapped |= short != key
+        short = short.removeprefix(f"{base}.")
+        if short in known and (other := once.setdefault(short, key)) != key:
+            raise UsageError(f"{where}: several models: '{other}' and '{key}'; save one of them", code="conflict")
+    if not missing:
+        return []
+    counts = Counter(
+        key.removesuffix(name)
+        for key in plain.values()
+        for name in (key.split(".", n)[-1] for n in range(1, key.count(".") + 1))
+        if name in known
+    )
+    most = max(counts.values(), default=0)
+    before = sorted(prefix for prefix, count in counts.items() if count == most > len(known) / 2)
+    if len(before) > 1:
+        raise UsageError(
+            f"{where}: several models, under {' and '.join(before[:4])}; save one of them", code="conflict"
+        )
+    patterns = [WRAPPED] * wrapped + [f"^{re.escape(prefix)}" for prefix in before]
+    return [{f"^{WITHIN}": "", WITHIN: "", pattern: ""} for pattern in patterns]
 
 
 def detect(keys: Iterable[str], where: str) -> Detected:

@@ -75,6 +75,11 @@ def locate(source: str | Path, revision: str | None = None) -> ModelSource:
     """
     text = str(source)
     path = Path(text).expanduser()
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        shown = text if len(text) <= 200 else f"{text[:60]}..."
+        raise UsageError(f"MODEL {shown}: {error.strerror}", code="not-found") from None
     if path.is_file() or path.is_dir():
         if revision is not None:
             raise UsageError(
@@ -156,8 +161,8 @@ def _from_folder(given: str, folder: Path) -> ModelSource:
         inner = model_folder.find_model(folder)
         return ModelSource(given, inner, (inner / model_folder.WEIGHTS,))
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1 or (files and hub.SHARD.search(files[0].stem)):
-        return ModelSource(given, folder, _with_its_shards(given, files[0]))
+    if files and {*(one := _with_its_shards(given, files[0]))} == {*files}:
+        return ModelSource(given, folder, one)
     if files:
         some = ", ".join(file.name for file in files[:4])
         raise UsageError(
@@ -294,9 +299,14 @@ def check_all_read(weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -
     for key in extra:
         if not layouts.HEAD.fullmatch(key):
             raise UsageError(f"{weights.where}: key '{key}' is not part of the model", code="mismatch")
-    if left := [*weights.left, *extra]:
+    say_left_out(weights.where, [*weights.left, *extra])
+
+
+def say_left_out(where: str, left: list[str]) -> None:
+    """One line on standard error on keys that are not read, if there are any."""
+    if left:
         some = ", ".join(left[:4]) + ", ..." * (len(left) > 4)
-        print(f"{weights.where}: left out {len(left)} keys that are no part of the model ({some})", file=sys.stderr)
+        print(f"{where}: left out {len(left)} keys that are no part of the model ({some})", file=sys.stderr)
 
 
 def _squeezed(shape: Iterable[int]) -> list[int]:
@@ -306,10 +316,30 @@ def _squeezed(shape: Iterable[int]) -> list[int]:
 # ---- models ----
 
 
+def model_type(folder: Path) -> str | None:
+    """Kind of a model of ``transformers`` other than an AIMV2, by its ``config.json``; None: none."""
+    kind = read_json(folder / model_folder.CONFIG).get("model_type")
+    return None if kind is None or str(kind).startswith("aimv2") else str(kind)
+
+
+def detect(at: ModelSource, weights: Weights) -> Detected:
+    """:func:`aimv2.interop.layouts.detect`, which says what a model of another kind is."""
+    try:
+        return layouts.detect(weights.keys(), weights.where)
+    except UsageError as error:
+        if (kind := model_type(at.folder)) is None:
+            raise
+        raise UsageError(
+            f"MODEL {at.given}: a model of transformers, model_type '{kind}' in its {model_folder.CONFIG}; an AIMV2 is expected "
+            "(`aimv2 embed` and what measures frozen features take others)",
+            code=error.code,
+        ) from None
+
+
 def has_decoder(source: ModelSource) -> bool:
     """Whether the weights include a decoder."""
     with Weights(source.files) as weights:
-        found = layouts.detect(weights.keys(), weights.where)
+        found = detect(source, weights)
     return found.text is not None and (found.layout == "trainer" or found.text == "decoder.")
 
 
@@ -339,7 +369,7 @@ def load_model(
     place, kind = usable_device(device), float_type(dtype)
     at = source if isinstance(source, ModelSource) else locate(source, revision)
     with Weights(at.files) as weights:
-        found = layouts.detect(weights.keys(), weights.where)
+        found = detect(at, weights)
         model, rules, skip = plan(at, weights, found, decoder)
         stored = widest(weights, rules)
         for parameter in model.parameters():

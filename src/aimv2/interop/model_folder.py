@@ -26,6 +26,7 @@ from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_confi
 FORMAT = "aimv2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STEP = re.compile(r"step-(\d{7,})$")
+MOST = 2.0  # what no mean or std of pixels in 0..1 is above, so that those of 0..255 are told apart
 BEST = "best"  # RUN@best, and the name of the file in RUN/checkpoints that says which it is
 
 
@@ -201,14 +202,18 @@ def _fill(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-def three(values: Any, key: str) -> tuple[float, float, float]:
-    """A mean or std per channel: three finite numbers, a std above 0.
+def three(values: Any, key: str, most: float = MOST) -> tuple[float, float, float]:
+    """A mean or std per channel: three finite numbers up to ``most``, a std above 0.
 
     Raises:
         TypeError: anything else.
     """
     good = isinstance(values, list | tuple) and len(values) == 3
     if good and all(isinstance(v, int | float) and math.isfinite(v) and (v > 0 or key != "std") for v in values):
+        if max(values) > most:
+            raise TypeError(
+                f"{key} {values!r}, three numbers expected, of pixels in 0 to 1 (they seem to be of 0 to 255)"
+            )
         one, two, last = values
         return one, two, last
     raise TypeError(f"{key} {values!r}, three numbers expected")

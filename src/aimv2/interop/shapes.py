@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,36 @@ from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, Decod
 if TYPE_CHECKING:
     from aimv2.interop.load import Weights
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first is newer, in its key ``image_processor``
+PROCESSORS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+)  # newer, older; the first may be of a tokeniser alone
+STATED = ("image_mean", "image_std", "image_processor_type")
+SETTINGS = (
+    *STATED,
+    "do_",
+    "rescale_",
+    "mean",
+    "std",
+    "size",
+    "crop_",
+    "resample",
+    "feature_extractor_type",
+    "auto_map",
+)
 VISION, DECODER = (
     ("vision_config", "encoder", "image_encoder"),
-    ("decoder", "decoder_config", "text_decoder", "text_config"),
+    (
+        "decoder",
+        "decoder_config",
+        "text_decoder",
+        "text_decoder_config",
+        "multimodal_decoder",
+        "language_config",
+        "text_config",
+    ),
 )
-HEADS = ("num_attention_heads", "heads", "num_heads")
+HEADS = ("num_attention_heads", "heads", "num_heads", "attention_heads", "n_heads", "n_head", "nhead")
 # keys of configurations that change what is computed: the values that AIMV2 has, the first for messages
 ACTIVATIONS = ("silu", "swish", None)
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -144,20 +169,31 @@ def check_heads(heads: int, width: int, where: str) -> int:
     return heads
 
 
-def processor_file(folder: Path) -> Path | None:
-    """The folder's image processor configuration; None where there is none."""
+def _processor(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """
+    Raises:
+        UsageError: an older file without any key of an image processor.
+    """
     for name in PROCESSORS:
         stored = read_json(folder / name)
-        if isinstance(stored.get("image_processor"), dict) if name == PROCESSORS[0] else stored:
-            return folder / name
-    return None
+        nested: Any = stored.get("image_processor")
+        inside, older = isinstance(nested, dict), name == PROCESSORS[1]
+        about: dict[str, Any] = nested if inside else stored
+        if any(key.startswith(SETTINGS if inside or older else STATED) for key in about):
+            return folder / name, about
+        if stored and older:
+            raise UsageError(f"{folder / name}: nothing of an image processor ({', '.join(STATED)}) in it")
+    return None, {}
+
+
+def processor_file(folder: Path) -> Path | None:
+    """The folder's image processor configuration; None where there is none."""
+    return _processor(folder)[0]
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
     """Contents of :func:`processor_file`; {} where there is none."""
-    file = processor_file(folder)
-    stored = read_json(file) if file is not None else {}
-    return stored["image_processor"] if file is not None and file.name == PROCESSORS[0] else stored
+    return _processor(folder)[1]
 
 
 def normalization(about: dict[str, Any], where: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -186,7 +222,7 @@ def normalization(about: dict[str, Any], where: str) -> tuple[tuple[float, float
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
         raise UsageError(f"{where}: rescale_factor {scale!r} of its image processor; a number above 0 expected")
     unit = 255 * scale if abs(255 * scale - 1) > 1e-6 else 1.0
-    checked = (three(values, key, where) for values, key in ((mean, "mean"), (std, "std")))
+    checked = (three(values, key, where, model_folder.MOST * unit) for values, key in ((mean, "mean"), (std, "std")))
     mean, std = (tuple(value / unit for value in values) for values in checked)
     return mean, std  # type: ignore[return-value]
 
@@ -262,10 +298,10 @@ def grid_of(weights: Weights, key: str) -> int:
     return grid
 
 
-def three(values: Any, key: str, where: str) -> tuple[float, float, float]:
+def three(values: Any, key: str, where: str, most: float = model_folder.MOST) -> tuple[float, float, float]:
     """:func:`aimv2.interop.model_folder.three`, with UsageError for anything else."""
     try:
-        return model_folder.three(values, key)
+        return model_folder.three(values, key, most)
     except TypeError as error:
         raise UsageError(f"{where}: {error} (in its configuration)") from None
 
@@ -347,11 +383,16 @@ def decoder_config(weights: Weights, stored: dict[str, Any]) -> DecoderConfig:
     width = dims(weights, names["decoder.project.weight"], "width, encoder")[0]
     trunk = LAYOUTS["trainer"].trunk
     check_fixed(about, weights.where, hidden_size=width, width=width)
-    heads = configured_heads(about)
+    said = {key.removeprefix("decoder_"): n for key, n in {**stored, **about}.items() if key.startswith("decoder_")}
+    heads = configured_heads(about) or configured_heads(said)
+    if heads is None:
+        heads = default_heads(width, weights.where)
+        if stored:
+            print(f"{weights.where}: heads of the decoder taken from its width: {heads}", file=sys.stderr)
     return DecoderConfig(
         width=width,
         depth=depth_of(weights, theirs + trunk.block[0], configured_int(about, "num_hidden_layers", "depth")),
-        heads=check_heads(default_heads(width, weights.where) if heads is None else heads, width, weights.where),
+        heads=check_heads(heads, width, weights.where),
         hidden=dims(weights, theirs + trunk.block[4].split()[0].format(i=0), "hidden, width")[0],
         vocab_size=dims(weights, names["decoder.token_embed.weight"], "vocabulary, width")[0],
         max_text=dims(weights, names["decoder.text_position"], "positions, width")[0] - 1,

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer
 from aimv2.errors import UsageError
-from aimv2.interop import layouts
 from aimv2.interop.layouts import Rules
-from aimv2.interop.load import ModelSource, Weights, check_all_read, fill_tensor, has_decoder, locate, plan
+from aimv2.interop.load import ModelSource, Weights, check_all_read, detect, fill_tensor, has_decoder, locate, plan
 from aimv2.interop.shapes import config_name
 from aimv2.io import say
 from aimv2.models.aimv2 import AIMv2
@@ -55,7 +54,7 @@ def origin_of(given: str) -> Origin:
     """
     at = locate(given)
     with Weights(at.files) as weights:
-        found = layouts.detect(weights.keys(), weights.where)
+        found = detect(at, weights)
         model, rules, skip = plan(at, weights, found, has_decoder(at))
         check_all_read(weights, rules, skip)
     encoder = model if isinstance(model, VisionEncoder) else model.encoder

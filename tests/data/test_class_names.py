@@ -8,7 +8,7 @@ import pytest
 from brought import picture, put, run
 
 from aimv2.config.schema import Config, Source
-from aimv2.data.images.class_names import class_folders, class_order, same_class
+from aimv2.data.images.class_names import by_number, class_folders, class_order, same_class
 from aimv2.data.images.opening import open_labelled
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import UsageError
@@ -53,11 +53,18 @@ def test_folders_that_are_numbers_are_ordered_and_named_as_numbers(tmp_path: Pat
     ("folders", "names", "wanted"),
     [
         (["a", "b"], ("x", "y"), [("a", "x"), ("b", "y")]),
-        (["1", "2", "10"], ("x", "y", "z"), [("1", "x"), ("2", "y"), ("10", "z")]),
+        (["1", "2"], ("x", "y"), [("1", "x"), ("2", "y")]),
         (["0", "2"], ("x", "y", "z"), [("0", "x"), ("1", "y"), ("2", "z")]),  # folder n is line n
         ([NFD, "Bee"], ("bee", NFC), [("Bee", "bee"), (NFD, NFC)]),
         ([NFD, "b"], None, [("b", "b"), (NFD, NFC)]),
         (["0", "1"], ("1", "0"), [("1", "1"), ("0", "0")]),
+        (["big_dog", "tabby_cat"], ("tabby cat", "Big-Dog"), [("tabby_cat", "tabby cat"), ("big_dog", "Big-Dog")]),
+        (["n01440764", "n01443537"], ("n01443537 cod", "n01440764 ray"), [("n01443537", "cod"), ("n01440764", "ray")]),
+        (["0", "1", "3"], ("3 bird", "0 ant", "1 car"), [("0", "ant"), ("1", "car"), ("3", "bird")]),
+        (["1", "5"], ("1 cent", "5 cent"), [("1", "1 cent"), ("5", "5 cent")]),  # not twice cent
+        (["fox", "wolf"], ("grey wolf", "red fox"), [("wolf", "grey wolf"), ("fox", "red fox")]),
+        (["c10", "c2"], ("c2: x", "c10: y"), [("c2", "x"), ("c10", "y")]),
+        (["dog", "hotdog"], ("a dog", "a hot dog"), [("dog", "a dog"), ("hotdog", "a hot dog")]),
     ],
 )
 def test_names_are_joined_with_folders(folders: list[str], names: tuple[str, ...] | None, wanted: list) -> None:
@@ -71,6 +78,13 @@ def test_names_are_joined_with_folders(folders: list[str], names: tuple[str, ...
         (["ant", "bee", "cow"], ("ant", "bee")),
         (["1", "2"], ("x", "y", "z")),  # from 0 or from 1?
         (["0", "5"], ("x", "y", "z")),
+        (["0", "1", "3"], ("x", "y", "z")),
+        (["1", "2", "10"], ("x", "y", "z")),
+        (["0", "1", "2"], ("2", "x", "y")),
+        (["apple", "bee", "cat", "dog"], ("cat", "dog photo", "an apple", "a bee!")),
+        (["ant", "bee", "cow"], ("x", "ant", "y")),
+        ([f"class_{number}" for number in range(12)], tuple("abcdefghijkl")),  # class_10 before class_2?
+        ([*map(str, range(11)), "more"], tuple("abcdefghijkl")),
         (["1", "01"], None),
         ([NFC, NFD], None),
     ],
@@ -78,6 +92,18 @@ def test_names_are_joined_with_folders(folders: list[str], names: tuple[str, ...
 def test_names_that_do_not_fit_are_refused(folders: list[str], names: tuple[str, ...] | None) -> None:
     with pytest.raises(UsageError):
         class_folders(folders, names, "here")
+
+
+def test_names_that_begin_with_their_numbers_are_in_that_order(tmp_path: Path) -> None:
+    root = tree(tmp_path / "src", ["0", "1", "2"], ("2 bird", "0 ant", "1 car"))
+    data = open_labelled(str(root), "train")
+    assert data is not None and data.classes == ("ant", "car", "bird") and data.labels.tolist() == [0, 1, 2]
+    assert by_number(("1 cent", "0 cent")) == ("1 cent", "0 cent") and by_number(("2: b", "1,a")) == ("a", "b")
+
+
+def test_folders_that_differ_by_case_only_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(["Cat", "cat"], None, "here")
+    assert "the classes 'Cat' and 'cat' differ by case only" in caplog.text
 
 
 def test_classes_of_another_split_are_found_by_number_and_in_any_case() -> None:

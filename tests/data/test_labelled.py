@@ -467,7 +467,7 @@ def test_real_cifar10(shared_data: Path) -> None:
 # ---- values that say that there is none, paths, names ----
 
 
-@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "NULL", "<NA>", "-1", ""])
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "NULL", "<NA>", "N/A", "-1", ""])
 def test_no_value_is_no_class(tmp_path: Path, word: str) -> None:
     put(tmp_path / "x.png", encoded(5))
     for labels in (("cat", "dog"), ("0", "1"), ("0.0", "1.0")):
@@ -491,6 +491,8 @@ def test_numbers_that_pandas_wrote_are_numbers(tmp_path: Path) -> None:
     put(tmp_path / "x.png", encoded(5))
     put(tmp_path / "train.csv", "path,label\n" + "".join(f"x.png,{n}.0\n" for n in range(11)))
     assert opened(tmp_path, "train").labels.tolist() == list(range(11))
+    put(tmp_path / "train.csv", "path,label\nx.png,1.5\nx.png,.5\nx.png,1\n")
+    assert "label 1.5: one label an image expected, a whole number or a name" in refused(tmp_path)
     table = hf.Dataset.from_dict(
         {"image": [{"bytes": encoded(1), "path": None}] * 3, "label": [1.0, 0.0, float("nan")]}
     )

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -396,5 +397,20 @@ def test_names_of_a_file_belong_to_their_classes(tmp_path: Path) -> None:
     file.write_text("one\ntwo\nthree\n")
     assert class_names(data, str(file)) == ("one", "two", "three")
     file.write_text("cow\ngreat ape\nbeetle\n")  # by position a cow would be a great ape
+    with pytest.raises(UsageError, match="'cow' at line 1, which is not the line of the class cow") as caught:
+        class_names(data, str(file))
+    assert caught.value.code == "mismatch"
+    file.write_text("great ape\nbeetle\ncow\n")
     with pytest.raises(UsageError, match="no name for the class b\u00e9e"):
         class_names(data, str(file))
+    file.write_text("2 cow\n1 bee\n0 ape\n")
+    assert class_names(data, str(file)) == ("ape", "bee", "cow")
+    for doubled, lines, said in (
+        (("crane", "crane", "cat"), "crane\nmaillot\ncat\n", "no name for the class crane"),
+        (("Cat", "cat"), "cat\ndog\n", "'cat' at line 1, which is not the line of the class cat"),
+    ):
+        file.write_text(lines)
+        with pytest.raises(UsageError, match=said):
+            class_names(replace(data, classes=doubled), str(file))
+    file.write_text("crane\ncrane\ncat\n")
+    assert class_names(replace(data, classes=("crane", "crane", "cat")), str(file)) == ("crane", "crane", "cat")

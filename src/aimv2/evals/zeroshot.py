@@ -5,7 +5,6 @@ Legend: N images, C classes, t templates.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from aimv2.data.images.class_names import NAMELESS, by_number, join_names
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled, Split, subset
-from aimv2.data.images.names import NameFinder
 from aimv2.data.images.opening import EXPECTED, open_labelled
 from aimv2.data.prefetch import prefetch_map
 from aimv2.errors import UsageError
@@ -31,7 +30,6 @@ from aimv2.evals.templates import fill, find_templates, read_lines
 from aimv2.evals.untrained import BASELINE
 
 BEST = 5  # guesses kept an image
-NAMELESS = re.compile(r"\d+|n\d{8}")  # numbers and WordNet ids say nothing to a text tower
 
 
 @dataclass(frozen=True)
@@ -147,21 +145,16 @@ def class_names(data: Labelled, file: str | None, dataset: str | None = None) ->
                 f"--classes FILE, one a line in the order of the labels ({len(names)} of them)"
             )
         return names
-    found = tuple(read_lines(Path(file).expanduser(), "--classes", dataset))
+    found = by_number(tuple(read_lines(Path(file).expanduser(), "--classes", dataset)))
     if len(found) != len(data.classes):
         raise UsageError(f"--classes {file}: {len(found)} names, but {data.source} has {len(data.classes)} classes")
-    finder = NameFinder(name.replace("_", " ") for name in found)
-    own = [finder.find(name.replace("_", " "), stems=False) for name in data.classes]
-    if all(len(one) == 1 for one in own) and len({one[0] for one in own}) == len(own):
-        return tuple(one[0] for one in own)
-    if 2 * sum(map(bool, own)) > len(own):
-        name = next(name for name, one in zip(data.classes, own) if len(one) != 1)
-        raise UsageError(
-            f"--classes {file}: no name for the class {name} (or several), though other classes have theirs there; "
-            "all of them, or new names in the order of the labels, expected",
-            code="mismatch",
-        )
-    return found
+
+    def refuse(what: str) -> UsageError:
+        wanted = "each class's own name, a line CLASS: NAME for each, or new names in the order of the labels"
+        return UsageError(f"--classes {file}: holds {what}; {wanted} expected", code="mismatch")
+
+    joined = join_names(data.classes, found, range(len(found)), refuse)
+    return found if joined is None else tuple(name for _, name in sorted(joined))
 
 
 def image_batches(

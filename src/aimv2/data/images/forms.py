@@ -22,8 +22,8 @@ from PIL import Image
 
 from aimv2.data.images.caption_files import are_classes
 from aimv2.data.images.catalogue import find_column, walk
-from aimv2.data.images.class_names import class_folders, names_beside, same_class, subfolders
-from aimv2.data.images.names import NameFinder, folded, normal
+from aimv2.data.images.class_names import class_folders, names_beside, same_class, say_odd_classes, subfolders
+from aimv2.data.images.names import NameFinder, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.splits import SPLITS, stated_split
 from aimv2.data.images.tables import encoded_images, hub_files, hub_library, types_of
@@ -288,6 +288,7 @@ def _read_list(file: Path, source: str) -> tuple[list[str], list[str], list[str]
 
 
 NUMBER = re.compile(r"-?\d+(\.0+)?")  # pandas writes 1.0 where a cell of the column is empty
+FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SEVERAL = re.compile(r"\[.*\]|-?\d+(\.0+)?([\s,;|]+-?\d+(\.0+)?)+")
 
 
@@ -311,12 +312,15 @@ def number_labels(
         (word for word in (*train, *words) if SEVERAL.fullmatch(word) and word not in (names or ())), None
     ):
         raise wrong(source, f"label {several!r}: several labels of one image; one label an image expected")
+    numeric = all(NUMBER.fullmatch(word) or FRACTION.fullmatch(word) for word in train if word)
+    if numeric and not names and (part := next((word for word in train if word and not NUMBER.fullmatch(word)), None)):
+        raise wrong(source, f"label {part}: one label an image expected, a whole number or a name")
     if all(NUMBER.fullmatch(word) for word in train if word):
         if strange := next((word for word in words if word and not NUMBER.fullmatch(word)), None):
             raise wrong(source, f"label {strange}: a number expected, as in the training split")
         return np.array([int(word.partition(".")[0] or -1) for word in words], np.int64), names
     names = names or tuple(sorted(set(train) - {""}))
-    _say_odd_classes(names, source)
+    say_odd_classes(names, source)
     numbers, finder = {"": -1, **{name: number for number, name in enumerate(names)}}, NameFinder(names)
     for word in {*words}.difference(numbers):
         found = finder.find(word, stems=False)
@@ -324,24 +328,6 @@ def number_labels(
             raise wrong(source, f"label {word}: not among the {len(names)} classes ({', '.join(names[:3])}, ...)")
         numbers[word] = numbers[found[0]]
     return np.array([numbers[word] for word in words], np.int64), names
-
-
-def _say_odd_classes(names: Sequence[str], source: str) -> None:
-    """A line for classes that may be no classes of their own: other classes joined, another case of another class."""
-    known = set(names)
-    for name in names:
-        parts = [part for part in re.split(r"[\s,;|+&/]+", name) if part]
-        if len(parts) > 1 and known.issuperset(parts):
-            log.warning(
-                "%s: the class '%s' is %s other classes in one; several labels of an image are not read",
-                source,
-                name,
-                len(parts),
-            )
-            break
-    by_case: dict[str, str] = {}
-    if twice := next((name for name in names if by_case.setdefault(folded(name), name) != name), None):
-        log.warning("%s: the classes '%s' and '%s' differ by case only", source, by_case[folded(twice)], twice)
 
 
 # ---- the library `datasets`: from the hub, saved to disk, or a folder of Parquet ----

@@ -34,7 +34,7 @@ IMAGE_EXTENSIONS = (
 TEXTS = ("txt", "caption")
 CAPTION_KEYS = ("caption", "text", "description", "prompt")  # of KEY.json, where it has no ``captions``
 # as programs write that there is no value
-NO_VALUE = frozenset(("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "-1"))
+NO_VALUE = frozenset(("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "N/A", "n/a", "-1"))
 MANIFEST = "aimv2.json"
 MANIFEST_FORMAT = "aimv2 shards 1"
 

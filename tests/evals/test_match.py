@@ -100,7 +100,7 @@ def test_zeroshot_equals_a_hand_count(tmp_path: Path) -> None:
     assert figures["top1_interval"] == list(wilson(9, 12))
     assert result["model"]["unchanged"] and result["protocol"]["name"] == "zero-shot, contrastive"
     assert json.loads((tmp_path / "out" / "result.json").read_text())["figures"] == figures
-    (tmp_path / "names.txt").write_text("a blue one\na red one\na green one\n")  # two names change places
+    (tmp_path / "names.txt").write_text("blue: a blue one\ngreen: a red one\nred: a green one\n")  # two change places
     swapped = api.zeroshot(str(model), str(data), templates="{}", classes=str(tmp_path / "names.txt"))
     assert [row["top1"] for row in swapped["figures"]["per_class"]] == [0.5, 0.25, 0.0]
 

@@ -99,12 +99,12 @@ def join_names(
     forms: tuple[Callable[[str], object], ...] = normal, folded, words
     known = [defaultdict[object, list[int]](list) for _ in forms]
     for row, one in enumerate(classes):
-        for form, rows in zip(forms, known):
-            rows[form(one)].append(row)
+        for form, by_form in zip(forms, known):
+            by_form[form(one)].append(row)
 
     def find(name: str) -> tuple[list[int], bool, str]:
         """Classes that a line may mean, whether it states no more than them, and the name in it."""
-        if whole := next((rows[form(name)] for form, rows in zip(forms, known) if form(name) in rows), None):
+        if whole := next((rows for form, by_form in zip(forms, known) if (rows := by_form.get(form(name)))), None):
             return whole, True, name
         if (cut := OF_CLASS.fullmatch(name)) and (stated := known[-1].get(words(cut[1]))):
             return stated, True, cut[2]

@@ -9,7 +9,6 @@ Legend: N images, C classes.
 from __future__ import annotations
 
 import glob
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from aimv2.data.text.encoding import say_once, text_lines
 from aimv2.errors import UsageError, first_line
 
 LISTS = (".csv", ".tsv")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

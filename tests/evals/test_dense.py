@@ -335,6 +335,7 @@ def test_depth(tmp_path: Path) -> None:
     true = np.concatenate([metres_of(ids)[1:].ravel() / 1000 for _, ids in shapes(8, 2)])
     assert 0 < figures["rmse"] < 0.6 * true.std() and 0 < figures["abs_rel"] < 0.4 and figures["delta1"] > 0.5, figures
     assert figures["chosen"] == [1e-2] and figures["baselines"]["pixels"]["rmse"] > 0
+    assert result["data"]["train_depths_metres"] == [1.0, 4.0]
     assert result["model"]["weights_sha256"] == weights_hash(model)
     ten = api.depth(str(tmp_path / "m"), str(root), depth_scale=100, **QUICK)["figures"]
     assert ten["rmse"] == pytest.approx(10 * figures["rmse"], rel=1e-3)
@@ -490,7 +491,26 @@ def test_grey_levels_are_no_class_ids(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(UsageError, match=r"--values: .* holds 255 too"):
         masks(-1, values=(0, 1)).read(root / "masks" / "0.png")
     pngs(tmp_path, "masks", [np.array([[0, 1], [30, 0]], np.uint8)] * 4)
-    assert classes(masks()) == 31 and "3 of 31 classes are in the masks" in caplog.text
+    with pytest.raises(UsageError, match=r"the values 0, 1, 30 only, which would be 31 classes: give --values 0,1,30"):
+        classes(masks())
+    assert classes(masks(), 31) == 31 and not caplog.text
+
+
+def test_masks_with_blurred_edges_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mask = np.zeros((20, 20), np.uint8)
+    mask[:10], mask[10] = 30, np.arange(20) + 5
+    root = pngs(tmp_path, "masks", [mask] * 4)
+    segmentation_work(SegmentOptions(model="", val_fraction=0.5), str(root), masks(), 20, None, tmp_path)
+    assert "two of 22 mask values hold 95.0% of the pixels" in caplog.text
+
+
+def test_a_mark_for_no_depth_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options, said = DepthOptions(model="", val_fraction=0.5), "25.0% of the training depths are 65.534 m"
+    for top, marked in ((65534, True), (3100, False)):  # a sensor that ends there
+        root = pngs(tmp_path, "depth", [np.array([[1000, 2000], [3000, top]], np.uint16)] * 4)
+        caplog.clear()
+        depth_work(options, str(root), depths(), 2, tmp_path)
+        assert (said in caplog.text) == marked and ("--invalid" in caplog.text) == marked
 
 
 def test_maps_are_found_in_any_case_and_normal_form(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from aimv2.models.sizes import EncoderConfig
 log = logging.getLogger(__name__)
 
 NEAR, FAR = 0.3, 200.0  # metres: a data set all below or all above has another unit
+BLURRED, MOST = 16, 0.9  # more mask values than this, two of them with most pixels: edges between two classes
+APART, OFTEN = 0.5, 0.01  # a largest depth with this share of pixels, and no other near it: a mark for no depth
 HELD_OUT = 0.1  # of the training images: where the learning rate is chosen
 
 
@@ -89,19 +90,13 @@ def segmentation_work(
         raise UsageError(f"--classes {classes}: {where} holds class {top:.0f}, the last one is {classes - 1}")
     found = sorted(set().union(*(scan.values for scan in scans)))
     count = int(top) + 1 if classes is None else classes
-    if classes is None and count > 2 * len(found) and all(b - a > 1 for a, b in pairwise(found)) and len(found) > 1:
+    if classes is None and count > 2 * len(found) and found:
         shown = ", ".join(map(str, found[:4])) + ", ..." * (len(found) > 4)
+        values = ",".join(map(str, found)) if len(found) <= 16 else "LIST"
         raise UsageError(
             f"--data {data}: the masks hold the values {shown} only, which would be {count} classes: give --values "
-            f"{','.join(map(str, found))} if each is a class, or --classes {count} if they are ids",
+            f"{values} if each is a class, or --classes {count} if they are ids",
             option="--values",
-        )
-    if classes is None and count > 2 * len(found):
-        log.warning(
-            "%s: %d of %d classes are in the masks; --classes, --ignore and --values say what values mean",
-            data,
-            len(found),
-            count,
         )
     if count < 2:
         raise UsageError(
@@ -113,6 +108,14 @@ def segmentation_work(
             raise UsageError(f"--data {data}: all pixels of the {name} masks are ignored; see --ignore")
     maps = scans[0].maps
     assert maps is not None
+    pixels = sum(np.bincount(ids[ids >= 0], minlength=int(top) + 1) for ids in maps)
+    if classes is None and len(found) > BLURRED and (two := np.sort(pixels)[-2:].sum() / max(pixels.sum(), 1)) > MOST:
+        log.warning(
+            "%s: two of %d mask values hold %.1f%% of the pixels; blurred edges? --classes says how many there are",
+            data,
+            len(found),
+            100 * two,
+        )
     return DenseWork(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
 
 
@@ -130,6 +133,13 @@ def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scrat
         log.info("%s: training depths of %.3g to %.3g m", data, task.low, task.high)
         if task.high < NEAR or task.low > FAR:
             log.warning("%s: training depths of %.3g to %.3g m; is --depth-scale right?", data, task.low, task.high)
+        if (share := mark_share(maps, task.high)) > OFTEN:
+            log.warning(
+                "%s: %.1f%% of the training depths are %.5g m, far beyond all others; if that marks no depth, give --invalid",
+                data,
+                100 * share,
+                task.high,
+            )
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
         if task is None or scan.empty == len(pairs):
             raise UsageError(f"--data {data}: no depth in the {name} maps: every pixel is 0, which means no value")
@@ -150,6 +160,16 @@ def depth_task(maps: np.ndarray) -> Depth | None:
     mean = total / count
     spread = math.sqrt(max(square / count - mean**2, 0.0))
     return Depth(float(mean), spread if spread > 1e-6 * mean else float(mean), float(low), float(high))
+
+
+def mark_share(maps: np.ndarray, high: float) -> float:
+    """The share of the known pixels of [N, S, S] that hold the largest depth, where no other is near it; else 0."""
+    known, tops, second = 0, 0, 0.0
+    for one in maps:
+        top = one >= np.float32(high)
+        known, tops = known + int((one > 0).sum()), tops + int(top.sum())
+        second = max(second, float(one[~top].max(initial=0)))
+    return tops / known if 0 < second < APART * high else 0.0
 
 
 @dataclass(frozen=True)
@@ -334,6 +354,8 @@ def evaluate_dense(
         }  # fmt: skip
         if command == "segment":
             data["classes"] = work.task.outputs
+        if isinstance(work.task, Depth):
+            data["train_depths_metres"] = [work.task.low, work.task.high]
         about = {
             "name": f"linear {command} probe",
             "head": "batch norm without affine, 1x1 linear, bilinear upsampling",

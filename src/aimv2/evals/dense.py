@@ -108,7 +108,9 @@ def segmentation_work(
             raise UsageError(f"--data {data}: all pixels of the {name} masks are ignored; see --ignore")
     maps = scans[0].maps
     assert maps is not None
-    pixels = sum(np.bincount(ids[ids >= 0], minlength=int(top) + 1) for ids in maps)
+    pixels = np.zeros(int(top) + 1, np.int64)
+    for ids in maps:
+        pixels += np.bincount(ids[ids >= 0], minlength=len(pixels))
     if classes is None and len(found) > BLURRED and (two := np.sort(pixels)[-2:].sum() / max(pixels.sum(), 1)) > MOST:
         log.warning(
             "%s: two of %d mask values hold %.1f%% of the pixels; blurred edges? --classes says how many there are",
@@ -347,7 +349,7 @@ def evaluate_dense(
             return encoder_figures(other, work, options, mine, home / name if home else None)
 
         figures |= baseline_figures(others, baseline)
-        data = {
+        data: dict[str, Any] = {
             "name": Path(options.data or "").name, "source": options.data, "split": work.split,
             "train_images": len(work.train), "test_images": len(work.test),
             "train_maps_without_values": work.empty[0], "test_maps_without_values": work.empty[1],

@@ -60,7 +60,31 @@ _LANGUAGES = (
     ("áðéíóúýþæö", "og með við"),
     ("àçèéíïòóúü", "el la els les un una de del amb"),
 )
-_ENGLISH = frozenset(["the", "of", "with", "and", "is", "at", "for", "this", "that", "his", "her", "from"])
+_ENGLISH = frozenset(
+    [
+        "two",
+        "white",
+        "black",
+        "green",
+        "blue",
+        "red",
+        "woman",
+        "picture",
+        "dog",
+        "the",
+        "of",
+        "with",
+        "and",
+        "is",
+        "at",
+        "for",
+        "this",
+        "that",
+        "his",
+        "her",
+        "from",
+    ]
+)
 _BORROWED = [known for known, _ in _LANGUAGES if "þ" not in known]  # English has words of all of them
 
 

@@ -48,6 +48,7 @@ _SHORT = frozenset(
     ["a", "an", "as", "at", "be", "by", "he", "if", "in", "is", "it", "my", "no", "of", "on", "so", "to", "we"]
 )
 _SAFE = "äöüßéóå"  # they are the same in the encodings of the east
+_PLAIN = "àâäáåçéèêëíîïñóôöúüß"
 # languages that are written in it: their letters, and words that tell them from others with these bytes
 _LANGUAGES = (
     ("àâæçéèêëîïôœùûüÿ", "le la les un une des du de et dans avec sur au aux est l d qu à où"),
@@ -195,7 +196,11 @@ def _is_western(raw: bytes) -> bool:
         if 10 * number >= unsafe and 20 * sum(letter in known for letter in letters) >= 19 * len(letters):
             return True
     borrowed = [any(known.issuperset(own) for known in map(set, _BORROWED)) for own in spelt.values()]
-    return 4 * english >= len(letters) and 20 * sum(borrowed) >= 19 * len(borrowed)
+    if 4 * english >= len(letters) and 20 * sum(borrowed) >= 19 * len(borrowed):
+        return True
+    # a few names or words without any that tell their language: letters that other encodings seldom read so
+    known = any(set(letters) <= set(known) for known, _ in _LANGUAGES)
+    return known and set(letters) <= set(_PLAIN) and not re.search(rf"[èêâ](?![{_ANY}])", text.lower())
 
 
 def _is_odd(raw: bytes, text: str) -> bool:

@@ -199,8 +199,8 @@ def _is_western(raw: bytes) -> bool:
     if 4 * english >= len(letters) and 20 * sum(borrowed) >= 19 * len(borrowed):
         return True
     # a few names or words without any that tell their language: letters that other encodings seldom read so
-    known = any(set(letters) <= set(known) for known, _ in _LANGUAGES)
-    return known and set(letters) <= set(_PLAIN) and not re.search(rf"[èêâ](?![{_ANY}])", text.lower())
+    fits = any(set(letters) <= set(own) for own, _ in _LANGUAGES)
+    return fits and set(letters) <= set(_PLAIN) and not re.search(rf"[èêâ](?![{_ANY}])", text.lower())
 
 
 def _is_odd(raw: bytes, text: str) -> bool:

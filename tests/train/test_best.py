@@ -71,6 +71,12 @@ def test_without_it_there_is_no_best(world: TinyWorld) -> None:
     assert error.value.code == "not-found" and "eval.best" in str(error.value)
 
 
+def test_a_word_that_is_no_step_names_the_steps_of_the_run(whole: Path) -> None:
+    with pytest.raises(UsageError, match=r"no checkpoint of step bset in .*there: \d+, 6") as error:
+        aimv2.load_model(f"{whole}@bset")
+    assert error.value.code == "not-found"
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [

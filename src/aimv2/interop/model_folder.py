@@ -117,16 +117,17 @@ def read_best(run: Path) -> dict[str, Any]:
 
 
 def split_step(source: str) -> tuple[Path, str] | None:
-    """``RUN@STEP`` or ``RUN@best`` as the run and what stands after it; None where it is neither."""
+    """``RUN@STEP`` or ``RUN@best`` as the run and what stands after it, right or not; None where it is neither."""
     run, at, step = source.rpartition("@")
     path = Path(run).expanduser()
-    there = at and (step.isdigit() or step == BEST) and path.exists() and not Path(source).expanduser().exists()
+    named = step.isdigit() or step == BEST or (path / "checkpoints").is_dir()
+    there = at and named and path.exists() and not Path(source).expanduser().exists()
     return (path, step) if there else None
 
 
 def checkpoint_at(run: Path, step: str) -> Path | None:
     """The folder of a run's checkpoint, of a step or ``best``; None where it is not there."""
-    wanted = read_best(run).get("step") if step == BEST else int(step)
+    wanted = read_best(run).get("step") if step == BEST else int(step) if step.isdigit() else None
     return next((folder for number, folder in checkpoints(run) if number == wanted), None)
 
 

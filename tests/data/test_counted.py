@@ -84,7 +84,7 @@ def test_files_beside_tars(tmp_path: Path) -> None:
     for name in ("train-0.tar", "sub/1.tar"):
         tar_of(tmp_path / name, [("a.jpg", picture(1)), ("a.txt", b"words")])
     (tmp_path / "dead.tar").symlink_to("nowhere.tar")
-    put(tmp_path / "x.heic", b"x")
+    put(tmp_path / "x.cr2", b"x")
     put(tmp_path / "sub" / "list.csv", "image,caption\n")
     others = {"files of other kinds": 1, "archives that are not read here": 2}
     assert {*others.items()} <= {*counted(check_data(tmp_path)).items()}

@@ -100,7 +100,7 @@ class Log:
                 self.say(f"step {step}: {text}")
             return
         rate = (time.perf_counter() - self.began) / max(step - self.first, 1)
-        self.say(f"step {step}/{self.steps} eta {duration(rate * (self.steps - step))} {text}")
+        self.say(f"step {step}/{self.steps} {text} eta {duration(rate * (self.steps - step))}")
 
     def close(self) -> None:
         if not self.active:

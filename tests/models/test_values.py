@@ -67,12 +67,15 @@ def test_bytes_that_are_all_0_or_1_warn_too() -> None:
 
 
 def test_constant_images_and_a_model_of_unit_pixels_are_left_alone() -> None:
+    """A warning would be an error here; the values come through as they are."""
     encoder = tiny()
-    for constant in (torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
-        encoder(constant)
-    tiny(mean=(0.0,) * 3, std=(1.0,) * 3)(UNIT)
-    tiny(mean=(0.0,) * 3, std=(1 / 255,) * 3)(HUNDREDS)  # a model that was trained on such values
-    encoder(torch.full((1, 3, 8, 8), float("nan")))
+    for constant in (torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)):
+        assert torch.equal(encoder.normalize(constant), constant)
+    assert torch.allclose(encoder.normalize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), -encoder.mean / encoder.std)
+    assert torch.equal(tiny(mean=(0.0,) * 3, std=(1.0,) * 3).normalize(UNIT), UNIT)
+    trained_on_bytes = tiny(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    assert torch.equal(trained_on_bytes.normalize(HUNDREDS), HUNDREDS)
+    assert encoder(torch.full((1, 3, 8, 8), float("nan"))).isnan().all()
 
 
 def test_training_compilation_export_and_tracing_look_at_no_value() -> None:

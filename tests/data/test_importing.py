@@ -264,3 +264,13 @@ def test_images_without_captions(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as tars:
         import_data(str(tmp_path / "out" / "*.tar"), tmp_path / "again", no_captions=True, progress=False)
     assert tars.value.option == "--no-captions" and tars.value.code == "conflict"
+
+
+def test_the_first_reject_is_said_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "src" / "a.jpg", picture(1))
+    put(tmp_path / "src" / "a.txt", "words")
+    put(tmp_path / "src" / "b.jpg", b"broken")
+    put(tmp_path / "src" / "b.txt", "words")
+    assert run(tmp_path / "src", tmp_path / "out")["rejected"] == 1
+    (said,) = [record.getMessage() for record in caplog.records if "rejected" in record.getMessage()]
+    assert said.startswith("1 rejected, the first b.jpg: ") and str(tmp_path / "out" / "rejected.jsonl") in said

@@ -30,6 +30,7 @@ from aimv2.data.shards.format import (
 )
 from aimv2.data.shards.index import build_index
 from aimv2.data.shards.listing import list_shard
+from aimv2.data.shards.tars import open_tar
 from aimv2.data.stream.samples import training_shards
 from aimv2.errors import UsageError
 from aimv2.features.teach import copy_splits
@@ -298,3 +299,13 @@ def test_manifest(tmp_path: Path) -> None:
         "counts": {"train": 3},
         "source": "x",
     }
+
+
+def test_a_plain_tar_is_opened_once_for_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "train-0.tar", [("a", {"jpg": b"x", "txt": b"words"})])
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "aimv2.data.shards.tars.open", lambda *given: opened.append(str(given[0])) or open(*given), raising=False
+    )
+    open_tar(tmp_path / "train-0.tar").close()
+    assert opened == [str(tmp_path / "train-0.tar")]

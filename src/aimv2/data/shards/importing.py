@@ -8,6 +8,7 @@ all are done.
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -34,6 +35,8 @@ from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shar
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
+
+log = logging.getLogger(__name__)
 
 WORK = ".import"
 PLAN_FORMAT = 1
@@ -424,6 +427,9 @@ def _finish(
         why = f"; the first: {shown(rejects[0].image, 200)}: {rejects[0].reason}" if rejects else ""
         why += "; ".join(("", *passed_lines(source.passed.result())))
         raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
+    if rejects:
+        first = f"{shown(rejects[0].image, 200)}: {rejects[0].reason}"
+        log.warning("%d rejected, the first %s; all of them in %s", len(rejects), first, out / "rejected.jsonl")
     if source.classes:
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
     kept = {split: number for split, number in counts.items() if number}

@@ -25,6 +25,7 @@ from aimv2.io import POINTER, is_pointer
 
 # by their first bytes: a compressed tar may be called .tar
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+HEAD = 256  # bytes that tell a compressed tar, and a pointer in the place of one
 _NAME = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz)$", re.IGNORECASE)
 
 
@@ -67,7 +68,10 @@ def is_packed(tar: Path) -> bool:
 
 def _unpacker(tar: Path) -> Callable[..., Any] | None:
     with open(tar, "rb") as file:
-        head = file.read(6)
+        return _unpacker_of(file.read(HEAD))
+
+
+def _unpacker_of(head: bytes) -> Callable[..., Any] | None:
     return next((unpack for start, unpack in _PACKED.items() if head.startswith(start)), None)
 
 
@@ -77,14 +81,16 @@ def open_tar(tar: Path) -> IO[bytes]:
     Raises:
         OSError: it cannot be read.
     """
-    if is_pointer(tar):
+    file = open(tar, "rb")  # noqa: SIM115 - once for each sample that is read: nothing else is opened for a plain tar
+    head = file.read(HEAD)
+    if _unpacker_of(head) is None and not is_pointer(head):
+        file.seek(0)
+        return file
+    file.close()
+    if is_pointer(head):
         raise OSError(POINTER)
-    if not is_packed(tar):
-        return open(tar, "rb")
     state = tar.stat()
-    copy = _unpacked(
-        tar, state.st_size, state.st_mtime_ns
-    )  # held here while it is opened: it goes with its last holder
+    copy = _unpacked(tar, state.st_size, state.st_mtime_ns)  # it goes with its last holder
     return open(copy.name, "rb")
 
 

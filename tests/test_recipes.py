@@ -20,6 +20,7 @@ from PIL import Image
 from aimv2 import api, load_model
 from aimv2.cli.dispatch import read_options
 from aimv2.config.load import parse, read_recipe
+from aimv2.config.recipes import head_lines, recipe_file
 from aimv2.config.schema import Config, get_value
 from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.samples import TrainStream, View
@@ -112,12 +113,7 @@ def by_name(path: Path) -> str:
 
 def head_of(recipe: Path) -> str:
     """The comment that a recipe starts with."""
-    lines = []
-    for line in recipe.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#"))
-    return "\n".join(lines)
+    return "\n".join(head_lines(recipe))
 
 
 def picture(rng: np.random.Generator) -> bytes:
@@ -192,7 +188,7 @@ def test_recipe_says_how_it_is_run(recipe: Path) -> None:
     command = re.search(r"pretrain (.*?)\n\s+source", head, re.DOTALL)
     assert command, f"{recipe.name}: no command"
     named, given, _ = read_options(command[1].split())
-    assert named == f"recipes/{recipe.name}"
+    assert named == recipe.stem and recipe_file(named, "--config") == recipe
     assert "run" in given
 
 

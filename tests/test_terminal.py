@@ -29,7 +29,7 @@ from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig
 from runs import TINY, command, scenes, train
 
-EXTRAS = {"wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic"}
+EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic"}
 LABELLED = {"red": (200, 30, 30), "blue": (30, 60, 230)}
 
 
@@ -198,6 +198,7 @@ MISSING = {
     "peft": ("peft", "pretrain {tiny} --run new-run --init run --optim.lora 2"),
     "wandb": ("wandb", "pretrain {tiny} --run new-run --log.wandb project"),
     "pycocoevalcap": ("caption", "caption run --data scenes --score --out new-scores"),
+    "datasets": ("hub", "data import owner/name new-shards"),
     "starlette": ("ui", "explore run"),
     "uvicorn": ("ui", "explore run"),
 }
@@ -314,6 +315,9 @@ def offered(line: str, folder: Path, **env: str) -> tuple[list[str], str]:
         ("aimv2 pretrain --optim.schedule ", {"cosine", "half-cosine", "cooldown", "constant"}),
         ("aimv2 data browse --config r.yaml --cou", {"--count "}),
         ("aimv2 caption aimv2-large-patch14-448", {"aimv2-large-patch14-448 "}),
+        ("aimv2 pretrain --config flick", {"flickr8k-tiny "}),
+        ("aimv2 run r", {"resolution-cifar10", "runs/", "rubbish.txt"}),
+        ("aimv2 recipes fi", {"finetune-classes "}),
         ("aimv2 report ru", {"runs/", "rubbish.txt"}),
     ],
 )

@@ -10,6 +10,7 @@ import yaml
 
 from aimv2.config.schema import Config, get_value
 from aimv2.config.load import read_recipe
+from aimv2.config.recipes import head_lines
 
 
 def paths(root: Path) -> list[Path]:
@@ -24,7 +25,8 @@ def pages(root: Path) -> dict[str, str]:
     index = [
         "# Recipes",
         "",
-        "A recipe is a YAML file for `aimv2 pretrain --config`; the command line overrides any value (`--optim.lr 5e-4`). "
+        "A recipe is a YAML file for `aimv2 pretrain --config NAME`; `aimv2 recipes` lists those of the package by name, "
+        "`aimv2 recipes NAME > mine.yaml` writes one to edit, and a path goes as well as a name. The command line overrides any value (`--optim.lr 5e-4`). "
         "Its header lists command, source, data, hardware, hours and expected score; estimates are marked. "
         "`tests/test_recipes.py` parses every recipe strictly and runs it at toy size.",
         "",
@@ -32,7 +34,7 @@ def pages(root: Path) -> dict[str, str]:
         "|---|---|",
         *(f"| [{path.stem}]({path.stem}.md) | {title(path)} |" for path in recipes),
         "",
-        "A chain is a file of stages for `aimv2 run` ([stages](../stages.md#stages-as-a-chain)).",
+        "A chain is a file of stages for `aimv2 run NAME` ([stages](../stages.md#stages-as-a-chain)).",
         "",
         "| chain | what |",
         "|---|---|",
@@ -41,16 +43,6 @@ def pages(root: Path) -> dict[str, str]:
     written = {"recipes/index.md": "\n".join(index)}
     written |= {f"recipes/{path.stem}.md": recipe_page(path) for path in recipes}
     return written | {f"recipes/{path.stem}.md": chain_page(path) for path in chains}
-
-
-def head_lines(path: Path) -> list[str]:
-    """The comment that a file starts with."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return lines
 
 
 def title(path: Path) -> str:

@@ -11,7 +11,7 @@ from aimv2.config.load import config_parser
 
 # options that the command line removes from pretrain's arguments before its configuration is parsed
 PRETRAIN_SWITCHES = (
-    ("--config RECIPE.yaml", "", "", "YAML recipe; `--section.key value` overrides it"),
+    ("--config RECIPE", "", "", "YAML recipe, by path or by a name of `aimv2 recipes`; `--section.key value` overrides it"),
     ("--dry-run", "", "off", "build everything, run a few steps, print the resources of the run"),
     ("--print-config", "", "off", "show the effective values and their origin"),
 )

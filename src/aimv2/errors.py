@@ -1,5 +1,6 @@
 """What a user can cause, and how it is said."""
 
+import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -76,6 +77,12 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 class RankError(UsageError):
     """A mistake that one rank alone met: that rank says it, whichever it is."""
+
+
+def need(package: str, extra: str, given: str) -> None:
+    """Raises UsageError where an optional package is missing: what needs it, and which extra to install."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{given} needs the package {package}: pip install 'aimv2[{extra}]'", code="missing")
 
 
 def one_line(message: str, options: bool = False) -> str:

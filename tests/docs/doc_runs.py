@@ -65,7 +65,6 @@ PRINT = (
 
 def make_home(folder: Path) -> Path:
     """A folder as a reader has it: photographs with captions, labelled images, satellite tiles, a released encoder."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "photos").mkdir()
     with open(folder / "photos" / "captions.txt", "w", newline="") as file:
         table = csv.writer(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,14 @@ PAIR = [word for key, size in zip(TEXT_TOWER, (16, 1, 2, 32, 16)) for word in (f
 
 @pytest.fixture(scope="module")
 def lived_in(home: Path, done: Any) -> Path:
-    """The reader's folder after the page on own photographs; masks and depths beside it, recipes of its own."""
+    """The reader's folder after the page on own photographs; masks and depths beside it, a chain of its own."""
     with pytest.MonkeyPatch.context() as patch:
         run_page("tutorials/own-photographs.md", home, done, patch)
     draw_maps(home / "masks", "masks", np.array([0, 1], np.uint8))
     draw_maps(home / "depths", "depth", np.array([1000, 2500], np.uint16))
-    (home / "recipes").unlink()
-    shutil.copytree(ROOT / "recipes", home / "recipes")
-    chain = home / "recipes" / "chains" / "chain-tiny.yaml"
-    text = re.sub(r"train\.steps: \d+", "train.steps: 4", chain.read_text()).replace("count: 2000", "count: 300")
-    chain.write_text(re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4"))
+    chain = (ROOT / "recipes" / "chains" / "chain-tiny.yaml").read_text()
+    text = re.sub(r"train\.steps: \d+", "train.steps: 4", chain).replace("count: 2000", "count: 300")
+    (home / "chain-tiny").write_text(re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4"))
     return home
 
 
@@ -80,7 +77,7 @@ FILLED = {
         "RESULT": "results/photos",
         "RUN@STEP": "readme/run@2",
     },
-    **{"photo.jpg": "photos/0001.jpg", "CHAIN.yaml": "recipes/chains/chain-tiny.yaml", "336": "48"},
+    **{"photo.jpg": "photos/0001.jpg", "CHAIN.yaml": "chain-tiny", "336": "48"},
 }
 DATA = {"retrieve": "photos", "caption": "photos", "segment": "masks", "depth": "depths"}  # others: labelled
 
@@ -120,14 +117,14 @@ FEW_STEPS = {"segment": ["--epochs", "1"], "depth": ["--epochs", "1"]}
 def test_stages(lived_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every command, the base model first."""
     monkeypatch.chdir(tmp_path)
-    for name, place in (("recipes", "recipes"), ("photos", "labelled"), ("SHARDS", "shards/photos")):
+    for name, place in (("chain-tiny", "chain-tiny"), ("photos", "labelled"), ("SHARDS", "shards/photos")):
         (tmp_path / name).symlink_to(lived_in / place)
     short = [word for key, value in STEPS.items() for word in (f"--{key}", str(value))]
     lines = [one.text for one in commands(DOCS / "stages.md") if not one.inline and not one.text.startswith("torchrun")]
     (made,) = {line for line in lines if "--run runs/base " in line}
     order = ["aimv2 data shapes shapes --count 300", made + " --train.save_every 10 --train.keep 0"]
     order += [line for line in dict.fromkeys(lines) if line != made and "data shapes" not in line]
-    names = {"MODEL": "runs/base", "TAUGHT": "taught", "CHAIN.yaml": "recipes/chains/chain-tiny.yaml"}
+    names = {"MODEL": "runs/base", "TAUGHT": "taught", "CHAIN.yaml": "chain-tiny"}
     assert len(order) > 17
     for number, line in enumerate(order):
         for words in words_of(line):
@@ -154,7 +151,7 @@ PAGES = {  # page -> what stands for a word of it
     },
 }
 TOY = {
-    "--config recipes/flickr8k": ["--data.tokenizer", "auto"],
+    "--config flickr8k": ["--data.tokenizer", "auto"],
     "finetune-classes": ["--data.train", "shards/labelled"],
     "aimv2 linear": ["--data", "labelled"],
     "aimv2 knn": ["--data", "labelled"],

@@ -81,7 +81,7 @@ def test_what_cannot_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no word in any of the references"):
         score(["a dog", "a cat"], [["."], ["!"]])
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    with pytest.raises(UsageError, match=r"needs pycocoevalcap: pip install 'aimv2\[caption\]'"):
+    with pytest.raises(UsageError, match=r"needs the package pycocoevalcap: pip install 'aimv2\[caption\]'"):
         score(["a dog", "a cat"], [["a dog"], ["a cat"]])
 
 

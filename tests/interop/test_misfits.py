@@ -376,7 +376,9 @@ def test_a_missing_array_library_is_named(backend: str, tmp_path: Path, monkeypa
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == backend else real(name, *a))
     convert(encoder(), tmp_path / "m", "released")
-    with pytest.raises(UsageError, match=rf"backend='{backend}' needs {backend}; .*pip install 'aimv2\[{backend}\]'"):
+    with pytest.raises(
+        UsageError, match=rf"backend='{backend}' needs the package {backend}: pip install 'aimv2\[{backend}\]'"
+    ):
         aimv2.load_model(tmp_path / "m", backend=backend)
 
 

@@ -11,6 +11,9 @@ def pretrain(config: str | None = None, run: str | None = None, options: dict[st
 def run(chain: str, out: str | None = None, data: str | None = None, only: str | None = None, redo: bool = False, status: bool = False) -> dict[str, Any]:
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 
+def recipes(names: str | list[str] | None = None) -> dict[str, Any]:
+    """List the recipes of `pretrain --config` and the chains of `run`, or print files of theirs, for `> mine.yaml`."""
+
 def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False) -> dict[str, Any]:
     """Convert captioned images, in whatever form they are, to WebDataset shards."""
 

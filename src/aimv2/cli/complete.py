@@ -9,11 +9,13 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from aimv2.commands.parse import option_fields, options_class, spelled
 from aimv2.commands.table import COMMANDS, GROUPS
+from aimv2.config.recipes import is_chain, shipped
 from aimv2.config.schema import Config, get_value, known_keys, leaf_keys
 
 MODELS_TOO = ("model", "init", "other", "teacher", "objective.teacher", "source")  # take a model by name or by path
@@ -113,6 +115,8 @@ def offer(action: argparse.Action, key: str, kind: Any) -> None:
         give(action, lambda prefix, **_: shapes())
     elif key in MODELS_TOO:
         give(action, names_and_files)
+    elif key in RECIPES_TOO:
+        give(action, RECIPES_TOO[key])
 
 
 def give(action: argparse.Action, completer: Callable[..., Any]) -> None:
@@ -135,6 +139,20 @@ def shapes() -> list[str]:
     from aimv2.models.sizes import MODELS
 
     return ["auto", *MODELS]
+
+
+def recipes_and_files(chains: bool, prefix: str, **more: Any) -> list[str]:
+    """Shipped recipes, or chains, and the files of the folder."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*(name for name, path in shipped().items() if is_chain(path) == chains), *FilesCompleter()(prefix, **more)]
+
+
+RECIPES_TOO: dict[str, Callable[..., Any]] = {
+    "config": partial(recipes_and_files, False),
+    "chain": partial(recipes_and_files, True),
+    "names": lambda prefix, **_: list(shipped()),
+}
 
 
 def names_and_files(prefix: str, **more: Any) -> list[str]:

@@ -26,7 +26,7 @@ from aimv2.commands.parse import (
 from aimv2.commands.table import COMMANDS, GROUPS
 from aimv2.errors import RankError, UsageError, nearest, one_line, shown
 
-CONFIG_HELP = "YAML recipe; --section.key value overrides it"
+CONFIG_HELP = "YAML recipe, by path or by a name of `aimv2 recipes`; --section.key value overrides it"
 FLAGS = ("resume", "overwrite")
 RANK_WAITS = 5.0  # seconds
 DISK = (
@@ -217,7 +217,7 @@ def print_help(name: str) -> None:
     if COMMANDS[name].configured:
         parser = make_parser(name)
         kind: dict[str, Any] = {} if name == "pretrain" else {"type": str}
-        parser.add_argument("--config", metavar="RECIPE.yaml", help=CONFIG_HELP, **kind)
+        parser.add_argument("--config", metavar="RECIPE", help=CONFIG_HELP, **kind)
         add_switches(parser, name)
         add_common(parser)
         from aimv2.config.schema import Config

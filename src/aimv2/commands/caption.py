@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
-from aimv2.errors import UsageError, shown
+from aimv2.errors import UsageError, need, shown
 
 
 @dataclass(kw_only=True)
@@ -65,8 +64,8 @@ class CaptionOptions:
 
 
 def run(options: CaptionOptions) -> dict[str, Any]:
-    if options.score and importlib.util.find_spec("pycocoevalcap") is None:  # before hours of captions
-        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'", code="missing")
+    if options.score:  # before hours of captions
+        need("pycocoevalcap", "caption", "--score")
     from aimv2.data.text.models import load_model
     from aimv2.distributed import default_device
     from aimv2.evals.caption import Writing, caption_files

@@ -17,7 +17,7 @@ class DataBrowseOptions:
     Values are those of ``pretrain``; the samples are those that a run with the same values trains on first.
 
     Args:
-        config: YAML recipe; without one and without data: the demo's captioned scenes
+        config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo's captioned scenes
         options: values by dotted key, which override the recipe's (``{"data.train": "shards", "seed": 1}``)
         out: the page, NAME.html
         count: number of samples on the page

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from aimv2.config.types import Bounds, Count
-from aimv2.errors import UsageError
+from aimv2.errors import need
 from aimv2.evals.options import ModelOptions
 
 
@@ -41,10 +41,8 @@ class ExploreOptions(ModelOptions):
 
 
 def run(options: ExploreOptions) -> dict[str, Any]:
-    import importlib.util
-
-    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
-        raise UsageError(f"explore needs the package {missing[0]}: pip install 'aimv2[ui]'", code="missing")
+    for package in ("starlette", "uvicorn"):
+        need(package, "ui", "explore")
     from aimv2.data.images.names import image_root_of
     from aimv2.explorer.prepare import prepare
     from aimv2.explorer.server import listen, serve, url_of

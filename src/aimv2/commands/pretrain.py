@@ -11,7 +11,7 @@ class PretrainOptions:
     """Pre-train an AIMV2: recipe, run folder and dotted options in, a trained run out.
 
     Args:
-        config: YAML recipe; without one and without data: the demo on captioned scenes
+        config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo on captioned scenes
         run: run folder
         options: values by dotted key, which override the recipe's (``{"train.steps": 100, "resume": True}``)
         dry_run: build everything, run one step, say what a run takes

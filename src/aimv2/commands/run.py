@@ -15,7 +15,7 @@ a chain file:
   stages:
     base:
       verb: pretrain
-      config: recipes/cifar10-small.yaml
+      config: cifar10-small
       options: {data.train: "{data}", train.steps: 2000}
     adapted:
       verb: pretrain
@@ -37,7 +37,7 @@ class RunOptions:
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written.
 
     Args:
-        chain: YAML file of stages, as in the example below
+        chain: YAML file of stages, as in the example below, or a name of `aimv2 recipes`
         out: folder of the stages and of report.json and report.md; null: the file's out
         data: value of {data}; null: the file's data
         only: stages with commas; these and what they need

@@ -23,6 +23,7 @@ class Command:
 COMMANDS = {
     "pretrain": Command((), "pre-train an AIMV2; with nothing given, the demo on captioned scenes", configured=True),
     "run": Command(("chain",), "run a chain of stages: what is not done yet, in order, and one report"),
+    "recipes": Command(("names*",), "list the recipes and chains by name, or print one"),
     "data import": Command(("source", "out"), "convert captioned images to WebDataset shards"),
     "data check": Command(("source",), "check shards before training"),
     "data browse": Command((), "write a page of samples as the model will see them, before a run", configured=True),

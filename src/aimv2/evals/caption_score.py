@@ -20,7 +20,7 @@ from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, need
 from aimv2.evals.caption import Writing
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.ptb import tokenise
@@ -48,11 +48,10 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         UsageError: pycocoevalcap is not installed, or fewer than two images: CIDEr weighs words by how few images have
             them.
     """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        raise UsageError("--score needs pycocoevalcap: pip install 'aimv2[caption]'", code="missing") from None
+    need("pycocoevalcap", "caption", "--score")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
     if len(written) < 2:
         raise UsageError("--score: one image with a caption; CIDEr needs two or more (--data, --limit)")
     words, tokenizer = tokenise([*written, *(text for texts in references for text in texts)])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, need
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
@@ -48,10 +48,8 @@ def choose_backend(given: str, device: torch.device) -> str:
         UsageError: faiss given and not installed.
     """
     installed = importlib.util.find_spec("faiss") is not None
-    if given == "faiss" and not installed:
-        raise UsageError(
-            "--backend faiss needs faiss: pip install 'aimv2[faiss]', or use --backend torch", code="missing"
-        )
+    if given == "faiss":
+        need("faiss", "faiss", "--backend faiss")
     if given == "auto":
         return "faiss" if installed and device.type == "cpu" else "torch"
     return given

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.errors import UsageError
-from aimv2.interop.onnx import need
+from aimv2.errors import UsageError, need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
 from aimv2.models.positions import sincos_positions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import dtype_of
 from aimv2.models.lit import LiT
@@ -36,12 +35,6 @@ class Exported(nn.Module):
         x = self.encoder.patch_embed(pixel_values)
         features, _ = self.encoder._trunk(x, None, ())
         return features if self.encoder.head is None else (features, self.encoder.head(features))
-
-
-def need(package: str, extra: str, given: str) -> None:
-    """Raise UsageError where an optional package is missing; says which extra to install."""
-    if importlib.util.find_spec(package) is None:
-        raise UsageError(f"{given} needs {package}; install it with: pip install 'aimv2[{extra}]'", code="missing")
 
 
 def image_encoder(model: nn.Module, to: str) -> VisionEncoder:

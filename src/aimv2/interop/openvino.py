@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2.errors import UsageError, nearest
-from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder, need
+from aimv2.errors import UsageError, nearest, need
+from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder
 from aimv2.interop.shapes import read_json, three
 from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig, wrong_image_dtype
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from aimv2.errors import UsageError
+from aimv2.errors import need
 from aimv2.models.encoder import VisionEncoder
 
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_up|down))"
@@ -25,8 +23,7 @@ def add_lora(encoder: VisionEncoder, rank: int, seed: int) -> None:
     Raises:
         UsageError: peft is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError("optim.lora needs the package peft: pip install 'aimv2[peft]'", code="missing")
+    need("peft", "peft", "optim.lora")
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):

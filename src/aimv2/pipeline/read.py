@@ -17,6 +17,7 @@ import yaml
 
 from aimv2.commands.parse import option_fields, plain, plain_hints, read
 from aimv2.commands.table import COMMANDS, command_name, function_name
+from aimv2.config.recipes import recipe_file
 from aimv2.errors import UsageError, nearest
 
 TOP = ("out", "data", "seeds", "stages", "report")
@@ -134,7 +135,7 @@ def read_chain(path: str, out: str | None = None, data: str | None = None) -> Ch
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).expanduser().read_text()
+        text = recipe_file(path, "CHAIN").read_text()
         _check_twice(yaml.compose(text, yaml.SafeLoader))
         tree = yaml.safe_load(text)
     except OSError as error:

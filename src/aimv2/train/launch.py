@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from aimv2.config.load import check_keys, parse, provenance, read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream.samples import training_samples, validation_shards
 from aimv2.distributed import World, join_world, leave_world
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
@@ -182,8 +181,8 @@ def build_trainer(
     check_best(config, validated, task.figures)
     if not validated:
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise UsageError("log.wandb needs the package wandb: pip install 'aimv2[wandb]'", code="missing")
+    if config.log.wandb:
+        need("wandb", "wandb", "log.wandb")
     task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
     model = task.build(Context(tokenizer, world, resuming))

@@ -32,7 +32,7 @@ from aimv2.data.shards.format import NO_VALUE, find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import say_once, text_lines
-from aimv2.errors import UsageError, first_line
+from aimv2.errors import UsageError, first_line, need
 
 LISTS = (".csv", ".tsv")
 
@@ -336,6 +336,7 @@ def saved_form(root: Path, source: str) -> Form | None:
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if not saved and not any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
         return None
+    need("datasets", "hub", f"--data {source}: a folder of Parquet files or of `save_to_disk`")
     import datasets
 
     try:

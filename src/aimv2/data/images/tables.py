@@ -34,7 +34,7 @@ from aimv2.data.images.readers import image_cell, paths_of
 from aimv2.data.images.splits import StatedSplits
 from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
-from aimv2.errors import UsageError, first_line
+from aimv2.errors import UsageError, first_line, need
 from aimv2.interop.hub import unreachable
 from aimv2.io import POINTER, is_pointer
 
@@ -294,8 +294,9 @@ def hub_library(source: str, option: str) -> Iterator[Any]:
     Where the hub can't be reached it looks into its cache at once; it would first retry for half a minute.
 
     Raises:
-        UsageError: no such data set, or the hub can't be reached.
+        UsageError: no such data set, the hub can't be reached, or the library is not installed.
     """
+    need("datasets", "hub", f"{option} {source}: no path here; a data set of the hub")
     import datasets
 
     was_offline, why = datasets.config.HF_HUB_OFFLINE, unreachable()

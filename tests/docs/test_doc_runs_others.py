@@ -30,7 +30,9 @@ def lived_in(home: Path, done: Any) -> Path:
     draw_maps(home / "depths", "depth", np.array([1000, 2500], np.uint16))
     chain = (ROOT / "recipes" / "chains" / "chain-tiny.yaml").read_text()
     text = re.sub(r"train\.steps: \d+", "train.steps: 4", chain).replace("count: 2000", "count: 300")
-    (home / "chain-tiny").write_text(re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4"))
+    (home / "chain-tiny").write_text(
+        re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4")
+    )
     return home
 
 

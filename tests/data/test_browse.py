@@ -124,7 +124,7 @@ def test_images_of_their_own_size_are_laid_together_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: int
 ) -> None:
     folder = tmp_path / "wide"
-    api.data_shapes(str(folder), count=40, size=24, largest=60)
+    api.data_shapes(str(folder), count=40, size=24, largest=60, objects=2, questions=4)
     more = {**NATIVE, "data.pack": pack}
     asked = {key.replace(".", "__"): value for key, value in more.items()}
     batches = trained_on(folder, tmp_path / "run", monkeypatch, **asked)
@@ -132,6 +132,7 @@ def test_images_of_their_own_size_are_laid_together_again(
     shown = cards(page)
     keys = [key for batch in batches for key in batch.keys]
     assert [one["key"] for one in shown] == keys[:4]
+    assert [int(number) for _, number, _ in shown[0]["tokens"]] == captions_of(batches[0])[0]
     first = batches[0]
     assert first.places is not None and first.image_len is not None
     for at, (row, column) in enumerate(first.places[0, : int(first.image_len[0])].tolist()):

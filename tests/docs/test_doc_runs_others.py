@@ -142,6 +142,7 @@ def test_stages(lived_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 PAGES = {  # page -> what stands for a word of it
     "browse.md": {},
+    "scenes.md": {},
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},

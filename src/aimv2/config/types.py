@@ -122,6 +122,7 @@ if TYPE_CHECKING:  # what convert() makes of the text
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
     ValueList = tuple[int, ...] | None
+    SideRange = tuple[float, ...] | None
 else:
     IntList = Annotated[str, Numbers(int, 1)]
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
@@ -129,6 +130,7 @@ else:
     UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
     ValueList = Annotated[str | None, Numbers(int, 0, distinct=True)]
+    SideRange = Annotated[str | None, Numbers(float, 3)]
     BaselineList = Annotated[str | None, Words(("random", "pixels"))]
     UntrainedOnly = Annotated[
         str | None,

@@ -1,42 +1,38 @@
-"""Captioned scenes: one or two coloured shapes, drawn here, with the caption that follows from the picture.
+"""Captioned scenes: coloured shapes, drawn here, with the caption and the questions that follow from the picture.
 
 They need no download and a small model learns them in minutes, so the demo and the tests train on them. The
 caption has one form, objects in reading order, so that a generated caption is right or wrong, word for word.
 Backgrounds are plain or smooth, never noise: the pixel loss scales every patch to unit variance, and noise
 scaled up is a target that nothing can predict.
 
-Geometry: each object stays inside its own quadrant of the picture, so two never touch.
+Geometry: one or two objects, each inside its own quadrant of the picture, so two never touch; or, by a layout, up to eight on free places.
 """
 
 import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from aimv2.data.scene_objects import (
+    ALL_LOOKS,
+    COLOURS,
+    LABELS,
+    PLACES,
+    RGB,
+    SHAPES,
+    SIZES,
+    SceneLayout,
+    SceneObject,
+    choose_free,
+)
+from aimv2.data.scene_questions import AskedScene, SceneQuestion, ask, conversation, phrases_of, relation_of
 from aimv2.errors import UsageError
-
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
-SIZES = ("small", "large")
-PLACES = ("top left", "top right", "bottom left", "bottom right")  # reading order
-RGB = {
-    "red": (215, 30, 40),
-    "orange": (250, 135, 20),
-    "yellow": (250, 225, 50),
-    "green": (30, 150, 60),
-    "cyan": (50, 205, 215),
-    "blue": (35, 70, 225),
-    "purple": (125, 40, 170),
-    "pink": (250, 140, 195),
-}
-COLOURS = tuple(RGB)
-LABELS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
-NUM_LABELS = len(LABELS)
 
 RADIUS = {"small": (0.21, 0.25), "large": (0.38, 0.44)}  # as a part of the quadrant's side
 SUPERSAMPLE = 4
@@ -46,27 +42,19 @@ SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """One shape. ``x``, ``y`` (centre) and ``radius`` in pixels of the picture."""
-
-    shape: str
-    colour: str
-    size: str
-    place: str
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True)
 class CaptionedScene:
-    """``image`` uint8 [H, W, 3]; ``label`` 0..NUM_LABELS-1 is the first-named object's shape and colour."""
+    """``image`` uint8 [H, W, 3]; ``label`` 0..NUM_LABELS-1 is the first-named object's shape and colour.
+
+    ``phrases`` and ``questions`` are those of scenes with a layout or with questions (see `aimv2.data.scene_questions`).
+    """
 
     image: np.ndarray
     caption: str
     label: int
     label_name: str
     objects: tuple[SceneObject, ...]
+    phrases: tuple[dict[str, Any], ...] = ()
+    questions: tuple[SceneQuestion, ...] = ()
 
 
 def draw_scene(rng: np.random.Generator, size: int = 32, largest: int | None = None) -> CaptionedScene:
@@ -185,24 +173,50 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
         draw.polygon([(x, y - r), (x + r, y + 0.9 * r), (x - r, y + 0.9 * r)], 255)
 
 
-def scene_of(split: str, index: int, size: int = 32, seed: int = 0, largest: int | None = None) -> CaptionedScene:
+def scene_of(
+    split: str,
+    index: int,
+    size: int = 32,
+    seed: int = 0,
+    largest: int | None = None,
+    layout: SceneLayout | None = None,
+    questions: int = 0,
+) -> CaptionedScene:
     """Scene ``index`` of a split, a function of these arguments only; ``size`` and ``largest`` as in :func:`draw_scene`.
 
-    No validation scene occurs in training: two-object scenes are dealt to a split by their caption, so that
+    No validation scene occurs in training: scenes of several objects are dealt to a split by their caption, so that
     validation has combinations never trained on, and one-object scenes, which have few captions, by
     their pixels.
+
+    Args:
+        layout: up to eight objects on free places; None: one or two, each in a quadrant.
+        questions: most questions; the picture and its caption do not depend on it.
     """
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    key = (seed, SPLITS.index(split), index)
+    rng = np.random.default_rng(key)
     while True:
         sides = _choose_sides(rng, size, largest)
-        objects = _choose_objects(rng, sides)
-        if len(objects) == 2:
+        objects = _choose_objects(rng, sides) if layout is None else choose_free(rng, sides, layout)
+        if len(objects) > 1:
             if _split_of(describe(objects).encode()) == split:
-                return _paint(rng, objects, sides)
+                scene = _paint(rng, objects, sides)
+                break
         else:
             scene = _paint(rng, objects, sides)
             if _split_of(scene.image.tobytes()) == split:
-                return scene
+                break
+    return _with_words(scene, key, layout, questions) if layout or questions else scene
+
+
+def _with_words(
+    scene: CaptionedScene, key: tuple[int, ...], layout: SceneLayout | None, questions: int
+) -> CaptionedScene:
+    """Phrases, questions and, on free places, a relation in the caption; from a generator of their own."""
+    rng, seen = np.random.default_rng((*key, 1)), AskedScene(scene.objects, layout.looks if layout else ALL_LOOKS)
+    relation = relation_of(rng, seen) if layout else ""
+    caption = f"{scene.caption}, {relation}" if relation else scene.caption
+    phrases, asked = tuple(phrases_of(rng, seen)), tuple(ask(rng, seen, questions))
+    return replace(scene, caption=caption, phrases=phrases, questions=asked)
 
 
 def _split_of(content: bytes) -> str:
@@ -219,6 +233,8 @@ def write_scenes(
     seed: int = 0,
     shard_size: int = 5000,
     progress: bool = False,
+    layout: SceneLayout | None = None,
+    questions: int = 0,
 ) -> dict[str, Any]:
     """Write WebDataset shards ``OUT/train-NNNNNN.tar`` and ``OUT/val-NNNNNN.tar`` of captioned scenes.
 
@@ -231,9 +247,10 @@ def write_scenes(
         seed: another seed, other scenes.
         shard_size: scenes a shard.
         progress: a progress bar on standard error.
+        layout, questions: as in :func:`scene_of`; with either, the JSON of a sample also holds its objects, phrases and questions.
 
     Returns:
-        What was written: ``out``, ``train``, ``val``, ``shards``, ``size``, ``largest`` (where given), ``seed``.
+        What was written: ``out``, ``train``, ``val``, ``shards``, ``size``, ``largest`` (where given), ``seed``, the layout.
     """
     from aimv2.data.shards.format import write_manifest, write_shard
 
@@ -244,12 +261,14 @@ def write_scenes(
         "val_count": (val_count, 0),
         "seed": (seed, 0),
         "shard_size": (shard_size, 1),
+        "questions": (questions, 0),
     }
     for option, (value, least) in limits.items():
         if value < least:
             raise UsageError(f"{option}: got {value}, expected at least {least}")
     _check_size(size, largest)
-    about = {"size": size, **({} if largest is None else {"largest": largest}), "seed": seed}
+    about: dict[str, Any] = {"size": size, **({} if largest is None else {"largest": largest}), "seed": seed}
+    about |= (layout.about() if layout else {}) | ({"questions": questions} if questions else {})
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.glob("*.tar"))):
         raise UsageError(f"OUT: {str(out)!r} is a file or holds shards already, expected a new or empty folder")
@@ -262,7 +281,8 @@ def write_scenes(
         for number, start in enumerate(range(0, total, shard_size))
     ]
     for split, number, indices in _track(shards, progress):
-        samples = (_sample(scene_of(split, index, size, seed, largest), f"{split}{index:08d}") for index in indices)
+        scenes = ((index, scene_of(split, index, size, seed, largest, layout, questions)) for index in indices)
+        samples = (_sample(scene, f"{split}{index:08d}", bool(layout or questions)) for index, scene in scenes)
         write_shard(folder / f"{split}-{number:06d}.tar", samples)
     (folder / "classes.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     write_manifest(folder, counts, source="scenes", **about)
@@ -276,10 +296,17 @@ def _track(shards: list[tuple[str, int, range]], progress: bool) -> Iterator[tup
     yield from track(shards, "drawing scenes", console=Console(stderr=True), disable=not progress)
 
 
-def _sample(scene: CaptionedScene, key: str) -> tuple[str, dict[str, bytes]]:
+def _sample(scene: CaptionedScene, key: str, words: bool) -> tuple[str, dict[str, bytes]]:
     png = io.BytesIO()
     Image.fromarray(scene.image).save(png, "png", compress_level=1)
-    about = {"captions": {"caption": [scene.caption]}}
+    about: dict[str, Any] = {"captions": {"caption": [scene.caption]}}
+    if words:
+        named = ("shape", "colour", "size", "place", "box")
+        about["objects"] = [{name: getattr(thing, name) for name in named} for thing in scene.objects]
+        about["phrases"] = scene.phrases
+    if scene.questions:
+        about["questions"] = [asdict(one) for one in scene.questions]
+        about["conversations"] = conversation(scene.questions)
     return key, {
         "png": png.getvalue(),
         "txt": scene.caption.encode(),

@@ -23,7 +23,7 @@ def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) ->
 def data_browse(config: str | None = None, options: dict[str, Any] | None = None, out: str = 'browse.html', count: int = 32, open: bool = False) -> dict[str, Any]:
     """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture."""
 
-def data_shapes(out: str, count: int = 20000, size: int = 32, largest: int | None = None, seed: int = 0) -> dict[str, Any]:
+def data_shapes(out: str, count: int = 20000, size: int = 32, largest: int | None = None, seed: int = 0, objects: int | None = None, object_size: str | None = None, distractors: float = 0.0, questions: int = 0, hold_out: float = 0.0, hold_out_seed: int = 0, only_held_out: bool = False) -> dict[str, Any]:
     """Write the built-in captioned scenes as shards: shapes with colour, size and place, and unseen validation scenes."""
 
 def data_teach(teacher: str, data: str, out: str, views: int = 2, crop_scale: float = 0.4, crop_ratio: tuple[float, float] = (0.75, 1.3333), flip: float = 0.5, seed: int = 0, batch_size: int = 64, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', image_mean: str | None = None, image_std: str | None = None) -> dict[str, Any]:

@@ -328,14 +328,14 @@ def test_mixture_on_the_command_line(shell: Shell, data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("side", "name"),
-    [(32, "aimv2-tiny-patch4-32"), (100, "aimv2-tiny-patch14-112"), (400, "aimv2-small-patch14-224")],
+    [(32, "aimv2-tiny-patch4-32"), (100, "aimv2-tiny-patch14-112")],
 )
 def test_defaults_follow_the_size_of_the_images(side: int, name: str, shell: Shell, tmp_path: Path) -> None:
     api.data_shapes(str(tmp_path / "data"), count=3, size=side)
     result = shell.json("pretrain", "--run", tmp_path / "run", "--data.train", tmp_path / "data", "--print-config")
-    assert (result["config"]["model.name"], result["from"]["model.name"]) == (name, "image size")
+    assert (result["config"]["model.name"], result["from"]["model.name"]) == (name, "auto")
     assert result["config"]["data.train"] == str(tmp_path / "data")
-    asked = {"run": "command line", "data.train": "command line", "train.steps": "image size", "optim.lr": "default"}
+    asked = {"run": "command line", "data.train": "command line", "train.steps": "auto", "optim.lr": "default"}
     assert {key: result["from"][key] for key in asked} == asked
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""Small files that are either whole or absent; lines for the user; the state of the code."""
+"""Small files that are either whole or absent; lines for the user; the state of the code; this machine's memory."""
 
 import glob
 import os
@@ -54,6 +54,18 @@ def git_state(folder: Path | None = None) -> str | None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}, {'with changes' if changed else 'clean'}"
+
+
+def machine_memory() -> tuple[float, float | None]:
+    """Total memory in GB, within the container's limit, and free memory if known."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return total / 1e9, None if free is None else min(free, total) / 1e9
 
 
 def matching(pattern: str) -> list[tuple[str, bool, list[Path]]]:

@@ -70,7 +70,7 @@ def test_epochs_of_native_training_are_refused(data: Path) -> None:
 
 def test_warm_up_follows_the_steps_unless_it_is_given(data: Path) -> None:
     assert values(data, optim__warmup=None, train__steps=400)["optim.warmup"] == 20
-    assert values(data, optim__warmup=None, train__steps=None)["optim.warmup"] == 250
+    assert values(data, optim__warmup=None, train__steps=5000)["optim.warmup"] == 250
     assert values(data, optim__warmup=3, train__steps=400)["optim.warmup"] == 3
 
 

@@ -19,6 +19,7 @@ import aimv2
 from aimv2.doctor.check import Check, Status
 from aimv2.doctor.packages import RequiredPackage, requirements, satisfies
 from aimv2.errors import first_line
+from aimv2.io import machine_memory
 
 PYTHON = (3, 11)  # oldest supported version
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -92,7 +93,7 @@ def devices() -> Iterator[Check]:
     supported = [f"{name} {'yes' if probe(check) else 'no'}" for name, check in formats.items()]
     fast = probe(formats["AVX-512 bf16"]) or probe(formats["AMX"])
     yield Check("devices", "bf16 matmul", "ok" if fast else "off", ", ".join(supported))
-    total, free = memory()
+    total, free = machine_memory()
     tight = free is not None and free < 2
     found = f"{total:.1f} GB" + (f", {free:.1f} GB free" if free is not None else "")
     advice = "close other programs, or use a smaller model.name and train.batch_size" if tight else ""
@@ -114,18 +115,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def memory() -> tuple[float, float | None]:
-    """Total memory in GB, within the container's limit, and free memory if known."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return total / 1e9, None if free is None else min(free, total) / 1e9
 
 
 def gpus() -> Iterator[Check]:

@@ -25,7 +25,7 @@ from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
-from aimv2.train import prepare
+from aimv2.train import defaults, prepare
 from aimv2.train.best import check_best
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.interrupt import Interrupted
@@ -76,7 +76,7 @@ def wants_demo(options: Config, recipe: str | None) -> bool:
 def pretrain(
     recipe: str | None, base: dict[str, Any], given: dict[str, Any], started: float, dry_run: bool, print_config: bool
 ) -> dict[str, Any]:
-    """A new run on the user's data, from a recipe or from defaults by image size."""
+    """A new run on the user's data, from a recipe or from defaults that fit the data."""
     config = parse({**base, **given})
     run = None if dry_run or print_config else prepare.check_run_folder(config)
     prepare.locate_data(config)
@@ -88,7 +88,7 @@ def pretrain(
     for line in prepare.remarks(config):
         say(line)
     if print_config:
-        return describe_config(config, provenance(base, given, "image size"))
+        return describe_config(config, provenance(base, given, "auto"))
     if run is None:
         return try_one_step(config)
     prepare.check_overwrite(config, run)
@@ -98,21 +98,27 @@ def pretrain(
 def settle(
     config: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
 ) -> tuple[Config, dict[str, Any]]:
-    """A run's values, checked against the first samples of its data; without a recipe its defaults go by their size.
+    """A run's values, checked against the first samples of its data; without a recipe they fit the data.
+
+    Says where the user's own values see a pair too often.
 
     Returns:
         the configuration, and the values below the given ones.
     """
     samples = prepare.first_samples(config, 64)
+    pairs = training_samples(config.data)
     if recipe is None:
-        base = prepare.defaults_for(samples, training_samples(config.data))
+        base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given))
         if config.init is not None:
-            del base["model.name"]  # the shape of init
+            del base["model.name"], base["data.vocab_size"]  # those of init
         filled = parse({**base, **given})
         filled.data, filled.init = config.data, config.init
         config = filled
     scaled = recipe is None and "optim.warmup" not in given
     prepare.settle_length(config, given, scaled)
+    if recipe is None or given.keys() & {"train.steps", "train.epochs", "train.batch_size"}:
+        for line in defaults.too_many_visits(config, pairs):
+            say(line)
     base |= {"train.steps": config.train.steps} | ({"optim.warmup": config.optim.warmup} if scaled else {})
     task_of(config).check()
     prepare.check_captions(samples, config)
@@ -198,6 +204,9 @@ def start(config: Config, run: Path, started: float, keep_warmup: bool = False) 
     """A new run; ``keep_warmup``: the user has given optim.warmup."""
     world = join_world()
     trainer = build_trainer(config, run, world)
+    flops = trainer.task.flops(trainer.model, *defaults.expected_step(config, trainer.encoder))
+    for line in defaults.beyond(config, trainer.model, flops, world.device, world.size):
+        say(line)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     if world.main:
         if config.overwrite:
@@ -359,6 +368,11 @@ def try_one_step(config: Config) -> dict[str, Any]:
             seconds = min(taken)
         finally:
             trainer.close()
+    for line in (
+        *defaults.too_long(config, seconds * config.train.steps / 3600),
+        *defaults.too_large(memory_gb(world.device), world.device),
+    ):
+        say(line)
     tokens = sum(int(part.token_count) for part in (batch if isinstance(batch, list) else [batch]))
     encoder = count(trainer.unwrapped().encoder)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
@@ -18,7 +16,7 @@ import yaml
 from aimv2.config.load import parse, read_recipe
 from aimv2.config.schema import Config, DataConfig, Source, get_value, leaf_keys, to_dict
 from aimv2.data.shards.format import captions_of, read_samples
-from aimv2.data.stream.samples import image_bytes, training_samples, training_shards
+from aimv2.data.stream.samples import training_samples, training_shards
 from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -141,37 +139,7 @@ def _names(config: Config) -> str:
     return ", ".join(_paths(config)) if train else "data.train"
 
 
-# ---- defaults for data without a recipe ----
-
-
-def defaults_for(samples: list[dict[str, bytes]], count: int) -> dict[str, Any]:
-    """Sensible values for data without a recipe, by the size of the images: a small model that trains on a laptop.
-
-    Args:
-        samples: the first ones of the training data.
-        count: of all training samples; a step has at most so many pairs.
-    """
-    from PIL import Image
-
-    sides = []
-    for sample in samples[:64]:
-        try:
-            sides.append(min(Image.open(io.BytesIO(image_bytes(sample))).size))
-        except (OSError, ValueError):
-            continue
-    side = median(sides) if sides else 224
-    name = (
-        "aimv2-tiny-patch4-32" if side <= 48 else "aimv2-tiny-patch14-112" if side <= 320 else "aimv2-small-patch14-224"
-    )
-    return {
-        "model.name": name,
-        "train.steps": 5000,
-        "train.batch_size": next((size for size in (64, 32, 16, 8, 4) if size <= count), 2),
-        "train.precision": "fp32",
-        "train.save_every": 500,
-        "eval.every": 500,
-        "eval.samples": 500,
-    }
+# ---- the length of a run ----
 
 
 def check_length(values: dict[str, Any], where: str) -> None:

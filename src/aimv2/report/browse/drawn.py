@@ -24,7 +24,8 @@ from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig
 from aimv2.tasks import task_of
-from aimv2.train import launch, prepare
+from aimv2.tasks.pretrain import Pretrain
+from aimv2.train import defaults, launch, prepare
 from aimv2.train.view import make_view
 
 DEMO = "captioned scenes"  # source name of the demo
@@ -96,6 +97,9 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
     encoder = task.encoder_config(tokenizer.vocab_size if tokenizer else 1)
     view = make_view(config, encoder, task.reads_text(), world)
     view.teacher = task.stored_width()
+    if isinstance(task, Pretrain) and not demo:  # other models can't be known without building them
+        for line in defaults.expected(config, tokenizer.vocab_size if tokenizer else 1):
+            launch.say(line)
     stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
     total = stream.samples
     if view.native is None and count < config.train.batch_size:  # a part of the first batch is enough

@@ -20,11 +20,9 @@ from torch import nn
 from aimv2.config.schema import Config
 from aimv2.data.stream.samples import image_bytes
 from aimv2.io import machine_memory
-from aimv2.models.aimv2 import AIMv2
 from aimv2.models.flops import peak_flops, step_flops
 from aimv2.models.layers import Block
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
-from aimv2.tasks.pretrain import shapes
 
 VISITS = 40  # of a pair, at most: more learn the captions by heart
 HOURS = 2.0
@@ -86,6 +84,8 @@ def defaults_for(
         config: the user's own values: the steps follow its model and batch, checkpoints and validation its steps.
         given: keys of the user's own values.
     """
+    from aimv2.tasks.pretrain import shapes
+
     assumed = KINDS[kind]
     name = size_for(kind, pairs, median_side(samples)) if config.model.name == "auto" else config.model.name
     vocab_size = 2048 if pairs < FEW else 4096
@@ -113,11 +113,17 @@ def defaults_for(
 
 
 @cache
+def unfilled(encoder: EncoderConfig, decoder: DecoderConfig) -> nn.Module:
+    """The model of a pre-training run without memory for its weights."""
+    from aimv2.models.aimv2 import AIMv2
+
+    with torch.device("meta"):
+        return AIMv2(encoder, decoder)
+
+
 def pair_flops(encoder: EncoderConfig, decoder: DecoderConfig) -> float:
     """FLOPs of a training step for one pair whose caption has 20 tokens (a native image: 256 patches)."""
-    with torch.device("meta"):
-        model = AIMv2(encoder, decoder)
-    return step_flops(model, 1, patches_of(encoder), CAPTION)
+    return step_flops(unfilled(encoder, decoder), 1, patches_of(encoder), CAPTION)
 
 
 def patches_of(encoder: EncoderConfig) -> int:
@@ -167,9 +173,10 @@ def too_large(gigabytes: float, device: torch.device) -> Iterator[str]:
 
 def expected(config: Config, vocab_size: int) -> Iterator[str]:
     """:func:`beyond` of a pre-training run on the device here, before anything is built."""
+    from aimv2.tasks.pretrain import shapes
+
     encoder, decoder = shapes(config, vocab_size)
-    with torch.device("meta"):
-        model = AIMv2(encoder, decoder)
+    model = unfilled(encoder, decoder)
     flops = step_flops(model, *expected_step(config, encoder))
     yield from beyond(config, model, flops, torch.device(kind_here()))
 

@@ -129,9 +129,11 @@ def test_a_photograph_from_upload_to_painting(open_screen: Any, url: str, photog
     pca = screen.drawn(".pca canvas")
     assert pca.std(axis=(0, 1)).max() > 20 and len(np.unique(cells(pca).reshape(-1, 3), axis=0)) > PATCHES
     shallow = pca
-    page.fill("#layer", "1")
+    page.fill("#layer", "0")
     screen.settled()
-    assert screen.text("#layer-said") == "block 1 of 3" and not np.array_equal(screen.drawn(".pca canvas"), shallow)
+    assert screen.text("#layer-said") == "layer 0 of 0 to 2" and not np.array_equal(
+        screen.drawn(".pca canvas"), shallow
+    )
     # a patch, and what is like it: itself most of all
     page.uncheck("#under")
     for row, column in ((0, 3), (2, 1)):
@@ -148,7 +150,7 @@ def test_a_photograph_from_upload_to_painting(open_screen: Any, url: str, photog
     assert not np.array_equal(screen.drawn(".map canvas"), similar) and page.is_hidden(".others")
     mean = screen.drawn(".map canvas")
     page.select_option("#head", index=2)
-    assert not np.array_equal(screen.drawn(".map canvas"), mean) and "head 2" in screen.text(".map figcaption")
+    assert not np.array_equal(screen.drawn(".map canvas"), mean) and "head 1" in screen.text(".map figcaption")
     # what it expects next: the given patches stay, the others change with what is given
     painted = {}
     for share, given in ((25, 4), (75, 12)):
@@ -246,14 +248,18 @@ def test_by_keyboard_alone(open_screen: Any, url: str) -> None:
                 return
         raise AssertionError(f"{wanted} is not reached")
 
-    tab_to("#strip [title='white.png']")
+    tab_to("#strip button")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.title") == "white.png"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     page.keyboard.press("Enter")
     screen.settled()
     assert cells(screen.drawn(".truth canvas")).min() > 240
     tab_to("#layer")
     page.keyboard.press("ArrowLeft")
     screen.settled()
-    assert screen.text("#layer-said") == "block 2 of 3"
+    assert screen.text("#layer-said") == "layer 1 of 0 to 2"
     tab_to("#under")
     page.keyboard.press("Space")
     tab_to(".pick canvas")
@@ -275,6 +281,85 @@ def test_by_keyboard_alone(open_screen: Any, url: str) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector(".results li")
     screen.settled()
+    for group in ("#strip", ".others ul", ".caption", ".results"):  # one stop each, however many images
+        assert (
+            page.eval_on_selector(group, "x => [...x.querySelectorAll('button')].filter(b => b.tabIndex === 0).length")
+            == 1
+        )
+    tab_to(".results button")
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement === document.querySelector('.results').lastElementChild.firstChild")
+    page.keyboard.press("ArrowUp")  # the row above, where there are two
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.textContent.startsWith('1. ')")
+
+
+def test_back_a_reload_and_a_copied_address_show_it_again(open_screen: Any, url: str) -> None:
+    screen = open_screen().open(url)
+    page = screen.page
+    page.click("#strip [title='green.png']")
+    screen.settled()
+    page.fill("#layer", "0")
+    screen.settled()
+    screen.click_patch(0, 3)
+    page.check("[value=attention]")
+    screen.settled()
+    page.select_option("#head", "1")
+    page.fill("#share", "25")
+    screen.settled()
+    address, shown = page.url, [screen.drawn(f".{name} canvas") for name in ("pca", "map", "predicted", "truth")]
+    assert (
+        "row=1&column=4&mode=attention&head=1&given=25" in address and "layer=0" in address and "model=model" in address
+    )
+    for _ in range(3):  # the given patches, the head, the mode
+        page.go_back()
+        screen.settled()
+    assert page.is_checked("[value=similarity]") and "row 1, column 4" in screen.text(".map figcaption")
+    page.go_back()
+    screen.settled()
+    assert "row 3, column 3" in screen.text(".map figcaption")
+    page.go_back()
+    screen.settled()
+    assert screen.text("#layer-said") == "layer 2 of 0 to 2" and "green" in page.title()
+    page.go_back()
+    screen.settled()
+    assert "green" not in page.title() and page.url.startswith(url)
+    for way in (lambda: screen.open(address), page.reload):
+        way()
+        screen.settled()
+        for name, wanted in zip(("pca", "map", "predicted", "truth"), shown):
+            assert np.array_equal(screen.drawn(f".{name} canvas"), wanted), name
+        assert page.url == address
+    screen.open(f"{url}?image=99&model=another")
+    assert screen.text("#message").startswith("This address was made with another; shown is model.")
+    screen.open(f"{url}?image=99&layer=x&row=-3&column=999&head=7&mode=none&given=")
+    assert screen.text("#message") == "This image is no longer stored; open it again." and screen.text(".others h4")
+
+
+def test_images_that_were_added_stay_in_their_tab(open_screen: Any, url: str, photograph: Path, tmp_path: Path) -> None:
+    """Several at once, the same file once; another tab lists none and shows one by its address; Delete and a button remove."""
+    screen, other = open_screen().open(url), open_screen().open(url)
+    page = screen.page
+    before = page.locator("#strip button").count()
+    Image.new("RGB", (30, 60), (200, 60, 20)).save(tmp_path / "second.png")
+    page.set_input_files("#file", [photograph, tmp_path / "second.png"])
+    screen.settled()
+    screen.upload(photograph)
+    assert page.locator("#strip button").count() == before + 2 and photograph.name in page.title()
+    page.reload()
+    screen.settled()
+    assert page.locator("#strip button").count() == before + 2
+    other.open(page.url)
+    assert other.page.locator("#strip button").count() == before and other.page.is_hidden("#remove")
+    assert np.array_equal(other.drawn(".truth canvas"), screen.drawn(".truth canvas"))
+    page.click("#remove")
+    screen.settled()
+    assert page.locator("#strip button").count() == before + 1 and photograph.name not in page.title()
+    page.focus("#strip button")
+    page.keyboard.press("Delete")
+    page.wait_for_function("(n) => document.querySelectorAll('#strip button').length === n", arg=before)
+    screen.settled()
+    assert page.is_hidden("#remove") and screen.text("#message") == ""
 
 
 def test_small_screens_and_the_dark(open_screen: Any, url: str) -> None:
@@ -317,9 +402,12 @@ def test_two_models_side_by_side_and_what_one_cannot(open_screen: Any, place: Pa
             sentences = page.locator(f"#{section} .model").nth(1).locator(".status").inner_text()
             assert sentences.startswith("This model is only an encoder")
         assert page.is_enabled("#roll") and page.locator(".predicted canvas").nth(1).is_hidden()
-        page.fill("#layer", "1")
+        page.fill("#layer", "0")
         screen.settled()
-        assert screen.text("#layer-said") == "block 1 of 3, block 1 of 2"
+        assert screen.text("#layer-said") == "layer 0 of 0 to 2 (model), layer 0 of 0 to 1 (encoder)"
+        labels = page.locator("main [aria-label]").evaluate_all("all => all.map((x) => x.ariaLabel)")
+        labels = [label for label in labels if label not in ("model", "encoder")]  # the groups, one a section
+        assert len(set(labels)) == len(labels)
     with serving(place / "encoder") as url:
         screen = open_screen().open(url)
         assert not any(screen.page.is_enabled(control) for control in ("#share", "#roll", "#text", "#ask button"))

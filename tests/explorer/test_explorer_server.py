@@ -24,7 +24,10 @@ from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import album
+from aimv2.explorer.answers import page_names
 from aimv2.explorer.guard import hostname, known_host, rejection
+from aimv2.explorer.prepare import prepare
+from aimv2.explorer.server import SCRIPTS
 from aimv2.models.likelihood import score
 from aimv2.report.predictions import next_patches
 from runs import command
@@ -116,8 +119,7 @@ def test_hosts_beyond_loopback() -> None:
 def test_every_answer_forbids_a_browser_the_rest(url: str) -> None:
     for path in (
         "/",
-        "/explorer.js",
-        "/draw.js",
+        *(f"/{name}.js" for name in SCRIPTS),
         "/explorer.css",
         "/api/about",
         "/api/nothing",
@@ -131,7 +133,7 @@ def test_every_answer_forbids_a_browser_the_rest(url: str) -> None:
 
 
 def test_the_page_asks_nobody_else(url: str) -> None:
-    for path in ("/", "/explorer.js", "/draw.js", "/explorer.css"):
+    for path in ("/", "/explorer.css", *(f"/{name}.js" for name in SCRIPTS)):
         reply = ask(url, path)
         text = reply.body.decode()
         assert reply.status == 200 and not re.search(r"(https?:)?//[a-z]+\.", text)
@@ -224,13 +226,59 @@ def test_a_wrong_file_is_a_sentence(url: str, content: bytes, status: int, said:
 
 def test_uploads_push_out_the_oldest_and_never_the_folder(place: Path) -> None:
     pictures = album.Album(str(place / "pictures"), 3, 32)
-    added = [pictures.upload(encoded("PNG"), f"{at}.png").number for at in range(album.KEPT + 2)]
-    shown = [entry.number for entry in pictures.shown()]
-    assert shown == [*reversed(added[2:]), 0, 1, 2]
+    others = [pictures.upload(encoded("PNG"), "one.png", f"tab {at}").number for at in range(album.STORED - album.KEPT)]
+    added = [pictures.upload(encoded("PNG", (9 + at, 9)), f"{at}.png").number for at in range(album.KEPT + 2)]
+    assert [entry.number for entry in pictures.shown("")] == [*reversed(added[2:]), 0, 1, 2]
     with pytest.raises(album.RequestError, match="no longer stored"):
         pictures.image(added[0])
-    large = pictures.upload(encoded("JPEG", (5000, 500)), "wide")
-    assert pictures.image(large.number).size == (album.LONGEST, 205)
+    assert [entry.number for entry in pictures.shown("tab 0")] == [others[0], 0, 1, 2]  # a full tab costs no other
+    pictures.upload(encoded("PNG"), "one more", "another tab")
+    assert [entry.number for entry in pictures.shown("tab 0")] == [0, 1, 2]  # only all tabs together do
+    assert len(pictures.added) == album.STORED
+
+
+def test_uploads_belong_to_their_tab_once_and_can_be_removed(url: str) -> None:
+    """The same file is not doubled; its number can't be guessed, and shows it in another tab; only its own tab removes it."""
+    numbers = [
+        ask(url, f"/api/upload?name=a.png&tab={tab}", "POST", encoded("PNG", (33, 33))).json["image"] for tab in "aab"
+    ]
+    assert numbers[0] == numbers[1] != numbers[2] and min(numbers) > 10**8
+    drawn = ask(url, "/api/example?tab=b", "POST").json["image"]
+
+    def listed(tab: str) -> list[int]:
+        return [one["image"] for one in ask(url, f"/api/images?tab={tab}").json["images"]][:-7]
+
+    assert (listed("a"), listed("b"), listed("c")) == ([numbers[0]], [drawn, numbers[2]], [])
+    assert question(url, "entry", image=numbers[0]).json["name"] == "a.png"  # a copied address
+    assert question(url, "seen", image=numbers[0]).status == 200
+    path = f"/api/remove?image={numbers[0]}&tab="
+    assert ask(url, path + "b", "POST").status == 404 and ask(url, path + "a").status == 404  # another tab's; a link
+    assert ask(url, path + "a", "POST", headers={"Origin": "http://evil.example"}).status == 403
+    assert ask(url, "/api/remove?image=0&tab=a", "POST").status == 404  # the folder's
+    assert ask(url, f"/api/images?tab={'x' * 41}").status == 400
+    assert ask(url, path + "a", "POST").json == {} and listed("a") == []
+    assert question(url, "seen", image=numbers[0]).status == 404 and listed("b") == [drawn, numbers[2]]
+
+
+def test_what_limits_leave_out_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert album.Album(str(place / "pictures"), 3, 32).left_out.startswith("The first 3 of 7 images are shown; ")
+    assert album.Album(str(place / "pictures"), 0, 32).left_out == album.Album(None, 3, 32).left_out == ""
+    monkeypatch.setattr(album, "COUNTING", 0)
+    assert "The first 3 of more than 4 images" in album.Album(str(place / "pictures"), 3, 32).left_out
+    assert album.shortened("x" * 100).startswith("…x") and len(album.shortened("x" * 100)) == album.NAME
+    model = aimv2.load_model(place / "model", decoder=True)
+    most = model.decoder.config.max_text
+    answers = prepare(str(place / "model"), str(place / "pictures"), None, 3, 1, "cpu")
+    said = answers.find({"model": "0", "text": "a red sheet " * (most // 2)})
+    assert said["tokens"] == most and answers.find({"model": "0", "text": "a red sheet"})["tokens"] == 0
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    assert page_names(["runs/a/model/", "runs/b/model"]) == ["a/model", "b/model"]
+    assert page_names(["/home/me/runs/demo", "aimv2-large"]) == ["demo", "aimv2-large"]
+    assert page_names(["demo", "demo"]) == ["demo (1)", "demo (2)"] and page_names(["a/b"]) == ["b"]
 
 
 # ---- answers ----
@@ -309,8 +357,6 @@ def test_a_wrong_question_is_a_sentence(url: str, name: str, query: dict[str, An
 
 
 def test_stored_features_are_read_instead_of_the_pictures(place: Path, tmp_path: Path) -> None:
-    from aimv2.explorer.prepare import prepare
-
     names = sorted(COLOURS)
     for form in ("npy", "parquet"):
         api.embed(
@@ -332,8 +378,6 @@ def test_stored_features_are_read_instead_of_the_pictures(place: Path, tmp_path:
 
 
 def test_stored_features_of_another_kind_are_left_alone(place: Path, tmp_path: Path) -> None:
-    from aimv2.explorer.prepare import prepare
-
     api.embed(str(place / "model"), str(place / "pictures"), str(tmp_path / "means"), device="cpu")
     answers = prepare(str(place / "model"), str(tmp_path / "means"), None, 0, 1, "cpu")
     assert "pool=mean" in answers.about({})["models"][0]["stored"] and answers.study.stored == [{}]

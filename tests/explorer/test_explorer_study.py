@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import aimv2
 from aimv2 import api
 from aimv2.data.stream.transforms import image_transform
 from aimv2.explorer import search, study
+from aimv2.explorer.album import THUMBNAIL
 from aimv2.explorer.answers import Answers
 from aimv2.explorer.prepare import prepare
 from aimv2.explorer.study import AnswerCache
@@ -64,7 +66,9 @@ def test_a_click_never_waits_for_the_whole_folder(place: Path, monkeypatch: pyte
     monkeypatch.setattr(study, "AT_ONCE", 2)
     patient = opened(place, "encoder").study
     answers = [patient.similar(0, 3, 1, 2, 2) for _ in range(4)]
-    assert [one["compared"] for one in answers] == [3, 4, 6, 6]  # the chosen one is known from the start
+    assert [one["compared"] for one in answers] == [2, 3, 4, 5]  # the chosen one is known from the start
+    answers += [patient.similar(0, 3, 1, 2, 2)]
+    assert patient.similar(0, 3, 0, 2, 2)["compared"] == 6  # another layer: all were kept
     assert {one["of"] for one in answers} == {6}
     for one, wanted in zip(answers[-1]["others"], at_once["others"], strict=True):
         assert one["image"] == wanted["image"]
@@ -75,7 +79,9 @@ def test_of_a_large_folder_as_many_are_compared_as_fit(place: Path, monkeypatch:
     monkeypatch.setattr(study, "HALF", 3 * 16 * 32 * 4 + 5)
     few = opened(place, "encoder").study
     found = few.similar(0, 5, 1, 0, 0)
-    assert (found["compared"], found["of"]) == (3, 3) and sorted(one["image"] for one in found["others"]) == [0, 1, 2]
+    assert (found["compared"], found["of"], found["folder"]) == (3, 3, 6) and sorted(
+        one["image"] for one in found["others"]
+    ) == [0, 1, 2]
 
 
 def test_search_by_a_pair(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +133,18 @@ def test_a_model_sees_a_large_photograph_as_the_commands_do(place: Path, tmp_pat
     wanted = image_transform(aimv2.load_model(place / "encoder"))(Image.open(tmp_path / "wide.png"))
     for number in (0, uploaded):
         assert torch.equal(answers.study.pixels(0, number), wanted)
-        assert max(album.image(number).size) < 3000
+        with Image.open(io.BytesIO(album.thumbnail(number))) as small:
+            assert max(small.size) == THUMBNAIL
+    album.remove(uploaded)
+
+
+def test_a_click_decodes_no_more_of_a_folder_than_it_has_time_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full-size photographs cost more to decode than to encode; each is decoded once, and its size is then known."""
+    answers = opened(place, "encoder")
+    album, decoded = answers.study.album, list[int]()
+    decode = album._decoded
+    monkeypatch.setattr(album, "_decoded", lambda number, *side: decoded.append(number) or decode(number, *side))
+    monkeypatch.setattr(study, "BUDGET", 0)
+    answers.pixels({"model": "0", "image": "4"})
+    answers.similarity({"model": "0", "image": "4", "layer": "1", "row": "0", "column": "0"})
+    assert decoded == [4, 0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from aimv2.explorer.album import MAX_PIXELS, Entry, RequestError
+from aimv2.explorer.album import KEPT, MAX_PIXELS, Entry, RequestError
 from aimv2.explorer.search import LONGEST_TEXT, Search
 from aimv2.explorer.stored import Stored
 from aimv2.explorer.study import ShownModel, Study
@@ -28,6 +29,7 @@ class Answers:
         self.by_name: dict[str, Callable[[Query], Answer]] = {
             "about": self.about,
             "images": self.images,
+            "entry": self.entry,
             "seen": self.pixels,
             "pca": self.pca,
             "similarity": self.similarity,
@@ -39,19 +41,20 @@ class Answers:
 
     def about(self, query: Query) -> Answer:
         """Models, limits, and whether a folder is open."""
+        names = page_names([shown.name for shown in self.study.models])
         return {
-            "models": [self._about_model(shown) for shown in self.study.models],
+            "models": [self._about_model(shown, name) for shown, name in zip(self.study.models, names)],
             "upload_bytes": self.upload_bytes,
             "max_pixels": MAX_PIXELS,
             "longest_text": LONGEST_TEXT,
             "own_folder": bool(self.study.album.listed),
         }
 
-    def _about_model(self, shown: ShownModel) -> Answer:
+    def _about_model(self, shown: ShownModel, name: str) -> Answer:
         config = shown.encoder.config
         stored = "" if self.stored is None else self.stored.note(shown.encoder, isinstance(shown.model, LiT))
         return {
-            "name": shown.name.rstrip("/").rpartition("/")[2],  # no paths in responses
+            "name": name,
             "architecture": config.name,
             "depth": shown.depth,
             "heads": config.heads,
@@ -69,8 +72,26 @@ class Answers:
         }
 
     def images(self, query: Query) -> Answer:
-        """The images to choose from."""
-        return {"images": [as_dict(entry) for entry in self.study.album.shown()], "fixed": self.study.album.fixed}
+        """The images to choose from in a tab, and what the limits leave out."""
+        album = self.study.album
+        shown = [as_dict(entry) for entry in album.shown(tab_of(query))]
+        return {"images": shown, "fixed": album.fixed, "total": album.total, "kept": KEPT, "left_out": album.left_out}
+
+    def entry(self, query: Query) -> Answer:
+        """One image, which may be one that another tab has added: an address that was copied shows it."""
+        return as_dict(self.study.album.entry(whole(query, "image")))
+
+    def remove(self, query: Query) -> Answer:
+        """Forget an image that the tab has added."""
+        self.study.album.remove(whole(query, "image"), tab_of(query))
+        return {}
+
+    def warm(self, index: int, what: str) -> None:
+        """Compute one part of what the page shows first, so that its first visit need not wait for it."""
+        last = self.study.model(index).depth - 1
+        query = {"model": str(index), "image": "0", "layer": str(last), "share": "0.5"}
+        with contextlib.suppress(RequestError):  # what the model can't do
+            self.by_name[what](query)
 
     def pixels(self, query: Query) -> Answer:
         """An image after the model's transform, with its grid and its crop within the full image."""
@@ -121,7 +142,8 @@ class Answers:
                     "share": round(float(word.attention.sum()), 3),
                 }
                 for word in words
-            ]
+            ],
+            "limit": self.study.longest_caption(whole(query, "model")),
         }
 
     def painting(self, query: Query) -> Answer:
@@ -141,13 +163,34 @@ class Answers:
         ranked = [
             {**as_dict(self.study.album.entry(number)), "score": round(score, 4)} for number, score in found.ranked
         ]
-        return {"by": found.by, "ranked": ranked, "compared": found.compared, "of": found.of}
+        return {"by": found.by, "ranked": ranked, "compared": found.compared, "of": found.of, "tokens": found.tokens}
 
     def _model_and_image(self, query: Query) -> tuple[int, int]:
         index, number = whole(query, "model"), whole(query, "image")
         self.study.model(index)
         self.study.album.entry(number)
         return index, number
+
+
+def page_names(sources: list[str]) -> list[str]:
+    """Models' names on the page: no more of their paths than sets them apart."""
+    parts = [source.rstrip("/").split("/") for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{one[-1]} ({at})" for at, one in enumerate(parts, 1)]
+
+
+def tab_of(query: Query) -> str:
+    """The tab of the browser that makes a request: its own random name.
+
+    Raises:
+        RequestError: longer than 40 characters.
+    """
+    if len(tab := query.get("tab", "")) > 40:
+        raise RequestError(400, "tab: up to 40 characters are expected.")
+    return tab
 
 
 def as_dict(entry: Entry) -> Answer:

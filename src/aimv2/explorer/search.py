@@ -35,12 +35,14 @@ class SearchResult:
         ranked: (image, score), best first: a cosine, or the log-likelihood of the text relative to the folder's average, in
             nats.
         compared, of: images scored so far, and in total.
+        tokens: of a text that is longer than the decoder reads, the first ones that count; 0: all.
     """
 
     by: str
     ranked: list[tuple[int, float]]
     compared: int
     of: int
+    tokens: int = 0
 
 
 class Vectors:
@@ -75,10 +77,14 @@ class Search:
         model, text = self.study.able(index, "search").model, " ".join(text.split())
         if not text or len(text) > LONGEST_TEXT:
             raise RequestError(400, f"A text of 1 to {LONGEST_TEXT} characters is expected.")
+        tokens = 0
         if isinstance(model, LiT):
             scores = self._by_pair(index, model, text)
         else:
-            assert isinstance(model, AIMv2)
+            assert isinstance(model, AIMv2) and model.tokenizer is not None
+            limit = model.decoder.config.max_text
+            whole = model.tokenizer.encode(text, LONGEST_TEXT + 1)  # type: ignore[attr-defined]
+            tokens = limit if len(whole) > limit else 0
             logs = self._by_decoder(index, model, text)
             average = torch.tensor(list(logs.values()), dtype=torch.float64).logsumexp(0).item() - math.log(
                 len(logs) or 1
@@ -86,18 +92,16 @@ class Search:
             scores = {number: value - average for number, value in logs.items()}
         ranked = sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:RESULTS]
         by = "contrastive" if isinstance(model, LiT) else "likelihood"
-        return SearchResult(by, ranked, len(scores), len(self.study.folder()))
+        return SearchResult(by, ranked, len(scores), len(self.study.folder()), tokens)
 
     def _by_pair(self, index: int, model: LiT, text: str) -> dict[int, float]:
         kept, until = self.vectors.setdefault(index, {}), time.monotonic() + BUDGET
         if self.stored is not None and not kept:
             kept |= self.stored.vectors(model)
-        for part in self.study.stacks(index, [n for n in self.study.folder() if n not in kept]):
+        for part in self.study.batches(index, [n for n in self.study.folder() if n not in kept], until):
             with eager():
                 images = torch.stack([self.study.pixels(index, number) for number in part])
                 kept |= zip(part, model.encode_image(images.to(model.log_scale.device)).float())
-            if time.monotonic() > until:
-                break
         there = [number for number in self.study.folder() if number in kept]
         if not there:
             return {}
@@ -109,15 +113,13 @@ class Search:
         scores, until = self._scores(index, text), time.monotonic() + BUDGET
         last, tokens = self.study.model(index).depth - 1, tokenize(model, [text])
         place = model.decoder.bos
-        for part in self.study.stacks(index, [n for n in self.study.folder() if n not in scores]):
+        for part in self.study.batches(index, [n for n in self.study.folder() if n not in scores], until):
             maps = self.study.maps(index, part, last)
             with eager():
                 features = torch.stack([torch.from_numpy(one) for one in maps]).flatten(1, 2)
                 caches = model.decoder.new_caches()
                 model.decoder.read_image(features.to(place), caches)
                 scores |= zip(part, log_likelihood(model, ImageCache(caches), tokens)[:, 0].tolist())
-            if time.monotonic() > until:
-                break
         return {number: scores[number] for number in self.study.folder() if number in scores}
 
     def _scores(self, index: int, text: str) -> dict[int, float]:

@@ -22,16 +22,17 @@ from starlette.routing import Route
 
 from aimv2.errors import UsageError
 from aimv2.explorer.album import RequestError
-from aimv2.explorer.answers import Answers, as_dict
+from aimv2.explorer.answers import Answers, as_dict, tab_of
 from aimv2.explorer.guard import App, Guard, is_loopback
 
+SCRIPTS = ("explorer", "address", "draw", "rove", "talk")
 PAGE = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/explorer.css": ("explorer.css", "text/css; charset=utf-8"),
-    "/explorer.js": ("explorer.js", "text/javascript; charset=utf-8"),
-    "/draw.js": ("draw.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in SCRIPTS},
 }
 DRAINED = 8  # multiple of the upload limit that is read and discarded, so that a browser receives the error response
+WARMED = ("seen", "pca", "painting", "caption")  # computed for the first image at the start
 GRACE = 1  # seconds for pending responses at shutdown
 
 T = TypeVar("T")
@@ -44,33 +45,45 @@ def make_app(answers: Answers, host: str) -> App:
         answers: the API.
         host: host that the server will be bound to.
     """
-    worker = ThreadPoolExecutor(1, "explorer")  # models and images are used only in this thread
+    models = ThreadPoolExecutor(1, "models")  # models are used only in this thread
+    images = ThreadPoolExecutor(1, "album")  # lists, thumbnails and uploads don't wait for a model
+    album, about = answers.study.album, answers.about({})
+    for what in WARMED:
+        for index in range(len(answers.study.models)):
+            models.submit(answers.warm, index, what)
 
-    async def work(function: Callable[..., T], *given: Any) -> T:
+    async def work(worker: ThreadPoolExecutor, function: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(worker, function, *given)
 
     async def api(request: Request) -> Response:
-        call = answers.by_name.get(request.path_params["name"])
+        name = request.path_params["name"]
+        call = answers.by_name.get(name)
         if call is None:
             raise RequestError(404, "There is no such API call.")
-        return JSONResponse(await work(call, request.query_params))
+        if name == "about":
+            return JSONResponse(about)
+        return JSONResponse(await work(images if name in ("images", "entry") else models, call, request.query_params))
 
     async def thumbnail(request: Request) -> Response:
-        png = await work(answers.study.album.thumbnail, request.path_params["number"])
+        png = await work(images, album.thumbnail, request.path_params["number"])
         return Response(png, media_type="image/png")
 
     async def upload(request: Request) -> Response:
         content = await read_body(request, answers.upload_bytes)
-        name = request.query_params.get("name", "")
-        return JSONResponse(as_dict(await work(answers.study.album.upload, content, name)))
+        name, tab = request.query_params.get("name", ""), tab_of(request.query_params)
+        return JSONResponse(as_dict(await work(images, album.upload, content, name, tab)))
 
     async def example(request: Request) -> Response:
-        return JSONResponse(as_dict(await work(answers.study.album.example)))
+        return JSONResponse(as_dict(await work(images, album.example, tab_of(request.query_params))))
+
+    async def remove(request: Request) -> Response:
+        return JSONResponse(await work(images, answers.remove, request.query_params))
 
     routes = [
         *(Route(path, static(*what), methods=["GET"]) for path, what in PAGE.items()),
         Route("/api/upload", upload, methods=["POST"]),
         Route("/api/example", example, methods=["POST"]),
+        Route("/api/remove", remove, methods=["POST"]),
         Route("/api/thumbnail/{number:int}.png", thumbnail, methods=["GET"]),
         Route("/api/{name:str}", api, methods=["GET"]),
     ]
@@ -146,6 +159,8 @@ def serve(answers: Answers, host: str, listening: socket.socket, open_browser: b
             "images; there is no password",
             file=sys.stderr,
         )
+    if left_out := answers.study.album.left_out:
+        print(left_out, file=sys.stderr)
     url = url_of(host, listening)
     print(f"explorer: {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     if open_browser:

@@ -184,12 +184,12 @@ class Study:
         """An image after the model's transform, uint8 [3, H, W]."""
         shown = self.model(index)
         key = ("pixels", index, number)
-        return self._cached(key, lambda: shown.transform(self.album.whole(number)), lambda x: x.numel())
+        return self._cached(key, lambda: shown.transform(self.album.image(number)), lambda x: x.numel())
 
     def box(self, index: int, number: int) -> list[float]:
         """The crop that a model uses: left, top, right, bottom as fractions of width and height."""
         size = self.model(index).encoder.config.image_size
-        width, height = self.album.image(number).size
+        width, height = self.album.size(number)
         left, top, right, bottom = (0, 0, width, height) if size is None else resized_crop_box(width, height, size)
         return [left / width, top / height, right / width, bottom / height]
 
@@ -207,7 +207,7 @@ class Study:
         """
         depth = self.model(index).depth
         if not 0 <= layer < depth:
-            raise RequestError(400, f"There is no block {layer + 1}; this model has {depth}.")
+            raise RequestError(400, f"There is no layer {layer}; this model has layers 0 to {depth - 1}.")
         return LAST if layer == depth - 1 else str(layer)
 
     def patch(self, index: int, number: int, row: int, column: int) -> tuple[int, int]:
@@ -260,9 +260,14 @@ class Study:
         """The greedy caption, token by token."""
         model = self.able(index, "caption").model
         assert isinstance(model, AIMv2)
-        limit = min(WORDS, model.decoder.config.max_text)
-        compute = partial(caption_words, model, self.pixels(index, number), limit)
+        compute = partial(caption_words, model, self.pixels(index, number), self.longest_caption(index))
         return self._cached(("caption", index, number), compute, lambda words: sum(w.attention.nbytes for w in words))
+
+    def longest_caption(self, index: int) -> int:
+        """Tokens at which a caption is cut."""
+        model = self.able(index, "caption").model
+        assert isinstance(model, AIMv2)
+        return min(WORDS, model.decoder.config.max_text)
 
     def painting(self, index: int, number: int, fraction: float, rolled: bool) -> PredictedImage:
         """Predictions after a prefix, each from the true patches before it, or (``rolled``) from the generated ones."""
@@ -299,14 +304,29 @@ class Study:
         missing = [n for n in numbers if found[n] is None]
         if missing:
             images = torch.stack([self.pixels(index, n) for n in missing])
-            for n, one in zip(missing, patch_maps(self.model(index).encoder, images, [layer])[name]):
-                found[n] = self.cache.put(("features", index, n, name), one.copy(), one.nbytes)
+            for other, maps in patch_maps(self.model(index).encoder, images, self._computed(index, layer)).items():
+                kept = [
+                    self.cache.put(("features", index, n, other), x.copy(), x.nbytes) for n, x in zip(missing, maps)
+                ]
+                if other == name:
+                    found |= zip(missing, kept)
         return [found[n] for n in numbers]
 
-    def stacks(self, index: int, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Batches of up to AT_ONCE consecutive readable images of one size."""
+    def _computed(self, index: int, layer: int) -> list[int] | None:
+        """Layers that are computed for the folder's images: all (None), which the slider requests next, if they fit."""
+        return None if len(self.folder()) <= HALF // (self._bytes(index) * self.model(index).depth) else [layer]
+
+    def _bytes(self, index: int) -> int:
+        """Features of one image and layer."""
+        config = self.model(index).encoder.config
+        return 4 * (config.patches if config.image_size is not None else config.max_patches) * config.width
+
+    def batches(self, index: int, numbers: Iterable[int], until: float) -> Iterator[list[int]]:
+        """Batches of up to AT_ONCE consecutive readable images of one size; at least one image, then until the time is over."""
         waiting: list[int] = []
-        for number in numbers:
+        for at, number in enumerate(numbers):
+            if at and time.monotonic() > until:
+                break
             try:
                 shape = self.pixels(index, number).shape
             except RequestError:
@@ -321,27 +341,30 @@ class Study:
 
     def compared(self, index: int) -> list[int]:
         """Images of the folder that a patch is compared with: the first ones whose features fit the cache."""
-        config = self.model(index).encoder.config
-        patches = config.patches if config.image_size is not None else config.max_patches
-        return self.folder()[: max(1, HALF // (4 * patches * config.width))]
+        return self.folder()[: max(1, HALF // self._bytes(index))]
 
     def similar(self, index: int, number: int, layer: int, row: int, column: int) -> dict[str, Any]:
         """Similarity of a patch to all patches of its image and of the folder.
 
         Returns:
             ``own`` [h, w] cosines; ``others``: the SIMILAR best images by their best patch, {image, map, best};
-            ``compared`` and ``of``: images of the folder processed so far, and in total.
+            ``compared`` and ``of``: images of the folder processed so far, and in total; ``folder``: of which so many are
+            compared as fit the cache.
         """
         patch, until = self.patch(index, number, row, column), time.monotonic() + BUDGET
-        query, read, computed = self.features(index, number, layer), dict[int, Map](), False
-        for part in self.stacks(index, self.compared(index)):
-            new = [n for n in part if not self.known(index, n, layer)]
-            if new and computed and time.monotonic() > until:
-                part = [n for n in part if n not in new]
-            computed = computed or bool(new)
+        query, wanted = self.features(index, number, layer), self.compared(index)
+        there = [n for n in wanted if self.known(index, n, layer)]
+        read = dict(zip(there, self.maps(index, there, layer)))
+        for part in self.batches(index, [n for n in wanted if n not in read], until):
             read |= zip(part, self.maps(index, part, layer))
         others = [n for n in read if n != number]
         own, *maps = similarity(query, patch, [query, *(read[n] for n in others)])
         ranked = sorted(zip(others, maps), key=lambda pair: -float(pair[1].max()))[:SIMILAR]
         shown = [{"image": n, "map": map, "best": float(map.max())} for n, map in ranked]
-        return {"own": own, "others": shown, "compared": len(read), "of": len(self.compared(index))}
+        return {
+            "own": own,
+            "others": shown,
+            "compared": len(read),
+            "of": len(self.compared(index)),
+            "folder": len(self.folder()),
+        }

@@ -105,3 +105,27 @@ export function contrasts(image, view) {  // of every patch: how much its grey v
     return squares / (data.length / 4) - (sum / (data.length / 4)) ** 2;
   });
 }
+
+// Places: fractions of the whole picture, and patches of what a model sees of it.
+
+export function patchAt(view, [x, y]) {
+  const [left, top, right, bottom] = view.box;
+  const held = (share, count) => Math.min(Math.max(Math.floor(share * count), 0), count - 1);
+  return [held((y - top) / (bottom - top), view.rows), held((x - left) / (right - left), view.columns)];
+}
+
+export function placeOf(view, row, column) {
+  const [left, top, right, bottom] = view.box;
+  return [left + (right - left) * (column + 0.5) / view.columns, top + (bottom - top) * (row + 0.5) / view.rows];
+}
+
+// row and column from 1, held inside the grid
+export const placeAt = (view, [row, column]) => placeOf(view, ...[[row, view.rows], [column, view.columns]].map(
+  ([value, count]) => Math.min(Math.max(Math.round(value) || 1, 1), count) - 1));
+
+// Objects of a drawn scene lie off its centre, where photographs have theirs.
+export function firstPlace(picture, view) {
+  const varied = contrasts(view.image, view), best = varied.indexOf(Math.max(...varied));
+  return picture.kind === 'example' ? placeOf(view, Math.floor(best / view.columns), best % view.columns)
+    : placeOf(view, Math.floor(view.rows / 2), Math.floor(view.columns / 2));
+}

@@ -1,69 +1,20 @@
 // The explorer's page. Nothing is fetched from anywhere but the server that sent it.
 
-import {contrasts, drawCells, drawMap, drawPicture, edge, fade, frame, load} from '/draw.js';
+import {read, write} from '/address.js';
+import {drawCells, drawMap, drawPicture, edge, fade, firstPlace, frame, load, patchAt, placeAt, placeOf} from '/draw.js';
+import {fill, press, rove} from '/rove.js';
+import {ask, line, post, say, tab, track} from '/talk.js';
 
 const $ = (query, within = document) => within.querySelector(query);
 const now = {        // current selection; the place is a fraction of the whole image's width and height
-  picture: null, place: [0.5, 0.5], cursor: [0.5, 0.5], layer: 1, mode: 'similarity', head: 'mean', share: 0.5,
+  picture: null, place: [0.5, 0.5], cursor: [0.5, 0.5], layer: 1, mode: 'similarity', head: 'mean', share: 0.5, text: '',
 };
-let about, views = [], blocks = {};
-
-// ---- talking to the server ----
-
-async function ask(name, query = {}) {
-  return answer(await fetch(`/api/${name}?${new URLSearchParams(query)}`).catch(() => null));
-}
-
-async function answer(response) {
-  if (!response) throw new Error('The explorer does not answer; is it still running in its terminal?');
-  const found = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(found.error || `The explorer answered with ${response.status}.`);
-  return found;
-}
-
-// While anything is under way the page says that it is busy.
-let working = 0;
-async function track(promise) {
-  $('main').ariaBusy = ++working > 0;
-  try { return await promise; } finally { $('main').ariaBusy = --working > 0; }
-}
-
-// One question at a time of each kind: while one is under way only the newest further one waits.
-function line(status) {
-  let busy = false, waiting = null;
-  return async function run(task) {
-    if (busy) { waiting = task; return; }
-    busy = true;
-    if (status.classList.contains('error')) say(status, '');
-    const slow = setTimeout(() => say(status, 'Working…'), 250);
-    try { await track(task()); if (status.textContent === 'Working…') say(status, ''); }
-    catch (error) { say(status, error.message, true); }
-    clearTimeout(slow);
-    busy = false;
-    if (waiting) { const next = waiting; waiting = null; run(next); }
-  };
-}
-
-function say(where, sentence, bad = false) {
-  where.textContent = sentence;
-  where.classList.toggle('error', bad);
-}
-
-// ---- places: of the whole picture, and of what a model sees of it ----
-
-function patchAt(view, [x, y]) {
-  const [left, top, right, bottom] = view.box;
-  const held = (share, count) => Math.min(Math.max(Math.floor(share * count), 0), count - 1);
-  return [held((y - top) / (bottom - top), view.rows), held((x - left) / (right - left), view.columns)];
-}
-
-function placeOf(view, row, column) {
-  const [left, top, right, bottom] = view.box;
-  return [left + (right - left) * (column + 0.5) / view.columns, top + (bottom - top) * (row + 0.5) / view.rows];
-}
+let about, album, views = [], blocks = {};
 
 const layerOf = (model) => Math.round(now.layer * (model.depth - 1));
-const percent = (share) => share >= 0.995 ? `${Math.round(100 * share)}%` : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const several = () => about.models.length > 1;
+const of = (at) => several() ? `, ${about.models[at].name}` : '';  // in labels, which stand in for what is seen above
 
 // ---- parts: picture, features, similarity, attention ----
 
@@ -74,7 +25,7 @@ function askParts(at) {
     const image = await load(colours);
     if (picture !== now.picture.image) return;
     drawCells($('.pca canvas', block.node), views[at], image);
-    $('.pca canvas', block.node).setAttribute('aria-label', `Features of ${now.picture.name} after block ${layer + 1} as colours, a patch a cell`);
+    $('.pca canvas', block.node).setAttribute('aria-label', `Features of ${now.picture.name} after layer ${layer} as colours, a patch a cell${of(at)}`);
     await askMap(at);
   });
 }
@@ -102,7 +53,8 @@ function drawParts(at) {
   drawCursor(at);
   if (!map) return;
   const {mode, patch, found} = map;
-  const attends = mode === 'attention', chosen = !attends ? found.own : now.head === 'mean' ? found.mean : found.heads[now.head] || found.mean;
+  const attends = mode === 'attention', head = attends && found.heads[now.head];
+  const chosen = !attends ? found.own : head || found.mean;
   const values = chosen.flat(), high = Math.max(...values), low = attends ? 0 : lowest(found);
   drawMap(canvas, view, chosen, low, high, under);
   frame(canvas, view, patch);
@@ -110,9 +62,9 @@ function drawParts(at) {
   const caption = $('.map figcaption', node), bold = document.createElement('b');
   bold.textContent = attends ? 'Attention of the patch' : 'Similar patches';
   caption.replaceChildren(bold, attends
-    ? `Attention of the framed patch (${where}) in block ${layerOf(about.models[at]) + 1}, ${now.head === 'mean' ? 'mean over the heads' : `head ${+now.head + 1}`}.`
+    ? `Attention of the framed patch (${where}) in layer ${layerOf(about.models[at])}, ${head ? `head ${now.head}` : 'mean over the heads'}${head || now.head === 'mean' ? '' : ` (it has no head ${now.head})`}.`
     : `Cosine of every patch with the framed one (${where}).${now.mode === mode ? '' : ` ${about.models[at].cannot.attention}`}`);
-  canvas.setAttribute('aria-label', `${bold.textContent}: ${caption.lastChild.textContent}`);
+  canvas.setAttribute('aria-label', `${bold.textContent}: ${caption.lastChild.textContent}${of(at)}`);
   $('.low', node).textContent = attends ? '0' : low.toFixed(2);
   $('.high', node).textContent = attends ? percent(high) : high.toFixed(2);
   $('.others', node).hidden = attends;
@@ -122,9 +74,10 @@ const lowest = (found) => Math.min(...found.own.flat(), ...found.others.flatMap(
 
 async function drawOthers(at, found) {
   const {node} = blocks.parts[at], list = $('.others ul', node), low = lowest(found), under = $('#under').checked;
-  $('.others h4', node).textContent = (about.own_folder ? 'Most similar in the folder' : 'Most similar among the examples')
-    + (found.compared < found.of ? ` (${found.compared} of ${found.of} read so far)` : '');
-  const rows = await Promise.all(found.others.map(async (one) => {
+  $('.others h4', node).textContent = `Most similar ${about.own_folder ? 'in the folder' : 'among the examples'}: the best ${found.others.length} of `
+    + (found.compared < found.of ? `${found.compared} images read so far, of ${found.of}` : `${found.of} images`)
+    + (found.of < found.folder ? `; ${found.folder - found.of} more do not fit the memory` : '') + unreadable(found.folder);
+  fill(list, await Promise.all(found.others.map(async (one) => {
     const view = await seen(at, one.image), item = document.createElement('li'), button = document.createElement('button');
     const canvas = document.createElement('canvas'), text = document.createElement('span'), name = nameOf(one.image);
     drawMap(canvas, view, one.map, low, 1, under);
@@ -134,14 +87,16 @@ async function drawOthers(at, found) {
     button.type = 'button';
     button.title = `Open ${name}`;
     button.append(canvas, text);
+    button.dataset.image = one.image;
     button.onclick = () => track(choose(one.image));
     canvas.setAttribute('role', 'img');
-    canvas.setAttribute('aria-label', `Similarity to the chosen patch in ${name}`);
+    canvas.setAttribute('aria-label', `Similarity to the chosen patch in ${name}${of(at)}`);
     item.append(button);
     return item;
-  }));
-  list.replaceChildren(...rows);
+  })));
 }
+
+const unreadable = (count) => count < album.fixed ? `; ${album.fixed - count} can't be read` : '';
 
 function drawCursor(at) {
   const canvas = $('.pick canvas', blocks.parts[at].node), view = views[at];
@@ -149,11 +104,12 @@ function drawCursor(at) {
   frame(canvas, view, patchAt(view, now.place));
   if (`${now.cursor}` !== `${now.place}`) frame(canvas, view, patchAt(view, now.cursor), 0.5);
   const [row, column] = patchAt(view, now.cursor);
-  canvas.setAttribute('aria-label', `${describe(now.picture)} as the model receives it, ${view.rows} rows and ${view.columns} columns of patches. Arrow keys move, Enter chooses: row ${row + 1}, column ${column + 1}`);
+  canvas.setAttribute('aria-label', `${describe(now.picture)} as the model receives it, ${view.rows} rows and ${view.columns} columns of patches. Arrow keys move, Enter chooses: row ${row + 1}, column ${column + 1}${of(at)}`);
 }
 
 function pick(place) {
   now.place = now.cursor = place;
+  keep('patch');
   views.forEach((_, at) => { drawCursor(at); blocks.parts[at].line(() => askMap(at)); });
 }
 
@@ -183,7 +139,7 @@ function askWords(at) {
   const block = blocks.words[at], picture = now.picture.image;
   if (about.models[at].cannot.caption) return;
   block.line(async () => {
-    const {words} = await ask('caption', {model: at, image: picture});
+    const {words, limit} = await ask('caption', {model: at, image: picture});
     if (picture !== now.picture.image) return;
     block.words = words;
     const buttons = words.map((word, place) => {
@@ -194,13 +150,10 @@ function askWords(at) {
       button.style.setProperty('--sure', `${100 * word.probability}%`);
       button.setAttribute('aria-label', `${ends ? 'end of the caption' : word.text.trim() || 'space'}, ${percent(word.probability)}`);
       button.onmouseenter = button.onfocus = button.onclick = () => drawWord(at, place);
-      button.onkeydown = (event) => {
-        const next = buttons[place + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || NaN)];
-        if (next) next.focus();
-      };
       return button;
     });
-    $('.caption', block.node).replaceChildren(...buttons);
+    fill($('.caption', block.node), buttons);
+    if (words.length === limit && words.at(-1).text !== '⏎') $('.caption', block.node).append(` … cut at ${limit} tokens`);
     const chances = words.map((word) => word.text === '⏎' ? 1 : word.probability);
     if (words.length) drawWord(at, chances.indexOf(Math.min(...chances)));  // the least certain one
   });
@@ -208,10 +161,10 @@ function askWords(at) {
 
 function drawWord(at, place) {
   const {node, words} = blocks.words[at], word = words[place], view = views[at], canvas = $('.looked canvas', node);
-  [...$('.caption', node).children].forEach((button, other) => button.setAttribute('aria-pressed', other === place));
+  press($('.caption', node), $('.caption', node).children[place]);
   drawMap(canvas, view, word.attention, 0, Math.max(...word.attention.flat()), true);
   const shown = (text) => text === '⏎' ? 'end of the caption' : text.trim() ? `“${text.trim()}”` : 'a space';
-  canvas.setAttribute('aria-label', `Attention of the decoder at ${shown(word.text)}`);
+  canvas.setAttribute('aria-label', `Attention of the decoder at ${shown(word.text)}${of(at)}`);
   $('.looked figcaption', node).textContent = `Attention of the decoder at ${shown(word.text)}: ${percent(word.share)} of its attention is on the image, the rest on earlier tokens.`;
   const list = document.createElement('ul');
   for (const [text, chance] of word.alternatives) {
@@ -244,9 +197,9 @@ function askNext(at) {
     $('.given span', block.node).textContent = `the first ${found.prefix} of ${total} patches.`;
     $('.predicted span', block.node).textContent = `each patch after the line, from the true ones before it. Error ${found.loss.toFixed(2)}; a flat grey patch has 1.`;
     $('.note', block.node).textContent = found.note;
-    given.setAttribute('aria-label', `The first ${found.prefix} patches of ${now.picture.name}`);
-    predicted.setAttribute('aria-label', `Predicted patches after the first ${found.prefix}, error ${found.loss.toFixed(2)}`);
-    truth.setAttribute('aria-label', describe(now.picture));
+    given.setAttribute('aria-label', `The first ${found.prefix} patches of ${now.picture.name}${of(at)}`);
+    predicted.setAttribute('aria-label', `Predicted patches after the first ${found.prefix}, error ${found.loss.toFixed(2)}${of(at)}`);
+    truth.setAttribute('aria-label', `${describe(now.picture)}${of(at)}`);
   });
 }
 
@@ -259,7 +212,7 @@ function roll() {
       if (query.image !== now.picture.image || query.share !== now.share) return;
       drawPicture(canvas, views[at], image);
       edge(canvas, views[at], found.prefix);
-      canvas.setAttribute('aria-label', `The rest, generated after the first ${found.prefix} patches`);
+      canvas.setAttribute('aria-label', `The rest, generated after the first ${found.prefix} patches${of(at)}`);
       $('.rolled span', block.node).textContent = `each patch from the generated ones before it. Error ${found.loss.toFixed(2)}.`;
       $('.rolled', block.node).hidden = false;
     });
@@ -269,6 +222,8 @@ function roll() {
 // ---- search ----
 
 function find(text) {
+  now.text = text;
+  keep('text');
   about.models.forEach((model, at) => {
     const block = blocks.search[at];
     if (model.cannot.search) return;
@@ -287,8 +242,9 @@ function find(text) {
 function drawResults(at, found) {
   const {node} = blocks.search[at], likely = found.by === 'likelihood';
   say($('.status', node), (likely ? 'By the decoder: how many nats likelier the text is with this picture than on average.' : 'By the cosine of text and picture.')
-    + (found.compared < found.of ? ` ${found.compared} of ${found.of} images read so far…` : ` ${found.of} images.`));
-  const rows = found.ranked.map((one, rank) => {
+    + ` The best ${found.ranked.length} of ` + (found.compared < found.of ? `${found.compared} images read so far, of ${found.of}…` : `${found.of} images${unreadable(found.of)}.`)
+    + (found.tokens ? ` Of the text only the first ${found.tokens} tokens count.` : ''));
+  fill($('.results', node), found.ranked.map((one, rank) => {
     const item = document.createElement('li'), button = document.createElement('button'), image = document.createElement('img');
     const text = document.createElement('span'), score = document.createElement('b');
     image.src = `/api/thumbnail/${one.image}.png`;
@@ -302,13 +258,12 @@ function drawResults(at, found) {
     button.onclick = () => { track(choose(one.image)); $('#parts').scrollIntoView(); };
     item.append(button);
     return item;
-  });
-  $('.results', node).replaceChildren(...rows);
+  }));
 }
 
 // ---- choosing a picture ----
 
-let pictures = [];
+let pictures = [], turn = 0;
 const known = new Map();  // what models see of pictures
 const describe = (picture) => picture.says || picture.name;
 const nameOf = (number) => { const found = pictures.find((one) => one.image === number); return found ? describe(found) : 'a picture'; };
@@ -324,8 +279,10 @@ async function seen(at, number) {
 }
 
 async function list() {
-  pictures = (await ask('images')).images;
-  $('#strip').replaceChildren(...pictures.map((picture) => {
+  album = await ask('images', {tab});
+  pictures = album.images.map((picture, at) => ({...picture, own: at < album.images.length - album.fixed}));
+  $('#left-out').textContent = album.left_out;
+  fill($('#strip'), pictures.map((picture) => {
     const item = document.createElement('li'), button = document.createElement('button'), image = document.createElement('img');
     image.src = `/api/thumbnail/${picture.image}.png`;
     image.loading = 'lazy';
@@ -333,29 +290,29 @@ async function list() {
     button.type = 'button';
     button.dataset.image = picture.image;
     button.onclick = () => track(choose(picture.image));
+    button.onkeydown = (event) => { if (event.key === 'Delete' && picture.own) attempt(remove(picture)); };
     button.append(image);
     item.append(button);
     return item;
   }));
 }
 
-// Objects of a drawn scene lie off its centre, where photographs have theirs.
-function firstPlace(picture, view) {
-  const varied = contrasts(view.image, view), best = varied.indexOf(Math.max(...varied));
-  return picture.kind === 'example' ? placeOf(view, Math.floor(best / view.columns), best % view.columns)
-    : placeOf(view, Math.floor(view.rows / 2), Math.floor(view.columns / 2));
-}
-
-async function choose(number) {
-  const picture = pictures.find((one) => one.image === number);
+// `at`: row and column of the first model's patch, from 1; `what`: see keep.
+async function choose(number, at = null, what = 'image') {
+  const mine = ++turn;
+  let picture;
   try {
+    picture = pictures.find((one) => one.image === number) || await ask('entry', {image: number});
     const found = await Promise.all(about.models.map((_, at) => seen(at, number)));
+    if (mine !== turn) return;
     now.picture = picture;
     views = found;
   } catch (error) { return say($('#message'), error.message, true); }
   say($('#message'), '');
-  now.place = now.cursor = firstPlace(picture, views[0]);
-  for (const button of document.querySelectorAll('#strip button')) button.setAttribute('aria-pressed', +button.dataset.image === number);
+  now.place = now.cursor = at ? placeAt(views[0], at) : firstPlace(picture, views[0]);
+  keep(what);
+  press($('#strip'), [...document.querySelectorAll('#strip button')].find((one) => +one.dataset.image === number));
+  $('#remove').hidden = !picture.own;
   $('#drawn-as').textContent = picture.says ? `Caption of this example: “${picture.says}”.` : '';
   views.forEach((view, at) => {
     $('.size', blocks.parts[at].node).textContent = `${view.width} × ${view.height} pixels, ${view.columns} × ${view.rows} patches.`;
@@ -369,21 +326,75 @@ async function choose(number) {
   });
 }
 
-async function add(request) {
-  try {
-    const picture = await answer(await request);
-    await list();
-    await choose(picture.image);
-  } catch (error) { say($('#message'), error.message, true); }
+async function upload(files) {
+  const wrong = [], before = pictures.filter((one) => one.own);
+  let latest = null;
+  say($('#message'), '');
+  for (const file of files) {
+    try {
+      if (file.size > about.upload_bytes) throw new Error(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; up to ${about.upload_bytes / 1e6} MB are accepted.`);
+      latest = await post('upload', {name: file.name}, file);
+    } catch (error) { wrong.push(files.length > 1 && !error.message.startsWith(file.name) ? `${file.name}: ${error.message}` : error.message); }
+  }
+  if (latest) await added(latest, before);
+  if (wrong.length) say($('#message'), wrong.join(' '), true);
 }
 
-function upload(file) {
-  if (!file) return;
-  if (file.size > about.upload_bytes) {
-    return say($('#message'), `${file.name} has ${(file.size / 1e6).toFixed(1)} MB; up to ${about.upload_bytes / 1e6} MB are accepted.`, true);
+async function added(latest, before) {
+  await list();
+  const gone = before.filter((one) => !pictures.some((other) => other.image === one.image)).map(describe);
+  say($('#notice'), gone.length ? `Up to ${album.kept} added images are kept; removed: ${gone.join(', ')}.` : '');
+  await choose(latest.image);
+}
+
+const example = async () => added(await post('example'), pictures.filter((one) => one.own));
+
+async function remove(picture) {
+  const at = pictures.findIndex((one) => one.image === picture.image);
+  await post('remove', {image: picture.image});
+  await list();
+  if (picture.image === now.picture?.image) await choose((pictures[at] || pictures[0]).image);
+}
+
+const attempt = (promise) => track(promise).catch((error) => say($('#message'), error.message, true));
+
+// ---- the address ----
+
+// Puts what is shown into the address; `what` changed, '' where nothing did.
+function keep(what) {
+  if (!now.picture) return;
+  const [row, column] = patchAt(views[0], now.place), [model, other] = about.models.map((one) => one.name);
+  const state = {model, other: other || '', image: now.picture.image, layer: $('#layer').value, row: row + 1, column: column + 1,
+    mode: now.mode === 'similarity' ? '' : now.mode, head: now.head === 'mean' ? '' : now.head, plain: $('#under').checked ? '' : 1,
+    given: now.share === 0.5 ? '' : Math.round(100 * now.share), text: now.text};
+  write(state, what, `${describe(now.picture)}, layer ${state.layer} · AIMV2 explorer`);
+}
+
+// Shows what the address says: at the start, and after Back or Forward.
+async function restore() {
+  const state = read(), known = Number.isInteger(+state.image), at = state.row && state.column ? [+state.row, +state.column] : null;
+  $('#layer').value = state.layer ?? $('#layer').max;
+  now.mode = state.mode === 'attention' && !$('[value=attention]').disabled ? 'attention' : 'similarity';
+  $(`[value=${now.mode}]`).checked = true;
+  $('#head').value = state.head ?? 'mean';
+  if (!$('#head').value) $('#head').value = 'mean';
+  $('#under').checked = !state.plain;
+  $('#share').value = state.given ?? 50;
+  $('#text').value = state.text ?? '';
+  readControls();
+  if (now.picture && +state.image === now.picture.image) {
+    now.place = now.cursor = at ? placeAt(views[0], at) : firstPlace(now.picture, views[0]);
+    views.forEach((_, at) => { drawCursor(at); askParts(at); askNext(at); });
+  } else if (known) await choose(+state.image, at, '');
+  if (!now.picture && pictures.length) {
+    const why = $('#message').textContent;
+    await choose(pictures[0].image, null, '');
+    if (known) say($('#message'), why, true);
   }
-  say($('#message'), '');
-  track(add(fetch(`/api/upload?${new URLSearchParams({name: file.name})}`, {method: 'POST', body: file}).catch(() => null)));
+  const here = about.models.map((one) => one.name), there = [state.model, state.other].filter(Boolean);
+  if (there.length && `${there}` !== `${here}`) say($('#message'), `This address was made with ${there.join(' and ')}; shown is ${here.join(' and ')}.`, true);
+  if (state.text && state.text !== now.text) find(state.text);
+  now.text = state.text ?? '';
 }
 
 // ---- the page ----
@@ -392,15 +403,17 @@ function facts(model) {
   const item = document.createElement('li'), name = document.createElement('b');
   const input = model.image_size ? `${model.image_size} × ${model.image_size} pixels` : 'images of any size';
   name.textContent = model.name;
-  item.append(name, ` ${model.architecture === model.name ? '' : `(${model.architecture}) `}${model.kind}, ${(model.parameters / 1e6).toFixed(1)}M parameters, ${model.depth} blocks, ${input}, patches of ${model.patch}`);
+  item.append(name, ` ${model.architecture === model.name ? '' : `(${model.architecture}) `}${model.kind}, ${(model.parameters / 1e6).toFixed(1)}M parameters, ${model.depth} layers, ${input}, patches of ${model.patch}`);
   return item;
 }
 
 function makeBlocks(section, what) {
   const place = $(`#${section} .models`);
-  blocks[section] = about.models.map((model) => {
+  blocks[section] = about.models.map((model, at) => {
     const node = $(`#t-${section}`).content.firstElementChild.cloneNode(true), status = $('.status', node);
     $('h3', node).textContent = model.name;
+    if (several()) [node.role, node.ariaLabel] = ['group', model.name];
+    for (const one of node.querySelectorAll('[aria-label]')) one.ariaLabel += of(at);
     place.append(node);
     const why = model.cannot[what];
     if (why) {
@@ -417,57 +430,70 @@ function makeBlocks(section, what) {
 }
 
 function sayLayer() {
-  $('#layer-said').textContent = about.models.map((model) => `block ${layerOf(model) + 1} of ${model.depth}`).join(', ');
+  const said = about.models.map((model) => model.depth > 1 ? `layer ${layerOf(model)} of 0 to ${model.depth - 1}` : 'layer 0, the only one');
+  const same = new Set(said).size === 1;
+  $('#layer-said').textContent = same ? said[0] : said.map((text, at) => `${text} (${about.models[at].name})`).join(', ');
+}
+
+function readControls() {
+  const layer = $('#layer');
+  now.layer = layer.max > 0 ? layer.value / layer.max : 1;
+  now.share = $('#share').value / 100;
+  now.head = $('#head').value;
+  $('#head-label').hidden = now.mode !== 'attention';
+  $('#share-said').textContent = `${$('#share').value}% of the patches`;
+  sayLayer();
 }
 
 function watch() {
   $('#open').onclick = () => $('#file').click();
-  $('#file').onchange = (event) => { upload(event.target.files[0]); event.target.value = ''; };
-  $('#example').onclick = () => track(add(fetch('/api/example', {method: 'POST'}).catch(() => null)));
-  const layer = $('#layer'), deepest = Math.max(...about.models.map((model) => model.depth));
-  layer.max = deepest;
-  layer.value = deepest;
-  layer.oninput = () => { now.layer = deepest > 1 ? (layer.value - 1) / (deepest - 1) : 1; sayLayer(); views.forEach((_, at) => askParts(at)); };
+  $('#file').onchange = (event) => { const files = [...event.target.files]; event.target.value = ''; attempt(upload(files)); };
+  $('#example').onclick = () => attempt(example());
+  $('#remove').onclick = () => attempt(remove(now.picture));
+  const layer = $('#layer');
+  layer.max = Math.max(...about.models.map((model) => model.depth)) - 1;
+  layer.oninput = () => { readControls(); views.forEach((_, at) => askParts(at)); keep('layer'); };
   for (const mode of document.querySelectorAll('[name=mode]')) mode.onchange = () => {
     now.mode = mode.value;
-    $('#head-label').hidden = now.mode !== 'attention';
+    readControls();
     views.forEach((_, at) => blocks.parts[at].line(() => askMap(at)));
+    keep('mode');
   };
   const heads = Math.max(...about.models.map((model) => model.heads));
-  $('#head').append(new Option('mean', 'mean'), ...Array.from({length: heads}, (_, head) => new Option(head + 1, head)));
-  $('#head').onchange = (event) => { now.head = event.target.value; views.forEach((_, at) => drawParts(at)); };
-  $('#under').onchange = () => views.forEach((_, at) => {
-    drawParts(at);
-    if (now.mode === 'similarity' && blocks.parts[at].map) track(drawOthers(at, blocks.parts[at].map.found));
-  });
-  const saidShare = () => { $('#share-said').textContent = `${$('#share').value}% of the patches`; };
-  $('#share').oninput = (event) => { now.share = event.target.value / 100; saidShare(); views.forEach((_, at) => askNext(at)); };
-  saidShare();
+  $('#head').append(new Option('mean', 'mean'), ...Array.from({length: heads}, (_, head) => new Option(head, head)));
+  $('#head').onchange = () => { readControls(); views.forEach((_, at) => drawParts(at)); keep('head'); };
+  $('#under').onchange = () => {
+    views.forEach((_, at) => {
+      drawParts(at);
+      if (now.mode === 'similarity' && blocks.parts[at].map) track(drawOthers(at, blocks.parts[at].map.found));
+    });
+    keep('under');
+  };
+  $('#share').oninput = () => { readControls(); views.forEach((_, at) => askNext(at)); keep('given'); };
   $('#roll').onclick = roll;
   $('#ask').onsubmit = (event) => { event.preventDefault(); const text = $('#text').value.trim(); if (text) find(text); };
-  $('#text').maxLength = about.longest_text;
   $('#text').placeholder = about.own_folder ? 'two dogs play in the snow' : 'a large red circle at the top left';
   let depth = 0;
   const shown = (by) => { depth = Math.max(0, depth + by); $('#drop').hidden = !depth; };
   addEventListener('dragenter', () => shown(1));
   addEventListener('dragleave', () => shown(-1));
   addEventListener('dragover', (event) => event.preventDefault());
-  addEventListener('drop', (event) => { event.preventDefault(); depth = 0; shown(0); upload(event.dataTransfer.files[0]); });
+  addEventListener('drop', (event) => { event.preventDefault(); depth = 0; shown(0); if (event.dataTransfer.files.length) attempt(upload([...event.dataTransfer.files])); });
+  addEventListener('popstate', () => attempt(restore()));
+  for (const group of document.querySelectorAll('#strip, .others ul, .results, .caption')) rove(group);
 }
 
 async function start() {
   about = await ask('about');
-  document.body.className = about.models.length > 1 ? 'several' : 'one';
+  document.body.className = several() ? 'several' : 'one';
   $('#facts').append(...about.models.map(facts));
   for (const [section, what] of [['parts', null], ['words', 'caption'], ['next', 'paint'], ['search', 'search']]) makeBlocks(section, what);
   blocks.parts.forEach(({node}, at) => watchPicker($('.pick canvas', node), at));
-  for (const sentence of new Set(about.models.map((model) => model.stored).filter(Boolean))) {
-    $('#stored').append(` ${sentence}`);
-  }
+  const stored = about.models.filter((model) => model.stored), same = new Set(about.models.map((model) => model.stored)).size === 1;
+  for (const model of same ? stored.slice(0, 1) : stored) $('#stored').append(` ${same ? '' : `${model.name}: `}${model.stored}`);
   watch();
-  sayLayer();
   await list();
-  if (pictures.length) await choose(pictures[0].image);
+  await restore();
 }
 
-track(start()).catch((error) => say($('#message'), error.message, true));
+attempt(start());

@@ -94,6 +94,12 @@ WORDS = {
     "push": [],  # wants the hub: tests/interop
 }
 
+# what may take longer than ten seconds and counts its images, batches or fits
+WAITED = {
+    *("knn", "linear", "fewshot", "probe", "segment", "depth", "zeroshot", "retrieve", "embed", "caption"),
+    *("data import", "data check", "data shapes", "data teach"),
+}
+
 
 @pytest.mark.parametrize("name", sorted(COMMANDS, key=lambda name: name == "compare"))
 def test_json_is_one_object_and_its_table_fits(
@@ -101,6 +107,7 @@ def test_json_is_one_object_and_its_table_fits(
 ) -> None:
     monkeypatch.chdir(place)
     prepare(name, place)
+    monkeypatch.setattr("aimv2.progress.EVERY", 0.0)
     tiny = " ".join(f"--{key} {value}" for key, value in {**TINY, "data.train": "scenes"}.items())
     for line in WORDS[name]:
         capsys.readouterr()
@@ -109,6 +116,8 @@ def test_json_is_one_object_and_its_table_fits(
         assert out.endswith("\n") and out.count("\n") == 1, "one object on one line, and nothing else"
         result = json.loads(out)
         assert isinstance(result, dict) and "error" not in err
+        if name in WAITED:
+            assert re.search(r"^\S.*: \d+/\d+, eta [\d:]+$", err, re.M), "redirected, and it may take long"
         show(name, result)
         lines = capsys.readouterr().out.splitlines()
         # what is left: a path and a caption for other programs, and a long path of the user's, which is never broken

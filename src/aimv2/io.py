@@ -30,9 +30,14 @@ def write_aside(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def is_first() -> bool:
+    """Whether this process is the first rank, or one without others: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str) -> None:
     """Prints a line for the user on standard error, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(line, file=sys.stderr, flush=True)
 
 

@@ -42,6 +42,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
     from aimv2.interop import convert as out_of
     from aimv2.interop import load
     from aimv2.interop.card import card, encoder_in, left_out
+    from aimv2.progress import heartbeat
 
     to, out = options.to, options.out
     out_of.check_format(to)
@@ -59,7 +60,8 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         if options.images is not None:
             more["pixels"] = read_pixels(encoder, options.images, options.samples)
     readme = card(at, model, to, str(out), options.licence)
-    folder = out_of.convert(model, out, to, readme, lambda folder: copy_tokenizer(at.folder, folder, to), **more)
+    with heartbeat(lambda: f"writing {to}"):
+        folder = out_of.convert(model, out, to, readme, lambda folder: copy_tokenizer(at.folder, folder, to), **more)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     missing = left_out(model, to) + (["decoder"] if whole and to != "safetensors" else [])
     return {"out": str(folder), "to": to, "model": encoder.config.name, "left_out": missing, "files": files}

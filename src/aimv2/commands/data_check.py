@@ -43,9 +43,11 @@ def run(options: DataCheckOptions) -> dict[str, Any]:
             )
         captions = list(islice(read_captions(source), 50_000))
         if not captions:
-            return check_data(source, min_side=options.min_side)
+            return check_data(source, min_side=options.min_side, progress=True)
         counter = train_tokenizer(captions)
-    return check_data(source, tokenizer=lambda text: len(counter.encode(text, 1_000_000)), min_side=options.min_side)
+    return check_data(
+        source, tokenizer=lambda text: len(counter.encode(text, 1_000_000)), min_side=options.min_side, progress=True
+    )
 
 
 def render(result: dict[str, Any], console: Console) -> None:

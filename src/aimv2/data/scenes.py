@@ -11,7 +11,6 @@ Geometry: one or two objects, each inside its own quadrant of the picture, so tw
 import io
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from aimv2.data.scene_objects import (
 )
 from aimv2.data.scene_questions import AskedScene, SceneQuestion, ask, conversation, phrases_of, relation_of
 from aimv2.errors import UsageError
+from aimv2.progress import progress_bar
 
 RADIUS = {"small": (0.21, 0.25), "large": (0.38, 0.44)}  # as a part of the quadrant's side
 SUPERSAMPLE = 4
@@ -232,7 +232,7 @@ def write_scenes(
     largest: int | None = None,
     seed: int = 0,
     shard_size: int = 5000,
-    progress: bool = False,
+    progress: bool = True,
     layout: SceneLayout | None = None,
     questions: int = 0,
 ) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def write_scenes(
         largest: where given, both sides of each picture are drawn between ``size`` and it.
         seed: another seed, other scenes.
         shard_size: scenes a shard.
-        progress: a progress bar on standard error.
+        progress: show it on standard error.
         layout, questions: as in :func:`scene_of`; with either, the JSON of a sample also holds its objects, phrases and questions.
 
     Returns:
@@ -280,20 +280,15 @@ def write_scenes(
         for split, total in counts.items()
         for number, start in enumerate(range(0, total, shard_size))
     ]
-    for split, number, indices in _track(shards, progress):
-        scenes = ((index, scene_of(split, index, size, seed, largest, layout, questions)) for index in indices)
-        samples = (_sample(scene, f"{split}{index:08d}", bool(layout or questions)) for index, scene in scenes)
-        write_shard(folder / f"{split}-{number:06d}.tar", samples)
+    with progress_bar("drawing scenes", sum(counts.values()), shown=progress) as advance:
+        for split, number, indices in shards:
+            scenes = ((index, scene_of(split, index, size, seed, largest, layout, questions)) for index in indices)
+            samples = (_sample(scene, f"{split}{index:08d}", bool(layout or questions)) for index, scene in scenes)
+            write_shard(folder / f"{split}-{number:06d}.tar", samples)
+            advance(len(indices))
     (folder / "classes.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     write_manifest(folder, counts, source="scenes", **about)
     return {"out": str(folder), **counts, "shards": len(shards), **about}
-
-
-def _track(shards: list[tuple[str, int, range]], progress: bool) -> Iterator[tuple[str, int, range]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(shards, "drawing scenes", console=Console(stderr=True), disable=not progress)
 
 
 def _sample(scene: CaptionedScene, key: str, words: bool) -> tuple[str, dict[str, bytes]]:

@@ -17,6 +17,7 @@ from aimv2.data.shards.format import IMAGE_EXTENSIONS
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
+from aimv2.progress import tracked
 
 
 def image_files(paths: Sequence[str], passed: PassedOver | None = None) -> Iterator[Path]:
@@ -89,7 +90,8 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
             captions.extend({"image": str(path), "caption": text} for (path, _), text in zip(waiting, texts))
             waiting.clear()
 
-    for path in image_files(images, passed):
+    paths = list(image_files(images, passed))
+    for path in tracked(paths, "captions", len(paths)):
         try:
             waiting.append((path, transform(decode_image(path))))
         except ImageError as error:

@@ -28,6 +28,7 @@ from aimv2.evals.scores import wilson
 from aimv2.evals.untrained import BASELINE, with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
 from aimv2.models.aimv2 import AIMv2
+from aimv2.progress import tracked
 
 SHOWN = 10  # examples that a result keeps
 
@@ -98,7 +99,7 @@ def write_all(
             written.extend(writing(model, torch.stack(waiting), len(written)))
             waiting.clear()
 
-    for item in items:
+    for item in tracked(items, "captions", len(items)):
         try:
             encoded, texts = read_captioned(item)
             if not texts:

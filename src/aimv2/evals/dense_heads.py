@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.data.images.maps import shown
 from aimv2.data.prefetch import prefetch_map
 from aimv2.features.frozen import LAST
 from aimv2.models.probe_head import NORM_EPS
+from aimv2.progress import tracked
 
 BUDGET = 2**22  # values of upsampled outputs that are in memory at once
 NOTHING = -1  # ignored, in a mask
@@ -239,7 +239,7 @@ def train_heads(
     size = min(settings.batch_size, len(rows))
     steps = settings.epochs * (len(rows) // size)
     order = batches(rows, size, seed)
-    for step in shown(range(steps), f"heads, seed {seed}", steps):
+    for step in tracked(range(steps), f"heads, seed {seed}", steps):
         picked = next(order)
         low = heads(take(layers, picked, device))
         target = torch.from_numpy(maps(picked)).to(device)
@@ -294,7 +294,7 @@ def sums_of(
     """
     sums: list[Any] = [0] * len(which)
     targets = prefetch_map(map_of, rows.tolist())
-    for at in range(0, len(rows), size):
+    for at in tracked(range(0, len(rows), size), f"scoring, in batches of {size} images", -(-len(rows) // size)):
         low = heads(take(layers, rows[at : at + size], device))
         for image in range(low.shape[1]):
             target = torch.from_numpy(next(targets)).to(device)

@@ -19,6 +19,7 @@ from aimv2.evals.linear import logistic
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits
 from aimv2.evals.scores import over_seeds, top1
+from aimv2.progress import tracked
 
 C = 4000.0  # MSN's 0.00025 / N against the mean loss (Assran et al., 2022, its logistic_eval.py), as scikit-learn counts
 
@@ -82,7 +83,7 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
         features, test = normalised(pooled.train.features[number]), normalised(pooled.test.features[number])
         for few in shots:
             tops = []
-            for rows in draws.values():
+            for rows in tracked(draws.values(), f"layer {layer}, {few} shots, fits", len(draws)):
                 mine = rows[:, :few].flatten()
                 predict, _ = logistic(features[mine], pooled.train.labels[mine], C, intercept=False)
                 tops.append(top1(predict(test), pooled.test.labels))
@@ -124,7 +125,8 @@ def evaluate_fewshot(options: PooledOptions, shots: Sequence[int], seeds: int) -
     with Evaluation("fewshot", options.out) as evaluation:
         splits, few = open_splits(options), sorted(set(shots))
         draw = Draw(splits.train)
-        drawn = {seed: draw(few[-1], seed) for seed in range(options.seed, options.seed + seeds)}
+        numbers = range(options.seed, options.seed + seeds)
+        drawn = {seed: draw(few[-1], seed) for seed in tracked(numbers, "drawing images, seeds", seeds)}
         used = np.unique(np.concatenate([rows.flatten() for rows in drawn.values()]))
         splits = replace(splits, train=subset(splits.train, used), val=None)
         within = {seed: np.searchsorted(used, rows) for seed, rows in drawn.items()}

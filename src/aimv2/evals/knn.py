@@ -19,8 +19,10 @@ from aimv2.evals.harness import Evaluation
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
 from aimv2.evals.scores import top1
+from aimv2.progress import tracked
 
 DEFAULT_K = 20  # the headline if nothing chooses k (Caron et al., DINO, 2021: 20 works best for most)
+TITLE = "nearest neighbours, in blocks"
 BLOCK, SHELF = 512, 16384  # test and training images at once: a block of similarities takes 32 MiB
 
 
@@ -108,12 +110,15 @@ def neighbours(
         index = faiss.IndexFlatIP(train.shape[1])
         for at in range(0, len(train), SHELF):
             index.add(_unit(train[at : at + SHELF]).numpy())
-        found = [index.search(_unit(test[at : at + BLOCK]).numpy(), k) for at in range(0, len(test), BLOCK)]
+        blocks = range(0, len(test), BLOCK)
+        found = [index.search(_unit(test[at : at + BLOCK]).numpy(), k) for at in tracked(blocks, TITLE, len(blocks))]
         similarity, rows = (np.concatenate(parts) for parts in zip(*found))
         return torch.from_numpy(similarity), torch.from_numpy(rows)
-    blocks = range(0, len(test), BLOCK)
+    blocks, shelves = range(0, len(test), BLOCK), range(0, len(train), SHELF)
     best: list[tuple[Tensor, Tensor]] = []
-    for at in range(0, len(train), SHELF):  # outermost: the training images are the most, they move to the device once
+    for at in tracked(
+        shelves, TITLE, len(shelves)
+    ):  # outermost: the training images are the most, they move to the device once
         shelf = _unit(train[at : at + SHELF]).to(device)
         more = [_nearest(_unit(test[begin : begin + BLOCK]).to(device), shelf, at, k) for begin in blocks]
         best = [_merge(old, new, k) for old, new in zip(best, more)] if best else more

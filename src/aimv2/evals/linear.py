@@ -19,9 +19,11 @@ from aimv2.evals.harness import Evaluation
 from aimv2.evals.options import PooledOptions
 from aimv2.evals.pooled import Pooled, evaluate_pooled, open_splits, scores_of
 from aimv2.evals.scores import top1
+from aimv2.progress import progress_bar, tracked
 
 # CLIP (Radford et al., 2021, appendix A.3): L-BFGS, at most 1000 iterations, strength between 1e-6 and 1e6 in 96 steps
 PER_DECADE, LAST_STEP, FIRST_STRIDE, ITERATIONS = 8, 96, 16, 1000
+MOST_FITS = 15  # of the search
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EPOCHS, BATCH, MOMENTUM = 100, 1024, 0.9
 
@@ -58,7 +60,7 @@ def search(score: Callable[[int], float]) -> dict[int, float]:
     """CLIP's search: seven steps over the whole scale, then both sides of the peak at half the distance, down to one step.
 
     Args:
-        score: of a step, 0..96; called once for each that is looked at, 15 at most.
+        score: of a step, 0..96; called once for each that is looked at, MOST_FITS at most.
 
     Returns:
         the scores by step, in the order of the scale.
@@ -94,7 +96,13 @@ class Standard:
 
 
 def sgd(
-    x_ND: Tensor, labels: Tensor, classes: int, rates: tuple[float, ...], seed: int, epochs: int = EPOCHS
+    x_ND: Tensor,
+    labels: Tensor,
+    classes: int,
+    rates: tuple[float, ...],
+    seed: int,
+    epochs: int = EPOCHS,
+    title: str = "SGD",
 ) -> tuple[Tensor, Tensor]:
     """Softmax regression by SGD with momentum, every rate at once: one product for all logits, one for all gradients.
 
@@ -105,6 +113,7 @@ def sgd(
         rates: G peak rates, on a cosine down to 0; no decay of weights.
         seed: of the order of images.
         epochs: over the images.
+        title: of the progress.
 
     Returns:
         weights [D, G, C] and biases [G, C], zero at the start. A learning rate that is too high may leave NaN, in its part only.
@@ -116,7 +125,7 @@ def sgd(
     moving = [torch.zeros_like(part) for part in (weight, bias)]
     order = torch.Generator().manual_seed(seed)
     steps, step = epochs * (count // size), 0
-    for _ in range(epochs):
+    for _ in tracked(range(epochs), f"{title}, epochs", epochs):
         shuffled = torch.randperm(count, generator=order).to(device)
         for at in range(0, count - size + 1, size):
             rows = shuffled[at : at + size]
@@ -143,16 +152,18 @@ def sgd_predict(weight: Tensor, bias: Tensor, features: np.ndarray, see: Standar
 
 
 def sweep_lbfgs(
-    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], layer: str
 ) -> tuple[list[dict[str, Any]], int]:
     """CLIP's search: rows of the table, and which was best."""
     converged: dict[int, bool] = {}
 
     def score(step: int) -> float:
         predict, converged[step] = logistic(*train, strength(step))
+        advance(1)
         return top1(predict(val[0]), val[1])
 
-    found = search(score)
+    with progress_bar(f"layer {layer}, fits at most", MOST_FITS) as advance:
+        found = search(score)
     rows = [
         {"C": strength(step), "selection_top1": value, "converged": converged[step]} for step, value in found.items()
     ]
@@ -165,10 +176,11 @@ def sweep_sgd(
     classes: int,
     seed: int,
     device: torch.device,
+    layer: str,
 ) -> tuple[list[dict[str, Any]], int]:
     """All rates in one computation: rows of the table, and which was best."""
     see = Standard(train[0], device)
-    heads = sgd(see(train[0]), torch.from_numpy(train[1]).to(device), classes, RATES, seed)
+    heads = sgd(see(train[0]), torch.from_numpy(train[1]).to(device), classes, RATES, seed, title=f"layer {layer}")
     tops = [top1(predicted, val[1]) for predicted in sgd_predict(*heads, val[0], see)]
     return [{"rate": rate, "selection_top1": top} for rate, top in zip(RATES, tops)], peak(tops)
 
@@ -205,9 +217,9 @@ def linear_figures(pooled: Pooled, solver: str, seed: int) -> dict[str, Any]:
         else:
             select = (x[held], y[held])
         if solver == "lbfgs":
-            rows, chosen = sweep_lbfgs(train, select)
+            rows, chosen = sweep_lbfgs(train, select, layer)
         else:
-            rows, chosen = sweep_sgd(train, select, len(pooled.classes), seed, pooled.device)
+            rows, chosen = sweep_sgd(train, select, len(pooled.classes), seed, pooled.device, layer)
         answers.append(refit(rows[chosen], x, y, pooled.test.features[number], pooled, seed))
         rows[chosen]["test_top1"] = top1(answers[-1], pooled.test.labels)
         table += [{"layer": layer, **row} for row in rows]

@@ -5,7 +5,6 @@ Legend: N candidate images, M captions of theirs, Q queries, K what they choose 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from aimv2.data.images.captioned import open_captioned, read_captioned
@@ -28,6 +25,7 @@ from aimv2.evals.options import MatchOptions
 from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, open_matcher, stacked
 from aimv2.evals.scores import wilson
 from aimv2.evals.untrained import BASELINE
+from aimv2.progress import tracked
 
 CANDIDATES = 100  # by likelihood, by default
 
@@ -114,7 +112,7 @@ def draw(matcher: Matcher, items: Sequence[SourceEntry], count: int, others: int
         except ImageError as error:
             return row, str(error), ()
 
-    for row, image, captions in prefetch_map(read, order):
+    for row, image, captions in tracked(prefetch_map(read, order), "reading images", min(count + others, len(order))):
         if isinstance(image, str):
             found.rejected.append({"key": items[row].image, "reason": image})
         elif len(found.images) < count:
@@ -138,11 +136,11 @@ def score_all(matcher: Matcher, drawn: Candidates, options: MatchOptions) -> tup
         prior_from = f"{len(others)} images that are no candidates"
         if len(others) < min(PRIOR_IMAGES, len(drawn.images)):
             others, prior_from = drawn.images, "the candidates themselves, too few others being there"
-    scorer = matcher.scorer(groups, options.normalize, stacked(others, options.batch_size))
-    console = Console(file=sys.stderr)
-    total = -(-len(drawn.images) // options.batch_size)
-    batches = stacked(drawn.images, options.batch_size)
-    parts = [scorer(images) for images in track(batches, "images", total, console=console, transient=True)]
+    scorer = matcher.scorer(
+        groups, options.normalize, stacked(tracked(others, "images of the prior", len(others)), options.batch_size)
+    )
+    images = tracked(drawn.images, "images", len(drawn.images))
+    parts = [scorer(batch) for batch in stacked(images, options.batch_size)]
     return torch.cat(parts).double().numpy(), prior_from
 
 

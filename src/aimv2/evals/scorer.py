@@ -30,6 +30,7 @@ from aimv2.interop.shapes import processor_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
 from aimv2.models.lit import LiT
+from aimv2.progress import progress_bar
 
 PRIOR_IMAGES = 100  # that the probability of a text without its image is estimated from
 TEXTS = 256  # in the text tower at once
@@ -287,8 +288,11 @@ def by_cosine(model: Pair, groups: Sequence[Sequence[str]]) -> Scorer:
         groups: G of equally many texts.
     """
     texts = [text for group in groups for text in group]
-    with eager():
-        parts = [model.encode_text(texts[at : at + TEXTS]).float() for at in range(0, len(texts), TEXTS)]
+    with eager(), progress_bar("texts", len(texts)) as advance:
+        parts = list[Tensor]()
+        for at in range(0, len(texts), TEXTS):
+            parts.append(model.encode_text(texts[at : at + TEXTS]).float())
+            advance(len(parts[-1]))
     vectors = F.normalize(torch.cat(parts).unflatten(0, (len(groups), -1)).mean(1), dim=-1)  # [G, P]
 
     def score(images: Tensor) -> Tensor:

@@ -5,15 +5,12 @@ Legend: N images, C classes, t templates.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from aimv2.data.images.class_names import NAMELESS, by_number, join_names
@@ -28,6 +25,7 @@ from aimv2.evals.scorer import PRIOR_IMAGES, Matcher, Scorer, open_matcher, stac
 from aimv2.evals.scores import per_class, top1, wilson
 from aimv2.evals.templates import fill, find_templates, read_lines
 from aimv2.evals.untrained import BASELINE
+from aimv2.progress import tracked
 
 BEST = 5  # guesses kept an image
 
@@ -170,7 +168,8 @@ def image_batches(
             return str(error)
 
     def good() -> Iterator[Tensor]:
-        for row, found in enumerate(prefetch_map(read, range(len(data.labels)))):
+        count = len(data.labels)
+        for row, found in enumerate(tracked(prefetch_map(read, range(count)), f"images, {data.split}", count)):
             if isinstance(found, str):
                 rejected.append({"key": data.keys[row], "reason": found})
             else:
@@ -189,12 +188,8 @@ def guess(
     Raises:
         UsageError: no image could be read.
     """
-    console = Console(file=sys.stderr)
     best, labels = list[np.ndarray](), list[np.ndarray]()
-    total = -(-len(data.labels) // size)
-    for images, rows in track(
-        image_batches(matcher, data, size, rejected), "images", total, console=console, transient=True
-    ):
+    for images, rows in image_batches(matcher, data, size, rejected):
         order = np.argsort(-scorer(images).numpy(), axis=1, kind="stable")  # of equals the first class
         best.append(order[:, :BEST])
         labels.append(data.labels[rows])

@@ -29,10 +29,11 @@ from aimv2.data.stream.transforms import VIEW, image_transform
 from aimv2.errors import RankError, UsageError
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
 from aimv2.features.frozen import PRECISIONS
-from aimv2.features.store import FeatureStore, progress_bar
+from aimv2.features.store import FeatureStore
 from aimv2.io import write_aside
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
+from aimv2.progress import progress_bar
 
 ABOUT, REJECTED = "embed.json", "rejected.jsonl"
 FILE_BYTES = 512 * 2**20  # of a file of all patches, by default
@@ -91,7 +92,7 @@ def embed_images(
     missing, again = set(store.missing(parts)), ListedImages()
     listed = again.pass_through(pictures(source, image_root=image_root))
     own = sum(min(step, count - part * step) for part in range(rank, parts, ranks))
-    with progress_bar("embedding", own, shown=rank == 0) as advance:
+    with progress_bar("embedding", own) as advance:
         for part in range(parts):
             pictured = islice(listed, step)
             if part in missing:

@@ -23,7 +23,8 @@ from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
-from aimv2.features.store import FeatureStore, progress_bar
+from aimv2.features.store import FeatureStore
+from aimv2.progress import progress_bar, tracked
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
@@ -162,7 +163,9 @@ def view_batches(
         batches of (rows that could be read, their pixels uint8 [B, 3, H, W], at native a list of [3, H, W], or None where
         there are none, and ``{"row", "key", "reason"}`` of the others).
     """
-    return (_stacked(frozen, data, batch) for batch in batched(_views(frozen, data, range(len(data.labels))), size))
+    count = len(data.labels)
+    views = tracked(_views(frozen, data, range(count)), f"images, {data.split}", count)
+    return (_stacked(frozen, data, batch) for batch in batched(views, size))
 
 
 def features_home(cache: str | None, home: Path, frozen: Frozen, name: str = "") -> Path:
@@ -206,7 +209,7 @@ def fill(
     files: list[Any] = [] if ragged is None else [ragged]
     views = _views(frozen, data, chain.from_iterable(parts[part] for part in missing))
     total = sum(len(parts[part]) for part in missing)
-    with progress_bar(f"features, {data.split}", total, shown=store.rank == 0) as advance:
+    with progress_bar(f"features, {data.split}", total) as advance:
         for part in missing:
             good, rejected = list[int](), list[dict[str, Any]]()
             for batch in batched(islice(views, len(parts[part])), batch_size):

@@ -14,9 +14,8 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +231,3 @@ def check_fingerprint(stored: Mapping[str, Any], fingerprint: Mapping[str, Any],
     else:
         return
     raise UsageError(f"{subject}: {why}; give a new folder", code="mismatch")
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, total: int, completed: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error; yields a function that advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total, completed=completed)
-        yield lambda done: bar.advance(task, done)

@@ -39,7 +39,8 @@ from aimv2.data.stream.teacher_views import EXTENSION, write_views
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
-from aimv2.features.store import FeatureStore, check_fingerprint, progress_bar, read_object
+from aimv2.features.store import FeatureStore, check_fingerprint, read_object
+from aimv2.progress import progress_bar
 
 PLAN, NOTE = ".teach.json", ".teach-{:06d}.json"  # in OUT while it is not finished
 ViewFeatures = Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] -> patch features [B, I, E]
@@ -146,20 +147,26 @@ def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: 
         if note is not None and note["samples"] and not (folder / f"train-{part:06d}.tar").is_file():
             store.note_file(part).unlink()
     missing = store.missing(len(shards))
-    with progress_bar("shards", len(shards), len(shards) - len(missing)) as advance:
+    total = sum(len(scan_shard(shards[part]).keys) for part in missing)
+    with progress_bar("samples", total) as advance:
         for part in missing:
             counts = {"samples": 0, "unreadable": 0, "teacher_bytes": 0, "image_bytes": 0}
-            samples = with_features(shards[part], lesson, run, batch_size, counts)
+            samples = with_features(shards[part], lesson, run, batch_size, counts, advance)
             write_shard(folder / f"train-{part:06d}.tar", samples)
             store.commit(part, counts)
-            advance(1)
     return finish(store, out, lesson, store.gather(len(shards)), copy_splits(source, folder))
 
 
 def with_features(
-    shard: Path, lesson: Lesson, run: ViewFeatures, batch_size: int, counts: dict[str, int]
+    shard: Path,
+    lesson: Lesson,
+    run: ViewFeatures,
+    batch_size: int,
+    counts: dict[str, int],
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a shard with their KEY.teacher; one that can't be read has none. Adds to ``counts``."""
+    """The samples of a shard with their KEY.teacher; one that can't be read has none. Adds to ``counts``, and says how many more
+    are read."""
     together = max(batch_size // lesson.views, 1)
     views = prefetch_map(lambda sample: draw_views(*sample, lesson), read_samples(shard))
     for group in batched(views, together):
@@ -168,6 +175,7 @@ def with_features(
         if pictures:
             found = [run(part).float().cpu() for part in torch.from_numpy(np.concatenate(pictures)).split(batch_size)]
             features = iter(torch.cat(found).split(lesson.views))
+        advance(len(group))
         for one in group:
             counts["samples"] += 1
             image = image_of(one.parts)

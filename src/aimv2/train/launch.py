@@ -18,7 +18,7 @@ import aimv2
 from aimv2.config.load import check_keys, parse, provenance, read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream.samples import training_samples, validation_shards
-from aimv2.distributed import World, join_world, leave_world
+from aimv2.distributed import World, free_memory, join_world, leave_world
 from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
@@ -29,7 +29,8 @@ from aimv2.train import defaults, prepare
 from aimv2.train.best import check_best
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.interrupt import Interrupted
-from aimv2.train.loop import COMPILING, Trainer, memory_gb
+from aimv2.train.loop import Trainer, memory_gb
+from aimv2.train.outlook import disk_room, visits
 from aimv2.train.parallel import want_compile
 from aimv2.train.schedule import learning_rate
 
@@ -348,6 +349,7 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
 def try_one_step(config: Config) -> dict[str, Any]:
     """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing."""
     world = join_world()
+    free = free_memory(world.device)
     with tempfile.TemporaryDirectory() as scratch:
         config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
         config.data.features = None  # nothing is written: the encoder runs
@@ -355,10 +357,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
         try:
             batch = next(trainer.stream)
             trainer.model.train()
-            if trainer.compiled:
-                say(COMPILING)
-                pairs = config.train.batch_size // world.size // config.train.accumulate
-                trainer.update.warm_up(pairs, config.data.max_tokens, trainer.view)
+            compile_seconds = trainer.compile()
             taken = []
             for _ in range(TRIED):
                 begin = time.perf_counter()
@@ -373,7 +372,8 @@ def try_one_step(config: Config) -> dict[str, Any]:
         *defaults.too_large(memory_gb(world.device), world.device),
     ):
         say(line)
-    tokens = sum(int(part.token_count) for part in (batch if isinstance(batch, list) else [batch]))
+    parts = batch if isinstance(batch, list) else [batch]
+    tokens, samples = sum(int(part.token_count) for part in parts), getattr(trainer.stream, "samples")  # noqa: B009
     encoder = count(trainer.unwrapped().encoder)
     return {
         "encoder_parameters": encoder,
@@ -383,8 +383,11 @@ def try_one_step(config: Config) -> dict[str, Any]:
         "patches_a_step": config.train.patch_budget or config.train.batch_size * trainer.view.patches,
         "tokens_a_step": tokens * world.size,
         "memory_gb": memory_gb(world.device),
+        "memory_free_gb": free,
+        **disk_room(config, trainer.model),
+        "compile_seconds": compile_seconds,
         "seconds_a_step": seconds,
         "expected_hours": seconds * config.train.steps / 3600,
-        "samples": getattr(trainer.stream, "samples"),  # noqa: B009  of the training data
+        **visits(config, samples, sum(map(len, parts)) * world.size),
         "learning_rate": rate_curve(config),
     }

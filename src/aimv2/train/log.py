@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.progress import Progress
 
 from aimv2.config.schema import LogConfig
 from aimv2.io import say as say
 from aimv2.io import write_aside
+from aimv2.progress import duration as duration
+from aimv2.progress import open_bar
 
 FIRST = (1, 2, 5)  # steps of a start that the console shows whatever train.log_every is: the first line comes soon
+SILENCE = 30.0  # seconds after which a slow run shows a step in between
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -48,14 +50,8 @@ class Log:
         self.writer = self._tensorboard(run, start) if config.tensorboard else None
         self.wandb = self._wandb(run, config.wandb) if config.wandb else None
         if self.console.is_terminal:
-            whole = Column(no_wrap=True, min_width=len(f"{steps}/{steps}"))  # narrow terminals lose figures, not these
-            left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8))
-            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-            done = TextColumn("{task.completed}/{task.total}", table_column=whole)
-            self.progress = Progress(done, left, BarColumn(10), figures, console=self.console, expand=True)
-            self.task = self.progress.add_task("", total=steps, completed=start)
-            self.progress.start()
-        self.began, self.first = time.perf_counter(), start
+            self.progress = open_bar(self.console, steps, start, transient=False)
+        self.began, self.first, self.shown = time.perf_counter(), start, time.perf_counter()
 
     def _tensorboard(self, run: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -86,16 +82,35 @@ class Log:
             self.wandb.log(numbers, step=step)
         self._show(step, figures)
 
+    def start(self) -> None:
+        """The first step begins: from now on time is counted, and a terminal has its bar."""
+        if self.active:
+            self.began = self.shown = time.perf_counter()
+            if self.progress is not None:
+                self.progress.start()
+
+    def wants(self, step: int) -> bool:
+        """Whether to show a step that gets no line of metrics: one of the first, or one after a long silence.
+
+        A terminal's bar goes on in any case.
+        """
+        if not self.active:
+            return False
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=step)
+        return step - self.first in FIRST or time.perf_counter() - self.shown > SILENCE
+
     def early(self, step: int, loss: float) -> None:
-        """One of the first steps, for the eye only."""
+        """A step for the eye only."""
         if self.active:
             self._show(step, {"loss": loss}, of_training=True)
 
     def _show(self, step: int, figures: dict[str, Any], of_training: bool = False) -> None:
-        text = describe(figures)
+        text, self.shown = describe(figures), time.perf_counter()
         if self.progress is not None:
+            self.progress.start()  # does nothing where it runs
             if of_training or "lr" in figures:
-                self.progress.update(self.task, completed=step, description=text)
+                self.progress.update(self.progress.task_ids[0], completed=step, description=text)
             else:
                 self.say(f"step {step}: {text}")
             return
@@ -128,14 +143,6 @@ SHOWN = {
     "mfu": ("mfu", "{:.0%}"),
     "memory_gb": ("GB", "{:.1f}"),
 }
-
-
-def duration(seconds: float) -> str:
-    """``H:MM:SS``; from a day on with the days."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days} d " * (days > 0) + f"{hours:02}:{minutes:02}:{rest:02}"
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -25,14 +25,13 @@ from aimv2.tasks.task import Context
 from aimv2.train.best import Best
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
+from aimv2.train.compiling import watch_compile
 from aimv2.train.interrupt import Interrupted, StopFlag
-from aimv2.train.log import FIRST, Log
+from aimv2.train.log import Log, duration, say
 from aimv2.train.parallel import Trainable
 from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.view import make_view
-
-COMPILING = "compiling the blocks, which may take minutes (train.compile off starts at once)"
 
 
 class Stream(Protocol):
@@ -129,13 +128,12 @@ class Trainer:
             )
         self.flag = StopFlag()  # before any data worker starts
         self.model.train()
-        if self.compiled and self.step < last:
-            log.say(COMPILING)
-            pairs = train.batch_size // self.world.size // train.accumulate
-            self.update.warm_up(pairs, self.config.data.max_tokens, self.view)
+        if self.step < last:
+            self.compile()
+        log.start()
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds
-        first, saved = self.step, self.step if self.step else -1
+        saved = self.step if self.step else -1
         while self.step < last:
             self.train_step(next(self.stream))
             self.seconds = before + time.perf_counter() - began
@@ -143,7 +141,7 @@ class Trainer:
                 self.check_finite()
             if self.step % train.log_every == 0 or self.step == train.steps:
                 self.report(log)
-            elif self.world.main and self.step - first in FIRST:
+            elif log.wants(self.step):
                 log.early(self.step, self.loss())
             best = False
             if self.step == train.steps or (every and self.step % every == 0):
@@ -166,6 +164,18 @@ class Trainer:
                 break
         if saved != self.step:
             self.save()
+
+    def compile(self) -> float:
+        """Compiles the blocks for every shape that will come, where that is wanted, and says so; seconds that it took."""
+        if not self.compiled:
+            return 0.0
+        began, train = time.perf_counter(), self.config.train
+        with watch_compile(self.unwrapped()) as watch:
+            pairs = train.batch_size // self.world.size // train.accumulate
+            self.update.warm_up(pairs, self.config.data.max_tokens, self.view, watch.next_shape)
+        seconds = time.perf_counter() - began
+        say(f"compiled {watch.graphs} graphs in {duration(seconds)}")
+        return seconds
 
     def train_step(self, batch: Batch | list[Batch]) -> None:
         """One optimizer step, and its part of the next line of metrics (kept on the device)."""

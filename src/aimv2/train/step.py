@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -119,24 +119,35 @@ class TrainStep:
             release_encoder(self.optimizer)
         return step < until
 
-    def warm_up(self, pairs: int, max_tokens: int, view: View | None = None) -> None:
+    def warm_up(
+        self,
+        pairs: int,
+        max_tokens: int,
+        view: View | None = None,
+        shape: Callable[[int, int, str], None] = lambda number, total, words: None,
+    ) -> None:
         """Compiles the kernels of every caption width (and area) before the first step, so that no step stalls later.
 
         Args:
             pairs: of a micro-batch on this rank.
             max_tokens: of a caption.
             view: of the training data; None: all of one size.
+            shape: is told before each shape its number, their number, and what it is.
         """
-        reads_text = self.task.reads_text()
         kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from these zeros
-        for width in range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET):
-            text = [0] * min(width, max_tokens) if reads_text else []
+        widths = (
+            range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET) if self.task.reads_text() else [0]
+        )
+        total = len(widths) * (1 if view is None or view.native is None else len(view.native.areas))
+        number = 0
+        for width in widths:
+            text = [0] * min(width, max_tokens)
             for batch in self.blank_batches(pairs, text, view):
+                number += 1
+                shape(number, total, f"captions of up to {len(text)} tokens" if text else "images alone")
                 counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
                 self.backward(batch.to(self.world.device), counts)
                 self.optimizer.zero_grad(set_to_none=True)
-            if not reads_text:
-                break
         for buffer, before in zip(self.model.buffers(), kept):
             buffer.copy_(before)
 

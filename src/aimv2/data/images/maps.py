@@ -5,17 +5,13 @@ Legend: H x W a map's own size, S side of what an encoder sees, N pairs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from aimv2.data.images.catalogue import walk, walk_files
 from aimv2.data.images.class_names import subfolders
@@ -26,6 +22,7 @@ from aimv2.data.prefetch import prefetch_map
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
+from aimv2.progress import tracked
 
 IMAGES = ("images", "rgb")
 MASKS = ("masks", "annotations", "labels")
@@ -36,7 +33,6 @@ MILLIMETRES = 1000.0
 VAL_LIST = "val.txt"  # next to the images folder
 FORMS = "ROOT/{{train,val}}/{{images,{0}}}, ROOT/{{images,{0}}}/{{train,val}} or ROOT/{{images,{0}}}"
 _ORIENTATION_TAG = 0x0112
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -329,7 +325,7 @@ def scan_maps(
     kept: np.ndarray | None = None
     largest, where, empty, ids = float(kind.floor), pairs[0].map, 0, set[int]()
     rows = prefetch_map(partial(_read_checked, kind), pairs)
-    for row, values in enumerate(shown(rows, f"reading {kind.word}s", len(pairs))):
+    for row, values in enumerate(tracked(rows, f"reading {kind.word}s", len(pairs))):
         top = float(values.max())
         empty += top <= kind.floor
         if values.dtype == np.int16:
@@ -341,12 +337,6 @@ def scan_maps(
                 kept = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=(len(pairs), size, size))
             kept[row] = nearest_map(values, size)
     return MapScan((largest, where), empty, kept, frozenset(ids))
-
-
-def shown(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
-    """The same items, with a bar on standard error where that is a terminal (elsewhere it would leave empty lines)."""
-    console = Console(file=sys.stderr)
-    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _read_checked(kind: MapKind, pair: MappedImage) -> np.ndarray:

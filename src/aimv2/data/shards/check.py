@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
-from rich.progress import track
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +32,7 @@ from aimv2.data.shards.format import (
 )
 from aimv2.data.shards.tars import why_unreadable
 from aimv2.errors import UsageError, shown
+from aimv2.progress import tracked
 
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
@@ -97,10 +97,8 @@ def check_data(
     count_tokens = tokenizer or (lambda text: len(text.split()))
     total, lengths, per_image = ShardReport(), list[int](), list[int]()
     with ThreadPoolExecutor(threads) as pool:  # decoding and hashing release Python's lock
-        done: Any = pool.map(lambda named: check_shard(named[1], min_side), tars)
-        if progress:
-            done = track(done, "Checking shards", total=len(tars), console=Console(stderr=True))
-        for (name, _), report in zip(tars, done):
+        done = pool.map(lambda named: check_shard(named[1], min_side), tars)
+        for (name, _), report in zip(tars, tracked(done, "checking shards", len(tars), progress)):
             # not all tokenizers are safe in threads, so captions are counted here
             lengths += [count_tokens(text) for texts in report.captions for text in texts]
             per_image += map(len, report.captions)

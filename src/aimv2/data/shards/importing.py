@@ -22,9 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
@@ -35,6 +32,7 @@ from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shar
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
+from aimv2.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -234,14 +232,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def write_job(job: ShardJob, out: Path, options: ImageOptions) -> ShardNote:
-    """Write one shard and its note; both whole or not at all."""
+def write_job(
+    job: ShardJob, out: Path, options: ImageOptions, advance: Callable[[int], None] | None = None
+) -> ShardNote:
+    """Write one shard and its note; both whole or not at all. ``advance`` counts the items."""
     rejects, passed = list[Reject](), PassedOver()
 
     def samples() -> Iterator[tuple[str, Parts]]:
         for item, loaded in zip(job.items, job.items[0].reader.load(job.items)):
             if _stop is not None and _stop.is_set():
                 raise KeyboardInterrupt
+            if advance is not None:
+                advance(1)
             sample = loaded if isinstance(loaded, Reject) else _sample(item, loaded, options)
             if isinstance(sample, Reject):
                 rejects.append(sample)
@@ -287,20 +289,13 @@ def _run(
 ) -> dict[str, ShardNote]:
     """Do all jobs that are not done yet; a note for each shard, by name."""
     notes: dict[str, ShardNote] = {}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
     if source.total is not None and source.total <= plan.shard_size:
         workers = 1  # one shard: starting processes would take longer
-    with bar:
-        task = bar.add_task(f"Importing {source.kind}", total=source.total)
+    with progress_bar(f"importing {source.kind}", source.total, shown=progress) as advance:
 
         def done(job: ShardJob, note: ShardNote) -> None:
             notes[job.name] = note
-            bar.advance(task, len(job.items))
+            advance(len(job.items))
 
         def todo() -> Iterator[ShardJob]:
             for job in plan:
@@ -313,7 +308,7 @@ def _run(
             _run_in_processes(todo(), out, options, workers, done)
         else:
             for job in todo():
-                done(job, write_job(job, out, options))
+                notes[job.name] = write_job(job, out, options, advance)
     return notes
 
 

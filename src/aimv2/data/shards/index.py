@@ -15,19 +15,17 @@ import secrets
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.progress import track
 
 from aimv2.data.shards.format import scan_shard
 from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
+from aimv2.progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +166,7 @@ def _write_offsets(folder: Path, links: dict[str, Path], progress: bool) -> None
     folder.mkdir()
     cut, indexed = dict[str, str](), list[str]()
     with ThreadPoolExecutor(4) as pool:  # waiting on a disk, most of the time
-        read: Iterable[_Shard] = pool.map(_read_shard, links.values())
-        if progress:
-            read = track(read, "Indexing shards", total=len(links), console=Console(stderr=True))
+        read = tracked(pool.map(_read_shard, links.values()), "indexing shards", len(links), progress)
         for (name, path), shard in zip(links.items(), read):
             if shard.cut:
                 cut[str(path)] = shard.cut

@@ -326,7 +326,9 @@ def validation_shards(config: DataConfig) -> list[Path]:
 
 def training_samples(config: DataConfig) -> int:
     """Samples of all sources; shards without an index get one."""
-    return sum(count_samples(build_index(shards, _index_dir(config))) for shards in training_shards(config))
+    return sum(
+        count_samples(build_index(shards, _index_dir(config), progress=True)) for shards in training_shards(config)
+    )
 
 
 class TrainStream:
@@ -359,7 +361,7 @@ class TrainStream:
                 "change train.batch_size or data.workers",
                 code="mismatch",
             )
-        self.indices = [build_index(shards, _index_dir(config)) for shards in training_shards(config)]
+        self.indices = [build_index(shards, _index_dir(config), progress=True) for shards in training_shards(config)]
         self.samples = sum(count_samples(index) for index in self.indices)
         if view.native is None and self.samples < batch_size:
             raise UsageError(

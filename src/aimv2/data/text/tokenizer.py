@@ -17,6 +17,7 @@ from typing import Any
 
 from aimv2.errors import UsageError, first_line
 from aimv2.io import POINTER, is_pointer
+from aimv2.progress import heartbeat
 
 MAX_TOKENS = 77
 PAD, END = "<pad>", "</s>"  # specials of our own tokenizers: ids 0 and 1
@@ -259,7 +260,8 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(cleaned(), trainer)
+    with heartbeat(lambda: f"training a tokenizer, {count} captions read"):
+        backend.train_from_iterator(cleaned(), trainer)
     if not count:
         raise UsageError("captions: none found, expected at least one that is not blank to train a tokenizer on")
     marks = [(token, number) for number, token in enumerate(special) if token != PAD]

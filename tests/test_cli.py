@@ -364,7 +364,10 @@ def test_dry_run_reports_and_writes_nothing(
     assert result["patches_a_step"] == pairs * 16  # 32 px, patch 8
     assert pairs * 2 <= result["tokens_a_step"] <= pairs * 77
     assert result["encoder_parameters"] > 0 and result["decoder_parameters"] > 0
-    assert 0.05 < result["memory_gb"] < 50
+    assert 0.05 < result["memory_gb"] < 50 and result["memory_free_gb"] > 0 and result["compile_seconds"] == 0
+    assert result["visits_a_sample"] == pytest.approx(1000 * pairs / 60) and result["validation_samples"] > 0
+    parameters = result["encoder_parameters"] + result["decoder_parameters"]
+    assert result["checkpoints_gb"] == pytest.approx(16 * parameters / 1e9) and result["disk_free_gb"] > 0  # one save
     assert result["expected_hours"] == pytest.approx(result["seconds_a_step"] * 1000 / 3600)
     rates = {point["step"]: point["lr"] for point in result["learning_rate"]}
     assert max(rates, key=lambda step: rates[step]) == TINY["optim.warmup"]

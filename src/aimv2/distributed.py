@@ -6,7 +6,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aimv2.errors import UsageError
+from aimv2.io import machine_memory
 
 
 @dataclass(frozen=True)
@@ -119,20 +119,8 @@ def default_device(given: str | int | None = None) -> str:
     return str(usable_device(given))
 
 
-def memory() -> tuple[float, float | None]:
-    """Total memory in GB, within the container's limit, and free memory if known."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return total / 1e9, None if free is None else min(free, total) / 1e9
-
-
 def free_memory(device: torch.device) -> float | None:
     """GB that are free on a device, or on a CPU in this machine; None: not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    return memory()[1]
+    return machine_memory()[1]

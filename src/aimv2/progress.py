@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 EVERY = 10.0  # seconds between lines
+PATIENCE = 3  # of which this many pass before a heartbeat says the same again
 
 
 def duration(seconds: float) -> str:
@@ -126,8 +127,12 @@ def heartbeat(line: Callable[[], str], shown: bool = True) -> Iterator[None]:
         ended = threading.Event()
 
         def beat() -> None:
+            last, silent = "", 0
             while not ended.wait(EVERY):
-                say(words())
+                now, silent = line(), silent + 1
+                if now != last or silent == PATIENCE:
+                    say(words())
+                    last, silent = now, 0
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -1,5 +1,7 @@
 """Compiled blocks compute what eager ones do, on one rank and on two, and one kernel serves all numbers of rows."""
 
+import re
+
 import pytest
 import torch
 
@@ -46,11 +48,16 @@ def assert_close(run, other):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_run_has_the_losses_of_an_eager_one(data, eager, tmp_path, checkpointing):
+def test_compiled_run_has_the_losses_of_an_eager_one(data, eager, tmp_path, checkpointing, monkeypatch, capsys):
+    monkeypatch.setattr("aimv2.progress.EVERY", 0.01)
     torch._dynamo.reset()
     before = graphs()
     train(data, tmp_path / "run", train__steps=4, train__compile="on", train__checkpointing=checkpointing)
     assert graphs() > before, "blocks were compiled"
+    shown = capsys.readouterr().err
+    block = r"(encoder|decoder trunk) block \d of \d, (forward|backward), graphs done: \d+, 00:"
+    assert re.search(rf"^compiling: shape 1 of \d \(captions of up to \d+ tokens\), {block}", shown, re.M)
+    assert re.search(r"^compiled [1-9]\d* graphs in 00:\d\d:\d\d$", shown, re.M)
     assert len(exact(tmp_path / "run")) == 5  # four steps, one validation
     assert_close(tmp_path / "run", eager)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import aimv2
-from aimv2.distributed import memory
 from aimv2.doctor.check import Check, Status
 from aimv2.doctor.packages import RequiredPackage, requirements, satisfies
 from aimv2.errors import first_line

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,15 @@ from PIL import Image
 import aimv2
 from aimv2 import api
 from aimv2.cli import main
-from aimv2.cli.dispatch import read_options
-from aimv2.commands.table import COMMANDS, function_name
-from aimv2.config.load import read_recipe
-from aimv2.config.schema import Config, get_value, leaf_keys
+from aimv2.cli.dispatch import read_options, read_words
+from aimv2.commands.parse import module_of, option_fields, read
+from aimv2.commands.table import COMMANDS, PARTS, function_name
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.schema import AUTO, Config, DataConfig, get_value, leaf_keys
+from aimv2.data.shards.format import read_samples
+from aimv2.data.stream.samples import training_shards
 from aimv2.errors import UsageError
+from aimv2.train.prepare import defaults_for
 from runs import TINY, call, options, scenes, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-small.yaml"
@@ -112,14 +117,16 @@ def test_overview_lists_every_verb(shell: Shell) -> None:
     code, out, err = shell("--help")
     assert (code, err) == (0, "")
     for name, command in COMMANDS.items():
-        assert re.search(rf"^  aimv2 {name}\s+{re.escape(command.summary)}$", out, re.MULTILINE)
+        assert re.search(rf"^  {name}\s+{re.escape(command.summary)}$", out, re.MULTILINE)
+        assert f"\n{command.part}:\n" in out and command.part in PARTS
+    assert max(map(len, out.splitlines())) <= 80
     assert shell()[1] == out
     assert shell("--version")[1].strip() == aimv2.__version__
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> None:
-    code, out, err = shell(*name.split(), "--help")
+    code, out, err = shell(*name.split(), "--help-all")
     out = " ".join(out.split())
     assert (code, err) == (0, "")
     assert "--json" in out and "--debug" in out
@@ -128,10 +135,40 @@ def test_help_of_a_verb_gives_types_and_defaults(name: str, shell: Shell) -> Non
         shown = key if "." in key else key.replace("_", "-")
         said = re.search(rf" --{re.escape(shown)}\b{own}\(type: {own}default: ([^\s)]+)", out)
         assert said, f"{name}: --{key} has no type and default in its help"
-        if isinstance(default, int | float) and not isinstance(default, bool):
+        if COMMANDS[name].configured and key in AUTO:
+            assert said[1] == "auto"
+        elif isinstance(default, int | float) and not isinstance(default, bool):
             assert float(said[1]) == default
     for word in COMMANDS[name].words:
         assert re.search(rf" {word.rstrip('*').upper()} [^(]+\(required, type: ", out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_short_help_is_short_and_its_examples_parse(name: str, shell: Shell) -> None:
+    code, out, err = shell(*name.split(), "--help")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert len(lines) <= 58 and lines[0].startswith(f"usage: aimv2 {name}") and "\nexamples:\n" in out
+    if hasattr(module_of(name), "FIRST"):
+        assert max(map(len, lines)) <= 80 and len(lines) < 50
+        assert f"`aimv2 {name} --help-all` shows every option." in out
+        assert set(module_of(name).FIRST.split()) <= {*leaf_keys(), *option_fields(name)}
+    for example in module_of(name).EXAMPLES.splitlines():
+        words = [word for word in shlex.split(example, comments=True) if word != "--json"]
+        assert words[: 1 + len(name.split())] == ["aimv2", *name.split()]
+        given = read_words(name, words[1 + len(name.split()) :])
+        assert parse(given["options"]) if COMMANDS[name].configured else read(name, given)
+
+
+def test_help_says_auto_for_the_keys_that_follow_data_and_device(shell: Shell, data: Path) -> None:
+    samples = [
+        sample for shards in training_shards(DataConfig(train=str(data))) for _, sample in read_samples(shards[0])
+    ]
+    assert set(defaults_for(samples, 60)) | {"optim.warmup"} == set(AUTO)
+    for words in (["pretrain", "--help"], ["pretrain", "--help-all"], ["data", "browse", "--help-all"]):
+        out = " ".join(shell(*words)[1].split())
+        assert "auto: without --config RECIPE the value follows the data and the device" in out
+        assert not re.search(r"default: (1500000|8192|12500|bf16)", out)
 
 
 def verb_options(name: str) -> dict[str, Any]:

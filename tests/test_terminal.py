@@ -319,7 +319,7 @@ def offered(line: str, folder: Path, **env: str) -> tuple[list[str], str]:
     [
         ("aimv2 d", {"data", "depth", "doctor"}),
         ("aimv2 data ", {"import", "check", "browse", "shapes", "teach"}),
-        ("aimv2 data check --", {"--tokenizer", "--min-side", "--json", "--debug", "--help"}),
+        ("aimv2 data check --", {"--tokenizer", "--min-side", "--json", "--debug", "--help", "--help-all"}),
         ("aimv2 pretrain --optim.sch", {"--optim.schedule "}),
         ("aimv2 pretrain --optim.schedule ", {"cosine", "half-cosine", "cooldown", "constant"}),
         ("aimv2 data browse --config r.yaml --cou", {"--count "}),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aimv2.commands.parse import doc_of, module_of, parser_of
+from aimv2.cli.help import AUTO_HELP, help_parser
+from aimv2.commands.parse import doc_of, module_of
 from aimv2.commands.table import COMMANDS
-from aimv2.config.load import config_parser
 
 # options that the command line removes from pretrain's arguments before its configuration is parsed
 PRETRAIN_SWITCHES = (
@@ -34,15 +34,18 @@ def slug(name: str) -> str:
 
 def pages() -> dict[str, str]:
     """``verbs/NAME.md`` and their index."""
-    rows = [f"| [`aimv2 {name}`]({slug(name)}.md) | {cell(command.summary)} |" for name, command in COMMANDS.items()]
+    rows = [
+        f"| {command.part} | [`aimv2 {name}`]({slug(name)}.md) | {cell(command.summary)} |"
+        for name, command in COMMANDS.items()
+    ]
     index = [
         "# Commands",
         "",
-        "Each page is generated from the command's parser, like `aimv2 COMMAND --help`. Every command is also a function of the "
+        "Each page is generated from the command's parser, like `aimv2 COMMAND --help-all`. Every command is also a function of the "
         "same options in `aimv2.api` ([Python reference](../reference.md)).",
         "",
-        "| command | what it does |",
-        "|---|---|",
+        "| for | command | what it does |",
+        "|---|---|---|",
         *rows,
         "",
         "Options may be written with `-` or `_`. Every command takes these two:",
@@ -61,9 +64,11 @@ def page(name: str) -> str:
     words = " ".join(f"[{w[:-1].upper()}...]" if w.endswith("*") else w.upper() for w in command.words)
     call = f"aimv2 {name} {words}".strip()
     lines = [f"# aimv2 {name}", "", sentence(command.summary), "", f"    {call} [--option VALUE ...]", ""]
-    parser = config_parser() if name == "pretrain" else parser_of(name)
+    parser = help_parser(name)
     if name == "pretrain":
         lines += ["## Arguments", "", *table(list(PRETRAIN_SWITCHES)), ""]
+    if command.configured:
+        lines += [cell(AUTO_HELP), ""]
     for title, rows in groups(parser, dashes=name != "pretrain"):
         lines += [f"## {cell(title)}", "", *table(rows), ""]
     gives = returns(doc_of(name))
@@ -81,7 +86,7 @@ def groups(parser: Any, dashes: bool) -> list[tuple[str, list[Row]]]:
     for group in parser._action_groups:
         rows = [row(formatter, action, dashes) for action in group._group_actions if shown(action)]
         if rows:
-            found.append(("Positional arguments" if group.title == "positional arguments" else group.title, rows))
+            found.append((f"{group.title[0].upper()}{group.title[1:]}", rows))
     return found
 
 

@@ -111,13 +111,13 @@ def check(words: list[str], inline: bool = False) -> None:
 def check_verb(words: list[str], inline: bool) -> None:
     """Verb, options and their types, by the parsers of the command line."""
     words = [word for word in words if word not in ("--json", "--debug")]
-    if not words or words[0] in ("VERB", "--help", "--version") or words == ["--install-completion"]:
+    if not words or words[0] in ("VERB", "--help", "--help-all", "--version") or words == ["--install-completion"]:
         return
     name = words.pop(0)
     if name in GROUPS:
         name = f"{name} {words.pop(0)}" if words else next(other for other in COMMANDS if other.startswith(name + " "))
     assert name in COMMANDS, f"no command {name!r}"
-    if "--help" in words or (inline and not words):
+    if {"--help", "--help-all"} & set(words) or (inline and not words):
         return
     if name == "pretrain":
         recipe, given, _ = read_options(words)

@@ -88,6 +88,7 @@ def test_options_and_keys_in_sentences_exist(page: Path) -> None:
         "--dry-run",
         "--print-config",
         "--help",
+        "--help-all",
         "--json",
         "--debug",
         *(f"--{k}" for k in known_keys()),

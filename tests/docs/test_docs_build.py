@@ -90,7 +90,7 @@ def test_every_verb_has_a_page_with_all_its_options(site: Path) -> None:
     text = text_of(site / "verbs" / "pretrain.html")
     for key in leaf_keys():
         assert f"--{key} " in text, key
-    assert re.search(r"--train\.batch_size int 8192 pairs a step", text), "type, default, meaning"
+    assert re.search(r"--train\.batch_size int auto pairs a step", text), "type, default, meaning"
     assert re.search(r"--pool mean \| attention \| none mean ", text_of(site / "verbs" / "embed.html"))
 
 

@@ -19,7 +19,7 @@ from aimv2.config.recipes import is_chain, shipped
 from aimv2.config.schema import Config, get_value, known_keys, leaf_keys
 
 MODELS_TOO = ("model", "init", "other", "teacher", "objective.teacher", "source")  # take a model by name or by path
-COMMON = ("json", "debug", "help")
+COMMON = ("json", "debug", "help", "help-all")
 START = "_ARGCOMPLETE"  # number of the command's own word, from 1
 
 

@@ -12,21 +12,11 @@ import time
 from typing import Any
 
 from aimv2 import __version__
-from aimv2.commands.parse import (
-    add_common,
-    help_texts,
-    make_parser,
-    module_of,
-    option_fields,
-    parser_of,
-    plain_hints,
-    read,
-    spelled,
-)
-from aimv2.commands.table import COMMANDS, GROUPS
+from aimv2.commands.parse import module_of, option_fields, plain_hints, read, spelled
+from aimv2.commands.table import COMMANDS, GROUPS, PARTS
 from aimv2.errors import RankError, UsageError, nearest, one_line, shown
 
-CONFIG_HELP = "YAML recipe, by path or by a name of `aimv2 recipes`; --section.key value overrides it"
+HELP = ("-h", "--help", "--help-all")
 FLAGS = ("resume", "overwrite")
 RANK_WAITS = 5.0  # seconds
 DISK = (
@@ -122,7 +112,7 @@ def dispatch(words: list[str]) -> int:
     """Finds the command, reads its options, runs it and prints its result."""
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(overview())
         return 0
     if words[0] in ("-V", "--version"):
@@ -131,7 +121,7 @@ def dispatch(words: list[str]) -> int:
     name = words.pop(0)
     if name in GROUPS:
         inner = [command.split()[1] for command in COMMANDS if command.startswith(name + " ")]
-        if not words or words[0] in ("-h", "--help"):
+        if not words or words[0] in HELP:
             print(overview(name))
             return 0
         if words[0] not in inner:
@@ -141,8 +131,10 @@ def dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         known = f"{nearest(name, [*COMMANDS, *GROUPS])} (aimv2 --help lists them)"
         raise UsageError(f"unknown command '{name}'{known}", code="unknown")
-    if any(word in ("-h", "--help") for word in words):
-        print_help(name)
+    if any(word in HELP for word in words):
+        from aimv2.cli.help import help_of
+
+        print(help_of(name, whole="--help-all" in words))
         return 0
     given = read_words(name, words)
     options = read(name, given)  # mistakes are reported before torch is imported
@@ -166,15 +158,16 @@ def dispatch(words: list[str]) -> int:
 
 
 def overview(group: str | None = None) -> str:
-    """The commands, a line each."""
-    rows = [
-        (name, command.summary) for name, command in COMMANDS.items() if group is None or name.startswith(group + " ")
-    ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  aimv2 {name:<{width}}  {summary}" for name, summary in rows]
-    head = "AIMV2: multimodal autoregressive pre-training of vision encoders\n\n" if group is None else ""
-    tail = "\n\n`aimv2 COMMAND --help` shows a command's options; --json prints its result as one JSON object."
-    return head + "\n".join(lines) + tail
+    """The commands, a line each: all of them under what they are for, or those of a group such as ``data``."""
+    shown = {name: command for name, command in COMMANDS.items() if group is None or name.startswith(f"{group} ")}
+    width = max(map(len, shown))
+    parts = [] if group else ["AIMV2: multimodal autoregressive pre-training of vision encoders"]
+    for part in PARTS:
+        rows = [f"  {name:<{width}}  {command.summary}" for name, command in shown.items() if command.part == part]
+        if rows:
+            parts.append("\n".join(rows if group else [f"{part}:", *rows]))
+    parts.append("`aimv2 COMMAND --help` shows a command's options;\n--json prints its result as one JSON object.")
+    return "\n\n".join(parts)
 
 
 def read_words(name: str, words: list[str]) -> dict[str, Any]:
@@ -212,40 +205,6 @@ class LineParser(argparse.ArgumentParser):
         raise UsageError(one_line(message, options=True), code="missing" if "required" in message else "invalid")
 
 
-def print_help(name: str) -> None:
-    """jsonargparse's help, without what is refused (a file for a section, appending) and with dashes in a command's options."""
-    if COMMANDS[name].configured:
-        parser = make_parser(name)
-        kind: dict[str, Any] = {} if name == "pretrain" else {"type": str}
-        parser.add_argument("--config", metavar="RECIPE", help=CONFIG_HELP, **kind)
-        add_switches(parser, name)
-        add_common(parser)
-        from aimv2.config.schema import Config
-
-        parser.add_class_arguments(Config, nested_key=None)
-    else:
-        parser = parser_of(name)
-    lines = []
-    for line in parser.format_help().splitlines():
-        if re.match(r"  --\w+ CONFIG\b", line) or re.match(r"  --[\w.]+\.help\b", line):
-            continue
-        line = re.sub(r", --[\w.]+\+ \S+", "", line)
-        lines.append(re.sub(r"(?<=[ \[])--[a-z_]+(?![\w.])", lambda found: found[0].replace("_", "-"), line))
-    print("\n".join(lines))
-    if epilog := getattr(module_of(name), "EPILOG", ""):
-        print(f"\n{epilog}")
-
-
-def add_switches(parser: Any, name: str) -> None:
-    """Options of a configured command itself: switches of ``pretrain`` without a value, the others with theirs."""
-    texts, hints = help_texts(name), plain_hints(name)
-    for key, field in option_fields(name).items():
-        if key not in ("config", "run", "options"):
-            bare: dict[str, Any] = {"action": "store_true"} if field.default is False and name == "pretrain" else {}
-            more = bare or {"type": hints[key], "default": field.default}
-            parser.add_argument(f"--{key}", help=texts[key], **more)
-
-
 def _dashes(words: list[str]) -> list[str]:
     """--val_fraction is --val-fraction."""
     out = []
@@ -276,7 +235,7 @@ def _bare_switches(switches: set[str], words: list[str]) -> list[str]:
 
 
 def _check_options(name: str, words: list[str]) -> None:
-    known = ["--help", "--json", "--debug", *(spelled(name, key) for key in option_fields(name))]
+    known = ["--help", "--help-all", "--json", "--debug", *(spelled(name, key) for key in option_fields(name))]
     for word in words:
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known and option != "--":

@@ -10,6 +10,11 @@ from rich.console import Console
 from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
 from aimv2.errors import UsageError, need, shown
 
+EXAMPLES = """\
+aimv2 caption runs/mine photos
+aimv2 caption runs/mine --data shards/mine --score --out results/captions"""
+FIRST = "beams temperature max_tokens repetition_penalty data score out device"
+
 
 @dataclass(kw_only=True)
 class CaptionOptions:

@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+EXAMPLES = """\
+aimv2 compare results/knn results/linear
+aimv2 compare results --dataset cifar10 --format markdown --plot compared.png"""
+
 
 @dataclass(kw_only=True)
 class CompareOptions:

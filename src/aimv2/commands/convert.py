@@ -11,6 +11,9 @@ from aimv2.errors import UsageError
 
 Target = Literal["released", "transformers", "timm", "onnx", "openvino", "safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+EXAMPLES = """\
+aimv2 convert runs/mine exported --to timm
+aimv2 convert aimv2-large-patch14-224 graph --to onnx"""
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,11 @@ from typing import Annotated, Any
 from aimv2.config.types import Bounds
 from aimv2.errors import UsageError
 
+EXAMPLES = """\
+aimv2 data browse --data.train shards/mine --out browse.html
+aimv2 data browse --config recipe.yaml --data.train shards/mine --open"""
+FIRST = "config data.train seed out count open"
+
 
 @dataclass(kw_only=True)
 class DataBrowseOptions:

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from aimv2.errors import UsageError
 
+EXAMPLES = "aimv2 data check shards/mine"
+
 
 @dataclass(kw_only=True)
 class DataCheckOptions:

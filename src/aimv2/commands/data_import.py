@@ -7,6 +7,11 @@ from typing import Any
 
 from aimv2.config.types import PositiveInt
 
+EXAMPLES = """\
+aimv2 data import photos shards/photos
+aimv2 data import table.csv shards/mine --image-column file --val-fraction .05"""
+FIRST = "captions image_column caption_column val_fraction max_side class_folders no_captions workers"
+
 
 @dataclass(kw_only=True)
 class DataImportOptions:

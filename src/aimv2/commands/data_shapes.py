@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from aimv2.config.types import Bounds, Count, Fraction, SideRange, text
 
+EXAMPLES = "aimv2 data shapes shards/scenes --count 2000"
+
 
 @dataclass(kw_only=True)
 class DataShapesOptions:

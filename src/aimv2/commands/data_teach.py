@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 from aimv2.config.types import Bounds, Fraction
 from aimv2.errors import UsageError
 
+EXAMPLES = "aimv2 data teach aimv2-large-patch14-224 shards/mine shards/taught"
+FIRST = "views batch_size device precision"
+
 
 @dataclass(kw_only=True)
 class DataTeachOptions:

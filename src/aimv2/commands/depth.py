@@ -8,6 +8,11 @@ from typing import Annotated, Any
 from aimv2.config.types import Bounds, ValueList, text
 from aimv2.evals.options import DenseOptions
 
+EXAMPLES = """\
+aimv2 depth aimv2-large-patch14-224 --data rooms
+aimv2 depth runs/mine --data rooms --baselines random --out results/depth"""
+FIRST = "data depth_scale invalid val_fraction epochs baselines device out"
+
 
 @dataclass(kw_only=True)
 class DepthOptions(DenseOptions):

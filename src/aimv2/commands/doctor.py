@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+EXAMPLES = "aimv2 doctor --quick"
+
 
 @dataclass(kw_only=True)
 class DoctorOptions:

@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from aimv2.errors import UsageError
 
+EXAMPLES = """\
+aimv2 embed aimv2-large-patch14-224 photos features/photos
+aimv2 embed runs/mine shards/mine features/mine --pool none --format parquet"""
+
 
 @dataclass(kw_only=True)
 class EmbedOptions:

@@ -10,6 +10,11 @@ from aimv2.config.types import Bounds, Count
 from aimv2.errors import need
 from aimv2.evals.options import ModelOptions
 
+EXAMPLES = """\
+aimv2 explore aimv2-large-patch14-224 --images photos --open
+aimv2 explore runs/mine --images photos --other aimv2-large-patch14-224"""
+FIRST = "images other limit port open device"
+
 
 @dataclass(kw_only=True)
 class ExploreOptions(ModelOptions):

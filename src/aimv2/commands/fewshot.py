@@ -8,6 +8,11 @@ from typing import Any
 from aimv2.config.types import IntList, PositiveInt, text
 from aimv2.evals.options import PooledOptions
 
+EXAMPLES = """\
+aimv2 fewshot aimv2-large-patch14-224 --data photos
+aimv2 fewshot runs/mine --data photos --shots 1,5 --out results/fewshot"""
+FIRST = "data dataset shots seeds layers device out"
+
 
 @dataclass(kw_only=True)
 class FewshotOptions(PooledOptions):

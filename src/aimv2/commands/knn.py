@@ -8,6 +8,11 @@ from typing import Any, Literal
 from aimv2.config.types import AboveZero, Count, IntList, text
 from aimv2.evals.options import PooledOptions
 
+EXAMPLES = """\
+aimv2 knn aimv2-large-patch14-224 --data photos
+aimv2 knn runs/mine --data photos --baselines random,pixels --out results/knn"""
+FIRST = "data dataset layers baselines batch_size device out"
+
 
 @dataclass(kw_only=True)
 class KnnOptions(PooledOptions):

@@ -8,6 +8,11 @@ from typing import Any, Literal
 from aimv2.config.types import Count
 from aimv2.evals.options import PooledOptions
 
+EXAMPLES = """\
+aimv2 linear aimv2-large-patch14-224 --data photos
+aimv2 linear runs/mine --data photos --layers last,avg6 --out results/linear"""
+FIRST = "data dataset solver layers baselines batch_size device out"
+
 
 @dataclass(kw_only=True)
 class LinearOptions(PooledOptions):

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from aimv2.tables import TextTable
 
+EXAMPLES = "aimv2 models --json"
+
 
 @dataclass(kw_only=True)
 class ModelsOptions:

@@ -43,8 +43,13 @@ def option_fields(name: str) -> dict[str, Field[Any]]:
 @cache
 def help_texts(name: str) -> dict[str, str]:
     """A line for each option, from the docstrings of the options class and of its bases."""
+    return argument_texts(options_class(name))
+
+
+def argument_texts(dataclass: type) -> dict[str, str]:
+    """A line for each field, from the docstrings of a dataclass and of its bases."""
     texts: dict[str, str] = {}
-    for kind in reversed(options_class(name).__mro__):
+    for kind in reversed(dataclass.__mro__):
         args = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
         texts |= {key: " ".join(text.split()) for key, text in ARGUMENT.findall(args)}
     return texts
@@ -80,7 +85,7 @@ def make_parser(name: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> Any:
             raise UsageError(one_line(message, options=True))
 
-    return Parser(prog=f"aimv2 {name}", description=COMMANDS[name].summary, allow_abbrev=False)
+    return Parser(prog=f"aimv2 {name}", usage=f"aimv2 {name}", allow_abbrev=False)
 
 
 def add_common(parser: Any) -> None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+EXAMPLES = """\
+aimv2 pretrain --run runs/demo                      # the demo
+aimv2 pretrain --data.train shards/mine --dry-run   # what a run would take
+aimv2 pretrain --data.train shards/mine --run runs/mine
+aimv2 pretrain --config cifar10-small --data.train shards/cifar --run runs/c10
+aimv2 pretrain --run runs/mine --resume"""
+FIRST = "config run data.train init model.name train.steps train.epochs train.batch_size train.max_hours resume overwrite dry_run print_config"
+
 
 @dataclass(kw_only=True)
 class PretrainOptions:
     """Pre-train an AIMV2: recipe, run folder and dotted options in, a trained run out.
+
+    With neither a recipe nor data the demo runs: captioned scenes, drawn into the run folder.
 
     Args:
         config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo on captioned scenes

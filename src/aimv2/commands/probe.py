@@ -9,6 +9,11 @@ from aimv2.config.types import Bounds, Count, FloatList, PositiveInt, RateList, 
 from aimv2.errors import UsageError
 from aimv2.evals.options import ClassifierOptions
 
+EXAMPLES = """\
+aimv2 probe aimv2-large-patch14-224 --data photos
+aimv2 probe runs/mine --data photos --baselines random --out results/probe"""
+FIRST = "data dataset epochs rates batch_size baselines device out"
+
 
 @dataclass(kw_only=True)
 class ProbeOptions(ClassifierOptions):

@@ -10,6 +10,8 @@ from typing import Any
 from aimv2.commands import convert
 from aimv2.errors import UsageError
 
+EXAMPLES = "aimv2 push runs/mine me/my-encoder --private"
+
 
 @dataclass(kw_only=True)
 class PushOptions:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+EXAMPLES = """\
+aimv2 report runs/mine
+aimv2 report runs/a runs/b --out compared.html"""
+
 
 @dataclass(kw_only=True)
 class ReportOptions:

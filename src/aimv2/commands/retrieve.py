@@ -9,6 +9,11 @@ from aimv2.config.types import Bounds, IntList, text
 from aimv2.errors import UsageError
 from aimv2.evals.options import MatchOptions
 
+EXAMPLES = """\
+aimv2 retrieve aimv2-large-patch14-224-lit --data photos
+aimv2 retrieve runs/mine --data shards/mine --candidates 100 --out results"""
+FIRST = "data captions candidates k baselines device out"
+
 
 @dataclass(kw_only=True)
 class RetrieveOptions(MatchOptions):

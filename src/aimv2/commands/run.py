@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+EXAMPLES = """\
+aimv2 run chain.yaml --data shards/mine --out runs/chain
+aimv2 run chain.yaml --status"""
 EPILOG = """\
 a chain file:
   out: runs/chain              # a folder per stage below it; --out overrides it

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 from aimv2.config.types import Bounds, ValueList, text
 from aimv2.evals.options import DenseOptions
 
+EXAMPLES = """\
+aimv2 segment aimv2-large-patch14-224 --data scenes
+aimv2 segment runs/mine --data scenes --baselines random --out results/segment"""
+FIRST = "data classes ignore values val_fraction epochs baselines device out"
+
 
 @dataclass(kw_only=True)
 class SegmentOptions(DenseOptions):

@@ -11,42 +11,45 @@ class Command:
 
     Attributes:
         words: positional arguments; the last may end in ``*`` (any number).
-        summary: a line of help.
+        summary: a line of help, at most 61 characters.
+        part: what it is for, one of :data:`PARTS`.
         configured: takes the whole configuration of a run as dotted options.
     """
 
     words: tuple[str, ...]
     summary: str
+    part: str = "use"
     configured: bool = False
 
 
+PARTS = ("train", "data", "evaluate", "use")  # in the order in which ``aimv2 --help`` lists them
 COMMANDS = {
-    "pretrain": Command((), "pre-train an AIMV2; with nothing given, the demo on captioned scenes", configured=True),
-    "run": Command(("chain",), "run a chain of stages: what is not done yet, in order, and one report"),
-    "recipes": Command(("names*",), "list the recipes and chains by name, or print one"),
-    "data import": Command(("source", "out"), "convert captioned images to WebDataset shards"),
-    "data check": Command(("source",), "check shards before training"),
-    "data browse": Command((), "write a page of samples as the model will see them, before a run", configured=True),
-    "data shapes": Command(("out",), "write the built-in captioned scenes"),
-    "data teach": Command(("teacher", "data", "out"), "store a teacher's patch features with the images"),
-    "tokenizer train": Command(("captions", "out"), "train a BPE tokenizer on captions"),
+    "pretrain": Command((), "pre-train an AIMV2; with nothing given, the demo", "train", configured=True),
+    "run": Command(("chain",), "run a chain of stages: what is not done yet, and one report", "train"),
+    "recipes": Command(("names*",), "list the recipes and chains by name, or print one", "train"),
+    "report": Command(("runs*",), "write a page of one run, or a comparison of several", "train"),
+    "data import": Command(("source", "out"), "convert captioned images to WebDataset shards", "data"),
+    "data check": Command(("source",), "check shards before training", "data"),
+    "data browse": Command((), "write a page of samples as the model will see them", "data", configured=True),
+    "data shapes": Command(("out",), "write the built-in captioned scenes", "data"),
+    "data teach": Command(("teacher", "data", "out"), "store a teacher's patch features with the images", "data"),
+    "tokenizer train": Command(("captions", "out"), "train a BPE tokenizer on captions", "data"),
+    "knn": Command(("model",), "classify by nearest neighbours: no training, a sweep over k", "evaluate"),
+    "linear": Command(("model",), "a linear classifier on frozen features, by L-BFGS or SGD", "evaluate"),
+    "probe": Command(("model",), "attentive probes on frozen features, the whole grid at once", "evaluate"),
+    "fewshot": Command(("model",), "classify from a few images per class, over several draws", "evaluate"),
+    "zeroshot": Command(("model",), "classify by class texts: a pair (LiT, CLIP), or a decoder", "evaluate"),
+    "retrieve": Command(("model",), "image-text retrieval, recall at k: a pair, or a decoder", "evaluate"),
+    "segment": Command(("model",), "segmentation by a linear probe on frozen patch features", "evaluate"),
+    "depth": Command(("model",), "depth by a linear probe on frozen patch features", "evaluate"),
+    "compare": Command(("results*",), "compare results with the paper's tables; text, JSON, a plot", "evaluate"),
     "caption": Command(("model", "images*"), "write captions of images, or score them against references"),
-    "compare": Command(("results*",), "compare results with the paper's tables: text, Markdown, JSON, a plot"),
-    "models": Command((), "list every model: parameters, GFLOPs, input size, licence, revision"),
-    "convert": Command(("source", "out"), "write a model for transformers, timm, ONNX, OpenVINO or aimv2"),
-    "embed": Command(("model", "images", "out"), "write features of a folder, a list or shards as arrays or Parquet"),
-    "probe": Command(("model",), "evaluate a frozen encoder: attentive probes, the whole grid at once"),
-    "knn": Command(("model",), "evaluate a frozen encoder: nearest neighbours by cosine, a sweep over k"),
-    "linear": Command(("model",), "evaluate a frozen encoder: a linear classifier, by L-BFGS or SGD"),
-    "fewshot": Command(("model",), "evaluate a frozen encoder: a few images per class, over several draws"),
-    "segment": Command(("model",), "evaluate a frozen encoder: segmentation by a linear probe on its patches"),
-    "depth": Command(("model",), "evaluate a frozen encoder: depth by a linear probe on its patches"),
-    "zeroshot": Command(("model",), "classify by class texts: a pair (LiT, CLIP, ...), or a decoder's likelihood"),
-    "retrieve": Command(("model",), "image-text retrieval, recall at k: a pair, or a decoder's likelihood"),
-    "report": Command(("runs*",), "write a page of one run (curves, pictures, figures), or a comparison of several"),
-    "explore": Command(("model",), "explore a model in the browser: features, captions, next patches, search"),
-    "doctor": Command((), "check this machine and train a tiny model; exit code 1 if a check failed"),
+    "embed": Command(("model", "images", "out"), "write features of images as arrays or Parquet"),
+    "explore": Command(("model",), "explore a model in the browser: features, captions, search"),
+    "models": Command((), "list every model: parameters, GFLOPs, input size, licence"),
+    "convert": Command(("source", "out"), "write a model for transformers, timm, ONNX or OpenVINO"),
     "push": Command(("model", "repository"), "upload a model to the hub, with its card"),
+    "doctor": Command((), "check this machine and train a tiny model"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from aimv2.errors import UsageError
 
+EXAMPLES = "aimv2 tokenizer train captions.txt tokenizers/mine --vocab-size 8192"
+
 
 @dataclass(kw_only=True)
 class TokenizerTrainOptions:

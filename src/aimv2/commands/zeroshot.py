@@ -8,6 +8,11 @@ from typing import Any
 from aimv2.config.types import Count
 from aimv2.evals.options import ZeroshotData
 
+EXAMPLES = """\
+aimv2 zeroshot aimv2-large-patch14-224-lit --data photos
+aimv2 zeroshot runs/mine --data photos --classes names.txt --out results"""
+FIRST = "data dataset templates classes limit device out"
+
 
 @dataclass(kw_only=True)
 class ZeroshotOptions(ZeroshotData):

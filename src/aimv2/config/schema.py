@@ -13,6 +13,12 @@ from typing import Any, Literal, get_type_hints
 from aimv2.config.objective import BUILT_IN, ObjectiveConfig, options_of
 
 
+AUTO = (  # keys that follow the data and the device, where neither a recipe nor the user sets them: train/prepare.py, defaults_for
+    "model.name", "optim.warmup", "train.steps", "train.batch_size", "train.precision", "train.save_every", "eval.every",
+    "eval.samples",
+)  # fmt: skip
+
+
 @dataclass
 class ModelConfig:
     """Encoder and decoder: a row of the sizes table and what to change in it (null keeps the row's value).

@@ -11,7 +11,10 @@ aimv2 pretrain --data.train shards/mine --dry-run   # what a run would take
 aimv2 pretrain --data.train shards/mine --run runs/mine
 aimv2 pretrain --config cifar10-small --data.train shards/cifar --run runs/c10
 aimv2 pretrain --run runs/mine --resume"""
-FIRST = "config run data.train init model.name train.steps train.epochs train.batch_size train.max_hours resume overwrite dry_run print_config"
+FIRST = (
+    "config run data.train init model.name train.steps train.epochs train.batch_size train.max_hours resume overwrite "
+    "dry_run print_config"
+)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_type_hints
 
 from aimv2.config.objective import BUILT_IN, ObjectiveConfig, options_of
 
-
 AUTO = (  # keys that follow the data and the device, where neither a recipe nor the user sets them: train/prepare.py, defaults_for
     "model.name", "optim.warmup", "train.steps", "train.batch_size", "train.precision", "train.save_every", "eval.every",
     "eval.samples",

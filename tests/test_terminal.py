@@ -123,6 +123,10 @@ def test_json_is_one_object_and_its_table_fits(
         # what is left: a path and a caption for other programs, and a long path of the user's, which is never broken
         tabled = [each for each in lines if not each.startswith("photos/") and str(place) not in each]
         assert lines and max(map(len, tabled), default=0) <= 80, max(lines, key=len)
+        bare = [found for line in lines if (found := re.match(r"(\S[^.]*?)\s{2,}(?:top1 )?[01]\.\d+(?![\d%])", line))]
+        assert all(re.search("loss|rmse|abs_rel|second|hours|memory|median|: pixels|tokens", one[1]) for one in bare), (
+            bare
+        )
 
 
 def prepare(name: str, place: Path) -> None:

@@ -1,10 +1,26 @@
-"""One table for people, as text within a width or as Markdown."""
+"""What people read: figures on one scale, and tables as text within a width or as Markdown."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+# names of figures that are fractions of what was right, found or used; a test holds them against the results of every command
+FRACTIONS = re.compile(r"top[15]|miou|_iou|accuracy|exact_match|mfu|image_to_text|text_to_image|R@|delta1|chance")
+
+
+def percent(fraction: float) -> str:
+    """``0.8529`` as ``85.3%``."""
+    return f"{fraction:.1%}"
+
+
+def figure(name: str, value: float, form: str = ".4f") -> str:
+    """A figure as people read it: a fraction, by its name, in percent, CIDEr and BLEU a hundredfold, any other in ``form``."""
+    if name.rpartition(".")[2].startswith(("cider", "bleu")):
+        return f"{100 * value:.1f}"
+    return percent(value) if FRACTIONS.search(name) else format(value, form)
 
 
 @dataclass

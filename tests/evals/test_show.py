@@ -47,6 +47,12 @@ def test_a_verb_prints_what_it_found(
     squeezed = "\n".join(" ".join(line.split()) for line in printed.splitlines())
     for part in said:
         assert " ".join(part.split()) in squeezed, printed
+    fractions = [
+        line for line in squeezed.splitlines() if re.match("top1|by_layer|miou|pixel_acc|chance|delta1|top5 ", line)
+    ]
+    assert fractions and all(re.match(r"\S+ (\S+ )?\d+\.\d%(?!\d)", line) for line in fractions), (
+        "percent with one decimal"
+    )
 
 
 def test_the_whole_grid_of_a_probe_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_a_second_conversion_keeps_the_story(tmp_path: Path) -> None:
     api.convert(str(tmp_path / "one"), str(tmp_path / "two"), "transformers")
     api.convert(str(tmp_path / "two"), str(tmp_path / "three"), "timm")
     assert head_of(tmp_path / "three")["license"] == "mit"
-    for part in ("| val_text_loss | 1.2500 |", "| probe_top1 | 0.5000 |", "name: aimv2-tiny-patch8-32"):
+    for part in ("| val_text_loss | 1.2500 |", "| probe_top1 | 50.0% |", "name: aimv2-tiny-patch8-32"):
         assert part in body_of(tmp_path / "three")
     api.convert(str(tmp_path / "two"), str(tmp_path / "other"), "released", licence="apache-2.0")
     assert head_of(tmp_path / "other")["license"] == "apache-2.0"

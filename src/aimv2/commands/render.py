@@ -11,7 +11,7 @@ from rich.table import Table
 
 from aimv2.commands.parse import module_of
 from aimv2.data.passed import passed_lines
-from aimv2.tables import TextTable
+from aimv2.tables import TextTable, figure
 
 WIDTH = 80
 PLACES = ("default", "command line", "demo", "image size", "$AIMV2_DATA")  # sources of values; else a recipe's file
@@ -39,6 +39,7 @@ def render_result(console: Console, result: dict[str, Any]) -> None:
         f"{result['model']['name']} on {data.get('dataset') or data['name']}: {result['protocol'].get('name', result['verb'])}"
     )
     rows: list[tuple[str, str]] = []
+    head = next((key for key, value in figures.items() if isinstance(value, float)), "")  # what there is by layer
     for key, value in figures.items():
         if isinstance(value, float):
             rows.append((key, with_interval(figures, key)))
@@ -46,9 +47,12 @@ def render_result(console: Console, result: dict[str, Any]) -> None:
             rows.append((key, str(value)))
         elif isinstance(value, list) and 0 < len(value) <= SHORT and not key.endswith("_interval"):
             if all(isinstance(x, int | float) for x in value) and key != "chosen":
-                rows.append((key, "  ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in value)))
+                rows.append((key, "  ".join(figure(key, x) if isinstance(x, float) else str(x) for x in value)))
         elif isinstance(value, dict) and key in ("by_layer", "image_to_text", "text_to_image"):
-            rows += [(f"{key} {name}", with_interval(value, name)) for name, x in value.items() if isinstance(x, float)]
+            of = head if key == "by_layer" else ""
+            rows += [
+                (f"{key} {name}", with_interval(value, name, of)) for name, x in value.items() if isinstance(x, float)
+            ]
     chosen = [in_words(one) for one in figures.get("chosen", [])]
     if chosen:
         rows.append(("chosen", ";  ".join(dict.fromkeys(chosen))))  # by seed, where they differ
@@ -69,10 +73,11 @@ def render_result(console: Console, result: dict[str, Any]) -> None:
     render_sweep(console, figures)
 
 
-def with_interval(figures: dict[str, Any], key: str) -> str:
-    """A figure, and its interval where it has one."""
+def with_interval(figures: dict[str, Any], key: str, of: str = "") -> str:
+    """A figure, and its interval where it has one; ``of``: its name where the key is none."""
     low, high = figures.get(f"{key}_interval") or (None, None)
-    return f"{figures[key]:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None and high is not None else "")
+    between = "" if low is None or high is None else f" ({figure(of or key, low)} to {figure(of or key, high)})"
+    return figure(of or key, figures[key]) + between
 
 
 def in_words(chosen: dict[str, Any] | float) -> str:
@@ -129,7 +134,12 @@ def render_figures(console: Console, result: dict[str, Any]) -> None:
     for key, value in result.items():
         if (isinstance(value, str | int | float | bool) or value is None) and key != "report":
             table.add_row(
-                key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+                key,
+                figure(key, value, ",.4g")
+                if isinstance(value, float)
+                else f"{value:,}"
+                if type(value) is int
+                else str(value),
             )
     console.print(table)
     if "learning_rate" in result:

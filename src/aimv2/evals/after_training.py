@@ -29,6 +29,7 @@ from aimv2.io import say
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
+from aimv2.tables import figure
 from aimv2.tasks.held_out import HeldOut, HeldOutSample, held_out_samples, read_held_out
 
 NGRAM_CAPTIONS = 50_000  # training captions that the n-gram models are fitted on, at most
@@ -153,7 +154,7 @@ def probe_against_random(config: Config, model: AIMv2, view: View, run: Path) ->
                 seed=config.seed,
                 device=model.encoder.mean.device,
             )
-            say(f"{name} {figures[name]:.4f}")
+            say(f"{name} {figure(name, figures[name])}")
     return figures
 
 

@@ -29,6 +29,7 @@ from aimv2.evals.untrained import BASELINE, with_untrained_encoder
 from aimv2.features.fingerprint import weights_hash
 from aimv2.models.aimv2 import AIMv2
 from aimv2.progress import tracked
+from aimv2.tables import figure, percent
 
 SHOWN = 10  # examples that a result keeps
 
@@ -197,14 +198,16 @@ def render_scores(result: dict[str, Any]) -> str:
     low, high = figures["exact_match_interval"]
     lines = [
         f"{result['model']['name']}: {data['test_images']:,} images, {data['references']:,} references",
-        f"CIDEr        {100 * figures['cider']:.1f}",
-        *(f"BLEU-{n}       {100 * figures[f'bleu{n}']:.1f}" for n in range(1, 5)),
-        f"exact match  {100 * figures['exact_match']:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+        f"CIDEr        {figure('cider', figures['cider'])}",
+        *(f"BLEU-{n}       {figure('bleu', figures[f'bleu{n}'])}" for n in range(1, 5)),
+        f"exact match  {percent(figures['exact_match'])} ({percent(low)} to {percent(high)})",
         f"words by {result['protocol']['tokenizer']}; {result['protocol']['decoding']}",
     ]
     left = {key: figures[key] for key in ("without_captions", "unreadable") if figures[key]}
     for other, found in figures.get("baselines", {}).items():
-        lines.append(f"baseline: {other}  CIDEr {100 * found['cider']:.1f}, BLEU-4 {100 * found['bleu4']:.1f}")
+        lines.append(
+            f"baseline: {other}  CIDEr {figure('cider', found['cider'])}, BLEU-4 {figure('bleu', found['bleu4'])}"
+        )
     lines += [f"left out, {key.replace('_', ' ')}: {count:,}" for key, count in left.items()]
     lines += [f"{row['written']}  |  {row['references'][0]}" for row in figures["captions"][:3]]
     return "\n".join(line if len(line) <= 80 else line[:77] + "..." for line in lines)

@@ -21,6 +21,7 @@ from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 from aimv2.models.sizes import MODELS, EncoderConfig, encoder_flops
+from aimv2.tables import figure
 
 OURS = "import aimv2\n\n{variable} = aimv2.load_model({name!r}{options})"
 USE = {
@@ -115,8 +116,8 @@ def measured(source: ModelSource) -> dict[str, float]:
     """
     run = run_of(source)
     if run is None:
-        rows = re.findall(r"^\| ([\w/.@-]+) \| (-?[\d.]+(?:e-?\d+)?) \|$", _table(card_of(source)), re.MULTILINE)
-        return {key: float(value) for key, value in rows}
+        rows = re.findall(r"^\| ([\w/.@-]+) \| (-?[\d.]+(?:e-?\d+)?)(%?) \|$", _table(card_of(source)), re.MULTILINE)
+        return {key: float(value) / (100 if sign else 1) for key, value, sign in rows}
     try:
         summary: Any = json.loads((run / "summary.json").read_text())
     except (OSError, ValueError):
@@ -181,7 +182,12 @@ def card(source: ModelSource | None, model: nn.Module, to: str, name: str, licen
         "```",
     ]
     if figures := measured(source) if source else {}:
-        body += ["", "| measured | |", "|---|---|", *(f"| {key} | {value:.4f} |" for key, value in figures.items())]
+        body += [
+            "",
+            "| measured | |",
+            "|---|---|",
+            *(f"| {key} | {figure(key, value)} |" for key, value in figures.items()),
+        ]
     if recipe := recipe_of(source) if source else "":
         body += ["", "## Recipe", "", "```yaml", recipe, "```"]
     return "\n".join(["---", *head, "---", "", *body]) + "\n"

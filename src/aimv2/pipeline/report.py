@@ -13,6 +13,7 @@ from aimv2.io import write_aside
 from aimv2.pipeline.read import Chain
 from aimv2.pipeline.state import DONE, Status
 from aimv2.tables import TextTable
+from aimv2.tables import figure as shown
 
 FORMAT = "aimv2 chain report 1"
 # the default figures: of a run (those that its objective has), and of an evaluation
@@ -60,6 +61,7 @@ def make_report(chain: Chain, found: list[Status]) -> dict[str, Any]:
         "stages": rows,
         "figures": figures,
         "missing": [title for title in chain.report if title in wanted] if finished else [],
+        "names": {title: name for title, (_, name) in chain.report.items()},
     }
 
 
@@ -109,27 +111,28 @@ def write(report: dict[str, Any], out: Path) -> None:
 # ---- as text ----
 
 
-def stage_cells(row: dict[str, Any]) -> list[str]:
+def stage_cells(row: dict[str, Any], names: dict[str, str]) -> list[str]:
     """A row of the table of stages."""
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-    figures = [f"{name} {value:.4f}" for name, value in list(row["figures"].items())[:SHOWN]]
+    figures = [f"{name} {shown(names.get(name, name), value)}" for name, value in list(row["figures"].items())[:SHOWN]]
     name = row["stage"] + (f": {row['title']}" if row["title"] else "")
     seed = "" if row["seed"] is None else str(row["seed"])
     return [name, seed, row["verb"], row["state"], seconds, ", ".join(figures) or row["why"]]
 
 
-def figure_cells(row: dict[str, Any]) -> list[str]:
+def figure_cells(row: dict[str, Any], names: dict[str, str]) -> list[str]:
     """A row of the table of figures."""
-    between = "" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
-    return [row["stage"], row["title"], f"{row['mean']:.4f}", between, str(len(row["by_seed"]))]
+    name = names.get(row["title"], row["title"])
+    between = "" if row["low"] is None else f"{shown(name, row['low'])} to {shown(name, row['high'])}"
+    return [row["stage"], row["title"], shown(name, row["mean"]), between, str(len(row["by_seed"]))]
 
 
 def tables(report: dict[str, Any]) -> Iterator[TextTable]:
     """Stages; figures if there are several seeds or the chain names some."""
-    right, rows = ("seed", "s", "mean", "seeds"), [stage_cells(row) for row in report["stages"]]
+    right, rows = ("seed", "s", "mean", "seeds"), [stage_cells(row, report["names"]) for row in report["stages"]]
     yield TextTable(["stage", "seed", "verb", "state", "s", "figures"], rows, right, whole=("state",))
     if report["figures"] and (report["report"] or any(len(row["by_seed"]) > 1 for row in report["figures"])):
-        rows = [figure_cells(row) for row in report["figures"]]
+        rows = [figure_cells(row, report["names"]) for row in report["figures"]]
         yield TextTable(["stage", "figure", "mean", "95% interval", "seeds"], rows, right)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aimv2.report.blocks import Chart
 from aimv2.report.runs import Run
+from aimv2.tables import FRACTIONS
 
 WIDTH, HEIGHT = 520, 250  # SVG units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34
@@ -95,7 +96,7 @@ def title_of(key: str) -> str:
 
 
 def _panel(runs: Sequence[Run], keys: Sequence[str], title: str, log: bool = False) -> Panel:
-    panel = Panel(title, log=log)
+    panel = Panel(f"{title}, %" if FRACTIONS.search(keys[0]) else title, log=log)
     for number, run in enumerate(runs):
         for place, key in enumerate(keys):
             steps, values = run.series(key)
@@ -105,6 +106,8 @@ def _panel(runs: Sequence[Run], keys: Sequence[str], title: str, log: bool = Fal
                 label = f"held out, prefix {key.rpartition('_')[2]}%"
             if len(runs) > 1:
                 label = f"{run.name}{', held out' if held and len(keys) > 1 else ''}"
+            if FRACTIONS.search(key):
+                values = [100 * value for value in values]
             if values:
                 colour = place if len(runs) == 1 else number
                 panel.lines.append(Line(label, steps, values, colour % COLOURS, "held-out" if held else "train"))

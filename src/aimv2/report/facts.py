@@ -10,8 +10,8 @@ from aimv2.evals.scores import wilson
 from aimv2.report.blocks import Section, Table
 from aimv2.report.charts import Panel, draw, title_of
 from aimv2.report.runs import Run, about, config_rows, differences
+from aimv2.tables import figure, percent
 
-PERCENT = ("top1", "exact_match", "mfu", "image_to_text", "text_to_image")  # metrics shown in percent
 # keys of the summary and their labels, in display order
 HEADLINES = {
     "caption_exact_match": "captions exactly right",
@@ -30,9 +30,7 @@ def number(key: str, value: float) -> str:
     """Format a figure: a fraction in percent, a loss with three digits, a count with thousands separators."""
     if isinstance(value, int) or abs(value) >= 1e3:
         return f"{value:,.0f}"
-    if any(part in key for part in PERCENT) and 0 <= value <= 1:
-        return f"{value:.1%}"
-    return f"{value:.3f}" if abs(value) >= 1e-3 else f"{value:.3g}"
+    return figure(key, value, ".3f" if abs(value) >= 1e-3 else ".3g")
 
 
 def newest(run: Run) -> dict[str, float]:
@@ -105,10 +103,10 @@ def own_results(run: Run) -> list[Sequence[str]]:
     if (top1 := summary.get("probe_top1")) is not None:
         compared = baseline("untrained encoder", summary.get("probe_top1_random"), images)
         name = "attentive probe on the frozen encoder, top-1"
-        rows.append((name, f"{top1:.1%}", interval(top1, images), compared))
+        rows.append((name, percent(top1), interval(top1, images), compared))
     if (exact := summary.get("caption_exact_match")) is not None:
         rows.append(
-            ("held-out captions, exact match", f"{exact:.1%}", interval(exact, summary.get("caption_images")), "")
+            ("held-out captions, exact match", percent(exact), interval(exact, summary.get("caption_images")), "")
         )
     ngrams = [
         f"{name} {summary[key]:.3f}"
@@ -127,14 +125,14 @@ def interval(fraction: float, images: int | None) -> str:
     if not images:
         return ""
     low, high = wilson(round(fraction * images), images)
-    return f"{low:.1%} to {high:.1%}"
+    return f"{percent(low)} to {percent(high)}"
 
 
 def baseline(name: str, fraction: float | None, images: int | None) -> str:
     if fraction is None:
         return ""
     between = interval(fraction, images)
-    return f"{name} {fraction:.1%}" + (f" ({between})" if between else "")
+    return f"{name} {percent(fraction)}" + (f" ({between})" if between else "")
 
 
 def result_rows(place: str, result: dict[str, Any]) -> list[Sequence[str]]:

@@ -31,6 +31,7 @@ from aimv2.report.predictions import (
     visible,
 )
 from aimv2.report.samples import HeldOutImage, TrainingSample
+from aimv2.tables import percent
 
 PREFIXES = (0.1, 0.5, 0.9)  # prefix fractions at which patches are predicted
 ROLLOUT_PREFIX = 0.5
@@ -115,7 +116,7 @@ def loss_tokens(scene: ModelViews, sample: TrainingSample) -> list[Tinted]:
 
 
 def tinted(token: Token) -> Tinted:
-    tip = f"loss {max(0.0, token.loss):.3f} nats, probability {np.exp(-max(0.0, token.loss)):.1%}"
+    tip = f"loss {max(0.0, token.loss):.3f} nats, probability {percent(np.exp(-max(0.0, token.loss)))}"
     return Tinted(visible(token.text), f"{max(0.0, token.loss):.1f}", min(token.loss / MAX_LOSS, 1), tip)
 
 
@@ -194,9 +195,9 @@ def caption_section(scene: ModelViews) -> Content:
         tokens = [
             Tinted(
                 visible(word.text),
-                f"{word.probability:.0%}",
+                percent(word.probability),
                 1 - word.probability,
-                "; ".join(f"{visible(text).strip()} {probability:.0%}" for text, probability in word.alternatives),
+                "; ".join(f"{visible(text).strip()} {percent(probability)}" for text, probability in word.alternatives),
             )
             for word in words
         ]

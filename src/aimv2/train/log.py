@@ -17,6 +17,7 @@ from aimv2.io import say as say
 from aimv2.io import write_aside
 from aimv2.progress import duration as duration
 from aimv2.progress import open_bar
+from aimv2.tables import figure
 
 FIRST = (1, 2, 5)  # steps of a start that the console shows whatever train.log_every is: the first line comes soon
 SILENCE = 30.0  # seconds after which a slow run shows a step in between
@@ -130,24 +131,29 @@ class Log:
         sys.stderr.flush()
 
 
-SHOWN = {
-    "loss": ("loss", "{:.3f}"),
-    "text_loss": ("text", "{:.3f}"),
-    "pixel_loss": ("pixel", "{:.3f}"),
-    "val_text_loss": ("val text", "{:.3f}"),
-    "val_pixel_loss": ("val pixel", "{:.3f}"),
-    "grad_norm": ("norm", "{:.2f}"),
-    "lr": ("lr", "{:.1e}"),
-    "pairs_per_s": ("pairs/s", "{:.0f}"),
-    "tokens_per_s": ("tokens/s", "{:.0f}"),
-    "mfu": ("mfu", "{:.0%}"),
-    "memory_gb": ("GB", "{:.1f}"),
+SHOWN = {  # key: label, form of what is no fraction
+    "loss": ("loss", ".3f"),
+    "text_loss": ("text", ".3f"),
+    "pixel_loss": ("pixel", ".3f"),
+    "val_text_loss": ("val text", ".3f"),
+    "val_pixel_loss": ("val pixel", ".3f"),
+    "val_top1": ("val top-1", ""),
+    "val_image_to_text": ("val image to text", ""),
+    "val_text_to_image": ("val text to image", ""),
+    "grad_norm": ("norm", ".2f"),
+    "lr": ("lr", ".1e"),
+    "pairs_per_s": ("pairs/s", ".0f"),
+    "tokens_per_s": ("tokens/s", ".0f"),
+    "mfu": ("mfu", ""),
+    "memory_gb": ("GB", ".1f"),
 }
 
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures that fit a line."""
     parts = [
-        f"{label} {form.format(figures[key])}" for key, (label, form) in SHOWN.items() if figures.get(key) is not None
+        f"{label} {figure(key, figures[key], form)}"
+        for key, (label, form) in SHOWN.items()
+        if figures.get(key) is not None
     ]
     return " ".join(parts)

@@ -23,6 +23,7 @@ from aimv2.data.stream.transforms import crop_resize
 from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
 from aimv2.progress import tracked
+from aimv2.tables import percent
 
 IMAGES = ("images", "rgb")
 MASKS = ("masks", "annotations", "labels")
@@ -288,7 +289,7 @@ def read_depth(path: Path, scale: float | None = None, invalid: tuple[int, ...] 
         )
     if invalid is None and (top := float((values == largest).mean())):
         raise UsageError(
-            f"--invalid: {path} holds {largest}, the largest value of its type, in {top:.1%} of its pixels, often a mark for no "
+            f"--invalid: {path} holds {largest}, the largest value of its type, in {percent(top)} of its pixels, often a mark for no "
             f"depth: give --invalid 0,{largest}, or --invalid 0 if it is a depth",
             code="missing",
         )

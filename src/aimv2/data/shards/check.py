@@ -33,6 +33,7 @@ from aimv2.data.shards.format import (
 from aimv2.data.shards.tars import why_unreadable
 from aimv2.errors import UsageError, shown
 from aimv2.progress import tracked
+from aimv2.tables import percent
 
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
@@ -247,7 +248,7 @@ def render_check(result: dict[str, Any]) -> RenderableType:
 
     lines: list[RenderableType] = [head, Text(facts), Text(), table]
     over = captions[f"over_{MAX_TOKENS}"]
-    lines += [Text(f"captions over {MAX_TOKENS} {captions['unit']}: {over:.1%}"), Text(), *_findings(result)]
+    lines += [Text(f"captions over {MAX_TOKENS} {captions['unit']}: {percent(over)}"), Text(), *_findings(result)]
     return Group(*lines)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from aimv2.errors import UsageError, nearest
 from aimv2.tables import TextTable
 
-EXAMPLES = "aimv2 recipes\naimv2 recipes flickr8k-tiny > mine.yaml"
+EXAMPLES = "aimv2 recipes\naimv2 recipes flickr8k-tiny"
 WIDE = 150  # columns of a terminal from which data and score are shown too
 
 

@@ -26,7 +26,7 @@ from aimv2.config.schema import AUTO, Config, DataConfig, get_value, leaf_keys
 from aimv2.data.shards.format import read_samples
 from aimv2.data.stream.samples import training_shards
 from aimv2.errors import UsageError
-from aimv2.train.prepare import defaults_for
+from aimv2.train.defaults import defaults_for
 from runs import TINY, call, options, scenes, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-small.yaml"
@@ -164,7 +164,7 @@ def test_help_says_auto_for_the_keys_that_follow_data_and_device(shell: Shell, d
     samples = [
         sample for shards in training_shards(DataConfig(train=str(data))) for _, sample in read_samples(shards[0])
     ]
-    assert set(defaults_for(samples, 60)) | {"optim.warmup"} == set(AUTO)
+    assert set(defaults_for(samples, 60, "cpu", Config(), set())) | {"optim.warmup"} == set(AUTO)
     for words in (["pretrain", "--help"], ["pretrain", "--help-all"], ["data", "browse", "--help-all"]):
         out = " ".join(shell(*words)[1].split())
         assert "auto: without --config RECIPE the value follows the data and the device" in out

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_type_hints
 
 from aimv2.config.objective import BUILT_IN, ObjectiveConfig, options_of
 
-AUTO = (  # keys that follow the data and the device, where neither a recipe nor the user sets them: train/prepare.py, defaults_for
-    "model.name", "optim.warmup", "train.steps", "train.batch_size", "train.precision", "train.save_every", "eval.every",
-    "eval.samples",
+AUTO = (  # keys that follow the data and the device, where neither a recipe nor the user sets them: train/defaults.py
+    "model.name", "data.vocab_size", "optim.warmup", "train.steps", "train.batch_size", "train.precision", "train.compile",
+    "train.save_every", "eval.every", "eval.samples",
 )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ def run(chain: str, out: str | None = None, data: str | None = None, only: str |
 def recipes(names: str | list[str] | None = None) -> dict[str, Any]:
     """List the recipes of `pretrain --config` and the chains of `run`, or print files of theirs, for `> mine.yaml`."""
 
+def report(runs: list[str], out: str | None = None, images: int = 6, device: str | None = None, watch: float | None = None) -> dict[str, Any]:
+    """Write a page of what a run has learned; for several runs their curves, figures and differences."""
+
 def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False) -> dict[str, Any]:
     """Convert captioned images, in whatever form they are, to WebDataset shards."""
 
@@ -32,39 +35,18 @@ def data_teach(teacher: str, data: str, out: str, views: int = 2, crop_scale: fl
 def tokenizer_train(captions: str, out: str, vocab_size: int = 4096) -> dict[str, Any]:
     """Train a byte-level BPE on captions."""
 
-def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0) -> dict[str, Any]:
-    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references."""
-
-def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:
-    """Compare results with one another and with the paper's figures on the same data sets."""
-
-def models() -> dict[str, Any]:
-    """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones."""
-
-def convert(source: str, out: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', revision: str | None = None, precision: Literal['fp32', 'bf16', 'int8'] | None = None, images: str | None = None, samples: int = 300, licence: str | None = None) -> dict[str, Any]:
-    """Write a model in the layout of the tool that will open it."""
-
-def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', image_root: str | None = None) -> dict[str, Any]:
-    """Write features of many images, in files of equal parts; under torchrun several processes share the work."""
-
-def probe(model: str, data: str | None = None, dataset: str | None = None, protocol: Literal['attentive', 'efficient'] = 'attentive', features: Literal['cached', 'augmented'] = 'cached', layers: str = 'last', epochs: int = 100, warmup: float = 0.0, batch_size: int = 512, rates: float | str | list[float] = '5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3', decays: float | str | list[float] = '0.05,0.1', heads: int | None = None, flip: bool = False, select: Literal['auto', 'val', 'heldout', 'test'] = 'auto', seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, train_limit: int = 0, test_limit: int = 0, image_size: int | str | None = None, trunk_batch: int = 64, workers: int = 2, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None, test_fraction: float | None = None) -> dict[str, Any]:
-    """Evaluate a frozen encoder by probes on its patch features: the whole grid of learning rates and weight decays at once
-    (AIMV2, Table A2)."""
-
 def knn(model: str, data: str | None = None, dataset: str | None = None, k: int | str | list[int] = '1,5,10,20,50,100,200', weights: Literal['uniform', 'distance'] = 'uniform', temperature: float = 0.07, backend: Literal['auto', 'torch', 'faiss'] = 'auto', layers: str = 'last', pool: Literal['mean', 'attention'] = 'mean', baselines: str | list[str] | None = None, train_limit: int = 0, test_limit: int = 0, image_size: int | str | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None, test_fraction: float | None = None) -> dict[str, Any]:
     """Evaluate a frozen encoder by its nearest neighbours: no training, cosine similarity, a sweep over k."""
 
 def linear(model: str, data: str | None = None, dataset: str | None = None, solver: Literal['lbfgs', 'sgd'] = 'lbfgs', layers: str = 'last', baselines: str | list[str] | None = None, train_limit: int = 0, test_limit: int = 0, image_size: int | str | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None, test_fraction: float | None = None) -> dict[str, Any]:
     """Evaluate a frozen encoder by a linear classifier on the mean of its patch features, following CLIP's protocol."""
 
+def probe(model: str, data: str | None = None, dataset: str | None = None, protocol: Literal['attentive', 'efficient'] = 'attentive', features: Literal['cached', 'augmented'] = 'cached', layers: str = 'last', epochs: int = 100, warmup: float = 0.0, batch_size: int = 512, rates: float | str | list[float] = '5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3', decays: float | str | list[float] = '0.05,0.1', heads: int | None = None, flip: bool = False, select: Literal['auto', 'val', 'heldout', 'test'] = 'auto', seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, train_limit: int = 0, test_limit: int = 0, image_size: int | str | None = None, trunk_batch: int = 64, workers: int = 2, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None, test_fraction: float | None = None) -> dict[str, Any]:
+    """Evaluate a frozen encoder by probes on its patch features: the whole grid of learning rates and weight decays at once
+    (AIMV2, Table A2)."""
+
 def fewshot(model: str, data: str | None = None, dataset: str | None = None, shots: int | str | list[int] = '1,5,10', seeds: int = 5, layers: str = 'last', baselines: str | list[str] | None = None, test_limit: int = 0, image_size: int | str | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', cache: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None, test_fraction: float | None = None) -> dict[str, Any]:
     """Evaluate a frozen encoder by a classifier fitted on a few images per class, over several draws."""
-
-def segment(model: str, data: str | None = None, classes: int | None = None, ignore: int = 255, reduce_zero: bool = False, val_list: str | None = None, val_fraction: float = 0.0, layers: str = 'last', rates: str = '1e-4,3e-4,1e-3,3e-3,1e-2', weight_decay: float = 0.0001, epochs: int = 20, batch_size: int = 16, seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, image_size: int | str | None = None, trunk_batch: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, values: str | None = None) -> dict[str, Any]:
-    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1."""
-
-def depth(model: str, data: str | None = None, depth_scale: float | None = None, val_list: str | None = None, val_fraction: float = 0.0, layers: str = 'last', rates: str = '1e-4,3e-4,1e-3,3e-3,1e-2', weight_decay: float = 0.0001, epochs: int = 20, batch_size: int = 16, seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, image_size: int | str | None = None, trunk_batch: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, invalid: str | None = None) -> dict[str, Any]:
-    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25)."""
 
 def zeroshot(model: str, data: str | None = None, dataset: str | None = None, templates: str = 'default', classes: str | None = None, by: Literal['auto', 'contrastive', 'likelihood'] = 'auto', normalize: Literal['prior', 'sum', 'mean'] = 'prior', limit: int = 0, seed: int = 0, baselines: str | list[str] | None = None, batch_size: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None) -> dict[str, Any]:
     """Classify images by the texts of their classes, without training: top-1, top-5, by class (AIMV2, Table 5)."""
@@ -72,14 +54,32 @@ def zeroshot(model: str, data: str | None = None, dataset: str | None = None, te
 def retrieve(model: str, data: str | None = None, captions: str | None = None, candidates: int | None = None, k: int | str | list[int] = '1,5,10', by: Literal['auto', 'contrastive', 'likelihood'] = 'auto', normalize: Literal['prior', 'sum', 'mean'] = 'prior', seed: int = 0, baselines: str | list[str] | None = None, batch_size: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None) -> dict[str, Any]:
     """Find the image of a caption and a caption of an image: recall at k, both ways, with chance."""
 
-def report(runs: list[str], out: str | None = None, images: int = 6, device: str | None = None, watch: float | None = None) -> dict[str, Any]:
-    """Write a page of what a run has learned; for several runs their curves, figures and differences."""
+def segment(model: str, data: str | None = None, classes: int | None = None, ignore: int = 255, reduce_zero: bool = False, val_list: str | None = None, val_fraction: float = 0.0, layers: str = 'last', rates: str = '1e-4,3e-4,1e-3,3e-3,1e-2', weight_decay: float = 0.0001, epochs: int = 20, batch_size: int = 16, seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, image_size: int | str | None = None, trunk_batch: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, values: str | None = None) -> dict[str, Any]:
+    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1."""
+
+def depth(model: str, data: str | None = None, depth_scale: float | None = None, val_list: str | None = None, val_fraction: float = 0.0, layers: str = 'last', rates: str = '1e-4,3e-4,1e-3,3e-3,1e-2', weight_decay: float = 0.0001, epochs: int = 20, batch_size: int = 16, seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, image_size: int | str | None = None, trunk_batch: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, invalid: str | None = None) -> dict[str, Any]:
+    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25)."""
+
+def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:
+    """Compare results with one another and with the paper's figures on the same data sets."""
+
+def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0) -> dict[str, Any]:
+    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references."""
+
+def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', image_root: str | None = None) -> dict[str, Any]:
+    """Write features of many images, in files of equal parts; under torchrun several processes share the work."""
 
 def explore(model: str, images: str | None = None, other: str | None = None, limit: int = 200, host: str = '127.0.0.1', port: int = 8421, open: bool = False, upload_mb: float = 10.0, device: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None) -> dict[str, Any]:
     """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text."""
 
-def doctor(quick: bool = False) -> dict[str, Any]:
-    """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing."""
+def models() -> dict[str, Any]:
+    """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones."""
+
+def convert(source: str, out: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', revision: str | None = None, precision: Literal['fp32', 'bf16', 'int8'] | None = None, images: str | None = None, samples: int = 300, licence: str | None = None) -> dict[str, Any]:
+    """Write a model in the layout of the tool that will open it."""
 
 def push(model: str, repository: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', private: bool = False, licence: str | None = None, message: str = 'Upload an AIMV2 encoder') -> dict[str, Any]:
     """Upload a model to the hub, with its card."""
+
+def doctor(quick: bool = False) -> dict[str, Any]:
+    """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing."""

@@ -24,7 +24,7 @@ from aimv2.data.shards.format import captions_of, find_shards, read_samples
 from aimv2.errors import UsageError
 
 SIDE = 48
-SCENES = 400
+SCENES = 300
 HELD = {"hold_out": 0.15, "hold_out_seed": 3}
 MADE = {"size": SIDE, "objects": 8, "distractors": 0.5, "questions": 9, **HELD}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -31,6 +31,7 @@ LONGEST = (
     "train/test_lora.py",
     "train/test_cooldown.py",
     "test_terminal.py",
+    "test_wheel.py",
     "test_recipes.py",
     "train/test_ablation_runs.py",
 )

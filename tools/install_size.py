@@ -1,6 +1,6 @@
 """Prints what an installation takes: packages, megabytes, the largest ten.
 
-    python tools/install_size.py [EXTRA,...] [--into FOLDER]
+    python tools/install_size.py [EXTRA,EXTRA] [--into FOLDER]
 
 Makes a fresh virtual environment, installs the tested torch (constraints.txt), then this checkout with the extras named. The
 environment is deleted afterwards, unless ``--into`` names a folder for it; one that is there already is measured as it is.
@@ -9,6 +9,7 @@ environment is deleted afterwards, unless ``--into`` names a folder for it; one 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,15 @@ LARGEST = 10
 
 
 def install(folder: Path, extras: str) -> None:
-    """A virtual environment with torch and this checkout; nothing of it is compiled ahead."""
+    """A virtual environment with torch and this checkout, built without a trace in it; nothing is compiled ahead."""
     venv.create(folder, with_pip=True)
+    places = folder / "places.cfg"
+    places.write_text(f"[build]\nbuild_base = {folder}/build\n[egg_info]\negg_base = {folder}\n")
+    env = {**os.environ, "DIST_EXTRA_CONFIG": str(places)}
     torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
     for words in (torch, f"{ROOT}[{extras}]" if extras else str(ROOT)):
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "-c", CONSTRAINTS, words]
-        subprocess.run(pip, check=True)
+        subprocess.run(pip, check=True, env=env)
 
 
 def size_of(package: Distribution) -> int:

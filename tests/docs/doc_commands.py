@@ -121,7 +121,7 @@ def check_verb(words: list[str], inline: bool) -> None:
         return
     if name == "pretrain":
         recipe, given, _ = read_options(words)
-        parse({**(read_recipe(ROOT / recipe) if recipe and recipe != "R.yaml" else {}), **given})
+        parse({**(read_recipe(recipe) if recipe and recipe != "R.yaml" else {}), **given})
         return
     for missing in range(len(COMMANDS[name].words) + 1 if inline else 1):
         try:

@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QUICK = {"epochs": 8, "batch_size": 16, "rates": "1e-3,1e-2", "decays": "0.05,0.1"}
+QUICK = {"epochs": 8, "batch_size": 16, "rates": "1e-3,1e-2", "decays": "0.05,0.1", "refit": False}
 
 
 def test_the_best_head_is_chosen_on_the_validation_split(model: str, data: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_augmented_images_differ_by_epoch_and_train(model: str, data: Path) -> N
 def test_stopped_and_gone_on_is_not_stopping(
     model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = {**QUICK, "seeds": "3"}
+    words = {**QUICK, "seeds": "3", "refit": True}
     whole = api.probe(model, str(data), out=str(tmp_path / "a"), **words)
     real, calls = ProbeTrainer.train_step, []
 
@@ -139,7 +139,7 @@ def test_stopped_and_gone_on_is_not_stopping(
     with pytest.raises(Interrupted, match=r"stopped at step 11, saved; go on with: aimv2"):
         api.probe(model, str(data), out=str(tmp_path / "b"), **words)
     parts = api.probe(model, str(data), out=str(tmp_path / "b"), **words)
-    assert len(calls) == 8 * 3
+    assert len(calls) == 8 * 3 + 8 * 3, "the sweep, and the best head again on all images"
     assert parts["figures"] == whole["figures"]
     with pytest.raises(UsageError, match="evaluation with another settings"):
         api.probe(model, str(data), out=str(tmp_path / "b"), **{**words, "epochs": 9})

@@ -25,8 +25,9 @@ from aimv2.data.images.readers import contents_of_rows
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.errors import RankError, UsageError
-from aimv2.evals.probe import ProbeSettings, SweepSplits
+from aimv2.evals.probe import ProbeSettings
 from aimv2.evals.probe_result import ProbeWork, identity
+from aimv2.evals.probe_run import SweepSplits
 from aimv2.explorer.stored import Stored
 from aimv2.features.embed import Wanted, embed_images, list_images
 from aimv2.features.extraction import cached_features

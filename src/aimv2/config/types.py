@@ -118,6 +118,8 @@ if TYPE_CHECKING:  # what convert() makes of the text
     SeedList = tuple[int, ...]
     RateList = tuple[float, ...]
     FloatList = tuple[float, ...]
+    AutoRateList = tuple[float, ...] | None
+    AutoFloatList = tuple[float, ...] | None
     UnitRateList = tuple[float, ...]
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
@@ -129,6 +131,8 @@ else:
     RateList = Annotated[str, Numbers(float, 0, above=True)]
     UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
+    AutoRateList = Annotated[str | None, Numbers(float, 0, above=True)]
+    AutoFloatList = Annotated[str | None, Numbers(float, 0)]
     ValueList = Annotated[str | None, Numbers(int, 0, distinct=True)]
     SideRange = Annotated[str | None, Numbers(float, 3)]
     BaselineList = Annotated[str | None, Words(("random", "pixels"))]

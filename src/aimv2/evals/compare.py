@@ -237,6 +237,8 @@ def _differences(result: dict[str, Any], known: dict[str, Any] | None) -> Iterat
         yield "cached features: no augmentation"
     if result["verb"] == "probe" and protocol.get("epochs") not in (None, 100):
         yield f"{protocol['epochs']} epochs"
+    if found := protocol.get("automatic"):
+        yield f"{', '.join(found['options'])} by the number of images"
     chosen = str(result["figures"].get("selected_on", ""))
     if chosen.startswith("test"):
         yield "chosen on the test labels, as the paper does"

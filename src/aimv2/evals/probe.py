@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from aimv2.config.schema import Config, OptimConfig
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.evals.probe_stream import FeatureStream, ImageStream
-from aimv2.features.extraction import Cached, cached_features, view_batches
-from aimv2.features.frozen import LAST, Frozen
+from aimv2.evals.probe_stream import FeatureStream
+from aimv2.features.extraction import Cached
+from aimv2.features.frozen import LAST
 from aimv2.features.ragged import Ragged
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.io import write_aside
@@ -37,9 +38,6 @@ from aimv2.train import prepare
 from aimv2.train.log import Log
 from aimv2.train.loop import Stream, Trainer
 from aimv2.train.optim import parameter_groups
-
-if TYPE_CHECKING:
-    from aimv2.data.images.labelled import Labelled
 
 RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)  # AIMV2, Table A2
 DECAYS = (0.05, 0.1)
@@ -96,7 +94,7 @@ class SweepTask(Task):
 
     def __init__(self, config: Config, sweep: ProbeSweep) -> None:
         super().__init__(config)
-        self.sweep = sweep
+        self.sweep, self.sweep_objective = sweep, SweepObjective()
 
     def reads_text(self) -> bool:
         return False
@@ -105,7 +103,7 @@ class SweepTask(Task):
         return self.sweep
 
     def objective(self, model: nn.Module) -> Objective:
-        return SweepObjective()
+        return self.sweep_objective
 
     def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
         """Left to whoever holds the splits."""
@@ -167,7 +165,7 @@ def train_sweep(
     again: str = "",
     saves: bool = True,
     title: str = "",
-) -> ProbeSweep:
+) -> np.ndarray:
     """Trains the heads in place, in the one loop; a run folder that holds a beginning is gone on with.
 
     Args:
@@ -180,7 +178,10 @@ def train_sweep(
         device: where the heads are trained.
         again: the command that goes on after an interruption.
         saves: keep checkpoints; not with other ranks, which would have to take part.
-        title: a line above those of the log.
+        title: a line above those of the log, completed by the number of steps.
+
+    Returns:
+        the training loss of each step from the start of this process on, and of each head: float32 [steps, G], nats.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     size = min(settings.batch_size, images)
@@ -208,7 +209,8 @@ def train_sweep(
         clip=settings.clip,
     )
     world = World(0, 1, device)
-    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=SweepTask(config, sweep))
+    task = SweepTask(config, sweep)
+    trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=task)
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
@@ -216,12 +218,13 @@ def train_sweep(
         trainer.restore(found)
     log = trainer.open_log()
     if title:
-        log.say(title)
+        log.say(f"{title}; {steps:,} steps of {size:,} images ({settings.epochs} epochs of {images:,})")
     try:
         trainer.train()
     finally:
         trainer.close()
-    return sweep
+    losses = task.sweep_objective.losses
+    return torch.stack(losses).cpu().numpy() if losses else np.zeros((0, len(sweep.heads)), np.float32)
 
 
 def fresh_sweep(
@@ -236,6 +239,11 @@ def fresh_sweep(
         for head in sweep.heads:
             head.load_state_dict(first)
     return sweep.to(device)
+
+
+def nearest_batch(ideal: float, largest: int) -> int:
+    """The power of two next to ``ideal`` (above 0), from 16 to ``largest``."""
+    return min(max(2 ** round(math.log2(ideal)), 16), largest)
 
 
 def default_heads(width: int, settings: ProbeSettings) -> int | None:
@@ -254,16 +262,21 @@ def default_heads(width: int, settings: ProbeSettings) -> int | None:
 
 
 @torch.no_grad()
-def predict(sweep: ProbeSweep, batches: Iterator[list[Any]]) -> np.ndarray:
-    """The likeliest class by every head: int64 [G, N]. Of each layer a batch holds [B, tokens, D] or B times [tokens, D]."""
+def logits_of(sweep: ProbeSweep, batches: Iterator[list[Any]]) -> Iterator[Tensor]:
+    """Logits of each batch by every head: [G, B, C]. Of each layer a batch holds [B, tokens, D] or B times [tokens, D]."""
     sweep.eval()
     device = next(sweep.parameters()).device
 
     def there(x: Any) -> Any:
         return x.to(device) if isinstance(x, Tensor) else [one.to(device) for one in x]
 
-    parts = [sweep.logits([there(x) for x in features]).argmax(-1).cpu() for features in batches]
-    return torch.cat(parts, 1).numpy()
+    for features in batches:
+        yield sweep.logits([there(x) for x in features])
+
+
+def predict(sweep: ProbeSweep, batches: Iterator[list[Any]]) -> np.ndarray:
+    """The likeliest class by every head: int64 [G, N]; see :func:`logits_of`."""
+    return torch.cat([logits.argmax(-1).cpu() for logits in logits_of(sweep, batches)], 1).numpy()
 
 
 def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Any]]:
@@ -276,106 +289,6 @@ def from_cache(cached: Cached, size: int = 256) -> Iterator[list[Any]]:
             else torch.from_numpy(np.array(layer[at : at + size]))
             for layer in cached.features
         ]
-
-
-class StreamedSplit:
-    """Features of a split, batch by batch, not kept; records which images could be read."""
-
-    def __init__(self, frozen: Frozen, data: Labelled, layers: Sequence[str], size: int = 64) -> None:
-        self.frozen, self.data, self.layers, self.size = frozen, data, list(layers), size
-        self.rows: list[int] = []
-        self.rejected: list[dict[str, str]] = []
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        self.rows, self.rejected = [], []
-        for rows, pixels, lost in view_batches(self.frozen, self.data, self.size):
-            self.rows += rows
-            self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
-            if pixels is not None:
-                yield self.frozen(pixels, self.layers)
-
-
-@dataclass
-class Outcome:
-    """What a sweep answered on one split.
-
-    Attributes:
-        predicted: int64 [G, N].
-        labels: int64 [N].
-        rejected: images that could not be read.
-    """
-
-    predicted: np.ndarray
-    labels: np.ndarray
-    rejected: list[dict[str, str]] = field(default_factory=list)
-
-    def top1(self) -> np.ndarray:
-        """Of each head: float64 [G], 0..1."""
-        return (self.predicted == self.labels).mean(1)
-
-
-@dataclass
-class SweepSplits:
-    """Where the heads are trained, where one of them is chosen, and where it is tested."""
-
-    train: Labelled
-    select: Labelled | None  # None: the paper's way, on the test split
-    test: Labelled
-
-
-def run_sweep(
-    frozen: Frozen,
-    splits: SweepSplits,
-    settings: ProbeSettings,
-    seed: int,
-    out: Path,
-    folder: Path,
-    workers: int,
-    again: str,
-    batch: int,
-) -> tuple[Outcome, Outcome]:
-    """Trains all heads with one seed and asks them on the split that chooses and on the test split.
-
-    Args:
-        frozen, splits, settings, seed: see there.
-        out: holds ``run/seed-N``.
-        folder: of cached features.
-        workers: processes that augment.
-        again: the command that goes on after an interruption.
-        batch: images at once in the trunk.
-    """
-    layers, train = settings.layers, splits.train
-    whose = f"baseline {frozen.kind}" if frozen.kind in ("random", "pixels") else frozen.name
-    title = f"{whose}, seed {seed}: {len(settings.trials())} heads, loss in the mean over them"
-    run = out / "run" / f"seed-{seed}"
-    if not settings.augmented:
-        views = [
-            cached_features(frozen, train, layers, "none", folder, batch, flip)
-            for flip in ([False, True] if settings.flip else [False])
-        ]
-        labels = views[0].labels
-        size = min(settings.batch_size, len(labels))
-        sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device)
-        stream: Stream = FeatureStream([view.features for view in views], labels, size, seed)
-        train_sweep(sweep, stream, len(labels), settings, seed, run, frozen.device, again, title=title)
-        outcomes = []
-        for split in (splits.select, splits.test):
-            if split is None:
-                continue
-            held = cached_features(frozen, split, layers, "none", folder, batch)
-            outcomes.append(Outcome(predict(sweep, from_cache(held)), held.labels, held.rejected))
-        return outcomes[0], outcomes[-1]
-    size = min(settings.batch_size, len(train.labels))
-    sweep = fresh_sweep(frozen.width, len(train.classes), settings, seed, frozen.device, trunk=frozen)
-    stream = ImageStream(train, frozen.side, size, seed, workers)
-    train_sweep(sweep, stream, len(train.labels), settings, seed, run, frozen.device, again, title=title)
-    outcomes = []
-    for split in (splits.select, splits.test):
-        if split is not None:
-            view = StreamedSplit(frozen, split, layers, batch)
-            predicted = predict(sweep, iter(view))
-            outcomes.append(Outcome(predicted, split.labels[view.rows], view.rejected))
-    return outcomes[0], outcomes[-1]
 
 
 def same_work(out: Path, about: dict[str, Any]) -> None:
@@ -410,7 +323,7 @@ def train_probe(
     lr: float = 1e-3,
     heads: int | None = None,
     weight_decay: float = 0.05,
-    size: int = 256,
+    size: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> float:
@@ -423,13 +336,14 @@ def train_probe(
         epochs: over the training images, half of the first one warming up.
         lr, weight_decay: of AdamW, at the peak of the cosine.
         heads: of the probe's attention; None: width / 64.
-        size: batch.
+        size: batch; None: 256, of fewer than 5,120 images about a twentieth.
         seed: of the head and the order.
         device: where the head is trained; the CPU by default.
 
     Returns:
         top-1 accuracy on the test features, 0..1.
     """
+    size = size or nearest_batch(len(labels) / 20, 256)
     settings = ProbeSettings(
         rates=(lr,), decays=(weight_decay,), epochs=epochs, warmup=0.5, batch_size=size, heads=heads, min_lr=0.0
     )

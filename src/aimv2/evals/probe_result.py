@@ -10,23 +10,28 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aimv2.data.images.labelled import hold_out, joined, limit, subset
+from aimv2.data.images.labelled import equal_parts, hold_out, joined, limit, subset
 from aimv2.data.images.readers import contents_of_rows
 from aimv2.errors import UsageError
 from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, open_baselines, open_labelled_splits
 from aimv2.evals.options import ClassifierOptions
-from aimv2.evals.probe import Outcome, ProbeSettings, SweepSplits, run_sweep, same_work
+from aimv2.evals.probe import ProbeSettings, same_work
+from aimv2.evals.probe_auto import complaints, fitted, folds_of, steps_of_epoch
+from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, SweepSplits, run_sweep
 from aimv2.evals.result import about_model
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
 from aimv2.features.extraction import features_home
 from aimv2.features.frozen import Frozen
+from aimv2.io import say
 
 HELD_OUT = 0.1  # of each class's training images, where a data set has no validation split
+PARTS = 5  # of the training images, where they are learnt from afterwards
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class ProbeWork:
     trunk_batch: int
     workers: int
     cache: str | None = None
+    refit: bool = False  # train the chosen head anew with the images that chose it
+    automatic: tuple[str, ...] = ()  # settings that follow the number of images
 
 
 def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any]:
@@ -62,6 +69,11 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
         settings = replace(work.settings, layers=layers)
         work = replace(work, settings=settings, cache=options.cache)
         splits, selected_on, held_out = find_splits(options, work)
+        images = len(splits.train.labels)
+        settings = fitted(settings, images, work.automatic)
+        if settings.warmup >= settings.epochs:
+            raise UsageError(f"--warmup {settings.warmup:g}: less than the {settings.epochs} --epochs expected")
+        work = replace(work, settings=settings)
         others = open_baselines(options.baselines, frozen, work.seeds[0])
         home = evaluation.open_folder()
         same_work(home, identity(frozen, splits, selected_on, work))
@@ -79,9 +91,14 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
             "features": "augmented" if settings.augmented else "cached",
             **{key: value for key, value in asdict(settings).items() if key not in ("protocol", "augmented")},
             "selected_on": selected_on,
+            "steps": settings.epochs * steps_of_epoch(images, settings.batch_size),
+            **({"automatic": {"options": list(work.automatic), "images": images}} if work.automatic else {}),
+            **({"refit_on": "training and validation images"} if work.refit else {}),
             **({"test_split": held_out} if held_out else {}),
         }
         data = labelled_data(splits.train, splits.test, options.dataset)
+        if work.refit and splits.select is not None and splits.select.split == "heldout":
+            data["train_images"] += len(splits.select.labels)
         return evaluation.result(protocol, about_model(frozen), data, figures, list(work.seeds))
 
 
@@ -111,6 +128,13 @@ def find_splits(options: ClassifierOptions, work: ProbeWork) -> tuple[SweepSplit
         return SweepSplits(train, None, test), how, splits.held_out
     if val is not None and work.select != "heldout":
         return SweepSplits(train, val, test), "validation split", splits.held_out
+    if work.refit:
+        parts = [replace(subset(train, rows), split="heldout") for rows in equal_parts(train.labels, 0, PARTS)]
+        folds = min(folds_of(len(train.labels)), len(parts))
+        held_images = sum(len(part.labels) for part in parts[:folds])
+        how = f"{held_images} training images, held out" + f" in {folds} turns" * (folds > 1)
+        rest = replace(reduce(joined, parts[1:]), split=train.split)
+        return SweepSplits(rest, parts[0], test, tuple(parts), folds), how, splits.held_out
     kept, held = hold_out(train.labels, 0, HELD_OUT)
     select = replace(subset(train, held), split="heldout")
     return SweepSplits(subset(train, kept), select, test), f"{len(held)} training images, held out", splits.held_out
@@ -135,77 +159,73 @@ def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeW
         "test_images": len(splits.test.labels),
         "selected_on": selected_on,
         "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(work.settings).items()},
+        **({"refit": True} if work.refit else {}),
     }
 
 
 def sweep_figures(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork, home: Path) -> dict[str, Any]:
     """The sweep with every seed: the table of its heads, and the chosen one's figures on the test split."""
     again = " ".join(["aimv2", *sys.argv[1:]])
-    answers = [
-        run_sweep(
-            frozen,
-            splits,
-            work.settings,
-            seed,
-            home,
-            features_home(work.cache, home, frozen),
-            work.workers,
-            again,
-            work.trunk_batch,
-        )
-        for seed in work.seeds
-    ]
-    trials = work.settings.trials()
-    chosen = [int(np.argmax(select.top1())) for select, _ in answers]
-    tests = [test for _, test in answers]
-    tops = [float(test.top1()[head]) for test, head in zip(tests, chosen)]
+    settings, folder = work.settings, features_home(work.cache, home, frozen)
+
+    def sweep(seed: int) -> SweepAnswer:
+        run, layers = home / "run" / f"seed-{seed}", settings.layers
+        plan = SweepPlan(frozen, settings, seed, run, folder, work.workers, again, work.trunk_batch, layers)
+        return run_sweep(plan, splits, work.refit)
+
+    answers = [sweep(seed) for seed in work.seeds]
+    trials, classes = settings.trials(), len(splits.train.classes)
+    tops = [float(answer.final.top1()[0]) for answer in answers]
     table = [
         {
             **asdict(trial),
-            "selection_top1": float(np.mean([select.top1()[g] for select, _ in answers])),
-            "test_top1": float(np.mean([test.top1()[g] for test in tests])),
+            "selection_top1": float(np.mean([answer.select.top1()[g] for answer in answers])),
+            "test_top1": float(np.mean([answer.test.top1()[g] for answer in answers])),
         }
         for g, trial in enumerate(trials)
     ]
-    classes = len(splits.train.classes)
-    first, head = tests[0], chosen[0]
+    for line in dict.fromkeys(
+        line
+        for answer in answers
+        for line in complaints(settings, answer.chosen, answer.select.top1(), answer.losses, classes)
+    ):
+        say(f"{frozen.name}: {line}")
+    first = answers[0].final
     figures: dict[str, Any] = {
         "top1": float(np.mean(tops)),
-        "top1_interval": interval(tops, first, head),
+        "top1_interval": interval(tops, first),
         "interval": "95%, t over seeds" if len(tops) > 1 else "95%, Wilson over test images",
         "top1_by_seed": tops,
-        "chosen": [asdict(trials[g]) for g in chosen],
+        "chosen": [asdict(trials[answer.chosen]) for answer in answers],
         "selected_on": selected_on,
         "table": table,
     }
-    if len(work.settings.layers) > 1:
-        figures["by_layer"] = by_layer(work.settings.layers, trials, answers)
-    figures["per_class"] = dict(zip(splits.train.classes, per_class(first.predicted[head], first.labels, classes)))
-    figures["confusion"] = confusion(first.predicted[head], first.labels, classes)
+    if len(settings.layers) > 1:
+        figures["by_layer"] = by_layer(settings.layers, trials, answers)
+    figures["per_class"] = dict(zip(splits.train.classes, per_class(first.predicted[0], first.labels, classes)))
+    figures["confusion"] = confusion(first.predicted[0], first.labels, classes)
     figures["unreadable"] = len(first.rejected)
     return figures
 
 
-def interval(tops: Sequence[float], test: Outcome, head: int) -> list[float]:
+def interval(tops: Sequence[float], test: Outcome) -> list[float]:
     """95% of the top-1 accuracy: over seeds where there are several, else over the test images."""
     if len(tops) > 1:
         spread = over_seeds(list(tops), fraction=True)
         return [spread["low"], spread["high"]]
-    right = int((test.predicted[head] == test.labels).sum())
+    right = int((test.predicted[0] == test.labels).sum())
     return [float(bound) for bound in wilson(right, len(test.labels))]
 
 
-def by_layer(
-    layers: Sequence[str], trials: Sequence[Any], answers: Sequence[tuple[Outcome, Outcome]]
-) -> dict[str, float]:
+def by_layer(layers: Sequence[str], trials: Sequence[Any], answers: Sequence[SweepAnswer]) -> dict[str, float]:
     """Test accuracy of each layer's best head, the head chosen as the headline's is."""
     found = {}
     for layer in layers:
         mine = [g for g, trial in enumerate(trials) if trial.layer == layer]
         tops = []
-        for select, test in answers:
-            best = mine[int(np.argmax(select.top1()[mine]))]
-            tops.append(float(test.top1()[best]))
+        for answer in answers:
+            best = mine[int(np.argmax(answer.select.top1()[mine]))]
+            tops.append(float(answer.test.top1()[best]))
         found[layer] = float(np.mean(tops))
     return found
 

@@ -77,6 +77,35 @@ class FeatureStream:
         """Nothing is open."""
 
 
+class JoinedRows:
+    """Images of several arrays of features in a row, read when they are indexed: by rising rows, or one image."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if np.ndim(rows) == 0:
+            part = int(np.searchsorted(self.starts, rows, side="right")) - 1
+            return self.parts[part][rows - self.starts[part]]
+        cuts = np.searchsorted(rows, self.starts)
+        ranges = zip(self.parts, self.starts, cuts, cuts[1:])
+        return np.concatenate([part[rows[low:high] - start] for part, start, low, high in ranges if high > low])
+
+
+class JoinedRagged(JoinedRows, Ragged):
+    """The same of images with different numbers of tokens."""
+
+
+def join_features(parts: Sequence[Any]) -> Any:
+    """Features of one layer of several splits, as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    return JoinedRagged(parts) if isinstance(parts[0], Ragged) else JoinedRows(parts)
+
+
 class ImageStream:
     """Batches of augmented images, uint8 [B, 3, S, S]; decoded in worker processes."""
 

@@ -44,6 +44,9 @@ class SweepObjective:
 
     weights: ClassVar[dict[str, float]] = {"sweep": 1.0}
 
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []  # of each call, on the device: mean cross-entropy of each probe, fp32 [G]
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Labelled images of a batch: int64 []."""
         return {"sweep": (batch.labels != UNLABELLED).sum()}
@@ -52,5 +55,8 @@ class SweepObjective:
         """``sweep``: (cross-entropy in nats summed over images and probes, labelled images); fp32 [] and int64 []."""
         logits = model(batch).float()  # [G, B, C]
         labels = batch.labels.expand(len(logits), -1)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
-        return {"sweep": (loss, self.counts(batch)["sweep"])}
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="none")
+        count = self.counts(batch)["sweep"]
+        by_probe = losses.view_as(labels).sum(1)
+        self.losses.append(by_probe.detach() / count)
+        return {"sweep": (by_probe.sum(), count)}

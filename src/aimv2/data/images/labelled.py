@@ -97,3 +97,16 @@ def hold_out(labels: np.ndarray, seed: int, fraction: float = HELD_OUT) -> tuple
     if not held.any():
         raise UsageError("--data: no class has two training images; a validation split or more images expected")
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def equal_parts(labels: np.ndarray, seed: int, count: int) -> list[np.ndarray]:
+    """Rows of ``count`` disjoint parts, rising, drawn: in size and in images of a class they differ by one at most.
+
+    Raises:
+        UsageError: no class has images enough.
+    """
+    if np.bincount(labels).max() < 2:
+        raise UsageError("--data: no class has two training images; a validation split or more images expected")
+    drawn = np.random.default_rng(seed).permutation(len(labels))
+    drawn = drawn[np.argsort(labels[drawn], kind="stable")]
+    return [np.sort(drawn[part::count]) for part in range(min(count, len(labels)))]

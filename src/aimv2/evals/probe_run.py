@@ -1,0 +1,228 @@
+"""One encoder's sweep of probes with one seed: trained, chosen, trained anew with the images that chose it, tested.
+
+Legend: G heads of a sweep, N images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aimv2.data.images.labelled import Labelled, joined
+from aimv2.evals.probe import ProbeSettings, fresh_sweep, from_cache, logits_of, train_sweep
+from aimv2.evals.probe_stream import FeatureStream, ImageStream, join_features
+from aimv2.features.extraction import Cached, cached_features, view_batches
+from aimv2.features.frozen import Frozen
+from aimv2.models.probe_head import ProbeSweep
+from aimv2.train.loop import Stream
+
+
+class StreamedSplit:
+    """Features of a split, batch by batch, not kept; records which images could be read."""
+
+    def __init__(self, frozen: Frozen, data: Labelled, layers: Sequence[str], size: int = 64) -> None:
+        self.frozen, self.data, self.layers, self.size = frozen, data, list(layers), size
+        self.rows: list[int] = []
+        self.rejected: list[dict[str, str]] = []
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        self.rows, self.rejected = [], []
+        for rows, pixels, lost in view_batches(self.frozen, self.data, self.size):
+            self.rows += rows
+            self.rejected += [{"key": line["key"], "reason": line["reason"]} for line in lost]
+            if pixels is not None:
+                yield self.frozen(pixels, self.layers)
+
+
+@dataclass
+class Outcome:
+    """What a sweep answered on one split.
+
+    Attributes:
+        predicted: int64 [G, N].
+        labels: int64 [N].
+        loss: cross-entropy of each head, float64 [G], nats.
+        rejected: images that could not be read.
+    """
+
+    predicted: np.ndarray
+    labels: np.ndarray
+    loss: np.ndarray
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def top1(self) -> np.ndarray:
+        """Of each head: float64 [G], 0..1."""
+        return (self.predicted == self.labels).mean(1)
+
+    def of_head(self, head: int) -> Outcome:
+        """The answers of one head: G is 1."""
+        return dataclasses.replace(self, predicted=self.predicted[head : head + 1], loss=self.loss[head : head + 1])
+
+
+@dataclass
+class SweepSplits:
+    """Where the heads are trained, where one of them is chosen, and where it is tested; with ``folds`` the first ``folds`` of
+    ``parts``, which are train and select in equal parts, are held out in turn."""
+
+    train: Labelled
+    select: Labelled | None  # None: the paper's way, on the test split
+    test: Labelled
+    parts: tuple[Labelled, ...] = ()
+    folds: int = 0
+
+    def turns(self) -> list[tuple[list[Labelled], Labelled | None]]:
+        """What the heads learn from, and on what one is chosen."""
+        parts = list(self.parts)
+        return [(parts[:k] + parts[k + 1 :], parts[k]) for k in range(self.folds)] or [([self.train], self.select)]
+
+
+@dataclass
+class SweepPlan:
+    """How the heads of one encoder are trained with one seed.
+
+    Attributes:
+        frozen, settings, seed: see there.
+        run: folder of the training run.
+        folder: of cached features.
+        workers: processes that augment.
+        again: the command that goes on after an interruption.
+        batch: images at once in the trunk.
+        layers: whose features are cached together; those of ``settings`` are among them.
+    """
+
+    frozen: Frozen
+    settings: ProbeSettings
+    seed: int
+    run: Path
+    folder: Path
+    workers: int
+    again: str
+    batch: int
+    layers: tuple[str, ...]
+
+    def cached(self, split: Labelled, flip: bool = False) -> Cached:
+        """Features of a split, those of the layers of the heads."""
+        found = cached_features(self.frozen, split, self.layers, "none", self.folder, self.batch, flip)
+        own = [found.features[self.layers.index(layer)] for layer in self.settings.layers]
+        return dataclasses.replace(found, features=own)
+
+    def train(self, splits: Sequence[Labelled], what: str) -> tuple[ProbeSweep, np.ndarray]:
+        """The heads, trained on the images of all ``splits``, and their losses; see :func:`train_sweep`."""
+        settings, frozen, classes = self.settings, self.frozen, len(splits[0].classes)
+        whose = f"baseline {frozen.kind}" if frozen.kind in ("random", "pixels") else frozen.name
+        title = f"{whose}, seed {self.seed}: {what}"
+        trunk = frozen if settings.augmented else None
+        sweep = fresh_sweep(frozen.width, classes, settings, self.seed, frozen.device, trunk)
+        if settings.augmented:
+            data = reduce(joined, splits)
+            images = len(data.labels)
+            size = min(settings.batch_size, images)
+            stream: Stream = ImageStream(data, frozen.side, size, self.seed, self.workers)
+        else:
+            views = [[self.cached(split, flip) for split in splits] for flip in (False, True)[: 1 + settings.flip]]
+            labels = np.concatenate([part.labels for part in views[0]])
+            images = len(labels)
+            layers = [[join_features(parts) for parts in zip(*(part.features for part in view))] for view in views]
+            stream = FeatureStream(layers, labels, min(settings.batch_size, images), self.seed)
+        losses = train_sweep(
+            sweep, stream, images, settings, self.seed, self.run, frozen.device, self.again, title=title
+        )
+        return sweep, losses
+
+    def answer(self, sweep: ProbeSweep, split: Labelled) -> Outcome:
+        """What the heads say on a split."""
+        if self.settings.augmented:
+            view = StreamedSplit(self.frozen, split, self.settings.layers, self.batch)
+            predicted, loss = judge(sweep, iter(view), lambda: split.labels[view.rows])
+            return Outcome(predicted, split.labels[view.rows], loss, view.rejected)
+        held = self.cached(split)
+        predicted, loss = judge(sweep, from_cache(held), lambda: held.labels)
+        return Outcome(predicted, held.labels, loss, held.rejected)
+
+
+def judge(
+    sweep: ProbeSweep, batches: Iterator[list[Any]], labels: Callable[[], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest class and the mean cross-entropy by every head: int64 [G, N], float64 [G].
+
+    Args:
+        sweep, batches: see :func:`aimv2.evals.probe.logits_of`.
+        labels: those of all batches so far, in their order.
+    """
+    parts: list[Tensor] = []
+    losses, done = torch.zeros(len(sweep.heads), dtype=torch.float64), 0
+    for logits in logits_of(sweep, batches):
+        parts.append(logits.argmax(-1).cpu())
+        own = torch.from_numpy(labels()[done : done + logits.shape[1]]).to(logits.device)
+        done += len(own)
+        every = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
+        losses += every.view(len(logits), -1).sum(1).double().cpu()
+    return torch.cat(parts, 1).numpy(), (losses / done).numpy()
+
+
+def all_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """What several sweeps of the same trials answered, each on images of its own."""
+    labels = np.concatenate([one.labels for one in outcomes])
+    loss = sum(len(one.labels) * one.loss for one in outcomes) / len(labels)
+    rejected = [line for one in outcomes for line in one.rejected]
+    return Outcome(np.concatenate([one.predicted for one in outcomes], 1), labels, np.asarray(loss), rejected)
+
+
+def surest(select: Outcome) -> int:
+    """Of the heads within one standard error of the best top-1, the one with the lowest loss: a few images can't rank by top-1."""
+    tops = select.top1()
+    error = np.sqrt(tops.max() * (1 - tops.max()) / len(select.labels))
+    return int(np.argmin(np.where(tops >= tops.max() - error, select.loss, np.inf)))
+
+
+@dataclass
+class SweepAnswer:
+    """What became of a sweep with one seed.
+
+    Attributes:
+        select, test: where a head is chosen, and tested.
+        chosen: the best head, 0..G-1.
+        final: of the chosen head on the test split, [1, N] after a refit.
+        losses: see :func:`train_sweep`.
+    """
+
+    select: Outcome
+    test: Outcome
+    chosen: int
+    final: Outcome
+    losses: np.ndarray
+
+
+def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
+    """Trains all heads with one seed, chooses one, and tests it; ``refit``: after training it anew with the images that chose it."""
+    trials, answers = plan.settings.trials(), []
+    for turn, (learn, choose) in enumerate(splits.turns()):
+        own = dataclasses.replace(plan, run=plan.run.with_name(f"{plan.run.name}-turn-{turn}")) if turn else plan
+        turns = f", turn {turn + 1} of {splits.folds}" if splits.folds else ""
+        sweep, losses = own.train(learn, f"{len(trials)} heads{turns}, loss in the mean over them")
+        test = own.answer(sweep, splits.test) if not turn else answers[0][1]
+        answers.append((test if choose is None else own.answer(sweep, choose), test, losses))
+    (_, test, losses), select = answers[0], all_of([select for select, _, _ in answers])
+    if not refit or splits.select is None:
+        chosen = int(np.argmax(select.top1()))
+        return SweepAnswer(select, test, chosen, test.of_head(chosen), losses)
+    chosen = surest(select)
+    trial = trials[chosen]
+    settings = dataclasses.replace(
+        plan.settings, layers=(trial.layer,), rates=(trial.lr,), decays=(trial.weight_decay,)
+    )
+    again = dataclasses.replace(plan, settings=settings, run=plan.run.with_name(f"{plan.run.name}-refit"))
+    head, _ = again.train(
+        list(splits.parts) or [splits.train, splits.select],
+        f"the best head (lr {trial.lr:g}), trained anew on all images",
+    )
+    return SweepAnswer(select, test, chosen, again.answer(head, splits.test), losses)

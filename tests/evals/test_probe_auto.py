@@ -1,0 +1,205 @@
+"""Batch, epochs and grid of a probe by the number of images; what is said of a sweep; the best head learns from all images."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aimv2 import api
+from aimv2.commands.probe import ProbeOptions, run
+from aimv2.data.images.labelled import equal_parts
+from aimv2.errors import UsageError
+from aimv2.evals import probe, probe_result
+from aimv2.evals.probe import DECAYS as PAPER_DECAYS
+from aimv2.evals.probe import RATES as PAPER_RATES
+from aimv2.evals.probe import ProbeSettings
+from aimv2.evals.probe_auto import AUTOMATIC, DECAYS, RATES, complaints, fitted, folds_of, steps_of_epoch
+from aimv2.evals.probe_result import ProbeWork
+from aimv2.evals.probe_run import Outcome, SweepPlan, surest
+from aimv2.evals.probe_stream import FeatureStream, join_features
+from aimv2.features.ragged import Ragged
+from aimv2.interop.convert import convert
+from aimv2.models.create import build
+from aimv2.models.sizes import EncoderConfig
+
+
+def steps(settings: ProbeSettings, images: int) -> int:
+    return settings.epochs * steps_of_epoch(images, settings.batch_size)
+
+
+@pytest.mark.parametrize("images", [1, 7, 16, 20, 100, 239, 300, 1078, 1347, 5000, 7240, 12_345, 50_000, 1_281_167])
+def test_there_are_enough_steps_for_any_number_of_images(images: int) -> None:
+    found = fitted(ProbeSettings(), images, AUTOMATIC)
+    assert steps(found, images) >= 1000 and found.epochs >= 100
+    assert found.batch_size == images or (16 <= found.batch_size <= 512 and found.batch_size <= images)
+    assert steps(found, images) <= 3000 or found.batch_size == 512
+    assert (found.rates, found.decays) == (RATES, DECAYS)
+    assert max(RATES) > max(PAPER_RATES)
+
+
+def test_the_formula_by_example() -> None:
+    """As docs/evaluate.md states it."""
+    table = {80: (16, 200), 240: (16, 100), 800: (32, 100), 1078: (64, 100), 4000: (256, 100), 50_000: (512, 100)}
+    for images, wanted in table.items():
+        found = fitted(ProbeSettings(), images, AUTOMATIC)
+        assert (found.batch_size, found.epochs) == wanted, images
+    docs = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    for images, (batch, epochs) in table.items():
+        assert f"| {images:,} | {batch} | {epochs} |" in docs, images
+
+
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_an_explicit_option_wins_alone(name: str) -> None:
+    given: dict[str, Any] = {"epochs": 7, "batch_size": 33, "rates": (0.5,), "decays": (0.25,)}
+    rest = tuple(one for one in AUTOMATIC if one != name)
+    found = fitted(ProbeSettings(**{name: given[name]}), 1078, rest)
+    whole = fitted(ProbeSettings(), 1078, AUTOMATIC)
+    assert getattr(found, name) == given[name]
+    for other in rest:
+        if (name, other) == ("epochs", "batch_size"):  # fewer visits, a smaller batch
+            assert found.batch_size == 16
+        else:
+            assert getattr(found, other) == getattr(whole, other), other
+
+
+@pytest.mark.parametrize(("images", "batch"), [(40, 16), (640, 32), (5120, 256), (12_000, 256)])
+def test_the_probe_after_training_fits_a_few_images_too(
+    images: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ProbeSettings] = []
+    monkeypatch.setattr(probe, "train_sweep", lambda *words, **_: seen.append(words[3]))
+    labels = torch.arange(images) % 2
+    probe.train_probe([torch.zeros(images, 1, 16)], labels, torch.zeros(2, 1, 16), torch.tensor([0, 1]))
+    assert seen[0].batch_size == batch
+
+
+def works(monkeypatch: pytest.MonkeyPatch, **options: Any) -> ProbeWork:
+    """What the command passes on."""
+    seen: list[ProbeWork] = []
+    monkeypatch.setattr(probe_result, "evaluate_probe", lambda _, work: seen.append(work) or {})
+    run(ProbeOptions(model="m", data="d", **options))
+    return seen[0]
+
+
+def test_named_data_keep_the_papers_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = works(monkeypatch, dataset="cifar10", epochs=20)
+    assert named.automatic == () and not named.refit
+    assert named.settings == ProbeSettings(epochs=20) and named.settings.batch_size == 512
+    assert (named.settings.rates, named.settings.decays) == (PAPER_RATES, PAPER_DECAYS)
+    free = works(monkeypatch, epochs=20, decays=(0.1,))
+    assert free.automatic == ("batch_size", "rates") and free.refit
+    assert not works(monkeypatch, select="test").refit and not works(monkeypatch, features="augmented").refit
+    assert works(monkeypatch, dataset="cifar10", refit=True).refit and not works(monkeypatch, refit=False).refit
+    with pytest.raises(UsageError) as error:
+        ProbeOptions(model="m", select="test", refit=True)
+    assert (error.value.option, error.value.code) == ("--refit", "conflict")
+
+
+def test_the_help_names_the_grids() -> None:
+    text = " ".join((inspect.getdoc(ProbeOptions) or "").split())
+    for grid in (PAPER_RATES, RATES, DECAYS, PAPER_DECAYS):
+        assert (
+            ",".join(
+                np.format_float_positional(v, trim="-") if v >= 0.05 else f"{v:.0e}".replace("e-0", "e-") for v in grid
+            )
+            in text
+        )
+
+
+def said(scores: list[float], losses: np.ndarray) -> list[str]:
+    settings = ProbeSettings(rates=(1e-3, 1e-2, 1e-1), decays=(0.1,))
+    tops = np.array(scores)
+    return complaints(settings, int(tops.argmax()), tops, np.repeat(losses[:, None], 3, 1), 10)
+
+
+def test_what_another_option_may_improve_is_said() -> None:
+    flat = np.full(40, 0.5)
+    assert said([0.5, 0.9, 0.6], flat) == []
+    (highest,) = said([0.5, 0.8, 0.9], flat)
+    assert "0.1, is the highest" in highest and "--rates" in highest
+    (lowest,) = said([0.9, 0.8, 0.5], flat)
+    assert "0.001, is the lowest" in lowest and "--rates" in lowest
+    assert said([0.5, 0.9, 0.9], flat) == [], "a value inside the grid does as well"
+    (falls,) = said([0.5, 0.9, 0.6], np.linspace(2.3, 0.5, 40))
+    assert "still falls" in falls and "--epochs" in falls
+    (risen,) = said([0.5, 0.9, 0.6], np.linspace(0.5, 2.3, 40))
+    assert "has risen" in risen and "--rates" in risen
+    assert "has risen" in said([0.5, 0.9, 0.6], np.append(flat, np.nan))[0]
+    assert said([0.5, 0.9, 0.6], flat[:0]) == [], "another process has trained the heads"
+
+
+def test_a_few_images_rank_heads_by_their_loss() -> None:
+    """Three of 40 images more are chance, not at 4,000."""
+    labels = np.zeros(40, np.int64)
+    predicted = np.ones((3, 40), np.int64)
+    for head, right in enumerate((20, 17, 8)):
+        predicted[head, :right] = 0
+    loss = np.array([1.5, 1.1, 1.0])
+    assert surest(Outcome(predicted, labels, loss)) == 1
+    assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss)) == 0
+
+
+def test_a_few_images_are_all_held_out_in_turn() -> None:
+    assert [folds_of(images) for images in (5, 250, 300, 500, 1000, 1249, 1250, 50_000)] == [5, 5, 5, 3, 2, 2, 1, 1]
+    labels = np.repeat([0, 1, 2], [23, 3, 11])
+    parts = equal_parts(labels, 0, 5)
+    assert sorted(np.concatenate(parts)) == list(range(37)) and {len(part) for part in parts} == {7, 8}
+    by_class = np.array([np.bincount(labels[part], minlength=3) for part in parts])
+    assert (by_class.max(0) - by_class.min(0)).max() == 1
+    assert len(equal_parts(np.zeros(3, np.int64), 0, 5)) == 3
+    with pytest.raises(UsageError, match="two training images"):
+        equal_parts(np.arange(4), 0, 5)
+
+
+def test_joined_features_are_those_of_both() -> None:
+    whole = np.arange(60, dtype=np.float32).reshape(10, 2, 3)
+    joined = join_features([whole[:4], whole[4:5], whole[5:]])
+    assert len(joined) == 10
+    for rows in ([0, 3, 4, 9], [4], [5, 6], list(range(10))):
+        assert np.array_equal(joined[np.array(rows)], whole[rows]), rows
+    assert all(np.array_equal(joined[row], whole[row]) for row in range(10))
+    lengths, rows = [2, 1, 3, 1], np.arange(21, dtype=np.float16).reshape(7, 3)
+    ragged = join_features([Ragged(rows[:3], np.array(lengths[:2])), Ragged(rows[3:], np.array(lengths[2:]))])
+    one = Ragged(rows, np.array(lengths))
+    labels = np.arange(4)
+    first, second = (next(FeatureStream([[part]], labels, 4, 0)) for part in (ragged, one))
+    assert torch.equal(first.features, second.features) and torch.equal(first.image_len, second.image_len)
+
+
+def test_a_result_says_what_followed_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two epochs given, the rest automatic; the best head learns again, from the held-out images too."""
+    rng = np.random.default_rng(0)
+    for name, colour in (("blue", (40, 60, 220)), ("red", (220, 50, 40))):
+        for split, count in (("train", 40), ("test", 10)):
+            (folder := tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(rng.normal(colour, 40, (16, 16, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    model = tmp_path / "m"
+    convert(build(EncoderConfig("tiny", 32, 1, 2, 48, 8, 16), None, seed=0).eval(), model, "safetensors")
+    learnt: list[tuple[int, int]] = []
+    real = SweepPlan.train
+
+    def counts(self: SweepPlan, splits: Any, what: str) -> Any:
+        learnt.append((sum(len(split.labels) for split in splits), len(self.settings.trials())))
+        return real(self, splits, what)
+
+    monkeypatch.setattr(SweepPlan, "train", counts)
+    result = api.probe(str(model), str(tmp_path / "data"), epochs=2, device="cpu")
+    protocol, figures = result["protocol"], result["figures"]
+    heads = len(RATES) * len(DECAYS)
+    assert learnt == [(64, heads)] * 5 + [(80, 1)] and result["data"]["train_images"] == 80
+    assert protocol["automatic"] == {"options": ["batch_size", "rates", "decays"], "images": 64}
+    assert (protocol["batch_size"], protocol["epochs"], protocol["steps"]) == (16, 2, 8)
+    assert tuple(protocol["rates"]) == RATES and tuple(protocol["decays"]) == DECAYS
+    assert protocol["refit_on"] == "training and validation images"
+    assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"
+    assert len(figures["table"]) == heads and figures["top1"] > 0.5
+    titles = [line for line in capsys.readouterr().err.splitlines() if "steps of" in line]
+    assert len(titles) == 6 and "8 steps of 16 images (2 epochs of 64)" in titles[0]

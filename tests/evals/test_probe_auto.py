@@ -124,7 +124,7 @@ def test_what_another_option_may_improve_is_said() -> None:
     (lowest,) = said([0.9, 0.8, 0.5], flat)
     assert "0.001, is the lowest" in lowest and "--rates" in lowest
     assert said([0.5, 0.9, 0.9], flat) == [], "a value inside the grid does as well"
-    (falls,) = said([0.5, 0.9, 0.6], np.linspace(2.3, 0.5, 40))
+    (falls,) = said([0.5, 0.9, 0.6], np.linspace(2.3, 0.1, 40))
     assert "still falls" in falls and "--epochs" in falls
     (risen,) = said([0.5, 0.9, 0.6], np.linspace(0.5, 2.3, 40))
     assert "has risen" in risen and "--rates" in risen

@@ -19,7 +19,7 @@ DECAYS = (0.05, 5.0, 50.0)  # the last one leaves little but the bias: the best 
 EPOCHS, STEPS, LEAST_STEPS = 100, 2000, 1000
 LARGEST = 512  # batch
 SELECTING = 250  # held-out images that choose a head, as far as there are so many
-FALLEN, RISEN = 0.1, 0.03  # change of the loss over the last quarter, as a fraction of that of guessing
+FALLEN, RISEN = 0.2, 0.03  # change of the loss over the last quarter, as a fraction of that of guessing
 
 
 def fitted(settings: ProbeSettings, images: int, automatic: Collection[str]) -> ProbeSettings:

@@ -14,6 +14,7 @@ from explored import COLOURS, plain_pictures, sentence, serving, taught
 from PIL import Image
 
 from aimv2.data.stream.transforms import image_transform
+from aimv2.explorer.album import KEPT
 from aimv2.interop.model_folder import save_model
 from aimv2.models.create import create_model
 from runs import write_processor
@@ -346,10 +347,15 @@ def test_images_that_were_added_stay_in_their_tab(open_screen: Any, url: str, ph
     screen.settled()
     screen.upload(photograph)
     assert page.locator("#strip button").count() == before + 2 and photograph.name in page.title()
+    for at in range(KEPT):
+        Image.new("RGB", (9, 9), (at, 9, 9)).save(tmp_path / f"small-{at}.png")
+    other.page.set_input_files("#file", [*sorted(tmp_path.glob("small-*.png")), tmp_path / "second.png"])
+    other.settled()
+    assert other.text("#notice") == f"Up to {KEPT} added images are kept; removed: small-0.png."
     page.reload()
     screen.settled()
     assert page.locator("#strip button").count() == before + 2
-    other.open(page.url)
+    other = open_screen().open(page.url)
     assert other.page.locator("#strip button").count() == before and other.page.is_hidden("#remove")
     assert np.array_equal(other.drawn(".truth canvas"), screen.drawn(".truth canvas"))
     page.click("#remove")

@@ -333,7 +333,7 @@ async function upload(files) {
   for (const file of files) {
     try {
       if (file.size > about.upload_bytes) throw new Error(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; up to ${about.upload_bytes / 1e6} MB are accepted.`);
-      latest = await post('upload', {name: file.name}, file);
+      before.push(latest = await post('upload', {name: file.name}, file));
     } catch (error) { wrong.push(files.length > 1 && !error.message.startsWith(file.name) ? `${file.name}: ${error.message}` : error.message); }
   }
   if (latest) await added(latest, before);

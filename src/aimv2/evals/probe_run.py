@@ -204,7 +204,8 @@ class SweepAnswer:
 
 def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
     """Trains all heads with one seed, chooses one, and tests it; ``refit``: after training it anew with the images that chose it."""
-    trials, answers = plan.settings.trials(), []
+    trials = plan.settings.trials()
+    answers: list[tuple[Outcome, Outcome, np.ndarray]] = []
     for turn, (learn, choose) in enumerate(splits.turns()):
         own = dataclasses.replace(plan, run=plan.run.with_name(f"{plan.run.name}-turn-{turn}")) if turn else plan
         turns = f", turn {turn + 1} of {splits.folds}" if splits.folds else ""

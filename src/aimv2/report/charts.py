@@ -15,7 +15,8 @@ from aimv2.report.runs import Run
 from aimv2.tables import FRACTIONS
 
 WIDTH, HEIGHT = 520, 250  # SVG units
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 26, 10, 42  # LEFT: at least, more for long labels
+LETTER = 9.6  # width of a digit of a tick label where it is largest, on a phone
 POINTS = 400  # points per curve; longer ones are averaged
 WIDE = 20.0  # ratio of values above which the axis is logarithmic
 COLOURS = 8  # line colours in the page's style; then they repeat
@@ -34,11 +35,19 @@ class Line:
 
 @dataclass
 class Panel:
-    """Curves on one pair of axes; ``log``: logarithmic axis if the values span more than WIDE."""
+    """Curves on one pair of axes.
+
+    Attributes:
+        title: what is drawn, with its unit.
+        lines: the curves.
+        log: logarithmic axis if the values span more than WIDE.
+        note: a line below.
+    """
 
     title: str
     lines: list[Line] = field(default_factory=list)
     log: bool = False
+    note: str = ""
 
 
 # ---- which curves ----
@@ -51,6 +60,8 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     taken = set(losses)
     panels = []
     for key in losses:
+        if key == "loss" and any(same_shape(runs, key, other) for other in losses if other != key):
+            continue  # of one term only: that term's curve is drawn
         held = [name for name in keys if name == f"val_{key}" or (len(runs) == 1 and name.startswith(f"val_{key}_"))]
         taken |= {name for name in keys if name.startswith(f"val_{key}")}
         panels.append(_panel(runs, [key, *held], title_of(key), log=True))
@@ -58,14 +69,52 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     for key in (key for key in keys if key.startswith("val_") and key not in taken):
         panels.append(_panel(runs, [key], title_of(key)))
     for key in ("lr", "grad_norm", "pairs_per_s", "tokens_per_s", "mfu", "memory_gb"):
+        if key in SPEEDS[1:] and same_shape(runs, SPEEDS[0], key):
+            continue
         if key in keys:
             panels.append(_panel(runs, [key], title_of(key), log=key == "grad_norm"))
+        if key == SPEEDS[0] and key in keys:
+            panels[-1].note = other_speeds(runs)
     if len(runs) == 1 and runs[0].config.optim.clip:
         clip = runs[0].config.optim.clip
         for panel in panels:
             if panel.title == title_of("grad_norm"):
                 panel.lines.append(_level(f"clipped above {clip:g}", clip, panel, 3))
     return [panel for panel in panels if any(line.values for line in panel.lines)]
+
+
+SPEEDS = ("pairs_per_s", "tokens_per_s", "mfu")
+PROPORTIONAL = 0.03  # curves whose ratio varies by less look the same
+
+
+def same_shape(runs: Sequence[Run], one: str, other: str) -> bool:
+    """Whether two figures give the same curve, up to their units: one ratio over all steps of all runs."""
+    ratios = []
+    for run in runs:
+        (steps, values), (others, compared) = run.series(one), run.series(other)
+        if steps != others or not all(values) or not all(map(math.isfinite, [*values, *compared])):
+            return False
+        ratios += [b / a for a, b in zip(values, compared)]
+    return bool(ratios) and max(ratios) - min(ratios) <= PROPORTIONAL * abs(max(ratios))
+
+
+def other_speeds(runs: Sequence[Run]) -> str:
+    """The newest throughput in the units whose curves are not drawn, as they are the same."""
+    said = []
+    for run in runs:
+        parts = [
+            f"{run.series(key)[1][-1]:{form}} {unit}"
+            for key, form, unit in (
+                ("tokens_per_s", ",.0f", "image and text positions per second"),
+                ("mfu", ".1%", "MFU"),
+            )
+            if same_shape(runs, SPEEDS[0], key)
+        ]
+        if parts:
+            said.append(
+                (f"{run.name}: " if len(runs) > 1 else "The same curve in other units, newest: ") + ", ".join(parts)
+            )
+    return "; ".join(said)
 
 
 TITLES = {
@@ -81,7 +130,7 @@ TITLES = {
     "grad_norm": "Gradient norm, before clipping",
     "pairs_per_s": "Throughput, pairs per second",
     "tokens_per_s": "Throughput, image and text positions per second",
-    "mfu": "Model FLOP utilisation",
+    "mfu": "Model FLOP utilisation, MFU",
     "memory_gb": "Memory, GB",
 }
 
@@ -90,6 +139,8 @@ def title_of(key: str) -> str:
     """Display title of a metric."""
     if match := re.fullmatch(r"(val_\w+_loss)_(\d+)", key):
         return f"{title_of(match[1])}, prefix {match[2]}%"
+    if (trained := key.removeprefix("val_")) in TITLES and key not in TITLES:
+        return f"{TITLES[trained]}, held out"
     return TITLES.get(key) or key.removeprefix("val_").replace("_", " ").capitalize() + (
         " (held out)" if key.startswith("val_") else ""
     )
@@ -143,22 +194,24 @@ def draw(panel: Panel, last: int) -> Chart:
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         low, high = (0.0 if 0 <= low < 0.4 * high else low - room), high + room
     last = max(last, 1)
+    ticks = [(tick, _short(tick)) for tick in (_log_ticks(low, high) if log else _ticks(low, high, 5))]
+    left = max([LEFT, *(6 + LETTER * len(label) for _, label in ticks)])
 
     def x_of(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return left + (WIDTH - left - RIGHT) * step / last
 
     def y_of(value: float) -> float:
         scaled = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * scaled
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.title)}">']
-    for tick in _log_ticks(low, high) if log else _ticks(low, high, 5):
+    for tick, label in ticks:
         y = y_of(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for tick in _ticks(0, last, 6):
+        parts.append(f'<line class="grid" x1="{left:g}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for tick in _ticks(0, last, min(6, last)):
         parts.append(
-            f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_short(tick)}</text>'
+            f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
         )
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
     if log:
@@ -170,7 +223,9 @@ def draw(panel: Panel, last: int) -> Chart:
     keys = "".join(
         f'<span><i class="key c{line.colour} {line.style}"></i>{escape(line.label)}</span>' for line in named
     )
-    return Chart(panel.title, "".join(parts) + (f'<p class="legend">{keys}</p>' if keys else ""))
+    below = f'<p class="legend">{keys}</p>' if keys else ""
+    below += f'<p class="legend">{escape(panel.note)}</p>' if panel.note else ""
+    return Chart(panel.title, "".join(parts) + below)
 
 
 def _path(line: Line, x_of: object, y_of: object) -> str:
@@ -216,7 +271,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _short(value: float) -> str:
     """Tick label: 1500000 is 1.5M."""
     if value and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
+        digits, power = f"{value:e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
             return f"{value / (1e3 if letter == 'k' else unit):g}{letter}"
@@ -243,6 +299,7 @@ def draw_png(panels: Sequence[Panel], file: Path) -> None:
         if panel.log and values and min(values) > 0 and max(values) > WIDE * min(values):
             axes.set_yscale("log")
         axes.set_title(panel.title, fontsize=9)
+        axes.set_xlabel("step", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         if any(line.label for line in panel.lines):

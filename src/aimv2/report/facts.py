@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
+from aimv2.evals.compare import METRICS
 from aimv2.evals.scores import wilson
 from aimv2.report.blocks import Section, Table
 from aimv2.report.charts import Panel, draw, title_of
-from aimv2.report.runs import Run, about, config_rows, differences
+from aimv2.report.runs import Run, about, config_rows, date_of, differences
 from aimv2.tables import figure, percent
 
 # keys of the summary and their labels, in display order
@@ -19,15 +19,17 @@ HEADLINES = {
     "val_top1": "top-1, held out",
     "val_image_to_text": "captions found by images",
     "val_text_to_image": "images found by captions",
-    "val_text_loss": "text loss, held out",
-    "val_pixel_loss": "pixel loss, held out",
+    "val_text_loss": "text loss, held out, nats per token",
+    "val_pixel_loss": "pixel loss, held out, mean squared error",
     "val_feature_loss": "feature loss, held out",
-    "val_contrastive_loss": "contrastive loss, held out",
+    "val_contrastive_loss": "contrastive loss, held out, nats per pair",
 }
 
 
 def number(key: str, value: float) -> str:
-    """Format a figure: a fraction in percent, a loss with three digits, a count with thousands separators."""
+    """Format a figure: a fraction in percent, seconds in words, a loss with three digits, a count with thousands separators."""
+    if key.endswith("seconds"):
+        return duration(value)
     if isinstance(value, int) or abs(value) >= 1e3:
         return f"{value:,.0f}"
     return figure(key, value, ".3f" if abs(value) >= 1e-3 else ".3g")
@@ -56,8 +58,10 @@ def headlines(run: Run) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds: 1 h 02 min, 3 min 20 s, 45 s."""
+    """Format seconds: 2 d 3 h, 1 h 02 min, 3 min 20 s, 45 s."""
     whole = round(seconds)
+    if whole >= 2 * 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
@@ -66,8 +70,8 @@ def duration(seconds: float) -> str:
 def state_of(run: Run) -> str:
     """Progress of the run, in words."""
     if run.finished:
-        return f"finished {run.summary.get('finished', '')}".strip()
-    return f"at step {run.step:,} of {run.config.train.steps:,}, as of {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        return f"finished {date_of(run.summary.get('finished', ''))}".strip()
+    return f"at step {run.step:,} of {run.config.train.steps:,}, as of {date_of()}"
 
 
 def curve_section(runs: Sequence[Run], panels: Sequence[Panel]) -> Section:
@@ -145,6 +149,7 @@ def result_rows(place: str, result: dict[str, Any]) -> list[Sequence[str]]:
         for key, value in part.items():
             if not isinstance(value, float):
                 continue
+            path = (inner, key) if inner else (key,)
             low, high = part.get(f"{key}_interval") or (None, None)
             between = "" if low is None or high is None else f"{number(key, low)} to {number(key, high)}"
             others = [
@@ -152,7 +157,9 @@ def result_rows(place: str, result: dict[str, Any]) -> list[Sequence[str]]:
                 for other, found in (figures.get("baselines") or {}).items()
                 if not inner and isinstance(found, dict) and isinstance(found.get(key), float)
             ]
-            label = f"{inner.replace('_', ' ')} {key}".strip()
+            label = (
+                METRICS[path][0].removesuffix(", %") if path in METRICS else f"{inner.replace('_', ' ')} {key}".strip()
+            )
             rows.append((f"{name}: {label}", number(key, value), between, "; ".join(others)))
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from aimv2.io import write_aside
 from aimv2.report.blocks import Section
 from aimv2.report.charts import Panel, draw_png
 from aimv2.report.images import to_png, to_uri
+from aimv2.report.runs import date_of
 from aimv2.report.sheet import draw_sheet
 
 LARGEST = 5_000_000  # bytes per page
@@ -40,7 +40,7 @@ class Page:
     sections: list[Section]
     panels: Sequence[Panel] = ()
     reload: float | None = None
-    made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %Z").strip())
+    made: str = field(default_factory=date_of)
 
 
 def render_template(

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aimv2.io import git_state
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
 NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at", "train.max_hours"}  # differ between any two runs
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")  # whatever the locale
 DEEP = 3  # levels of folders below the run in which results are searched
 NO_RESULTS = {"checkpoints", "data", "tensorboard", "wandb", "tokenizer", "report"}
 
@@ -155,6 +157,17 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def date_of(stamp: str | None = None) -> str:
+    """A time in words, 28 Nov 2026, 14:03 UTC+01:00: that of an ISO stamp, None: now; another text as it is."""
+    when = datetime.now().astimezone()
+    if stamp is not None:
+        try:
+            when = datetime.fromisoformat(stamp)
+        except ValueError:
+            return stamp
+    return f"{when.day} {MONTHS[when.month - 1]} {when:%Y, %H:%M %Z}".strip()
+
+
 def about(run: Run) -> list[tuple[str, str]]:
     """Machine, versions and git state: the run's if recorded, else those of this report."""
     import torch
@@ -170,7 +183,12 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("Python", f"{platform.python_version()} (of this report)"),
         ("git", summary.get("git") or f"{git_state() or 'not under git'} (of this report)"),
         ("command", summary.get("command") or ""),
-        ("finished", summary.get("finished") or f"not yet: step {run.step} of {run.config.train.steps}"),
+        (
+            "finished",
+            date_of(summary.get("finished", ""))
+            if summary.get("finished")
+            else f"not yet: step {run.step} of {run.config.train.steps}",
+        ),
         ("weights (SHA-256)", summary.get("weights_sha256") or ""),
         ("report made by", " ".join(["aimv2", *sys.argv[1:]])),
     ]

@@ -5,6 +5,7 @@ Legend: p patch side, I patches of an image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.energon import WorkerConfig
 from torch import Tensor, nn
 
 from aimv2.config.schema import Config
+from aimv2.data.images.class_names import names_beside
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import read_samples
 from aimv2.data.stream.samples import PairEncoder, View, sample_rng, training_shards, validation_shards
@@ -52,12 +54,12 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class HeldOutImage:
-    """A centre-cropped validation image uint8 [3, H, W], with its first caption and label (-1: none)."""
+    """A centre-cropped validation image uint8 [3, H, W], with its first caption and the name of its class ("": no label)."""
 
     key: str
     image: Tensor
     caption: str
-    label: int
+    label: str
 
 
 def open_model(folder: Path, device: str | torch.device | None) -> AIMv2 | VisionEncoder:
@@ -133,9 +135,22 @@ def training_samples(
     return found
 
 
+def class_names(shards: Sequence[Path]) -> Sequence[str]:
+    """Class names of classes.txt next to shards; () without one."""
+    return names_beside(*dict.fromkeys(shard.parent for shard in shards)) or ()
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+    """Name of a label: of ``names`` (classes.txt) if there is one, else its number; "" for -1."""
+    if label < 0:
+        return ""
+    return names[label] if label < len(names) else f"class {label}"
+
+
 def held_out_images(config: Config, view: View, tokenizer: Tokenizer | None, count: int) -> list[HeldOutImage]:
     """The first images of the validation split; [] without one."""
     shards = validation_shards(config.data)
     found = read_held_out(shards, replace(view, captions=False), tokenizer, count, config.data.max_tokens)
-    labels = found.labels.tolist()
+    names = class_names(shards)
+    labels = [class_name(label, names) for label in found.labels.tolist()]
     return [HeldOutImage(*one) for one in zip(found.keys, found.images, found.captions, labels)]

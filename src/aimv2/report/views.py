@@ -39,6 +39,7 @@ MAX_LOSS = 6.0  # nats at which a token has its full colour: a probability of 1 
 LAYERS = 8  # layers shown by PCA at most
 HALF = 530  # half the page's width in CSS pixels: narrower rows are placed in two columns
 HEADS = 6  # attention heads shown at most
+COUNTED = "Layers and heads count from 0, as in encode(layers=[0])."
 NEIGHBOURS, POOL = 5, 512  # neighbours per image, and images searched at most
 MAX_FLOPS = {"cpu": 4e12, "cuda": 4e14}  # budget of the neighbour search
 LARGE = 1e8  # parameters above which a CPU rolls out only one image
@@ -234,11 +235,11 @@ def feature_section(scene: ModelViews) -> Content:
     for number, one in enumerate(scene.shown):
         picture = from_tensor(one.image)
         shots = [Shot(picture, "image", small(picture))]
-        shots += [Shot(colours[name][number], name if name == "last" else f"layer {name}") for name in colours]
+        shots += [Shot(colours[name][number], layer_name(layer, depth)) for name, layer in zip(colours, layers)]
         strips.append(Strip("", shots, size=row_size(len(shots))))
     lead = (
         "The first three principal components of all patch features of a layer as red, green and blue: patches of similar colour "
-        "have similar features. Colours compare between the images of a column, not between columns."
+        f"have similar features. Colours compare between the images of a layer, not between layers. {COUNTED}"
     )
     return lead, strips
 
@@ -257,14 +258,19 @@ def attention_section(scene: ModelViews) -> Content:
             shots = [Shot(framed, f"row {patch[0] + 1}, column {patch[1] + 1}", True)]
             for layer in layers:
                 heads = attention_maps(scene.encoder, one.image, layer, patch)
-                shots.append(Shot(colour(heads.mean(0)), f"layer {layer}"))
+                shots.append(Shot(colour(heads.mean(0)), layer_name(layer, depth)))
             shots += [Shot(colour(head), f"head {at}") for at, head in enumerate(heads[:HEADS])]
             strips.append(Strip("", shots, size=row_size(len(shots))))
     lead = (
         "Attention of the framed patch to every other (bidirectional): the mean over the heads of the first, a middle and the last "
-        f"of {depth} layers, then heads of the last one. Each map has its own scale; bright is high."
+        f"of {depth} layers, then heads of the last one. Each map has its own scale; bright is high. {COUNTED}"
     )
     return lead, strips
+
+
+def layer_name(layer: int, depth: int) -> str:
+    """A layer by its index, the number that ``layers`` takes everywhere: layer 0 to layer 5 (last)."""
+    return f"layer {layer} (last)" if layer == depth - 1 else f"layer {layer}"
 
 
 def chosen_patches(picture: Picture, grid: tuple[int, int], side: int) -> list[tuple[int, int]]:
@@ -299,13 +305,13 @@ def neighbour_section(scene: ModelViews) -> Content:
         strips.append(Strip("", shots, size=row_size(len(shots))))
     lead = (
         f"For each image on the left, its nearest neighbours among {len(pool)} {scene.origin} images by the cosine of their mean "
-        "patch features (below each), without any training on labels."
+        "patch features (below each, with the class), without any training on labels."
     )
     return lead, strips
 
 
 def named(text: str, one: HeldOutImage) -> str:
-    return f"{text} (class {one.label})" if one.label >= 0 else text
+    return f"{text}: {one.label}" if one.label else text
 
 
 @torch.inference_mode()

@@ -208,7 +208,7 @@ def scene_of(run: Run, images: int, device: torch.device) -> views.ModelViews:
     origin = "held-out"
     if not held_out:
         others = training_samples(run.config, view, tokenizer, views.pool_size(encoder, view.patches, images))
-        held_out, origin = [HeldOutImage(one.key, one.image, one.caption, -1) for one in others], "training"
+        held_out, origin = [HeldOutImage(one.key, one.image, one.caption, "") for one in others], "training"
     why = f"a run of objective.name={run.config.objective.name} has no decoder"
     whole = model if isinstance(model, AIMv2) else None
     return views.ModelViews(encoder, whole, why, training, held_out, tokenizer, images, origin)

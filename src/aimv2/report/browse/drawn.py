@@ -5,7 +5,7 @@ Legend: p patch side, h x w patch grid, I = h * w patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from aimv2.batch import Batch, captions_of
 from aimv2.config.load import check_keys, parse, read_recipe
 from aimv2.config.schema import Config, Source
-from aimv2.data.stream.samples import TrainStream, View, training_sources
+from aimv2.data.stream.samples import TrainStream, View, training_shards, training_sources
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig
+from aimv2.report.samples import class_names
 from aimv2.tasks import task_of
 from aimv2.tasks.pretrain import Pretrain
 from aimv2.train import defaults, launch, prepare
@@ -43,6 +44,7 @@ class DrawnSample:
         prefix: prefix length, patches in raster order.
         tokens: ids of the drawn caption; [] without text.
         kept: int64 [K], positions that the decoder reads; None: all.
+        label: its class; -1 without one.
     """
 
     key: str
@@ -52,6 +54,7 @@ class DrawnSample:
     prefix: int
     tokens: list[int]
     kept: NDArray[np.int64] | None = None
+    label: int = -1
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Drawn:
         total: samples in the training data.
         samples: the first samples, in order.
         bad: samples that can't be read, with the reason.
+        classes: names of the classes of each source, where it has them.
     """
 
     config: Config
@@ -77,6 +81,7 @@ class Drawn:
     total: int
     samples: list[DrawnSample]
     bad: list[str] = field(default_factory=list)
+    classes: list[Sequence[str]] = field(default_factory=list)
 
 
 def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -> Drawn:
@@ -111,7 +116,8 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
     finally:
         stream.close()
     sources = [Source("drawn on the spot", DEMO)] if demo else training_sources(config.data)
-    return Drawn(config, encoder, view, tokenizer, sources, total, samples, stream.bad)
+    classes = [class_names(shards) for shards in training_shards(config.data)]
+    return Drawn(config, encoder, view, tokenizer, sources, total, samples, stream.bad, classes)
 
 
 def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:
@@ -161,11 +167,11 @@ def samples_of(batch: Batch, view: View, patch: int) -> Iterator[DrawnSample]:
         patch: p.
     """
     assert batch.prefix_len is not None
-    captions = captions_of(batch)
+    captions, labels = captions_of(batch), batch.labels.tolist()
     for row, (key, source, image) in enumerate(zip(batch.keys, batch.sources, pictures(batch, view, patch))):
         kept = None if batch.kept is None else batch.kept[row].numpy()
         grid = image.shape[0] // patch, image.shape[1] // patch
-        yield DrawnSample(key, source, image, grid, int(batch.prefix_len[row]), captions[row], kept)
+        yield DrawnSample(key, source, image, grid, int(batch.prefix_len[row]), captions[row], kept, labels[row])
 
 
 def pictures(batch: Batch, view: View, patch: int) -> Iterator[NDArray[np.uint8]]:

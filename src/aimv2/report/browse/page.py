@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from aimv2.report.browse.drawn import Drawn, DrawnSample
 from aimv2.report.charts import Line, Panel, draw
 from aimv2.report.page import render_template
 from aimv2.report.predictions import token_texts, visible
+from aimv2.report.runs import date_of
+from aimv2.report.samples import class_name
 from aimv2.train.launch import rate_curve
 
 BINS = 16  # bins of the histogram at most
@@ -95,7 +96,7 @@ def render(drawn: Drawn) -> str:
         "curve": curve(drawn.config),
         "bad": drawn.bad,
         "lead": lead(drawn),
-        "made": time.strftime("%Y-%m-%d %H:%M:%S %Z").strip(),
+        "made": date_of(),
     }
     return render_template("aimv2.report.browse/templates", "browse.html", context, QUALITIES)
 
@@ -161,6 +162,7 @@ def card(sample: DrawnSample, drawn: Drawn) -> dict[str, Any]:
         "source": source.name or Path(source.path).name,
         "weight": source.weight,
         "colour": sample.source % COLOURS,
+        "label": class_name(sample.label, drawn.classes[sample.source] if drawn.classes else ()),
         "tokens": chips(sample, drawn),
     }
 

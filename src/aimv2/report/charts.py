@@ -60,7 +60,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     taken = set(losses)
     panels = []
     for key in losses:
-        if key == "loss" and any(same_shape(runs, key, other) for other in losses if other != key):
+        if key == "loss" and len(losses) == 2 and same_shape(runs, *losses):
             continue  # of one term only: that term's curve is drawn
         held = [name for name in keys if name == f"val_{key}" or (len(runs) == 1 and name.startswith(f"val_{key}_"))]
         taken |= {name for name in keys if name.startswith(f"val_{key}")}
@@ -272,11 +272,11 @@ def _short(value: float) -> str:
     """Tick label: 1500000 is 1.5M."""
     if value and abs(value) < 1e-3:
         digits, power = f"{value:e}".split("e")
-        return f"{float(digits):g}e{int(power)}"
+        return f"{float(digits):.6g}e{int(power)}"
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
             return f"{value / (1e3 if letter == 'k' else unit):g}{letter}"
-    return f"{value:g}"
+    return f"{value:.10g}"
 
 
 # ---- as PNG ----

@@ -198,5 +198,5 @@ def figure_section(runs: Sequence[Run]) -> Section:
     last = [newest(run) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in last for key in one) if key not in ("step", "seed", "seconds")]
     rows = [("step", *(f"{run.step:,} of {run.config.train.steps:,}" for run in runs))]
-    rows += [(key, *(number(key, one[key]) if key in one else "–" for one in last)) for key in keys]
+    rows += [(title_of(key), *(number(key, one[key]) if key in one else "–" for one in last)) for key in keys]
     return Section("figures", "Figures", "The newest value of each.", [Table(("", *(run.name for run in runs)), rows)])

@@ -161,7 +161,7 @@ def test_intervals_stand_beside_shares(run: Path) -> None:
     assert row[1:] == ("50.0%", "40.4% to 59.6%", "untrained encoder 10.0% (5.5% to 17.4%)")  # Wilson, by hand
     figures = {"top1": 0.25, "top1_interval": [0.2, 0.3], "baselines": {"untrained encoder": {"top1": 0.1}}}
     rows = result_rows("probe", {"verb": "probe", "data": {"dataset": "eurosat"}, "figures": figures})
-    assert rows == [("probe on eurosat: top1", "25.0%", "20.0% to 30.0%", "untrained encoder 10.0%")]
+    assert rows == [("probe on eurosat: top-1", "25.0%", "20.0% to 30.0%", "untrained encoder 10.0%")]
 
 
 def test_results_within_the_run_are_found(unfinished: Path) -> None:
@@ -170,7 +170,7 @@ def test_results_within_the_run_are_found(unfinished: Path) -> None:
         (unfinished / place / "result.json").write_text('{"verb": "knn", "figures": {"top1": 0.5}}')
     assert [place for place, _ in find_results(unfinished)] == ["probe"]
     api.report([str(unfinished)])
-    assert "knn on probe: top1" in Parsed(unfinished / "report.html").texts["results"]
+    assert "knn on probe: top-1" in Parsed(unfinished / "report.html").texts["results"]
 
 
 # ---- runs of which not all can be drawn ----

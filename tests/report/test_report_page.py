@@ -24,7 +24,7 @@ from aimv2.cli import main
 from aimv2.errors import UsageError
 from aimv2.report import write
 from aimv2.report.blocks import Section, Shot, Strip
-from aimv2.report.charts import Line, Panel, draw
+from aimv2.report.charts import LEFT, RIGHT, WIDTH, Line, Panel, draw
 from aimv2.report.facts import own_results, result_rows
 from aimv2.report.images import colour, fit, mask_after
 from aimv2.report.page import LARGEST, Page, render
@@ -331,7 +331,7 @@ def test_a_curve_lies_where_its_values_say() -> None:
     svg = draw(Panel("p", [Line("a", [0, 50, 100], [0.0, 1.0, 2.0])]), 100).svg
     points = [tuple(map(float, one.split(","))) for one in re.search(r'points="([^"]+)"', svg)[1].split()]
     (x0, y0), (x1, y1), (x2, y2) = points
-    assert x0 == 52 and x2 == 508 and x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert x0 == LEFT and x2 == WIDTH - RIGHT and x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
     assert y0 > y1 > y2 and y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
     wide = draw(Panel("p", [Line("a", [1, 2, 3], [1.0, 10.0, 100.0])], log=True), 3)
     points = [tuple(map(float, one.split(","))) for one in re.search(r'points="([^"]+)"', wide.svg)[1].split()]

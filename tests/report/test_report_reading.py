@@ -86,7 +86,6 @@ def test_a_sum_of_one_term_is_drawn_once(world: TinyWorld) -> None:
 
 
 def test_fractions_are_percent_and_seconds_are_words() -> None:
-    assert "20%" in labels(Panel("Top-1", [Line("", [0, 9], [0.1, 0.32])], percent=True), 9)[1]
     assert number("train_seconds", 284.2) == "4 min 44 s" and number("seconds", 200_000) == "2 d 7 h"
     figures = {"miou": 0.25, "rmse": 0.5, "cider": 0.25, "text_to_image": {"R@1": 0.125}}
     rows = [row[:2] for row in result_rows("x", {"verb": "eval", "data": {"name": "d"}, "figures": figures})]

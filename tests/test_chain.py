@@ -429,7 +429,7 @@ def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(tmp_path: Path, s
 @pytest.mark.parametrize(
     ("top", "line"),
     [
-        ({"stage": {}}, "Unknown key: 'stage' in"),
+        ({"stage": {}}, "unknown key 'stage' in"),
         ({"stages": []}, "a mapping of stages expected"),
         ({"out": None}, "no folder for the stages"),
         ({"out": 3}, "out must be a path, got 3"),

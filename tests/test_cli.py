@@ -266,8 +266,8 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
         (["tokeniser", "train"], "did you mean 'tokenizer'"),
         (["data", "shapes", "x", "--cout", "3"], "unknown option '--cout'; did you mean '--count'"),
         (["data", "check", "x", "--min-sides", "3"], "did you mean '--min-side'"),
-        (["pretrain", "--train.step", "3"], "'train.step'; did you mean 'train.steps'"),
-        (["pretrain", "--optim.weight-decy=1"], "did you mean 'optim.weight_decay'"),
+        (["pretrain", "--train.step", "3"], "unknown option '--train.step'; did you mean '--train.steps'"),
+        (["pretrain", "--optim.weight-decy=1"], "did you mean '--optim.weight_decay'"),
         (["pretrain", "--run"], "--run needs a value"),
         (["pretrain", "--train.steps", "--resume"], "--train.steps needs a value"),
         (["pretrain", "run"], "unexpected 'run'"),
@@ -275,6 +275,10 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
         (["pretrain", "--train", "3", "--run", "r"], "'train' on the command line is a section"),
         (["data", "shapes"], "OUT"),
         (["data", "shapes", "x", "--count", "many"], "count"),
+        (["pretrain", "--dri-run"], "unknown option '--dri-run'; did you mean '--dry-run'"),
+        (["data", "check", "nowhere"], "SOURCE: 'nowhere' does not exist"),
+        (["knn", "nowhere", "--data", "nothing"], "MODEL nowhere: no such file"),
+        (["probe", "nowhere.safetensors", "--data", "nothing"], "MODEL nowhere.safetensors: no such file"),
         (["caption", "no-such-model", "x.png"], "MODEL no-such-model: no such file, folder, run or released name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -291,6 +295,18 @@ def test_a_folder_that_is_not_shards_names_the_way_to_make_them(shell: Shell, pi
     line = shell.refuses("pretrain", "--run", tmp_path / "run", "--data.train", picture.parent)
     assert f"`aimv2 data import {picture.parent} OUT`" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_conversion_leaves_out_is_printed(shell: Shell, run: Path, tmp_path: Path) -> None:
+    code, out, _ = shell("convert", run, tmp_path / "timm", "--to", "timm")
+    assert code == 0 and re.search(r"^left out: .*decoder$", out, re.MULTILINE)
+
+
+def test_a_validation_path_that_is_not_there_says_what_happens_without_it(
+    shell: Shell, data: Path, tmp_path: Path
+) -> None:
+    line = shell.refuses(*options(data, tmp_path / "new"), "--data.val", 0)
+    assert "data.val: " in line and "without data.val" in line
 
 
 def test_debug_shows_the_traceback(shell: Shell) -> None:

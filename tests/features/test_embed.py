@@ -452,3 +452,10 @@ def test_what_one_rank_meets_is_said_by_it(tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 2)
     with pytest.raises(RankError, match="larger than float16 holds"):
         api.embed(str(tmp_path / "m"), str(tmp_path / "photos"), str(tmp_path / "out"), precision="bf16")
+
+
+def test_a_table_is_refused_with_what_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\na.png,1\n")
+    with pytest.raises(UsageError, match="a table; a folder of images, shards, one image or a list of paths") as error:
+        pictures(str(tmp_path / "list.csv"))
+    assert (error.value.option, error.value.code) == ("IMAGES", "unsupported")

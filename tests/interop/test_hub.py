@@ -210,7 +210,7 @@ def test_a_pair_has_its_tokeniser(served: Hub, tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_such_repository_or_no_weights(served: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such repository on the hub"):
+    with pytest.raises(UsageError, match="no such folder here, and no such repository on the hub"):
         aimv2.load_model("someone/nothing")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "config.json").write_text("{}")

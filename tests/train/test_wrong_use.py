@@ -64,7 +64,7 @@ def test_mistakes_of_the_configuration(data, tmp_path, capsys, more, named):
 def test_wrong_recipes(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     for text, named in (
-        ("train:\n  stpes: 5\n", ["Unknown key: 'train.stpes'", "train.steps", "recipe.yaml"]),
+        ("train:\n  stpes: 5\n", ["unknown key 'train.stpes'", "train.steps", "recipe.yaml"]),
         ("trian:\n  steps: 5\n", ["trian.steps", "train.steps"]),
         ("train: 5\n", ["'train'", "section"]),
         ("train: [\n", ["recipe.yaml", "not YAML"]),

@@ -269,10 +269,9 @@ def read_options(
             switches.add(key)
             continue
         if key not in keys and key != "config" and not key.startswith("objective."):  # a task may bring more of these
-            raise UsageError(
-                f"Unknown key: '{option[2:]}'{nearest(key, [*leaf_keys(), 'config', *switch_names, *more])}",
-                code="unknown",
-            )
+            own = ["config", *(name.replace("_", "-") for name in (*switch_names, *more))]
+            known = nearest(key, [*leaf_keys(), *own]).replace("'", "'--", 1)
+            raise UsageError(f"unknown option '{option}'{known}", option=option, code="unknown")
         following = words[at] if at < len(words) else None
         if not equals:
             if key in FLAGS and (following is None or following.startswith("--")):

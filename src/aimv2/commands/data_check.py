@@ -40,7 +40,7 @@ def run(options: DataCheckOptions) -> dict[str, Any]:
     else:
         if not any(mark in source for mark in "*?[{") and not Path(source).expanduser().exists():
             raise UsageError(
-                f"DIR: {source!r} does not exist; a folder, glob, brace pattern or one tar is expected",
+                f"SOURCE: {source!r} does not exist; a folder, glob, brace pattern or one tar is expected",
                 code="not-found",
             )
         captions = list(islice(read_captions(source), 50_000))

@@ -148,6 +148,8 @@ def render_figures(console: Console, result: dict[str, Any]) -> None:
         render_captions(console, result["captions"])
     for section, why in result.get("left_out", {}).items() if isinstance(result.get("left_out"), dict) else ():
         console.print(f"left out: {section}: {why}")
+    if isinstance(result.get("left_out"), list) and result["left_out"]:
+        console.print(f"left out: {', '.join(result['left_out'])}")
     for line in passed_lines(result.get("passed_over", {})):
         console.print(line)
     if "report" in result:

@@ -71,7 +71,7 @@ def check_keys(flat: dict[str, Any], where: str, below: dict[str, Any] | None = 
     leaves, known = leaf_keys(kind), known_keys(kind)
     for key, value in flat.items():
         if key not in known:
-            raise UsageError(f"Unknown key: '{key}' {where}{nearest(key, leaves)}", option=key, code="unknown")
+            raise UsageError(f"unknown key '{key}' {where}{nearest(key, leaves)}", option=key, code="unknown")
         if key not in leaves:
             first = next(leaf.split(".", 1)[1] for leaf in leaves if leaf.startswith(key + "."))
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -16,6 +17,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.options import ClassifierOptions
 from aimv2.evals.result import check_out, make_result, write_result
 from aimv2.features.frozen import Frozen, random_twin, raw_pixels
+from aimv2.interop.load import check_there
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ def open_labelled_splits(options: ClassifierOptions, seed: int) -> LabelledSplit
     Raises:
         UsageError: no training images, a test split that a registered data set lacks or that comes with a fraction, other classes.
     """
+    with contextlib.suppress(OSError):  # a name too long: said where it is opened
+        check_there(options.model)
     source, fraction, rest = options.source, options.test_fraction, (options.dataset, options.image_root)
     train = require_labelled(source, "train", *rest)
     val, test = (open_labelled(source, split, *rest) for split in ("val", "test"))

@@ -416,7 +416,8 @@ def timm_frozen(source: str, device: torch.device, stats: Stats | None) -> Froze
     try:
         import timm
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"MODEL {source}: timm can't be imported here ({first_line(error)})", code="missing") from None
+        why = f"timm can't be imported here ({first_line(error)}): pip install timm, and the torchvision made for torch {torch.__version__}"
+        raise UsageError(f"MODEL {source}: {why}", code="missing") from None
     name = source.removeprefix("timm:")
     if ":" not in name and not timm.is_model(name):
         raise UsageError(f"MODEL {source}: timm has no such model{nearest(name, timm.list_models())}", code="unknown")

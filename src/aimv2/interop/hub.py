@@ -109,7 +109,8 @@ def download(repository: str, revision: str | None) -> Path:
             ) from None
         except RepositoryNotFoundError:
             raise UsageError(
-                f"MODEL {repository}: no such repository on the hub, or a private one (then log in: hf auth login)",
+                f"MODEL {repository}: no such folder here, and no such repository on the hub, or a private one "
+                "(then log in: hf auth login)",
                 code="not-found",
             ) from None
         except UsageError:
@@ -123,7 +124,8 @@ def download(repository: str, revision: str | None) -> Path:
         return folder
     at = f" --revision {revision}" if revision else ""
     raise UsageError(
-        f"MODEL {repository}: the hub can't be reached ({why}) and the cache is incomplete; on a machine with access, run "
+        f"MODEL {repository}: no such folder here, the hub can't be reached ({why}) and the cache is incomplete; "
+        "on a machine with access, run "
         f"`hf download {repository}{at} --local-dir DIR`, copy DIR here and give DIR as MODEL",
         code="not-found",
     )

@@ -90,15 +90,23 @@ def locate(source: str | Path, revision: str | None = None) -> ModelSource:
         return _from_file(text, path) if path.is_file() else _from_folder(text, path)
     if text in hub.RELEASED:
         return _from_folder(text, hub.download(f"{hub.OWNER}/{text}", revision or hub.RELEASED[text]))
-    if path.suffix in (".safetensors", *PICKLES):
-        raise UsageError(f"MODEL {text}: no such file", code="not-found")
+    check_there(text)
     if hub.is_hub_id(text) and not path.parent.exists():
         name = text.split("/")[1]
         pinned = hub.RELEASED.get(name) if text == f"{hub.OWNER}/{name}" else None
         return _from_folder(text, hub.download(text, revision or pinned))
-    if model_folder.split_step(text) is not None:
-        return _from_folder(text, model_folder.find_model(text))
-    raise UsageError(f"MODEL {text}: {missing(text)}", code="not-found")
+    return _from_folder(text, model_folder.find_model(text))
+
+
+def check_there(text: str) -> None:
+    """Raises UsageError for a MODEL that is nowhere; what the hub may hold is not looked up."""
+    path = Path(text).expanduser()
+    if path.exists() or text in hub.RELEASED or text.startswith("timm:"):
+        return
+    if path.suffix in (".safetensors", *PICKLES):
+        raise UsageError(f"MODEL {text}: no such file", code="not-found")
+    if not (hub.is_hub_id(text) and not path.parent.exists()) and model_folder.split_step(text) is None:
+        raise UsageError(f"MODEL {text}: {missing(text)}", code="not-found")
 
 
 def missing(text: str) -> str:

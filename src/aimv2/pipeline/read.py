@@ -166,7 +166,7 @@ def _check_keys(tree: dict[Any, Any], known: tuple[str, ...], where: str) -> Non
     for key in tree:
         if key not in known:
             raise UsageError(
-                f"Unknown key: '{key}' {where}{nearest(str(key), known)} (there: {', '.join(known)})", code="unknown"
+                f"unknown key '{key}' {where}{nearest(str(key), known)} (there: {', '.join(known)})", code="unknown"
             )
 
 

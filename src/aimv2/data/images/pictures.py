@@ -24,6 +24,7 @@ from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
 
 LISTS = (".txt", ".lst")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 # a name, and what reads the encoded bytes (or raises OSError or ImageError)
 Picture = tuple[str, Callable[[], bytes]]
 
@@ -57,6 +58,12 @@ def pictures(
         found = _of_folder(path, passed)
     elif kind == "tars":
         found = _of_shards(find_shards(source, "train"), passed)
+    elif kind == "file" and path.suffix.lower() in TABLES:
+        raise UsageError(
+            f"{option} {source}: a table; a folder of images, shards, one image or a list of paths ({', '.join(LISTS)}, one "
+            "per line) is expected",
+            code="unsupported",
+        )
     elif kind == "file":
         found = (
             _of_list(path, option, image_root)

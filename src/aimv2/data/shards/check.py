@@ -169,8 +169,8 @@ def _groups(source: str | Path, split: str) -> dict[str, list[Path]]:
     """Tars by split; a pattern or one tar is simply ``all``."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return {"all": find_shards(source, "train", option="DIR")}
-    groups = split_shards(folder, option="DIR")
+        return {"all": find_shards(source, "train", option="SOURCE")}
+    groups = split_shards(folder, option="SOURCE")
     if split == "all":
         return groups
     if not groups.get(split):

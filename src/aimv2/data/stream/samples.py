@@ -318,8 +318,15 @@ def training_shards(config: DataConfig) -> list[list[Path]]:
 def validation_shards(config: DataConfig) -> list[Path]:
     """``data.val``, or the val-* (or test-*) tars in the folder of the training ones; [] without either."""
     if config.val is not None:
-        found = find_shards(config.val, "val", option="data.val")
-        return found or find_shards(config.val, "train", option="data.val")
+        try:
+            return find_shards(config.val, "val", option="data.val") or find_shards(
+                config.val, "train", option="data.val"
+            )
+        except UsageError as error:
+            if error.code != "not-found":
+                raise
+            hint = "without data.val the val-* shards beside the training ones are read (`aimv2 data import --val-fraction`)"
+            raise UsageError(f"{error}; {hint}", option=error.option, code=error.code) from None
     sources = [s for s in training_sources(config) if Path(s.path).is_dir()]
     return [tar for source in sources for tar in find_shards(source.path, "val", option="data.val")]
 

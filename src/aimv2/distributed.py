@@ -77,6 +77,20 @@ def join_world() -> World:
     return World(rank, size, device)
 
 
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """Rows [n, D] of every rank, rank by rank; n may differ."""
+    if world.size == 1:
+        return rows
+    counts = torch.zeros(world.size, device=world.device)
+    counts[world.rank] = len(rows)
+    sizes = [int(count) for count in world.sum(counts).tolist()]
+    padded = rows.new_zeros(max(sizes), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharded or not, over the same memory."""
     to_local = getattr(tensor, "to_local", None)

@@ -221,6 +221,8 @@ class EvalConfig:
         probe_heads: its attention heads; null: one per 64 values of the encoder's width
         probe_samples: labelled training images that the probe uses; 0: all
         probe_val_samples: labelled validation images that the probe is tested on; 0: all
+        knn: at each validation, kNN accuracy of the encoder as it is on labels (.cls): val_knn_top1
+        knn_samples: labelled training images that vote in it, evenly over the data and kept in memory; 0: all
     """
 
     every: int = 1000
@@ -234,6 +236,8 @@ class EvalConfig:
     probe_heads: int | None = None
     probe_samples: int = 0
     probe_val_samples: int = 0
+    knn: bool = False
+    knn_samples: int = 2000
 
 
 @dataclass

@@ -126,6 +126,7 @@ TITLES = {
     "contrastive_loss": "Contrastive loss, nats per pair",
     "val_perplexity": "Perplexity of held-out captions",
     "val_top1": "Top-1 of held-out images",
+    "val_knn_top1": "kNN top-1 of held-out images",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "pairs_per_s": "Throughput, pairs per second",

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from aimv2.config.objective import ContrastiveTaskOptions
 from aimv2.config.schema import Config
 from aimv2.data.text.clip import START, started
 from aimv2.data.text.tokenizer import Tokenizer
-from aimv2.distributed import World, local
+from aimv2.distributed import World, gather_rows, local
 from aimv2.errors import UsageError
 from aimv2.interop.load import Weights, fill_tensor
 from aimv2.models.flops import step_flops
@@ -222,20 +221,6 @@ def encode(model: nn.Module, data: HeldOut, world: World) -> PairFeatures:
         found += [features] if number < len(batches) else []
     image, text = torch.cat([part.image for part in found]), torch.cat([part.text for part in found])
     return PairFeatures(image, text, found[0].scale, found[0].bias)
-
-
-def gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Rows [n, D] of every rank, rank by rank; n may differ."""
-    if world.size == 1:
-        return rows
-    counts = torch.zeros(world.size, device=world.device)
-    counts[world.rank] = len(rows)
-    sizes = [int(count) for count in world.sum(counts).tolist()]
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
 def caption_number(tokens: list[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch import nn
 from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.data.images.decode import ImageError, decode_image
-from aimv2.data.shards.format import captions_of, label_of, read_samples
+from aimv2.data.shards.format import Parts, captions_of, label_of, read_samples
 from aimv2.data.stream.native import fit_area, make_native_batch, middle_area
 from aimv2.data.stream.samples import View, image_bytes
 from aimv2.data.stream.transforms import Box, centre_crop_box, crop_resize, to_pixels
@@ -58,8 +58,15 @@ def held_out_samples(
     shards: Sequence[Path], view: View, limit: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[HeldOutSample]:
     """The first ``limit`` samples in shard order (0: all), every ``world_size``-th for ``rank``; unreadable ones left out."""
+    return transformed((pair for shard in shards for pair in read_samples(shard)), view, limit, rank, world_size)
+
+
+def transformed(
+    samples: Iterable[tuple[str, Parts]], view: View, limit: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[HeldOutSample]:
+    """See :func:`held_out_samples`."""
     count = 0
-    for key, sample in (pair for shard in shards for pair in read_samples(shard)):
+    for key, sample in samples:
         if limit and count >= limit:
             break
         texts = [text for field in captions_of(sample).values() for text in field]
@@ -93,7 +100,14 @@ def read_held_out(
     world_size: int = 1,
 ) -> HeldOut:
     """Those of :func:`held_out_samples`, all in memory."""
-    found = list(held_out_samples(shards, view, limit, rank, world_size))
+    return hold(held_out_samples(shards, view, limit, rank, world_size), view, tokenizer, max_tokens)
+
+
+def hold(
+    samples: Iterable[HeldOutSample], view: View, tokenizer: Tokenizer | None = None, max_tokens: int = 77
+) -> HeldOut:
+    """Samples of a view, all in memory."""
+    found = list(samples)
     images: Any = [torch.from_numpy(one.pixels) for one in found]
     if view.native is None:
         images = (

@@ -24,6 +24,7 @@ from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
 from aimv2.tasks import task_of
+from aimv2.tasks.knn import KNN, check_knn
 from aimv2.tasks.task import Context
 from aimv2.train import defaults, prepare
 from aimv2.train.best import check_best
@@ -185,7 +186,8 @@ def build_trainer(
     """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
     validated = bool(validation_shards(config.data))
     task = task_of(config)
-    check_best(config, validated, task.figures)
+    check_knn(config)
+    check_best(config, validated, (*task.figures, KNN) if task.figures and config.eval.knn else task.figures)
     if not validated:
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb:

@@ -21,6 +21,7 @@ from aimv2.interop.model_folder import write_model
 from aimv2.models.flops import peak_flops
 from aimv2.tasks import Task, task_of
 from aimv2.tasks.held_out import HeldOut, read_held_out
+from aimv2.tasks.knn import knn_top1, read_voters
 from aimv2.tasks.task import Context
 from aimv2.train.best import Best
 from aimv2.train.card import model_card
@@ -101,6 +102,7 @@ class Trainer:
         self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
+        self.voters: HeldOut | None = None  # of eval.knn
         self.best = Best(run, config.eval.best, world)
         self.log: Log | None = None
 
@@ -261,6 +263,10 @@ class Trainer:
         start = time.perf_counter()
         with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
             self.figures = self.task.validate(self.model, self.update.objective, self.held_out, self.world)
+            if self.config.eval.knn:
+                if self.voters is None:
+                    self.voters = read_voters(self.config, self.view, self.world.rank, self.world.size)
+                self.figures |= knn_top1(self.model, self.voters, self.held_out, self.world)
         log.write(self.step, self.figures)
         self.mark += time.perf_counter() - start  # not training time
 

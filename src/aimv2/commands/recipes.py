@@ -67,7 +67,7 @@ def render(result: dict[str, Any], console: Console) -> None:
                 time = f"{'~' if hours[2] else ''}{hours[1]}" if hours else "-"
                 table.rows.append([row["name"], time, *(short(row[key]) for key in heads[2:])])
         console.print(f"{title}\n{table.to_text(console.width if wide else 80)}\n")
-    console.print("~: an estimate. aimv2 recipes NAME > mine.yaml: a file to edit, with its data and score.")
+    console.print("~: an estimate. aimv2 recipes NAME > mine.yaml: a file to edit; with its score")
 
 
 def short(text: str) -> str:

@@ -16,7 +16,7 @@ from aimv2.evals.probe import ProbeSettings, nearest_batch
 AUTOMATIC = ("epochs", "batch_size", "rates", "decays")  # what follows the number of images where nothing decides it
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DECAYS = (0.05, 5.0, 50.0)  # the last one leaves little but the bias: the best on features that say nothing
-EPOCHS, STEPS, LEAST_STEPS = 100, 2000, 1000
+EPOCHS, STEPS, LEAST_STEPS = 50, 1000, 500
 LARGEST = 512  # batch
 SELECTING = 250  # held-out images that choose a head, as far as there are so many
 FALLEN, RISEN = 0.2, 0.03  # change of the loss over the last quarter, as a fraction of that of guessing
@@ -25,8 +25,8 @@ FALLEN, RISEN = 0.2, 0.03  # change of the loss over the last quarter, as a frac
 def fitted(settings: ProbeSettings, images: int, automatic: Collection[str]) -> ProbeSettings:
     """The same settings with those named ``automatic`` by the number of images.
 
-    The batch is the power of two next to images * epochs / 2,000, from 16 to 512 (all images where they are fewer): about 2,000
-    steps. Epochs are 100, and more where that makes fewer than 1,000 steps.
+    The batch is the power of two next to images * epochs / 1,000, from 16 to 512 (all images where they are fewer): about 1,000
+    steps. Epochs are 50, and more where that makes fewer than 500 steps.
 
     Args:
         settings: those not named stay.

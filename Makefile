@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo check test test-long bench docs lint setup clean
+.PHONY: demo check test test-long versions bench docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,17 @@ test-long: setup
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python tests/long/break_lines.py
 
+# another Python or torch: make versions PYTHON=python3.14 TORCH=2.14.1
+TORCH ?= 2.13.0
+TRIED := .venv-versions
+TRIED_TESTS ?= tests/models tests/train/test_golden.py tests/test_cli.py tests/test_errors.py
+versions:
+	$(PYTHON) -m venv --clear $(TRIED)
+	$(TRIED)/bin/python -m pip install --quiet torch==$(TORCH) -e '.[peft]' pytest hypothesis
+	$(TRIED)/bin/aimv2 doctor
+	$(TRIED)/bin/aimv2 pretrain --run $(TRIED)/demo --train.steps 12 --optim.warmup 2 --eval.samples 32 --eval.probe false
+	CUDA_VISIBLE_DEVICES= $(TRIED)/bin/python -m pytest $(TRIED_TESTS)
+
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/data.py
@@ -44,4 +55,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRIED) .pytest_cache .mypy_cache .ruff_cache

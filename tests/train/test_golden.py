@@ -13,6 +13,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 RENEW = "AIMV2_RENEW_GOLDEN"
 KEPT = ("step", "loss", "text_loss", "pixel_loss", "grad_norm", "lr")  # and all of validation
 CLOSE = 2e-3  # other processors round differently
+DRAWN = 1.540996  # by trunc_normal_ from seed 0; torch 2.11 draws by another method
 HOW = f"if the change is meant: {RENEW}=1 pytest tests/train/test_golden.py, and commit {GOLDEN.name} with it"
 
 
@@ -31,6 +32,9 @@ def curve(run):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the curve is that of a CPU; CUDA_VISIBLE_DEVICES= compares it")
 def test_loss_curve_is_the_stored_one(one_thread, tmp_path):
+    first = torch.nn.init.trunc_normal_(torch.empty(1), generator=torch.Generator().manual_seed(0)).item()
+    if first != pytest.approx(DRAWN, rel=1e-3):
+        pytest.skip(f"torch {torch.__version__} draws other initial weights from a seed")
     data = scenes(tmp_path / "scenes")
     train(data, tmp_path / "run", train__steps=12, eval__every=6, seed=0)
     found = curve(tmp_path / "run")

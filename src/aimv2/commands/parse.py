@@ -101,7 +101,8 @@ def parser_of(name: str) -> Any:
     words = {word.rstrip("*"): word.endswith("*") for word in COMMANDS[name].words}
     for key, many in words.items():
         more: dict[str, Any] = {"nargs": "*"} if many else {}
-        parser.add_argument(key, metavar=key.upper(), type=str, help=texts.get(key, ""), **more)
+        word = parser.add_argument(key, metavar=key.upper(), type=str, help=texts.get(key, ""), **more)
+        word.required = True  # Python 3.14 takes a list of none for optional
     group = parser.add_argument_group(inspect.getdoc(options_class(name)).split("\n\n")[0])  # type: ignore[union-attr]
     for key, field in option_fields(name).items():
         if key not in words:

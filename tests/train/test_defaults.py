@@ -16,6 +16,7 @@ from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
+from aimv2.report.browse.drawn import expected
 from aimv2.tasks.pretrain import shapes
 from aimv2.train import defaults
 from aimv2.train.step import TrainStep
@@ -84,10 +85,10 @@ def test_more_visits_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_time_and_memory_are_said_before_the_start() -> None:
     config = parse({"model.name": "aimv2-3B-patch14-448", "train.steps": 1000, "train.batch_size": 64})
-    said = " ".join(defaults.expected(config, 4096))
+    said = " ".join(expected(config, 4096))
     assert "train.max_hours" in said and "train.accumulate" in said
     small = parse({"model.name": "aimv2-tiny-patch4-32", "train.steps": 10, "train.batch_size": 8})
-    assert not list(defaults.expected(small, 512))
+    assert not list(expected(small, 512))
     assert not list(defaults.too_long(replace(config, train=replace(config.train, max_hours=1.0)), 100.0))
 
 

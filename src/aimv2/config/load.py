@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from aimv2.config.objective import options_of, refuse_foreign, refuse_unread
-from aimv2.config.recipes import recipe_file
 from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
 
@@ -41,6 +40,8 @@ LIMITS = {  # least and largest value of numbers
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A YAML recipe, by path or by its shipped name, as flat ``{dotted key: value}``; unknown keys are refused by name."""
+    from aimv2.config.recipes import recipe_file  # here: a run's own configuration needs no names
+
     path = recipe_file(path, "--config")
     try:
         tree = yaml.safe_load(path.read_text()) or {}

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from aimv2.models.classifier import Classifier
-from aimv2.models.distilled import Distiller
 from aimv2.models.layers import Block
 from aimv2.models.lit import TunedLiT
 from aimv2.models.sizes import encoder_flops
@@ -39,6 +37,9 @@ def step_flops(model: Any, pairs: float, patches: float, tokens: float) -> float
         patches: I.
         tokens: real caption tokens of the whole batch.
     """
+    from aimv2.models.classifier import Classifier  # here: the loop needs no model but its task's
+    from aimv2.models.distilled import Distiller
+
     encoder = model.encoder
     if isinstance(model, Classifier):
         trained = any(parameter.requires_grad for parameter in encoder.parameters())

@@ -171,16 +171,6 @@ def too_large(gigabytes: float, device: torch.device) -> Iterator[str]:
         )
 
 
-def expected(config: Config, vocab_size: int) -> Iterator[str]:
-    """:func:`beyond` of a pre-training run on the device here, before anything is built."""
-    from aimv2.tasks.pretrain import shapes
-
-    encoder, decoder = shapes(config, vocab_size)
-    model = unfilled(encoder, decoder)
-    flops = step_flops(model, *expected_step(config, encoder))
-    yield from beyond(config, model, flops, torch.device(kind_here()))
-
-
 def beyond(
     config: Config, model: nn.Module, flops: float | None, device: torch.device, ranks: int = 1
 ) -> Iterator[str]:

@@ -24,14 +24,12 @@ from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
 from aimv2.tasks import task_of
-from aimv2.tasks.knn import KNN, check_knn
 from aimv2.tasks.task import Context
 from aimv2.train import defaults, prepare
 from aimv2.train.best import check_best
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.interrupt import Interrupted
 from aimv2.train.loop import Trainer, memory_gb
-from aimv2.train.outlook import disk_room, visits
 from aimv2.train.parallel import want_compile
 from aimv2.train.schedule import learning_rate
 
@@ -186,8 +184,13 @@ def build_trainer(
     """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
     validated = bool(validation_shards(config.data))
     task = task_of(config)
-    check_knn(config)
-    check_best(config, validated, (*task.figures, KNN) if task.figures and config.eval.knn else task.figures)
+    figures = task.figures
+    if config.eval.knn:
+        from aimv2.tasks.knn import KNN, check_knn
+
+        check_knn(config)
+        figures = (*figures, KNN) if figures else figures
+    check_best(config, validated, figures)
     if not validated:
         say("no validation split (val-* or test-* shards, or data.val): the run will not be validated")
     if config.log.wandb:
@@ -350,6 +353,8 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
 
 def try_one_step(config: Config) -> dict[str, Any]:
     """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing."""
+    from aimv2.train.outlook import disk_room, visits
+
     world = join_world()
     free = free_memory(world.device)
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,12 +21,10 @@ from aimv2.interop.model_folder import write_model
 from aimv2.models.flops import peak_flops
 from aimv2.tasks import Task, task_of
 from aimv2.tasks.held_out import HeldOut, read_held_out
-from aimv2.tasks.knn import knn_top1, read_voters
 from aimv2.tasks.task import Context
 from aimv2.train.best import Best
 from aimv2.train.card import model_card
 from aimv2.train.checkpoint import load_checkpoint, read_about, save_checkpoint
-from aimv2.train.compiling import watch_compile
 from aimv2.train.interrupt import Interrupted, StopFlag
 from aimv2.train.log import Log, duration, say
 from aimv2.train.parallel import Trainable
@@ -171,6 +169,8 @@ class Trainer:
         """Compiles the blocks for every shape that will come, where that is wanted, and says so; seconds that it took."""
         if not self.compiled:
             return 0.0
+        from aimv2.train.compiling import watch_compile  # torch's compiler
+
         began, train = time.perf_counter(), self.config.train
         with watch_compile(self.unwrapped()) as watch:
             pairs = train.batch_size // self.world.size // train.accumulate
@@ -264,6 +264,8 @@ class Trainer:
         with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
             self.figures = self.task.validate(self.model, self.update.objective, self.held_out, self.world)
             if self.config.eval.knn:
+                from aimv2.tasks.knn import knn_top1, read_voters
+
                 if self.voters is None:
                     self.voters = read_voters(self.config, self.view, self.world.rank, self.world.size)
                 self.figures |= knn_top1(self.model, self.voters, self.held_out, self.world)

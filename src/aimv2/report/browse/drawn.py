@@ -22,10 +22,11 @@ from aimv2.data.stream.samples import TrainStream, View, training_shards, traini
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
+from aimv2.models.flops import step_flops
 from aimv2.models.sizes import EncoderConfig
 from aimv2.report.samples import class_names
 from aimv2.tasks import task_of
-from aimv2.tasks.pretrain import Pretrain
+from aimv2.tasks.pretrain import Pretrain, shapes
 from aimv2.train import defaults, launch, prepare
 from aimv2.train.view import make_view
 
@@ -103,7 +104,7 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
     view = make_view(config, encoder, task.reads_text(), world)
     view.teacher = task.stored_width()
     if isinstance(task, Pretrain) and not demo:  # other models can't be known without building them
-        for line in defaults.expected(config, tokenizer.vocab_size if tokenizer else 1):
+        for line in expected(config, tokenizer.vocab_size if tokenizer else 1):
             launch.say(line)
     stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
     total = stream.samples
@@ -118,6 +119,14 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
     sources = [Source("drawn on the spot", DEMO)] if demo else training_sources(config.data)
     classes = [class_names(shards) for shards in training_shards(config.data)]
     return Drawn(config, encoder, view, tokenizer, sources, total, samples, stream.bad, classes)
+
+
+def expected(config: Config, vocab_size: int) -> Iterator[str]:
+    """Lines on time and memory that a pre-training run is expected to take on the device here."""
+    encoder, decoder = shapes(config, vocab_size)
+    model = defaults.unfilled(encoder, decoder)
+    flops = step_flops(model, *defaults.expected_step(config, encoder))
+    yield from defaults.beyond(config, model, flops, torch.device(defaults.kind_here()))
 
 
 def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:

@@ -76,11 +76,22 @@ def test_the_steps_follow_the_users_model_and_batch() -> None:
 
 
 def test_more_visits_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = scenes(tmp_path / "data", 60)
+    data = scenes(tmp_path / "data", 61)
     for own, lines in (({}, 0), ({"train.steps": 500}, 1), ({"train.epochs": 40}, 0), ({"train.epochs": 42}, 1)):
         api.pretrain(None, None, {"data.train": str(data), **own}, print_config=True)
         said = capsys.readouterr().err
-        assert said.count("see each of the 60 pairs") == lines, said
+        assert said.count("see each of the 61 pairs") == lines, said
+
+
+def test_the_defaults_reach_the_run(tmp_path: Path) -> None:
+    data = scenes(tmp_path / "data", 40)
+    found = api.pretrain(None, None, {"data.train": str(data), "data.flip": 0}, print_config=True)
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "PNG")
+    expected = defaults.defaults_for([{"png": image.getvalue()}], 40, defaults.kind_here(), Config(), set())
+    assert {key: found["config"][key] for key in expected} == expected
+    assert {found["from"][key] for key in expected} == {"auto"}
+    assert (found["config"]["data.flip"], found["config"]["data.train"]) == (0, str(data))
 
 
 def test_time_and_memory_are_said_before_the_start() -> None:

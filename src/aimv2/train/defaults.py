@@ -137,11 +137,12 @@ def patches_of(encoder: EncoderConfig) -> int:
 def too_many_visits(config: Config, pairs: int) -> Iterator[str]:
     """A line where the run sees each pair more than 40 times (a step of a native run has no number of pairs)."""
     train = config.train
-    count = train.steps * train.batch_size / max(pairs, 1)
-    if train.patch_budget is None and count > VISITS:
+    most = math.ceil(VISITS * pairs / train.batch_size)  # as train.epochs counts: the last step may end beyond
+    if train.patch_budget is None and train.steps > most:
         yield (
-            f"train.steps {train.steps} of {train.batch_size} pairs see each of the {pairs} pairs {count:.0f} times; after more than "
-            f"{VISITS} a model knows its captions by heart (--train.epochs {VISITS} is {VISITS * pairs // train.batch_size} steps)"
+            f"train.steps {train.steps} of {train.batch_size} pairs see each of the {pairs} pairs "
+            f"{train.steps * train.batch_size / max(pairs, 1):.1f} times; after more than {VISITS} a model knows its captions by heart "
+            f"(--train.epochs {VISITS} is {most} steps)"
         )
 
 

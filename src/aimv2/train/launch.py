@@ -111,9 +111,8 @@ def settle(
         base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given))
         if config.init is not None:
             del base["model.name"], base["data.vocab_size"]  # those of init
-        filled = parse({**base, **given})
-        filled.data, filled.init = config.data, config.init
-        config = filled
+        config = parse({**base, **given})
+        prepare.locate_data(config)
     scaled = recipe is None and "optim.warmup" not in given
     prepare.settle_length(config, given, scaled)
     if recipe is None or given.keys() & {"train.steps", "train.epochs", "train.batch_size"}:

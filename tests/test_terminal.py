@@ -29,6 +29,7 @@ from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig
 from aimv2.tables import FRACTIONS
 from runs import TINY, command, scenes, train
+from tiny_llm import language_model
 
 EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic"}
 LABELLED = {"red": (200, 30, 30), "blue": (30, 60, 230)}
@@ -56,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture(root / "photos" / "red.png", (200, 30, 30))
     (root / "photos" / "red.txt").write_text("a red picture")
     stages = {"scenes": {"verb": "data shapes", "options": {"count": 5}}}
+    language_model(root / "llm")
     (root / "chain.yaml").write_text(yaml.safe_dump({"out": str(root / "chain"), "stages": stages}))
     return root
 
@@ -91,6 +93,7 @@ WORDS = {
     "zeroshot": ["run --data data"],
     "retrieve": ["run --data scenes --candidates 12 --baselines random"],
     "report": ["run --images 1"],
+    "vlm build": ["m llm new/vlm"],
     "explore": [],  # serves until it is stopped: tests/explorer
     "doctor": ["--quick"],
     "push": [],  # wants the hub: tests/interop
@@ -281,6 +284,7 @@ NOWHERE = {
     "report": "/nowhere/run",
     "explore": "/nowhere/model",
     "push": "/nowhere/model someone/something",
+    "vlm build": "m /nowhere/llm new-out",
     "pretrain": "--run new-out --data.train /nowhere/shards",
 }
 

@@ -11,6 +11,7 @@ import pytest
 from doc_commands import ROOT, commands, lines_of, words_of
 from doc_runs import DOCS, STEPS, fenced, run, run_page, twin
 from PIL import Image
+from tiny_llm import language_model
 
 from aimv2.cli import main
 from aimv2.explorer import server
@@ -33,6 +34,7 @@ def lived_in(home: Path, done: Any) -> Path:
     (home / "chain-tiny").write_text(
         re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4")
     )
+    language_model(home / "llm", max_position_embeddings=2048)
     return home
 
 
@@ -143,6 +145,7 @@ def test_stages(lived_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 PAGES = {  # page -> what stands for a word of it
     "browse.md": {},
     "scenes.md": {},
+    "vlm.md": {"RUN": "runs/photos", "LLM": "llm"},
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},

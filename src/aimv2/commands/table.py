@@ -49,6 +49,7 @@ COMMANDS = {
     "models": Command((), "list every model: parameters, GFLOPs, input size, licence"),
     "convert": Command(("source", "out"), "write a model for transformers, timm, ONNX or OpenVINO"),
     "push": Command(("model", "repository"), "upload a model to the hub, with its card"),
+    "vlm build": Command(("encoder", "llm", "out"), "put an encoder under a language model, as one folder"),
     "doctor": Command((), "check this machine and train a tiny model"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}

@@ -40,8 +40,16 @@ def is_foreign(folder: Path) -> bool:
 # ---- loading ----
 
 
-def open_transformers(source: str, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, str]]:
+def open_transformers(
+    source: str, folder: Path, device: str | torch.device, auto: str = "AutoModel"
+) -> tuple[Any, dict[str, str]]:
     """Opens a folder with ``AutoModel``, in evaluation mode; nothing is unpickled and no code of the folder runs.
+
+    Args:
+        source: for messages.
+        folder: of config and weights.
+        device: of the weights.
+        auto: the class of ``transformers`` that opens it.
 
     Returns:
         the model, and the names of its weights that the folder lacks (they are random; see :func:`settle`), each with what the
@@ -51,10 +59,10 @@ def open_transformers(source: str, folder: Path, device: str | torch.device) -> 
         UsageError: it can't be opened; the folder holds an adapter, code to fetch, or more blocks than the model has.
     """
     _refuse_adapters(source, folder)
-    from transformers import AutoModel
+    import transformers
 
     def read(**more: Any) -> Any:
-        return AutoModel.from_pretrained(
+        return getattr(transformers, auto).from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,8 @@ def _released_config(config: EncoderConfig) -> dict[str, Any]:
     return about | ({} if config.image_size is None else {"image_size": config.image_size})
 
 
-def _transformers_config(config: EncoderConfig) -> dict[str, Any]:
+def transformers_config(config: EncoderConfig) -> dict[str, Any]:
+    """``config.json`` of an ``Aimv2VisionModel``."""
     return {
         "architectures": ["Aimv2VisionModel"],
         "model_type": "aimv2_vision_model",
@@ -159,7 +160,7 @@ def to_hub_layout(model: nn.Module, out: Path, layout: str) -> None:
     """
     image, released = image_part(model), layout == "released"
     _check_pool(image.config)
-    config = _released_config(image.config) if released else _transformers_config(image.config)
+    config = _released_config(image.config) if released else transformers_config(image.config)
     if isinstance(model, LiT):
         config = _pair_config(model, config, released)
     if not released:
@@ -236,6 +237,27 @@ def check_out(out: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A new or empty folder to write in; on failure nothing is left of it, nor of the folders created above it.
+
+    Raises:
+        UsageError: something is there.
+    """
+    folder = check_out(out)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def convert(
     model: nn.Module,
     out: str | Path,
@@ -272,20 +294,10 @@ def convert(
         "openvino": to_openvino,
         "safetensors": save_model,
     }
-    folder = check_out(out)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(out) as folder:
         writers[to](model if to == "safetensors" else encoder_of(model), folder, **options)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
         if extra is not None:
             extra(folder)
-    except BaseException:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
-        raise
     return folder

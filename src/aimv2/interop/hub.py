@@ -38,7 +38,7 @@ PAIR_PARAMETERS = 436_680_193  # parameters of the released LiT pair
 WANTED = [  # never a pickle; spiece.model is SigLIP's, sentencepiece.bpe.model AltCLIP's
     *("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-    "special_tokens_map.json",
+    *("special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 ]
 SHARD = re.compile(r"-\d{5}-of-(\d{5})$")  # ends the name of one of several weight files
 CARD = "README.md"  # read for its licence only

@@ -11,10 +11,10 @@ import pytest
 from doc_commands import ROOT, commands, lines_of, words_of
 from doc_runs import DOCS, STEPS, fenced, run, run_page, twin
 from PIL import Image
-from tiny_llm import language_model
 
 from aimv2.cli import main
 from aimv2.explorer import server
+from tiny_llm import language_model
 
 pytestmark = pytest.mark.usefixtures("few_scenes")
 

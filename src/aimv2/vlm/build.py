@@ -158,7 +158,7 @@ def tower_of(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
 
     config = replace(encoder.config, pool_heads=0)
     about = out_of.transformers_config(config)
-    tower = Aimv2VisionModel(
+    tower: Any = Aimv2VisionModel(
         Aimv2VisionConfig(**{key: value for key, value in about.items() if key not in ("architectures", "model_type")})
     )
     tower.load_state_dict(out_of.renamed(encoder, layouts.encoder_rules("transformers", config)))

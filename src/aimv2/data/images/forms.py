@@ -1,4 +1,4 @@
-"""The forms of labelled images: class folders, WebDataset shards, CSV lists, what the library `datasets` reads.
+"""The forms of labelled images: class folders, WebDataset shards, CSV lists, tables.
 
 Each function looks at a source and returns the splits that it has (:class:`Form`); a split is listed when it is needed
 (:class:`Listed`: names, labels, and what reads an image), and an image is read when *it* is needed.
@@ -8,7 +8,6 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,15 @@ from aimv2.data.images.class_names import class_folders, names_beside, same_clas
 from aimv2.data.images.names import NameFinder, normal
 from aimv2.data.images.readers import ImageFiles, ShardImages, TableImages
 from aimv2.data.images.splits import SPLITS, stated_split
-from aimv2.data.images.tables import encoded_images, hub_files, hub_library, types_of
+from aimv2.data.images.table_rows import DatasetRows, FileRows, Rows, parquet_splits, saved_splits
+from aimv2.data.images.tables import hub_files, hub_library
 from aimv2.data.images.text_tables import read_delimited
 from aimv2.data.passed import PICTURES, PassedOver, passed_lines
 from aimv2.data.shards.format import NO_VALUE, find_shards, split_shards
 from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import say_once, text_lines
-from aimv2.errors import UsageError, first_line, need
+from aimv2.errors import UsageError, first_line
 
 LISTS = (".csv", ".tsv")
 
@@ -328,39 +328,21 @@ def number_labels(
     return np.array([numbers[word] for word in words], np.int64), names
 
 
-# ---- the library `datasets`: from the hub, saved to disk, or a folder of Parquet ----
+# ---- tables: Parquet, saved to disk, from the hub ----
 
 
 def saved_form(root: Path, source: str) -> Form | None:
-    """A folder that ``save_to_disk`` wrote, or one of Parquet files (of which `datasets` makes a copy in its cache)."""
+    """A folder that ``save_to_disk`` of the library `datasets` wrote, or one of Parquet files."""
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if not saved and not any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
         return None
-    need("datasets", "hub", f"--data {source}: a folder of Parquet files or of `save_to_disk`")
-    import datasets
-
     try:
-        return _dataset_form(datasets.load_from_disk(str(root)) if saved else _load_parquet(root), source, root)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        parts = FileRows.of_splits(saved_splits(root) if saved else parquet_splits(root), source)
+    except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise wrong(source, f"`datasets` can't load it: {first_line(error)}") from None
-
-
-def _load_parquet(root: Path) -> Any:
-    """A folder of Parquet files; `datasets` takes brackets in its name for a pattern, so that then each file is named."""
-    import datasets
-
-    if not glob.has_magic(str(root)):
-        return datasets.load_dataset(str(root))
-    files: dict[str, list[str]] = {}
-    for path in sorted(
-        path for pattern in ("*.parquet", "*/*.parquet") for path in root.glob(pattern) if path.name[0] != "."
-    ):
-        words = (re.split(r"[^a-z]", name.lower())[0] for name in (path.name, path.parent.name))
-        split = next((SPLITS[word] for word in words if word in SPLITS), "train")
-        files.setdefault(split, []).append(glob.escape(str(path)))
-    return datasets.load_dataset("parquet", data_files=files)
+        raise wrong(source, f"not a folder of `save_to_disk`: {first_line(error)}") from None
+    return _table_form("a folder of `save_to_disk`" if saved else "Parquet files", parts, source, root)
 
 
 def hub_form(path: Path, source: str) -> Form:
@@ -371,53 +353,50 @@ def hub_form(path: Path, source: str) -> Form:
     """
     with hub_library(source, "--data") as datasets:
         tables = datasets.load_dataset(source)
-    return _dataset_form(tables, source, hub_files())
-
-
-def _dataset_form(tables: Any, source: str, root: Path) -> Form:
     parts = tables if isinstance(tables, dict) else {tables.split or "train": tables}
-    found = dict[str, Any]()
+    rows = {str(name): DatasetRows(table) for name, table in parts.items()}
+    return _table_form("`datasets`", rows, source, hub_files())
+
+
+def _table_form(kind: str, parts: Mapping[str, Rows], source: str, root: Path) -> Form:
+    found = dict[str, Rows]()
     for name, rows in parts.items():
-        for split, own in _stated_parts(rows, SPLITS.get(str(name).lower(), ""), source).items():
+        for split, own in _stated_parts(rows, SPLITS.get(name.lower(), ""), source).items():
             if split in found:
                 raise wrong(
                     source, f"{name} and another part both hold rows of the split {split}; one of them expected"
                 )
             found[split] = own
     if not found:
-        raise wrong(source, f"has the splits {', '.join(map(str, parts))}; train, validation or test expected")
+        raise wrong(source, f"has the splits {', '.join(parts)}; train, validation or test expected")
     labelled = {split: rows for split, rows in found.items() if not _is_unlabelled(rows)}  # ImageNet's test, for one
     found = labelled or found
-    return Form("`datasets`", {split: partial(_list_dataset, found, split, source, root) for split in found})
+    return Form(kind, {split: partial(_list_table, found, split, source, root) for split in found})
 
 
-def _stated_parts(rows: Any, named: str, source: str) -> dict[str, Any]:
+def _stated_parts(rows: Rows, named: str, source: str) -> dict[str, Rows]:
     """The rows by the splits that a column states; without one, as the part that they are in is named."""
-    column = next((name for name in rows.column_names if name.lower() == "split"), None)
+    column = next((name for name in rows.columns if name.lower() == "split"), None)
     if column is None:
         return {named: rows} if named else {}
-    kinds = getattr(rows.features[column], "names", None)
-    cells = [kinds[cell] if kinds and cell is not None else cell for cell in _values(rows, column)]
+    kinds = rows.names(column)
+    cells = [kinds[cell] if kinds and cell is not None else cell for cell in rows.values(column)]
     places: dict[str, list[int]] = {}
     for row, cell in enumerate(cells):
         places.setdefault(stated_split(cell, f"--data {source}: {column}") or named or "train", []).append(row)
     return {split: rows.select(own) if len(places) > 1 else rows for split, own in places.items()}
 
 
-def _column(rows: Any, kind: str) -> str | None:
-    return find_column(rows.column_names, kind, types_of(rows))
+def _column(rows: Rows, kind: str) -> str | None:
+    return find_column(rows.columns, kind, rows.types)
 
 
-def _values(rows: Any, column: str) -> list[Any]:
-    return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-
-
-def _is_unlabelled(rows: Any) -> bool:
+def _is_unlabelled(rows: Rows) -> bool:
     label = _column(rows, "label")
-    return label is None or all(value in (-1, None) or value != value for value in _values(rows, label))
+    return label is None or all(value in (-1, None) or value != value for value in rows.values(label))
 
 
-def _label_words(rows: Any, column: str, source: str) -> list[str]:
+def _label_words(rows: Rows, column: str, source: str) -> list[str]:
     """The cells of a label column as words, "" for a missing one.
 
     Raises:
@@ -433,19 +412,18 @@ def _label_words(rows: Any, column: str, source: str) -> list[str]:
             raise wrong(source, f"{column} {str(cell)[:40]}: one label an image expected, a whole number or a name")
         return str(int(cell)) if isinstance(cell, float | bool) else str(cell)
 
-    return list(map(word, _values(rows, column)))
+    return list(map(word, rows.values(column)))
 
 
-def _list_dataset(parts: dict[str, Any], split: str, source: str, root: Path) -> Listed:
+def _list_table(parts: dict[str, Rows], split: str, source: str, root: Path) -> Listed:
     rows = parts[split]
     image, label = _column(rows, "image"), _column(rows, "label")
     if image is None or label is None:
         lacks = "labels" if image is not None else "images"
-        raise wrong(source, f"no column of {lacks} among {', '.join(rows.column_names)}; image and label expected")
+        raise wrong(source, f"no column of {lacks} among {', '.join(rows.columns)}; image and label expected")
     words = _label_words(rows, label, source)
     train = _label_words(parts["train"], label, source) if split != "train" and "train" in parts else words
-    names = getattr(rows.features[label], "names", None)
+    names = rows.names(label)
     labels, classes = number_labels(words, train, tuple(names) if names else None, source)
     keys = [f"{split}-{row:08d}" for row in range(len(rows))]
-    images = TableImages(encoded_images(rows, image).select_columns([image]), image, root)
-    return Listed(keys, labels, classes, images)
+    return Listed(keys, labels, classes, TableImages(rows.cells(image), root))

@@ -167,7 +167,7 @@ def _paths_checked(listed: Listed, is_list: bool, source: str, image_root: str |
     """Paths of images lead into their own folder or ``--image-root``; the first one of a list is there."""
     top, image = image_root_of(image_root), listed.image
     if isinstance(image, TableImages):
-        for name in image.paths():
+        for name in image.cells.paths():
             inside(image.root, name, top)
         return replace(listed, image=replace(image, image_root=top))
     if not isinstance(image, ImageFiles):

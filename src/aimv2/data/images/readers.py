@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -88,22 +88,33 @@ class ShardImages:
         return hashlib.sha256(tars.encode() + spans.tobytes()).hexdigest()
 
 
+class Cells(Protocol):
+    """Cells of a column of images, by row."""
+
+    def __getitem__(self, row: int) -> Any: ...
+
+    def mark(self) -> str:
+        """The same as long as the table is."""
+
+    def paths(self) -> Iterator[str]:
+        """See :func:`paths_of`."""
+
+
 @dataclass(frozen=True)
 class TableImages:
-    """Images of a column of a `datasets.Dataset` that leaves them encoded."""
+    """Images of a column of a table."""
 
-    rows: Any
-    column: str
+    cells: Cells
     root: Path  # where paths start
     image_root: Path | None = None
 
     def __call__(self, row: int) -> Image.Image:
-        return decode_image(image_cell(self.rows[row][self.column], self.root, self.image_root)[0])
+        return decode_image(image_cell(self.cells[row], self.root, self.image_root)[0])
 
     def contents(self, rows: np.ndarray) -> str:
         """Of the table, and of the files that its cells name."""
-        mark = str(getattr(self.rows, "_fingerprint", UNKNOWN))
-        named = list(map(self._located, self.paths()))
+        mark = self.cells.mark()
+        named = list(map(self._located, self.cells.paths()))
         return f"{mark} {contents_of_files(named)}" if named else mark
 
     def _located(self, name: str) -> Path:
@@ -111,11 +122,6 @@ class TableImages:
             return locate_inside(self.root, name, self.image_root)
         except (ImageError, UsageError):
             return self.root / name
-
-    def paths(self) -> Iterator[str]:
-        """See :func:`paths_of`."""
-        for cells in self.rows.data.column(self.column).chunks:
-            yield from paths_of(cells)
 
 
 def paths_of(cells: Any) -> list[str]:

@@ -130,20 +130,18 @@ def open_tables(
     """
     import pyarrow
 
-    if pointer := next(filter(is_pointer, files), None):
-        raise UsageError(f"{pointer} is {POINTER}", code="unreadable")
-    counts, stated = [], dict[str, list[Any]]()
+    stated = dict[str, list[Any]]()
+    shapes = list(map(table_shape, files))
+    schema, counts = shapes[0][0], [sum(groups) for _, groups in shapes]
+    column = next((name for name in schema.names if name.lower() == "split"), "")
     try:
-        for file in files:
-            counts.append(sum(count for count, _ in _row_groups(file)))
-        schema = _schema(file := files[0])
-        column = next((name for name in schema.names if name.lower() == "split"), "")
         for file in files if column else ():
-            batches = (batch for _, read in _row_groups(file) for batch in read([column]))
+            batches = (batch for _, read in row_groups(file) for batch in read([column]))
             stated[str(file)] = [row.get(column) for batch in batches for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise UsageError(f"{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable") from error
-    passed, types = PassedOver(), _stated_types(schema)
+        raise _no_table(file, error) from error
+    passed = PassedOver()
+    types = {name: str(about["_type"]) for name, about in stated_features(schema).items()}
     names = [name for name in schema.names if name != column]
     layout = RowLayout.of(names, columns, str(files[0]), types, passed, image_root)
     _check_first_paths(files[0], layout)
@@ -185,18 +183,42 @@ def _check_first_paths(file: Path, layout: RowLayout) -> None:
     import pyarrow
 
     try:
-        first = next((batch for _, read in _row_groups(file) for batch in read([layout.image])), None)
+        first = next((batch for _, read in row_groups(file) for batch in read([layout.image])), None)
     except (pyarrow.ArrowException, OSError):  # its rows are rejected
         return
     for name in [] if first is None else paths_of(first.column(layout.image)[:BATCH_ROWS]):
         inside(file.parent, name, layout.image_root, file.name)
 
 
-def _stated_types(schema: Any) -> dict[str, str]:
-    """{column: type} as `datasets` notes them in a schema; {} where it did not write it."""
+def table_shape(file: Path, place: str = "") -> tuple[Any, list[int]]:
+    """Schema of a Parquet or Arrow file, and the number of rows of each group.
+
+    Args:
+        file: the table.
+        place: how a message begins.
+
+    Raises:
+        UsageError: it is broken.
+    """
+    import pyarrow
+
+    try:
+        if is_pointer(file):
+            raise UsageError(f"{place}{file} is {POINTER}", code="unreadable")
+        return _schema(file), [count for count, _ in row_groups(file)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _no_table(file, error, place) from error
+
+
+def _no_table(file: Path, error: Exception, place: str = "") -> UsageError:
+    return UsageError(f"{place}{file} is not a Parquet or Arrow file: {first_line(error)}", code="unreadable")
+
+
+def stated_features(schema: Any) -> dict[str, dict[str, Any]]:
+    """{column: type and class names} as `datasets` notes them in a schema; {} where it did not write it."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: str(about["_type"]) for name, about in features.items() if "_type" in about}
+        return {name: about for name, about in features.items() if "_type" in about}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -231,7 +253,7 @@ class TableReader(Reader):
 def _rows_of(file: Path, columns: list[str], rows: list[int]) -> Iterator[dict[str, Any]]:
     """The given rows (ascending) of a file, holding one batch at a time; groups without a wanted row are skipped."""
     at = start = 0
-    for count, read in _row_groups(file):
+    for count, read in row_groups(file):
         if at == len(rows):
             return
         offset, start = start, start + count
@@ -244,7 +266,7 @@ def _rows_of(file: Path, columns: list[str], rows: list[int]) -> Iterator[dict[s
             offset += batch.num_rows
 
 
-def _row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable[Any]]]]:
+def row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable[Any]]]]:
     """Number of rows of each group of a file, and what reads the batches of a group."""
     import pyarrow.parquet
 
@@ -258,6 +280,17 @@ def _row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterabl
         numbers = range(getattr(reader, "num_record_batches", 0))
         for batch in map(reader.get_batch, numbers) if numbers else reader:
             yield batch.num_rows, partial(_select, batch)
+
+
+def whole_column(file: Path, group: int | None, column: str) -> Any:
+    """A column of a row group of a Parquet file; of an Arrow file (``group`` None) all of it, mapped and not loaded."""
+    import pyarrow.parquet
+
+    if group is not None:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            return parquet.read_row_group(group, [column], use_threads=False).column(column)
+    with _arrow_reader(file) as reader:
+        return reader.read_all().column(column)
 
 
 def _select(batch: Any, columns: list[str]) -> list[Any]:

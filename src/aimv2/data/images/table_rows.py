@@ -28,8 +28,8 @@ from aimv2.data.images.tables import encoded_images, row_groups, stated_features
 from aimv2.errors import UsageError, first_line
 from aimv2.io import cache_home
 
-LARGE = 64 << 20  # bytes of a row group's images, decompressed; larger ones are copied
-HELD = 256 << 20  # bytes of row groups that a process keeps
+LARGE = 32 << 20  # bytes of a row group's images, decompressed; larger ones are copied
+HELD = 128 << 20  # bytes of row groups that a process keeps
 SEPARATOR = "[-._ 0-9]"
 KEYWORDS = {
     "train": ("train", "training"),
@@ -254,6 +254,7 @@ class _Held:
     process: int
     lock: Any = field(default_factory=Lock)
     groups: OrderedDict[int, Any] = field(default_factory=OrderedDict)
+    sizes: dict[int, int] = field(default_factory=dict)  # in memory, bytes
 
 
 class FileCells:
@@ -302,11 +303,12 @@ class FileCells:
             held = self._held = _Held(os.getpid())
         with held.lock:
             if number not in held.groups:
-                held.groups[number] = whole_column(file, group, self.column)
+                held.groups[number] = cells = whole_column(file, group, self.column)
+                held.sizes[number] = 0 if group is None else cells.nbytes  # a mapped file is not in memory
+                while sum(held.sizes.values()) > HELD and len(held.groups) > 1:
+                    oldest, _ = held.groups.popitem(last=False)
+                    del held.sizes[oldest]
             held.groups.move_to_end(number)
-            sizes = {each: cells.nbytes for each, cells in held.groups.items() if self._groups[0][each][1] is not None}
-            while sum(sizes.values()) > HELD and len(sizes) > 1:
-                del held.groups[oldest := next(iter(sizes))], sizes[oldest]
             return held.groups[number]
 
     def mark(self) -> str:

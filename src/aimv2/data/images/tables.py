@@ -39,6 +39,7 @@ from aimv2.interop.hub import unreachable
 from aimv2.io import POINTER, is_pointer
 
 BATCH_ROWS = 128
+BUFFER = 1 << 20  # bytes of a column read at once; without it a whole row group's are
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable
     import pyarrow.parquet
 
     if file.suffix.lower() == ".parquet":
-        with pyarrow.parquet.ParquetFile(file) as parquet:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER) as parquet:
             for group in range(parquet.num_row_groups):
                 read = partial(parquet.iter_batches, BATCH_ROWS, [group])
                 yield parquet.metadata.row_group(group).num_rows, read

@@ -17,6 +17,7 @@ from PIL import Image
 from aimv2.data.images import table_rows
 from aimv2.data.images.labelled import Labelled
 from aimv2.data.images.opening import open_labelled
+from aimv2.data.images.tables import row_groups
 from aimv2.errors import UsageError
 
 CLASSES = ["cow", "ant", "bee"]
@@ -136,6 +137,17 @@ def test_any_row_in_any_order(large: bool, tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2 * large
     held = [cells.nbytes for cells in image.cells._held.groups.values()]
     assert len(held) == 2 if large else len(held) > 1 and sum(held) <= 3_000
+
+
+def test_a_row_group_is_read_in_part(tmp_path: Path) -> None:
+    rows = {"image": pa.array([random.Random(i).randbytes(10_000) for i in range(1000)], pa.binary())}
+    options = {"write_batch_size": 16, "use_dictionary": False, "data_page_size": 200_000, "compression": "none"}
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet", **options)
+    size, before = rows["image"].nbytes, pa.total_allocated_bytes()
+    for count, read in row_groups(tmp_path / "train.parquet"):
+        assert count == 1000
+        for batch in read(["image"]):
+            assert batch.num_rows <= 128 and pa.total_allocated_bytes() - before < size / 2
 
 
 def test_rows_that_state_their_split(tmp_path: Path) -> None:

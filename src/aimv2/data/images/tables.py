@@ -272,7 +272,7 @@ def row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable
     import pyarrow.parquet
 
     if file.suffix.lower() == ".parquet":
-        with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER) as parquet:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as parquet:
             for group in range(parquet.num_row_groups):
                 read = partial(parquet.iter_batches, BATCH_ROWS, [group])
                 yield parquet.metadata.row_group(group).num_rows, read

@@ -30,15 +30,6 @@ def write_aside(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def cache_home() -> Path:
-    """The folder of what can be made again: ``$XDG_CACHE_HOME/aimv2``.
-
-    Raises:
-        RuntimeError: a user without a home, as in containers.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2"
-
-
 def is_first() -> bool:
     """Whether this process is the first rank, or one without others: the one that speaks."""
     return os.environ.get("RANK", "0") == "0"

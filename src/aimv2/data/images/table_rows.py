@@ -26,7 +26,6 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.readers import UNKNOWN, contents_of_files, paths_of
 from aimv2.data.images.tables import encoded_images, row_groups, stated_features, table_shape, types_of, whole_column
 from aimv2.errors import UsageError, first_line
-from aimv2.io import cache_home
 
 LARGE = 32 << 20  # bytes of a row group's images, decompressed; larger ones are copied
 HELD = 128 << 20  # bytes of row groups that a process keeps
@@ -362,7 +361,8 @@ def _copied(file: Path, column: str) -> Path:
 
     mark = hashlib.sha256(f"{file.resolve()} {column} {contents_of_files([file])}".encode()).hexdigest()
     try:
-        copy = cache_home() / "tables" / f"{mark[:32]}.arrow"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "tables"
+        copy = home / f"{mark[:32]}.arrow"
         if copy.is_file():
             return copy
         copy.parent.mkdir(parents=True, exist_ok=True)

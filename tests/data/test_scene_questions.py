@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aimv2 import api
+from aimv2.data import scene_questions
 from aimv2.data.scene_objects import (
     ALL_LOOKS,
     COLOURS,
@@ -18,8 +19,8 @@ from aimv2.data.scene_objects import (
     held_out_looks,
     make_layout,
 )
-from aimv2.data.scene_questions import KINDS, conversation
-from aimv2.data.scenes import _paint_object, describe, scene_of
+from aimv2.data.scene_questions import KINDS, AskedScene, ask, conversation
+from aimv2.data.scenes import _choose_objects, _choose_sides, _paint_object, describe, scene_of
 from aimv2.data.shards.format import captions_of, find_shards, read_samples
 from aimv2.errors import UsageError
 
@@ -168,6 +169,18 @@ def test_answers_are_balanced(seen):
     most = {"count": 0.4, "colour": 0.25, "shape": 0.3, "where": 0.35}
     for kind, limit in most.items():
         assert answers[kind].most_common(1)[0][1] < limit * answers[kind].total(), answers[kind]
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_yes_is_as_frequent_as_no_where_few_objects_are_asked_about_often(objects, monkeypatch):
+    """A repeated question is left out, and "yes" repeats sooner: one object has one question with that answer."""
+    monkeypatch.setattr(scene_questions, "KINDS", {"exists": KINDS["exists"]})
+    rng, answers = np.random.default_rng(0), Counter()
+    while answers.total() < 2000:
+        things = _choose_objects(rng, _choose_sides(rng, SIDE, None))
+        if len(things) == objects:
+            answers.update(one.answer for one in ask(rng, AskedScene(things), 24))
+    assert 0.46 < answers["yes"] / answers.total() < 0.54, answers
 
 
 def test_objects_lie_apart_and_share_looks(seen):

@@ -42,10 +42,12 @@ class AskedScene:
         looks: Combinations of colour and shape that may be named, so that held-out ones stay unseen in questions too.
         called: By attributes, the name of each object that states these.
         names: Of each object, the names that fit no other object, by the attributes that they state.
+        asked: What :func:`ask` has asked so far, by question.
     """
 
     def __init__(self, objects: Sequence[SceneObject], looks: Sequence[Look] = ALL_LOOKS) -> None:
         self.objects, self.looks = objects, looks
+        self.asked: dict[str, SceneQuestion] = {}
         self.names: list[dict[tuple[str, ...], str]] = [{} for _ in objects]
         self.called = {subset: [name_of(thing, subset) for thing in objects] for subset in SUBSETS}
         for subset, names in self.called.items():
@@ -118,7 +120,7 @@ def _relational(rng: np.random.Generator, number: int, scene: AskedScene) -> lis
 
 def ask(rng: np.random.Generator, scene: AskedScene, count: int) -> list[SceneQuestion]:
     """Up to ``count`` different questions about a scene, of as many kinds as it allows."""
-    asked = dict[str, SceneQuestion]()
+    asked = scene.asked
     kinds = list(KINDS)
     for number, kind in enumerate([kinds[at] for _ in range(3) for at in rng.permutation(len(kinds)).tolist()]):
         if len(asked) == count or (number >= len(kinds) and not asked):
@@ -197,8 +199,11 @@ def _exists(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
         return None
     mixed = [look for look in absent if look[0] in colours and look[1] in shapes]
     yes, near = rng.integers(2, size=2).tolist()
-    colour, shape = _any(rng, present if yes else mixed if near and mixed else absent)
-    return f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}?", "yes" if yes else "no"
+    looks = _any(rng, mixed if near and mixed else absent), _any(rng, present)
+    no_or_yes = [f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}?" for colour, shape in looks]
+    if any(question in scene.asked for question in no_or_yes):  # whatever the coin says: repeated are mostly those with "yes"
+        return None
+    return no_or_yes[yes], "yes" if yes else "no"
 
 
 def _relation(rng: np.random.Generator, scene: AskedScene) -> Answered | None:

@@ -201,7 +201,9 @@ def _exists(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
     yes, near = rng.integers(2, size=2).tolist()
     looks = _any(rng, mixed if near and mixed else absent), _any(rng, present)
     no_or_yes = [f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}?" for colour, shape in looks]
-    if any(question in scene.asked for question in no_or_yes):  # whatever the coin says: repeated are mostly those with "yes"
+    if any(
+        question in scene.asked for question in no_or_yes
+    ):  # whatever the coin says: repeated are mostly those with "yes"
         return None
     return no_or_yes[yes], "yes" if yes else "no"
 

@@ -44,14 +44,4 @@ def run(options: VlmBuildOptions) -> dict[str, Any]:
     from aimv2.vlm.build import build
 
     with heartbeat(lambda: "building"):
-        return build(
-            options.encoder,
-            options.llm,
-            options.out,
-            options.features,
-            options.tiles,
-            options.chat_template,
-            options.image_size,
-            options.dtype,
-            options.seed,
-        )
+        return build(**vars(options))

@@ -23,7 +23,7 @@ from aimv2.interop.card import encoder_in
 from aimv2.interop.shapes import read_json
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
-from aimv2.vlm.language import IMAGE_TOKEN, Language, is_vlm, named, open_language, probe_ids, question
+from aimv2.vlm.language import IMAGE_TOKEN, QUESTION, Language, is_vlm, named, open_language, probe_ids
 
 NATIVE_SIDE = 448  # longest side of an image under a native encoder, in pixels
 POST, PRE = "post-norm", "pre-norm"
@@ -72,23 +72,15 @@ def plan(config: EncoderConfig, features: str | None, tiles: int, image_size: in
     Raises:
         UsageError: options that do not go together.
     """
-    native, wanted = config.image_size is None, features or (PRE if tiles > 1 else POST)
+    native, wanted, why = config.image_size is None, features or (PRE if tiles > 1 else POST), ""
     if tiles > 1 and wanted == POST:
-        raise UsageError(
-            f"--features {POST} with --tiles {tiles}: tiles come with pre-norm features, since the class of transformers that "
-            "takes them reads hidden states",
-            code="conflict",
-        )
-    if tiles > 1 and native:
-        raise UsageError(
-            f"--tiles {tiles}: a native encoder takes a larger image as it is; --image-size sets its side",
-            code="conflict",
-        )
-    if image_size is not None and not native:
-        raise UsageError(
-            f"--image-size {image_size}: this encoder takes {config.image_size} px; the option is of native ones",
-            code="conflict",
-        )
+        why = f"--features {POST}: the class of transformers that takes tiles has pre-norm features; leave --features or --tiles out"
+    elif tiles > 1 and native:
+        why = f"--tiles {tiles}: a native encoder takes a larger image as it is; --image-size sets its side"
+    elif image_size is not None and not native:
+        why = f"--image-size {image_size}: this encoder takes {config.image_size} px; the option is of native encoders"
+    if why:
+        raise UsageError(why, code="conflict")
     size = config.image_size or image_size or NATIVE_SIDE
     low, high = config.min_patches, config.max_patches
     if size % config.patch_size or (native and not low <= (size // config.patch_size) ** 2 <= high):
@@ -98,9 +90,10 @@ def plan(config: EncoderConfig, features: str | None, tiles: int, image_size: in
 
 
 def build(
-    encoder: str, llm: str, out: str, features: str | None, tiles: int, template: str | None, image_size: int | None, dtype: str, seed: int
+    encoder: str, llm: str, out: str, features: str | None = None, tiles: int = 1, chat_template: str | None = None,
+    image_size: int | None = None, dtype: str = "auto", seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the folder; see :class:`aimv2.commands.vlm_build.VlmBuildOptions` for the arguments.
+    """Write the folder; the arguments are those of :class:`aimv2.commands.vlm_build.VlmBuildOptions`.
 
     Returns:
         what was built.
@@ -111,7 +104,7 @@ def build(
     out_of.check_out(out)
     trunk = open_encoder(encoder)
     layout = plan(trunk.config, features, tiles, image_size)
-    language = open_language(llm, template, dtype)
+    language = open_language(llm, chat_template, dtype)
     processor = make_processor(trunk.config, layout, language.tokenizer)
     check_context(language, layout)
     model = assemble(trunk, language, layout, seed)
@@ -123,18 +116,14 @@ def build(
             raise UsageError(f"LLM {llm}: it can't be saved ({first_line(error)})", code="unsupported") from None
         parts = {"encoder": trunk, "connector": connector_of(model), "language model": language.model}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        about = {
-            "out": str(folder),
-            "encoder": encoder,
-            "llm": llm,
-            "class": type(model).__name__,
+        about = {"out": str(folder), "encoder": encoder, "llm": llm, "class": type(model).__name__}
+        about |= {
             "features": layout.features,
             "tiles": tiles,
             "image_tokens": layout.most_tokens,
             "context": language.context,
-            "dtype": str(language.model.dtype).removeprefix("torch."),
-            "parameters": counts,
         }
+        about |= {"dtype": str(language.model.dtype).removeprefix("torch."), "parameters": counts}
         (folder / "README.md").write_text(card(about, layout, language, seed), encoding="utf-8")
     return about
 
@@ -145,10 +134,8 @@ def open_encoder(source: str) -> VisionEncoder:
         at = load.locate(source)
         config = read_json(at.folder / "config.json")
         if is_vlm(config):
-            raise UsageError(
-                f"ENCODER {source}: a vision-language model ('{config['model_type']}'); the encoder that it was built from is expected",
-                code="mismatch",
-            )
+            why = f"a vision-language model ('{config['model_type']}'); the encoder that it was built from is expected"
+            raise UsageError(f"ENCODER {source}: {why}", code="mismatch")
         return encoder_in(load.load_model(at))
 
 
@@ -158,9 +145,8 @@ def tower_of(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
 
     config = replace(encoder.config, pool_heads=0)
     about = out_of.transformers_config(config)
-    tower: Any = Aimv2VisionModel(
-        Aimv2VisionConfig(**{key: value for key, value in about.items() if key not in ("architectures", "model_type")})
-    )
+    del about["architectures"], about["model_type"]
+    tower: Any = Aimv2VisionModel(Aimv2VisionConfig(**about))
     tower.load_state_dict(out_of.renamed(encoder, layouts.encoder_rules("transformers", config)))
     return tower.to(dtype)
 
@@ -257,16 +243,16 @@ def check_logits(language: Language, model: Any) -> None:
 
 def make_processor(config: EncoderConfig, layout: Layout, tokenizer: Any) -> Any:
     """The processor: images are padded to a square with the mean colour, then resized (Table C1); of native encoders only resized."""
-    from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor
-
+    try:
+        from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor
+    except ImportError:  # without torchvision, earlier versions have no image processors
+        raise UsageError(
+            "vlm build needs a newer transformers (5.24 was tried): pip install -U transformers", code="missing"
+        ) from None
     side, most = layout.size, layout.size * layout.tiles
     square = {"height": side, "width": side}
-    about: dict[str, Any] = {
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
-        "do_center_crop": False,
-        "crop_size": square,
-    }
+    about: dict[str, Any] = {"image_mean": list(config.mean), "image_std": list(config.std)}
+    about |= {"do_center_crop": False, "crop_size": square}
     if layout.tiles > 1:
         images: Any = LlavaNextImageProcessorPil(**about, size=square, image_grid_pinpoints=[[most, most]])
     elif layout.native:
@@ -274,37 +260,20 @@ def make_processor(config: EncoderConfig, layout: Layout, tokenizer: Any) -> Any
     else:
         images = LlavaImageProcessorPil(**about, do_pad=True, size=square)
     kind = LlavaNextProcessor if layout.tiles > 1 else LlavaProcessor
-    return kind(
-        images,
-        tokenizer,
-        patch_size=config.patch_size,
-        vision_feature_select_strategy="full",
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-    )
+    about = {"patch_size": config.patch_size, "vision_feature_select_strategy": "full", "image_token": IMAGE_TOKEN}
+    return kind(images, tokenizer, chat_template=tokenizer.chat_template, **about)
 
 
 def check_context(language: Language, layout: Layout) -> None:
     """Raise UsageError where a short question on one image exceeds the context of the language model."""
-    text = language.tokenizer.apply_chat_template(
-        question(), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    needed = layout.most_tokens + len(text)
-    if language.context is not None and needed > language.context:
-        less = (
-            "a smaller --tiles"
-            if layout.tiles > 1
-            else "a smaller --image-size"
-            if layout.native
-            else "an ENCODER of a smaller image size"
-        )
+    text = language.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    needed, context = layout.most_tokens + len(text) - 1, language.context
+    if context is not None and needed > context:
         option = "--tiles" if layout.tiles > 1 else "--image-size" if layout.native else "ENCODER"
-        raise UsageError(
-            f"LLM {language.given}: an image of {layout.most_tokens:,} tokens and a short question need {needed:,} positions, and its "
-            f"context holds {language.context:,}; {less}, or an LLM of a longer context",
-            option=option,
-            code="limit",
-        )
+        less = "an ENCODER of a smaller image size" if option == "ENCODER" else f"a smaller {option}"
+        why = f"an image of {layout.most_tokens:,} tokens and a short question need {needed:,} positions"
+        more = f"and its context holds {context:,}; {less}, or an LLM of a longer context"
+        raise UsageError(f"LLM {language.given}: {why}, {more}", option=option, code="limit")
 
 
 def card(about: dict[str, Any], layout: Layout, language: Language, seed: int) -> str:
@@ -318,8 +287,8 @@ def card(about: dict[str, Any], layout: Layout, language: Language, seed: int) -
         pixels = f"resized to at most {layout.size} px a side with their aspect ratio kept; images of one batch have one size"
     if layout.tiles > 1:
         grid = f"{layout.tiles} x {layout.tiles} tiles of {layout.size} px"
-        pixels = f"a thumbnail of {layout.size} px, then {grid} and a newline after each row of patches (thumbnail and newline are ours: "
-        pixels += "the paper states neither)"
+        pixels = f"a thumbnail of {layout.size} px, {grid}, a newline after each row of patches"
+        pixels += " (thumbnail and newline are ours: the paper states neither)"
     row = "the mean of the rows of all other tokens" if language.added else "the language model's own"
     counts = ", ".join(f"{name} {number / 1e6:,.1f}M" for name, number in about["parameters"].items())
     lines = [

@@ -19,6 +19,8 @@ from aimv2.interop.shapes import read_json
 
 IMAGE_TOKEN = "<image>"
 WANTED = "a folder or hub id of a causal language model of transformers (Llama, Qwen, SmolLM, OLMo, ...) is expected"
+TEXT = "What is this?"
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT}]}]
 # before a template of texts: parts of a message become one text, with IMAGE_TOKEN and a line break for an image
 FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -134,13 +136,10 @@ def refuse_not_causal(source: str, model: Any) -> None:
         first, second = (model(input_ids=one).logits[:, :-1].float() for one in (ids, changed))
         head = model.get_output_embeddings()
     except Exception as error:  # of a model for other input
-        raise UsageError(
-            f"LLM {source}: it can't be run on token ids ({first_line(error)}); {WANTED}", code="mismatch"
-        ) from None
+        why = f"it can't be run on token ids ({first_line(error)})"
+        raise UsageError(f"LLM {source}: {why}; {WANTED}", code="mismatch") from None
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().amax())):
-        raise UsageError(
-            f"LLM {source}: its logits depend on later tokens: it is no causal model; {WANTED}", code="mismatch"
-        )
+        raise UsageError(f"LLM {source}: its logits depend on later tokens; {WANTED}", code="mismatch")
     if head is None or getattr(head, "bias", None) is not None:
         what = "no output head of its own" if head is None else "an output head with a bias"
         raise UsageError(f"LLM {source}: {what}, which the vision-language classes can't hold", code="unsupported")
@@ -159,9 +158,8 @@ def open_tokenizer(source: str, folder: Path) -> Any:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of the file system, of a configuration, code that would have to run
-        raise UsageError(
-            f"LLM {source}: its tokenizer can't be opened ({first_line(error)})", code="unreadable"
-        ) from None
+        why = f"its tokenizer can't be opened ({first_line(error)})"
+        raise UsageError(f"LLM {source}: {why}", code="unreadable") from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -178,9 +176,8 @@ def read_template(source: str, tokenizer: Any, template: str | None) -> str:
         try:
             return Path(template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--chat-template {template}: can't be read ({first_line(error)})", code="unreadable"
-            ) from None
+            why = f"can't be read ({first_line(error)})"
+            raise UsageError(f"--chat-template {template}: {why}", code="unreadable") from None
     found = tokenizer.chat_template
     found = found.get("default") if isinstance(found, dict) else found
     if not found:
@@ -207,21 +204,13 @@ def add_image_token(language: Language) -> bool:
     return True
 
 
-def question(text: str = "What is this?", images: int = 1) -> list[dict[str, Any]]:
-    """A conversation of one question on images, as a processor's ``apply_chat_template`` takes it."""
-    return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}]
-
-
 def check_template(language: Language, template: str | None) -> None:
     """Raise UsageError where a question on an image is not rendered with one image token and its text."""
-    text, option = "What is this?", f"LLM {language.given}: its chat template"
-    option = option if template is None else f"--chat-template {template}: it"
+    option = f"LLM {language.given}: its chat template" if template is None else f"--chat-template {template}: it"
     try:
-        shown = language.tokenizer.apply_chat_template(question(text), tokenize=False, add_generation_prompt=True)
+        shown = language.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # of Jinja, or raised by the template
         raise UsageError(f"{option} can't be rendered ({first_line(error)})", code="unreadable") from None
-    if shown.count(IMAGE_TOKEN) != 1 or text not in shown:
-        raise UsageError(
-            f"{option} does not show the content of a user's message once: {shown[:200]!r}; give another with --chat-template FILE",
-            code="mismatch",
-        )
+    if shown.count(IMAGE_TOKEN) != 1 or TEXT not in shown:
+        why = f"does not show the content of a user's message once: {shown[:200]!r}"
+        raise UsageError(f"{option} {why}; give another with --chat-template FILE", code="mismatch")

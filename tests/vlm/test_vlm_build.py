@@ -181,13 +181,13 @@ def test_the_card_says_what_it_is(built: Any, parts: Path) -> None:
     assert json.loads((built("post") / "generation_config.json").read_text())["suppress_tokens"]
 
 
-def test_the_seed_is_the_connectors(parts: Path, tmp_path: Path) -> None:
-    made = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_the_seed_is_the_connectors(parts: Path, built: Any, tmp_path: Path) -> None:
+    made = [built("post")]
+    for seed in (0, 1):
         torch.rand(3)
-        api.vlm_build(parts / "eyes", parts / "llm", tmp_path / name, seed=seed)
-        made.append(nn.utils.parameters_to_vector(open_vlm(tmp_path / name)[0].connector.parameters()))
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        made.append(Path(api.vlm_build(parts / "eyes", parts / "llm", tmp_path / str(seed), seed=seed)["out"]))
+    first, again, other = (nn.utils.parameters_to_vector(open_vlm(one)[0].connector.parameters()) for one in made)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 # ---- wrong use ----

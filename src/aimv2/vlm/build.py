@@ -116,7 +116,7 @@ def build(
             raise UsageError(f"LLM {llm}: it can't be saved ({first_line(error)})", code="unsupported") from None
         parts = {"encoder": trunk, "connector": connector_of(model), "language model": language.model}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        about = {"out": str(folder), "encoder": encoder, "llm": llm, "class": type(model).__name__}
+        about: dict[str, Any] = {"out": str(folder), "encoder": encoder, "llm": llm, "class": type(model).__name__}
         about |= {
             "features": layout.features,
             "tiles": tiles,

@@ -307,13 +307,16 @@ def test_linear_on_images(place: Path) -> None:
     assert row["selection_top1"] == max(row["selection_top1"] for row in figures["table"])
     assert sum("test_top1" in row for row in figures["table"]) == 2  # once a layer
     assert figures["by_layer"][best["layer"]] == figures["top1"] and figures["selected_on"] == "validation split"
+    assert result["protocol"]["refit_on"] == "training and validation images"
     low, high = figures["top1_interval"]
     assert low < figures["top1"] < high or figures["top1"] == high
 
 
 def test_linear_by_sgd_holds_out_a_fifth(place: Path) -> None:
     words = (str(place / "m"), str(place / "two"))
-    figures = api.linear(*words, solver="sgd", baselines="pixels", device="cpu")["figures"]
+    result = api.linear(*words, solver="sgd", baselines="pixels", device="cpu")
+    figures = result["figures"]
+    assert result["protocol"]["refit_on"] == "all training images"
     assert figures["selected_on"] == "6 training images held out"  # 2 of 12 in each of three classes
     assert [row["rate"] for row in figures["table"]] == list(linear.RATES)
     assert figures["chosen"][0]["rate"] in linear.RATES and figures["top1"] > 0.5

@@ -140,6 +140,8 @@ def test_stopped_and_gone_on_is_not_stopping(
         api.probe(model, str(data), out=str(tmp_path / "b"), **words)
     parts = api.probe(model, str(data), out=str(tmp_path / "b"), **words)
     assert len(calls) == 8 * 3 + 8 * 3, "the sweep, and the best head again on all images"
+    protocol = parts["protocol"]
+    assert (protocol["refit_on"], protocol["refit_steps"]) == ("training and validation images", 8 * 3)
     assert parts["figures"] == whole["figures"]
     with pytest.raises(UsageError, match="evaluation with another settings"):
         api.probe(model, str(data), out=str(tmp_path / "b"), **{**words, "epochs": 9})

@@ -19,11 +19,12 @@ from aimv2.evals.probe import RATES as PAPER_RATES
 from aimv2.evals.probe import ProbeSettings
 from aimv2.evals.probe_auto import AUTOMATIC, DECAYS, RATES, complaints, fitted, folds_of, steps_of_epoch
 from aimv2.evals.probe_result import ProbeWork
-from aimv2.evals.probe_run import Outcome, SweepPlan, surest
+from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, surest
 from aimv2.evals.probe_stream import FeatureStream, join_features
 from aimv2.features.ragged import Ragged
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
+from aimv2.models.probe_head import Trial
 from aimv2.models.sizes import EncoderConfig
 
 
@@ -141,6 +142,22 @@ def test_a_few_images_rank_heads_by_their_loss() -> None:
     loss = np.array([1.5, 1.1, 1.0])
     assert surest(Outcome(predicted, labels, loss)) == 1
     assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss)) == 0
+    diverged = np.array([1.5, np.nan, 1.0])
+    assert surest(Outcome(predicted, labels, diverged)) == 0, "not a number is no low loss"
+
+
+def test_accuracy_by_layer_is_of_the_heads_that_the_rule_prefers() -> None:
+    """Of layer a the first head is right more often, by chance; the second has the lower loss, and fails on the test images."""
+    labels = np.zeros(40, np.int64)
+    predicted = np.ones((4, 40), np.int64)
+    for head, right in enumerate((20, 17, 30, 8)):
+        predicted[head, :right] = 0
+    select = Outcome(predicted, labels, np.array([1.5, 1.1, 0.9, 1.0]))
+    test = Outcome(np.array([[0], [1], [0], [0]]), np.zeros(1, np.int64), np.zeros(4))
+    trials = [Trial(layer, lr, 0.1) for layer in "ab" for lr in (1.0, 2.0)]
+    answer = SweepAnswer(select, test, 2, test.of_heads([2]), np.zeros((0, 4)))
+    assert probe_result.by_layer("ab", trials, [answer], refit=True) == {"a": 0.0, "b": 1.0}
+    assert probe_result.by_layer("ab", trials, [answer], refit=False) == {"a": 1.0, "b": 1.0}
 
 
 def test_a_few_images_are_all_held_out_in_turn() -> None:
@@ -198,7 +215,7 @@ def test_a_result_says_what_followed_the_images(
     assert protocol["automatic"] == {"options": ["batch_size", "rates", "decays"], "images": 64}
     assert (protocol["batch_size"], protocol["epochs"], protocol["steps"]) == (16, 2, 8)
     assert tuple(protocol["rates"]) == RATES and tuple(protocol["decays"]) == DECAYS
-    assert protocol["refit_on"] == "training and validation images"
+    assert (protocol["refit_on"], protocol["refit_steps"]) == ("all training images", 2 * (80 // 16))
     assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"
     assert len(figures["table"]) == heads and figures["top1"] > 0.5
     titles = [line for line in capsys.readouterr().err.splitlines() if "steps of" in line]

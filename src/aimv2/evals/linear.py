@@ -243,7 +243,7 @@ def evaluate_linear(options: PooledOptions, solver: str, train_limit: int = 0) -
     Raises:
         UsageError: options or data that do not fit.
     """
-    protocol: dict[str, Any] = {"name": "linear", "solver": solver, "refit_on": "training and validation images"}
+    protocol: dict[str, Any] = {"name": "linear", "solver": solver}
     if solver == "lbfgs":
         protocol |= {"features": "as they are", "C": "1e-6 to 1e6, 8 steps a decade, CLIP's search"}
         protocol |= {"iterations": ITERATIONS}
@@ -251,10 +251,12 @@ def evaluate_linear(options: PooledOptions, solver: str, train_limit: int = 0) -
         protocol |= {"features": "standardised by the training images", "rates": list(RATES), "epochs": EPOCHS}
         protocol |= {"batch_size": BATCH, "momentum": MOMENTUM}
     with Evaluation("linear", options.out) as evaluation:
+        splits = open_splits(options, train_limit)
+        protocol["refit_on"] = "all training images" if splits.val is None else "training and validation images"
         return evaluate_pooled(
             evaluation,
             options,
-            open_splits(options, train_limit),
+            splits,
             protocol,
             lambda pooled: linear_figures(pooled, solver, options.seed),
         )

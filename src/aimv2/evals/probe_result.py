@@ -23,7 +23,7 @@ from aimv2.evals.harness import Evaluation, baseline_figures, labelled_data, ope
 from aimv2.evals.options import ClassifierOptions
 from aimv2.evals.probe import ProbeSettings, same_work
 from aimv2.evals.probe_auto import complaints, fitted, folds_of, steps_of_epoch
-from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, SweepSplits, run_sweep
+from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, SweepSplits, best_head, run_sweep
 from aimv2.evals.result import about_model
 from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
 from aimv2.features.extraction import features_home
@@ -86,6 +86,11 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
         figures |= baseline_figures(others, baseline)
         if evaluation.out is not None and len(layers) > 1:
             plot_layers(figures["by_layer"], frozen.name, evaluation.out / "layers.png")
+        whole = sum(len(part.labels) for part in splits.parts or (splits.train, splits.select) if part is not None)
+        learnt_again = {
+            "refit_on": "all training images" if splits.parts else "training and validation images",
+            "refit_steps": settings.epochs * steps_of_epoch(whole, settings.batch_size),
+        }
         protocol = {
             "name": f"{settings.protocol} probe",
             "features": "augmented" if settings.augmented else "cached",
@@ -93,7 +98,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
             "selected_on": selected_on,
             "steps": settings.epochs * steps_of_epoch(images, settings.batch_size),
             **({"automatic": {"options": list(work.automatic), "images": images}} if work.automatic else {}),
-            **({"refit_on": "training and validation images"} if work.refit else {}),
+            **(learnt_again if work.refit else {}),
             **({"test_split": held_out} if held_out else {}),
         }
         data = labelled_data(splits.train, splits.test, options.dataset)
@@ -201,7 +206,7 @@ def sweep_figures(frozen: Frozen, splits: SweepSplits, selected_on: str, work: P
         "table": table,
     }
     if len(settings.layers) > 1:
-        figures["by_layer"] = by_layer(settings.layers, trials, answers)
+        figures["by_layer"] = by_layer(settings.layers, trials, answers, work.refit)
     figures["per_class"] = dict(zip(splits.train.classes, per_class(first.predicted[0], first.labels, classes)))
     figures["confusion"] = confusion(first.predicted[0], first.labels, classes)
     figures["unreadable"] = len(first.rejected)
@@ -217,14 +222,16 @@ def interval(tops: Sequence[float], test: Outcome) -> list[float]:
     return [float(bound) for bound in wilson(right, len(test.labels))]
 
 
-def by_layer(layers: Sequence[str], trials: Sequence[Any], answers: Sequence[SweepAnswer]) -> dict[str, float]:
-    """Test accuracy of each layer's best head, the head chosen as the headline's is."""
+def by_layer(
+    layers: Sequence[str], trials: Sequence[Any], answers: Sequence[SweepAnswer], refit: bool
+) -> dict[str, float]:
+    """Test accuracy of each layer's best head, chosen as the headline's is, before that one learns again."""
     found = {}
     for layer in layers:
         mine = [g for g, trial in enumerate(trials) if trial.layer == layer]
         tops = []
         for answer in answers:
-            best = mine[int(np.argmax(answer.select.top1()[mine]))]
+            best = mine[best_head(answer.select.of_heads(mine), refit)]
             tops.append(float(answer.test.top1()[best]))
         found[layer] = float(np.mean(tops))
     return found

@@ -63,9 +63,9 @@ class Outcome:
         """Of each head: float64 [G], 0..1."""
         return (self.predicted == self.labels).mean(1)
 
-    def of_head(self, head: int) -> Outcome:
-        """The answers of one head: G is 1."""
-        return dataclasses.replace(self, predicted=self.predicted[head : head + 1], loss=self.loss[head : head + 1])
+    def of_heads(self, heads: Sequence[int]) -> Outcome:
+        """The answers of some heads."""
+        return dataclasses.replace(self, predicted=self.predicted[heads], loss=self.loss[heads])
 
 
 @dataclass
@@ -178,10 +178,16 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def surest(select: Outcome) -> int:
-    """Of the heads within one standard error of the best top-1, the one with the lowest loss: a few images can't rank by top-1."""
-    tops = select.top1()
+    """Of the heads within one standard error of the best top-1, the one with the lowest loss: a few images can't rank by top-1.
+    One that has diverged is the last."""
+    tops, loss = select.top1(), np.nan_to_num(select.loss, nan=np.inf)
     error = np.sqrt(tops.max() * (1 - tops.max()) / len(select.labels))
-    return int(np.argmin(np.where(tops >= tops.max() - error, select.loss, np.inf)))
+    return int(np.argmin(np.where(tops >= tops.max() - error, loss, np.inf)))
+
+
+def best_head(select: Outcome, refit: bool) -> int:
+    """The head that is chosen by what all of them answered: the surest where it learns again, else that of the best top-1."""
+    return surest(select) if refit else int(np.argmax(select.top1()))
 
 
 @dataclass
@@ -214,9 +220,9 @@ def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
         answers.append((test if choose is None else own.answer(sweep, choose), test, losses))
     (_, test, losses), select = answers[0], all_of([select for select, _, _ in answers])
     if not refit or splits.select is None:
-        chosen = int(np.argmax(select.top1()))
-        return SweepAnswer(select, test, chosen, test.of_head(chosen), losses)
-    chosen = surest(select)
+        chosen = best_head(select, False)
+        return SweepAnswer(select, test, chosen, test.of_heads([chosen]), losses)
+    chosen = best_head(select, True)
     trial = trials[chosen]
     settings = dataclasses.replace(
         plan.settings, layers=(trial.layer,), rates=(trial.lr,), decays=(trial.weight_decay,)

@@ -78,7 +78,7 @@ def test_the_best_head_is_chosen_on_the_validation_split(model: str, data: Path,
     figures = result["figures"]
     assert figures["selected_on"] == "validation split" and len(figures["table"]) == 4
     best = max(figures["table"], key=lambda row: row["selection_top1"])
-    assert figures["chosen"][0]["lr"] == best["lr"]
+    assert figures["chosen"][0]["lr"] == best["lr"] and result["protocol"]["chosen_by"] == "best top-1"
     assert figures["top1"] >= 0.9 and figures["unreadable"] == 1
     confusion = np.array(figures["confusion"])
     assert confusion.sum() == 23 and confusion.trace() / 23 == pytest.approx(figures["top1"])

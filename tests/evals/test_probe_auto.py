@@ -216,6 +216,7 @@ def test_a_result_says_what_followed_the_images(
     assert (protocol["batch_size"], protocol["epochs"], protocol["steps"]) == (16, 2, 8)
     assert tuple(protocol["rates"]) == RATES and tuple(protocol["decays"]) == DECAYS
     assert (protocol["refit_on"], protocol["refit_steps"]) == ("all training images", 2 * (80 // 16))
+    assert protocol["chosen_by"].startswith("lowest loss within one standard error")
     assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"
     assert len(figures["table"]) == heads and figures["top1"] > 0.5
     titles = [line for line in capsys.readouterr().err.splitlines() if "steps of" in line]

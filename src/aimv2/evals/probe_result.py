@@ -96,6 +96,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
             "features": "augmented" if settings.augmented else "cached",
             **{key: value for key, value in asdict(settings).items() if key not in ("protocol", "augmented")},
             "selected_on": selected_on,
+            "chosen_by": "lowest loss within one standard error of the best top-1" if work.refit else "best top-1",
             "steps": settings.epochs * steps_of_epoch(images, settings.batch_size),
             **({"automatic": {"options": list(work.automatic), "images": images}} if work.automatic else {}),
             **(learnt_again if work.refit else {}),

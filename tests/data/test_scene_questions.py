@@ -291,3 +291,5 @@ def test_options_that_do_not_fit(tmp_path, options, option, code):
         api.data_shapes(str(tmp_path / "out"), count=3, **options)
     assert (error.value.option, error.value.code) == (option, code), error.value
     assert not (tmp_path / "out").exists()
+    if options == {"objects": 8, "size": 20}:  # no --object-size is small enough
+        assert "lower --objects, or raise --size" in str(error.value)

@@ -331,10 +331,31 @@ def test_back_a_reload_and_a_copied_address_show_it_again(open_screen: Any, url:
         for name, wanted in zip(("pca", "map", "predicted", "truth"), shown):
             assert np.array_equal(screen.drawn(f".{name} canvas"), wanted), name
         assert page.url == address
+    first = screen.open(url).page.url
+    page.click("#strip [title='red.png']")
+    screen.settled()
+    page.fill("#text", "a red sheet")
+    page.click("#ask button")
+    screen.settled()
+    address, steps = page.url, page.evaluate("history.length")
+    page.reload()
+    screen.settled()
+    assert (page.url, page.evaluate("history.length")) == (address, steps) and "text=a+red+sheet" in address
+    assert page.locator(".results li").count() == len(COLOURS)
+    page.evaluate("history.go(-2)")
+    page.wait_for_function("() => !document.querySelector('#text').value")
+    screen.settled()
+    assert page.url == first and not page.locator(".results li").count() and not screen.text("#search .status")
     screen.open(f"{url}?image=99&model=another")
     assert screen.text("#message").startswith("This address was made with another; shown is model.")
     screen.open(f"{url}?image=99&layer=x&row=-3&column=999&head=7&mode=none&given=")
     assert screen.text("#message") == "This image is no longer stored; open it again." and screen.text(".others h4")
+
+
+def test_without_scripts_the_page_says_what_it_needs(open_screen: Any, url: str) -> None:
+    screen = open_screen(java_script_enabled=False)
+    screen.page.goto(url)
+    assert "JavaScript" in screen.text("body")
 
 
 def test_images_that_were_added_stay_in_their_tab(open_screen: Any, url: str, photograph: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import aimv2
 from aimv2 import api
 from aimv2.cli import main
 from aimv2.data.stream.transforms import image_transform
-from aimv2.explorer import album
+from aimv2.explorer import album, server
 from aimv2.explorer.answers import page_names
 from aimv2.explorer.guard import hostname, known_host, rejection
 from aimv2.explorer.prepare import prepare
@@ -235,6 +236,40 @@ def test_uploads_push_out_the_oldest_and_never_the_folder(place: Path) -> None:
     pictures.upload(encoded("PNG"), "one more", "another tab")
     assert [entry.number for entry in pictures.shown("tab 0")] == [0, 1, 2]  # only all tabs together do
     assert len(pictures.added) == album.STORED
+
+
+def test_the_other_thread_never_meets_half_a_removal() -> None:
+    examples = album.Album(None, 3, 32)
+
+    class Added(dict[int, album.Added]):
+        def __delitem__(self, number: int) -> None:
+            assert number not in examples.entries  # without it an upload's entry would lead to an image of the folder
+            super().__delitem__(number)
+
+    examples.added = Added()
+    number = examples.example("a").number
+    examples.remove(number, "a")
+    assert number not in examples.added and 2**52 <= number < 2**53
+
+
+def test_a_question_waits_for_one_part_of_the_start_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, warmed = list[Any](), list[Any]()
+
+    class Thread:
+        def __init__(self, *_: Any) -> None: ...
+
+        def submit(self, function: Any, *given: Any) -> None:
+            waiting.append((function, given))
+
+    monkeypatch.setattr(server, "ThreadPoolExecutor", Thread)
+    study = SimpleNamespace(album=None, models=[None, None])
+    answers: Any = SimpleNamespace(study=study, about=dict, warm=lambda *part: warmed.append(part))
+    server.make_app(answers, "127.0.0.1")
+    while waiting:
+        assert len(waiting) == 1
+        function, given = waiting.pop()
+        function(*given)
+    assert sorted(warmed) == sorted((at, what) for at in (0, 1) for what in server.WARMED)
 
 
 def test_uploads_belong_to_their_tab_once_and_can_be_removed(url: str) -> None:

@@ -156,7 +156,7 @@ def _sides_of_objects(size: int, objects: int, given: Sequence[float] | None) ->
     if given[1] > most:
         raise UsageError(
             f"--objects {objects}: so many of up to {given[1]:g} px do not fit into {size} px; at most {int(most)} px fit: lower"
-            f" --object-size or --objects, or raise --size to {int(np.ceil((given[1] + GAP) * in_a_row))}",
+            f" {'--object-size or ' * (most >= 2 * LEAST_SIDE)}--objects, or raise --size to {int(np.ceil((given[1] + GAP) * in_a_row))}",
             code="limit",
         )
     return float(given[0]), float(given[1])

@@ -26,7 +26,7 @@ COUNTING = 1.0  # seconds for counting the images that the limit leaves out
 THUMBNAIL = 192  # pixels per side
 EXAMPLES = 12  # generated if no folder is given
 NAME = 80  # characters of a name that are shown
-NUMBERS = 400_000_000  # additions have numbers from here to twice this
+NUMBERS = 2**52  # additions have numbers from here to twice this, which a browser still counts exactly
 SPLIT = "val"  # held out from the demo's training
 
 
@@ -208,7 +208,7 @@ class Album:
         """
         if number not in self.added or self.added[number].tab != tab:
             raise RequestError(404, "Only images that were added in this tab can be removed.")
-        del self.added[number], self.entries[number]
+        del self.entries[number], self.added[number]  # entries first, as the other thread goes from one to the other
         self.thumbnails.pop(number, None)
         self.sizes.pop(number, None)
         if self.latest is not None and self.latest[0] == number:

@@ -210,7 +210,7 @@ def whole(query: Query, key: str) -> int:
         RequestError: missing or anything else.
     """
     text = query.get(key, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+    if not (text.isascii() and text.isdigit() and len(text) < 17):
         raise RequestError(400, f"{key}: a whole number from 0 is expected.")
     return int(text)
 

@@ -8,9 +8,10 @@ import socket
 import sys
 import traceback
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from itertools import product
 from typing import Any, TypeVar
 
 import uvicorn
@@ -48,9 +49,15 @@ def make_app(answers: Answers, host: str) -> App:
     models = ThreadPoolExecutor(1, "models")  # models are used only in this thread
     images = ThreadPoolExecutor(1, "album")  # lists, thumbnails and uploads don't wait for a model
     album, about = answers.study.album, answers.about({})
-    for what in WARMED:
-        for index in range(len(answers.study.models)):
-            models.submit(answers.warm, index, what)
+
+    def warm(parts: Iterator[tuple[str, int]]) -> None:
+        """One part, the others later: neither a question nor the end waits for all of them."""
+        for what, index in parts:
+            answers.warm(index, what)
+            models.submit(warm, parts)
+            break
+
+    models.submit(warm, product(WARMED, range(len(answers.study.models))))
 
     async def work(worker: ThreadPoolExecutor, function: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(worker, function, *given)

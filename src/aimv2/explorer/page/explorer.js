@@ -221,13 +221,12 @@ function roll() {
 
 // ---- search ----
 
-function find(text) {
-  now.text = text;
-  keep('text');
+function search(text) {  // '': nothing is searched for
   about.models.forEach((model, at) => {
     const block = blocks.search[at];
     if (model.cannot.search) return;
     block.text = text;
+    if (!text) { say($('.status', block.node), ''); return fill($('.results', block.node), []); }
     block.line(async () => {
       for (let more = true; more;) {
         const found = await ask('search', {model: at, text});
@@ -372,7 +371,7 @@ function keep(what) {
 
 // Shows what the address says: at the start, and after Back or Forward.
 async function restore() {
-  const state = read(), known = Number.isInteger(+state.image), at = state.row && state.column ? [+state.row, +state.column] : null;
+  const before = now.text, state = read(), known = Number.isInteger(+state.image), at = state.row && state.column ? [+state.row, +state.column] : null;
   $('#layer').value = state.layer ?? $('#layer').max;
   now.mode = state.mode === 'attention' && !$('[value=attention]').disabled ? 'attention' : 'similarity';
   $(`[value=${now.mode}]`).checked = true;
@@ -380,7 +379,7 @@ async function restore() {
   if (!$('#head').value) $('#head').value = 'mean';
   $('#under').checked = !state.plain;
   $('#share').value = state.given ?? 50;
-  $('#text').value = state.text ?? '';
+  $('#text').value = now.text = state.text ?? '';
   readControls();
   if (now.picture && +state.image === now.picture.image) {
     now.place = now.cursor = at ? placeAt(views[0], at) : firstPlace(now.picture, views[0]);
@@ -393,8 +392,7 @@ async function restore() {
   }
   const here = about.models.map((one) => one.name), there = [state.model, state.other].filter(Boolean);
   if (there.length && `${there}` !== `${here}`) say($('#message'), `This address was made with ${there.join(' and ')}; shown is ${here.join(' and ')}.`, true);
-  if (state.text && state.text !== now.text) find(state.text);
-  now.text = state.text ?? '';
+  if (now.text !== before) search(now.text);
 }
 
 // ---- the page ----
@@ -471,7 +469,7 @@ function watch() {
   };
   $('#share').oninput = () => { readControls(); views.forEach((_, at) => askNext(at)); keep('given'); };
   $('#roll').onclick = roll;
-  $('#ask').onsubmit = (event) => { event.preventDefault(); const text = $('#text').value.trim(); if (text) find(text); };
+  $('#ask').onsubmit = (event) => { event.preventDefault(); const text = $('#text').value.trim(); if (text) { now.text = text; keep('text'); search(text); } };
   $('#text').placeholder = about.own_folder ? 'two dogs play in the snow' : 'a large red circle at the top left';
   let depth = 0;
   const shown = (by) => { depth = Math.max(0, depth + by); $('#drop').hidden = !depth; };

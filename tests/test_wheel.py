@@ -52,8 +52,9 @@ import sys
 import aimv2
 from aimv2.cli import main
 from aimv2.models.create import create_model
+assert aimv2.__file__.startswith(sys.argv[1]), aimv2.__file__
 aimv2.save_pretrained(create_model("aimv2-tiny-patch8-32", width=16, heads=2, hidden=16, depth=1), "model")
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -105,13 +106,17 @@ def test_what_is_installed_runs_from_an_empty_folder(site: Path, env: dict[str, 
         assert "<style>" in text and "</html>" in text
 
 
-def test_the_installed_explorer_serves_its_page(env: dict[str, str]) -> None:
-    words = [sys.executable, "-c", EXPLORER, *shlex.split("explore model --port 0 --device cpu")]
+def test_the_installed_explorer_serves_its_page(site: Path, env: dict[str, str]) -> None:
+    words = [sys.executable, "-c", EXPLORER, str(site), *shlex.split("explore model --port 0 --device cpu")]
     with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as started:
         try:
             assert started.stderr
-            lines = iter(started.stderr.readline, "")
-            url = next(found[1] for line in lines if (found := re.match(r"explorer: (http://\S+)", line)))
+            said = ""
+            while not (found := re.search(r"^explorer: (http://\S+)", said, flags=re.MULTILINE)):
+                line = started.stderr.readline()
+                assert line, said  # it ended
+                said += line
+            url = found[1]
             page = fetched(url)
             files = re.findall(r'<(?:link|script)[^>]+(?:href|src)="(/[^"]+)"', page)
             assert len(files) >= 2 and all(fetched(urljoin(url, file)) for file in [*files, "/api/images"])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from aimv2 import progress
 from aimv2.config.schema import LogConfig
@@ -110,3 +111,11 @@ def test_a_terminal_of_80_columns_has_what_is_done_and_the_time_left_first(
     assert any(re.match(rf"30/90 +{left} .*features", line) for line in shown)
     assert re.match(rf"40/5000 +{left} .*loss 3\.2", shown[-1])
     assert max(map(len, shown)) <= 80
+
+
+def test_one_bar_at_a_time_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True)
+    with progress.open_bar(screen, 10), progress_bar("inner", 100) as advance:
+        assert progress.taken()
+        advance(50)
+    assert not progress.taken() and capsys.readouterr().err == ""

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 EVERY = 10.0  # seconds between lines
+BARS: weakref.WeakSet[Progress] = weakref.WeakSet()  # of this process
 PATIENCE = 3  # of which this many pass before a heartbeat says the same again
 
 
@@ -42,7 +44,13 @@ def open_bar(console: Console, total: int | None, completed: int = 0, transient:
         console=console, expand=True, transient=transient, speed_estimate_period=3600,
     )  # fmt: skip
     bar.add_task("", total=total, completed=completed)
+    BARS.add(bar)
     return bar
+
+
+def taken() -> bool:
+    """Whether a bar is on the terminal: a second one would break its lines."""
+    return any(bar.live.is_started for bar in BARS)
 
 
 class ProgressLines:
@@ -82,7 +90,7 @@ def progress_bar(
     from rich.console import Console
 
     console = Console(file=sys.stderr)
-    if not shown or not is_first():
+    if not shown or not is_first() or taken():
         yield lambda done: None
     elif not console.is_terminal:
         yield ProgressLines(title, total, completed).advance
@@ -115,7 +123,7 @@ def heartbeat(line: Callable[[], str], shown: bool = True) -> Iterator[None]:
     def words() -> str:
         return f"{line()}, {duration(time.monotonic() - began)}"
 
-    if not shown or not is_first():
+    if not shown or not is_first() or taken():
         yield
     elif console.is_terminal:
         with Live(

@@ -14,6 +14,7 @@ from aimv2 import api
 from aimv2.config.load import parse
 from aimv2.config.schema import Config
 from aimv2.distributed import World
+from aimv2.errors import UsageError
 from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.report.browse.drawn import expected
@@ -49,12 +50,12 @@ def test_the_model_follows_device_pairs_and_size(kind: str, pairs: int, side: in
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("pairs", [3, 63, 900, 50_000, 10**7])
+@pytest.mark.parametrize("pairs", [1, 3, 63, 900, 50_000, 10**7])
 def test_no_more_than_40_visits_and_two_hours(kind: str, pairs: int) -> None:
     values = chosen(kind, pairs, 200)
     config = parse(values)
     steps, batch = config.train.steps, config.train.batch_size
-    assert steps >= 1 and 2 <= batch <= pairs and steps * batch <= 40 * pairs
+    assert steps >= 1 and 1 <= batch <= pairs and steps * batch <= 40 * pairs
     seconds = steps * batch * defaults.pair_flops(*shapes(config, 4096)) / defaults.KINDS[kind].rate
     assert seconds <= 7200
     assert steps * batch > 39 * pairs - batch or seconds > 7000  # and no fewer than one of them allows
@@ -92,6 +93,22 @@ def test_the_defaults_reach_the_run(tmp_path: Path) -> None:
     assert {key: found["config"][key] for key in expected} == expected
     assert {found["from"][key] for key in expected} == {"auto"}
     assert (found["config"]["data.flip"], found["config"]["data.train"]) == (0, str(data))
+
+
+def test_a_recipe_may_see_a_pair_twice_as_often() -> None:
+    config = parse({"train.steps": 600, "train.batch_size": 64})
+    assert not list(defaults.too_many_visits(config, 900, own=False))
+    assert len(list(defaults.too_many_visits(config, 900, own=True))) == 1
+    (line,) = defaults.too_many_visits(config, 100, own=False)
+    assert "384.0 times" in line and "63 steps" in line
+
+
+def test_a_step_in_parts_and_a_run_of_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"data.train": str(scenes(tmp_path / "data", 40))}
+    with pytest.raises(UsageError, match=r"train.batch_size 32 does not divide by train.accumulate 3"):
+        api.pretrain(None, None, {**data, "train.accumulate": 3}, print_config=True)
+    found = api.pretrain(None, None, {**data, "train.steps": 1}, print_config=True)
+    assert found["config"]["optim.warmup"] == 0 and "optim.warmup" not in capsys.readouterr().err
 
 
 def test_time_and_memory_are_said_before_the_start() -> None:

@@ -32,7 +32,7 @@ LIMITS = {  # least and largest value of numbers
     (0, 0.999999): "train.ema",
     (0, 0.999): "objective.smoothing",
     (1e-12, 1e3): "optim.lr eval.probe_lr",
-    (1e-9, INF): "train.epochs train.max_hours",
+    (1e-9, 1e6): "train.epochs train.max_hours",
     (0, 1e3): "optim.min_lr optim.start_lr",
     (1e-6, 1e6): "objective.teacher_weight",
 }
@@ -141,7 +141,8 @@ def check_ranges(config: Config) -> None:
         raise UsageError("optim.lora updates the weights of a model that is there: --init MODEL says which")
     if optim.fresh_decoder and config.init is None:
         raise UsageError("optim.fresh_decoder drops the decoder of a model: --init MODEL says which")
-    if train.patch_budget is None and train.batch_size % train.accumulate:
+    chosen = train.batch_size != type(train)().batch_size  # nobody's number may still follow the data
+    if train.patch_budget is None and chosen and train.batch_size % train.accumulate:
         raise UsageError(
             f"train.batch_size {train.batch_size} does not divide by train.accumulate {train.accumulate}",
             code="mismatch",

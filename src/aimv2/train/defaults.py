@@ -1,7 +1,7 @@
 """A run without a recipe: values that fit its data and the kind of its device, and a line where a run goes past their limits.
 
-The values (docs/defaults.md) follow from three facts: whether there is a GPU, the number of pairs, and the median of the images'
-shorter sides. Never from free memory or from a measured speed: two machines of one kind train the same model.
+The values (docs/tutorials/own-photographs.md) follow from three facts: whether there is a GPU, the number of pairs, and the median of
+the images' shorter sides. Never from free memory or from a measured speed: two machines of one kind train the same model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def defaults_for(
     assumed = KINDS[kind]
     name = size_for(kind, pairs, median_side(samples)) if config.model.name == "auto" else config.model.name
     vocab_size = 2048 if pairs < FEW else 4096
-    most = max(2, min(assumed.batch, 1 << max(pairs, 1).bit_length() - 1))
+    most = min(assumed.batch, 1 << max(pairs, 1).bit_length() - 1)
     batch = config.train.batch_size if "train.batch_size" in given else most
     shaped = replace(config, model=replace(config.model, name=name))
     seconds = batch * pair_flops(*shapes(shaped, vocab_size)) / assumed.rate  # of a step
@@ -134,11 +134,17 @@ def patches_of(encoder: EncoderConfig) -> int:
 # ---- limits ----
 
 
-def too_many_visits(config: Config, pairs: int) -> Iterator[str]:
-    """A line where the run sees each pair more than 40 times (a step of a native run has no number of pairs)."""
+def too_many_visits(config: Config, pairs: int, own: bool) -> Iterator[str]:
+    """A line where the run sees each pair more than 40 times (a step of a native run has no number of pairs).
+
+    Args:
+        config: of the run.
+        pairs: of the training data.
+        own: the steps are the user's or nobody's choice; those of a recipe may be twice as many.
+    """
     train = config.train
     most = math.ceil(VISITS * pairs / train.batch_size)  # as train.epochs counts: the last step may end beyond
-    if train.patch_budget is None and train.steps > most:
+    if train.patch_budget is None and train.steps > most * (1 if own else 2):
         yield (
             f"train.steps {train.steps} of {train.batch_size} pairs see each of the {pairs} pairs "
             f"{train.steps * train.batch_size / max(pairs, 1):.1f} times; after more than {VISITS} a model knows its captions by heart "
@@ -184,9 +190,10 @@ def beyond(
         device: of a rank.
         ranks: that share the work and, with it, the weights.
     """
-    peak = peak_flops(device, config.train.precision)
-    if flops is not None and peak is not None:
-        yield from too_long(config, config.train.steps * flops / (FRACTION * peak * ranks) / 3600)
+    peak, steps = peak_flops(device, config.train.precision), config.train.steps
+    within = 3600 * HOURS * KINDS[device.type].rate  # what the defaults allow themselves
+    if flops is not None and peak is not None and steps * flops > 1.05 * within:
+        yield from too_long(config, steps * flops / (FRACTION * peak * ranks) / 3600)
     yield from too_large(step_memory(config, model, ranks) / 1e9, device)
 
 
@@ -202,7 +209,7 @@ def step_memory(config: Config, model: nn.Module, ranks: int = 1) -> float:
     backward pass, and the logits."""
     train = config.train
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = 4 * sum(p.numel() for p in model.parameters()) + 12 * trained
+    fixed = 4 * sum(p.numel() for p in model.parameters()) + (16 if train.ema else 12) * trained
     half = train.precision != "fp32"
     pairs, patches, _ = expected_step(config, model.encoder.config)  # type: ignore[union-attr, arg-type]
     kept = 0.0
@@ -210,7 +217,8 @@ def step_memory(config: Config, model: nn.Module, ranks: int = 1) -> float:
         if isinstance(block, Block) and any(p.requires_grad for p in block.parameters()):
             width, hidden = block.attn.proj.in_features, block.mlp.down.in_features
             row = 4 * width if train.checkpointing else 50 * width + 11 * hidden if half else 44 * width + 16 * hidden
-            kept += row * (patches + (0 if name.startswith("encoder") else CAPTION))
+            part = name.partition(".")[0]
+            kept += row * ((0 if part == "text" else patches) + (0 if part in ("encoder", "image") else CAPTION))
     decoder = getattr(model, "decoder", None)
     kept += 12 * CAPTION * decoder.config.vocab_size if decoder is not None and decoder.config.text else 0
     return fixed / ranks + kept * pairs / (ranks * train.accumulate)

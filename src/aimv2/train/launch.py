@@ -23,6 +23,7 @@ from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import git_state, say, write_aside
+from aimv2.progress import tracked
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
 from aimv2.train import defaults, prepare
@@ -115,9 +116,9 @@ def settle(
         prepare.locate_data(config)
     scaled = recipe is None and "optim.warmup" not in given
     prepare.settle_length(config, given, scaled)
-    if recipe is None or given.keys() & {"train.steps", "train.epochs", "train.batch_size"}:
-        for line in defaults.too_many_visits(config, pairs):
-            say(line)
+    own = recipe is None or bool(given.keys() & {"train.steps", "train.epochs", "train.batch_size"})
+    for line in defaults.too_many_visits(config, pairs, own):
+        say(line)
     base |= {"train.steps": config.train.steps} | ({"optim.warmup": config.optim.warmup} if scaled else {})
     task_of(config).check()
     prepare.check_captions(samples, config)
@@ -365,7 +366,7 @@ def try_one_step(config: Config) -> dict[str, Any]:
             trainer.model.train()
             compile_seconds = trainer.compile()
             taken = []
-            for _ in range(TRIED):
+            for _ in tracked(range(TRIED), "trying steps", TRIED):
                 begin = time.perf_counter()
                 trainer.train_step(batch)
                 trainer.check_finite()

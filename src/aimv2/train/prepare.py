@@ -181,7 +181,7 @@ def settle_length(config: Config, given: dict[str, Any], scaled: bool) -> None:
         train.steps = steps_of(config, train.epochs)
     train.epochs = None
     if scaled:
-        config.optim.warmup = max(1, train.steps // 20)
+        config.optim.warmup = min(max(1, train.steps // 20), train.steps - 1)
 
 
 # ---- tokenizer and model ----

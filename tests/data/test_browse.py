@@ -284,7 +284,7 @@ class Folders(dict):
         (["--count", "0"], "--count 0: 1 to 1000"),
         (["--count", "many"], "--count many: a whole number"),
         (["--out"], "--out needs a value"),
-        (["--cuont", "3"], "'cuont'; did you mean 'count'"),
+        (["--cuont", "3"], "'--cuont'; did you mean '--count'"),
         (["--resume"], "--resume: `data browse` shows the start of a run"),
         (["--dry-run"], "dry-run"),
     ],

@@ -190,18 +190,18 @@ def test_sgd_is_torchs_and_rates_do_not_meet() -> None:
 def test_separable_features_reach_everything(solver: str) -> None:
     train, val, test = (clouds(200, spread=0.1, seed=seed) for seed in range(3))
     if solver == "lbfgs":
-        rows, best = linear.sweep_lbfgs(train, val)
+        rows, best = linear.sweep_lbfgs(train, val, "last")
         predict, converged = linear.logistic(*train, rows[best]["C"])
         assert converged and scores.top1(predict(test[0]), test[1]) == 1.0
     else:
-        rows, best = linear.sweep_sgd(train, val, 4, 0, CPU)
+        rows, best = linear.sweep_sgd(train, val, 4, 0, CPU, "last")
     assert rows[best]["selection_top1"] == 1.0
 
 
 def test_sgd_finds_what_lbfgs_finds() -> None:
     train, val = clouds(600), clouds(400, seed=1)
-    lbfgs, best = linear.sweep_lbfgs(train, val)
-    sgd, also = linear.sweep_sgd(train, val, 4, 0, CPU)
+    lbfgs, best = linear.sweep_lbfgs(train, val, "last")
+    sgd, also = linear.sweep_sgd(train, val, 4, 0, CPU, "last")
     assert 0.6 < lbfgs[best]["selection_top1"] < 0.95
     assert abs(lbfgs[best]["selection_top1"] - sgd[also]["selection_top1"]) < 0.03
 

@@ -86,6 +86,7 @@ def test_probe(model: str, shared_data: Path, tmp_path: Path) -> None:
     source = str(shared_data / "cifar10")
     result = api.probe(model, source, train_limit=300, test_limit=200, out=str(tmp_path / "out"), **how)
     figures = checked(result, tmp_path / "out", "probe")
+    print(figures["selected_on"], result["protocol"])
     counted(result, 270, 200)
     assert figures["selected_on"] == "30 training images, held out" and len(figures["table"]) == 2
     confusion = np.array(figures["confusion"])

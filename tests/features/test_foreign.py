@@ -386,7 +386,7 @@ def test_a_baseline_that_can_not_be_had_is_refused_before_any_forward_pass(
         calls.append("forward")
         return real(*args, **options)
 
-    for module in ("pooled", "probe", "dense"):
+    for module in ("pooled", "probe_run", "dense"):
         monkeypatch.setattr(f"aimv2.evals.{module}.cached_features", noted)
     with pytest.raises(UsageError, match="--baselines random"):
         getattr(api, command)(str(folder), str(data), baselines=["random"])

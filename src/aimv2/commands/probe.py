@@ -27,13 +27,13 @@ class ProbeOptions(ClassifierOptions):
         protocol: attentive, or efficient (several queries, no key projection)
         features: cached (one forward pass of the encoder, no augmentation) or augmented (random crop, flip, jitter, RandAugment)
         layers: last, avg6, all, or block numbers with commas; all are trained in the same pass
-        epochs: passes over the training images; null: with --dataset 100, else 50, and more where that is fewer than 500 steps
+        epochs: passes over the training images; null: 100 (--dataset given), else 50, and more where that is fewer than 500 steps
         warmup: warmup epochs (the paper uses 5 for ImageNet)
-        batch_size: images per step; null: with --dataset 512 (the paper uses 1024 for ImageNet), else the power of two from 16 to
+        batch_size: images per step; null: 512 (--dataset given; the paper uses 1024 for ImageNet), else the power of two from 16 to
             512 that comes next to 1,000 steps
-        rates: peak learning rates of the grid; null: with --dataset 5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3, else
+        rates: peak learning rates of the grid; null: 5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3 (--dataset given), else
             3e-4,1e-3,3e-3,1e-2,3e-2
-        decays: weight decays of the grid; null: with --dataset 0.05,0.1, else 0.05,5,50
+        decays: weight decays of the grid; null: 0.05,0.1 (--dataset given), else 0.05,5,50
         heads: attention heads, or queries; null: width / 64, or 32
         flip: cached features of mirrored images too
         select: where the best head is chosen: auto (the validation split, else held-out training images: a fifth with refit,

@@ -210,3 +210,13 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_names_of_metrics_are_not_shared() -> None:
     assert len({name for name, _ in METRICS.values()}) == len(METRICS)
+
+
+def test_a_run_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="`aimv2 report` compares runs") as error:
+        api.compare([str(tmp_path / "run")])
+    assert error.value.code == "missing"
+    with pytest.raises(UsageError, match="no result.json in this folder$"):
+        api.compare([str(tmp_path / "empty")])

@@ -86,9 +86,8 @@ def test_probe(model: str, shared_data: Path, tmp_path: Path) -> None:
     source = str(shared_data / "cifar10")
     result = api.probe(model, source, train_limit=300, test_limit=200, out=str(tmp_path / "out"), **how)
     figures = checked(result, tmp_path / "out", "probe")
-    print(figures["selected_on"], result["protocol"])
-    counted(result, 270, 200)
-    assert figures["selected_on"] == "30 training images, held out" and len(figures["table"]) == 2
+    counted(result, 300, 200)
+    assert figures["selected_on"] == "300 training images, held out in 5 turns" and len(figures["table"]) == 2
     confusion = np.array(figures["confusion"])
     assert confusion.shape == (10, 10) and confusion.sum(1).tolist() == [20] * 10
     assert figures["top1"] == pytest.approx(confusion.trace() / 200) and list(figures["per_class"]) == CLASSES

@@ -45,7 +45,7 @@ class ProbeOptions(ClassifierOptions):
         workers: processes that augment
         precision: of the encoder's matmuls, fp32 or bf16; the heads are fp32
         out: folder for result.json, feature cache and checkpoints; an interrupted command continues there
-        refit: train the best head anew with the images that chose it; null: without --dataset, on cached features
+        refit: train the best head anew with the images that chose it; null: yes for cached features, without a name of the paper (dataset)
     """
 
     ORDER = (

@@ -88,6 +88,9 @@ class SweepLog(Log):
         kept = {key: value for key, value in figures.items() if key != "tokens_per_s"}
         super().write(step, {key: value / self.heads if key.endswith("loss") else value for key, value in kept.items()})
 
+    def early(self, step: int, loss: float) -> None:
+        super().early(step, loss / self.heads)
+
 
 class SweepTask(Task):
     """Many heads on frozen features, each with its own learning rate, weight decay and gradient norm."""

@@ -116,6 +116,9 @@ def read_result(path: str | Path) -> dict[str, Any]:
         UsageError: not a result, or one of another version.
     """
     file = Path(path).expanduser()
+    if file.is_dir() and not (file / FILE).exists():
+        run = "; this is a run: `aimv2 report` compares runs" if (file / "checkpoints").is_dir() else ""
+        raise UsageError(f"RESULT {path}: no {FILE} in this folder{run}", code="missing")
     file = file / FILE if file.is_dir() else file
     try:
         stored = json.loads(file.read_text())

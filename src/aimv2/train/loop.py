@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -323,7 +324,7 @@ class Trainer:
 
     def command_to_go_on(self) -> str:
         """What a user types after an interruption."""
-        return f"aimv2 pretrain --run {self.run} --resume"
+        return f"aimv2 pretrain --run {shlex.quote(str(self.run))} --resume"
 
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -125,7 +126,7 @@ def _no_tar(folder: Path, option: str) -> UsageError:
 
 
 def _how_to_import(source: str | Path) -> str:
-    return f"make shards of it with `aimv2 data import {source} OUT` and give OUT"
+    return f"make shards of it with `aimv2 data import {shlex.quote(str(source))} OUT` and give OUT"
 
 
 # ---- read ----

@@ -215,8 +215,8 @@ def test_names_of_metrics_are_not_shared() -> None:
 def test_a_run_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="`aimv2 report` compares runs") as error:
+    with pytest.raises(UsageError, match=r"`aimv2 report` compares runs") as error:
         api.compare([str(tmp_path / "run")])
     assert error.value.code == "missing"
-    with pytest.raises(UsageError, match="no result.json in this folder$"):
+    with pytest.raises(UsageError, match=r"no result\.json in this folder$"):
         api.compare([str(tmp_path / "empty")])

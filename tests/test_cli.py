@@ -294,7 +294,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_folder_that_is_not_shards_names_the_way_to_make_them(shell: Shell, picture: Path, tmp_path: Path) -> None:
     line = shell.refuses("pretrain", "--run", tmp_path / "run", "--data.train", picture.parent)
     assert f"`aimv2 data import {picture.parent} OUT`" in line
-    spaced = picture.parent.rename(tmp_path / "my photographs")
+    spaced = tmp_path / "my photographs"
+    spaced.mkdir()
+    picture.rename(spaced / picture.name)
     line = shell.refuses("pretrain", "--run", tmp_path / "run", "--data.train", spaced)
     assert f"`aimv2 data import '{spaced}' OUT`" in line
     assert not (tmp_path / "run").exists()

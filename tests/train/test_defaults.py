@@ -19,7 +19,7 @@ from aimv2.models.create import build
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.report.browse.drawn import expected
 from aimv2.tasks.pretrain import shapes
-from aimv2.train import defaults
+from aimv2.train import defaults, outlook
 from aimv2.train.step import TrainStep
 from runs import scenes
 
@@ -117,7 +117,7 @@ def test_time_and_memory_are_said_before_the_start() -> None:
     assert "train.max_hours" in said and "train.accumulate" in said
     small = parse({"model.name": "aimv2-tiny-patch4-32", "train.steps": 10, "train.batch_size": 8})
     assert not list(expected(small, 512))
-    assert not list(defaults.too_long(replace(config, train=replace(config.train, max_hours=1.0)), 100.0))
+    assert not list(outlook.too_long(replace(config, train=replace(config.train, max_hours=1.0)), 100.0))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -143,5 +143,5 @@ def test_memory_is_that_of_the_tensors_that_a_step_keeps(precision: str, width: 
         step.backward(batch, counts)
     found = sum(size for place, size in kept.items() if place not in own)
     parameters = sum(p.numel() for p in model.parameters())
-    expected = defaults.step_memory(config, model) - 16 * parameters
+    expected = outlook.step_memory(config, model) - 16 * parameters
     assert expected == pytest.approx(found, rel=0.3)

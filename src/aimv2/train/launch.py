@@ -208,10 +208,12 @@ def build_trainer(
 
 def start(config: Config, run: Path, started: float, keep_warmup: bool = False) -> dict[str, Any]:
     """A new run; ``keep_warmup``: the user has given optim.warmup."""
+    from aimv2.train.outlook import beyond, expected_step
+
     world = join_world()
     trainer = build_trainer(config, run, world)
-    flops = trainer.task.flops(trainer.model, *defaults.expected_step(config, trainer.encoder))
-    for line in defaults.beyond(config, trainer.model, flops, world.device, world.size):
+    flops = trainer.task.flops(trainer.model, *expected_step(config, trainer.encoder))
+    for line in beyond(config, trainer.model, flops, world.device, world.size):
         say(line)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     if world.main:
@@ -353,7 +355,7 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
 
 def try_one_step(config: Config) -> dict[str, Any]:
     """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing."""
-    from aimv2.train.outlook import disk_room, visits
+    from aimv2.train.outlook import disk_room, too_large, too_long, visits
 
     world = join_world()
     free = free_memory(world.device)
@@ -375,8 +377,8 @@ def try_one_step(config: Config) -> dict[str, Any]:
         finally:
             trainer.close()
     for line in (
-        *defaults.too_long(config, seconds * config.train.steps / 3600),
-        *defaults.too_large(memory_gb(world.device), world.device),
+        *too_long(config, seconds * config.train.steps / 3600),
+        *too_large(memory_gb(world.device), world.device),
     ):
         say(line)
     parts = batch if isinstance(batch, list) else [batch]

@@ -27,7 +27,7 @@ from aimv2.models.sizes import EncoderConfig
 from aimv2.report.samples import class_names
 from aimv2.tasks import task_of
 from aimv2.tasks.pretrain import Pretrain, shapes
-from aimv2.train import defaults, launch, prepare
+from aimv2.train import defaults, launch, outlook, prepare
 from aimv2.train.view import make_view
 
 DEMO = "captioned scenes"  # source name of the demo
@@ -125,8 +125,8 @@ def expected(config: Config, vocab_size: int) -> Iterator[str]:
     """Lines on time and memory that a pre-training run is expected to take on the device here."""
     encoder, decoder = shapes(config, vocab_size)
     model = defaults.unfilled(encoder, decoder)
-    flops = step_flops(model, *defaults.expected_step(config, encoder))
-    yield from defaults.beyond(config, model, flops, torch.device(defaults.kind_here()))
+    flops = step_flops(model, *outlook.expected_step(config, encoder))
+    yield from outlook.beyond(config, model, flops, torch.device(defaults.kind_here()))
 
 
 def settled(recipe: str | None, given: dict[str, Any], scratch: Path) -> tuple[Config, bool]:

@@ -15,7 +15,8 @@ from aimv2.config.load import parse
 from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.models.create import build
+from aimv2.interop.model_folder import save_model
+from aimv2.models.create import build, create_model
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.report.browse.drawn import expected
 from aimv2.tasks.pretrain import shapes
@@ -109,6 +110,23 @@ def test_a_step_in_parts_and_a_run_of_one_step(tmp_path: Path, capsys: pytest.Ca
         api.pretrain(None, None, {**data, "train.accumulate": 3}, print_config=True)
     found = api.pretrain(None, None, {**data, "train.steps": 1}, print_config=True)
     assert found["config"]["optim.warmup"] == 0 and "optim.warmup" not in capsys.readouterr().err
+
+
+def test_the_steps_follow_the_model_of_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = scenes(tmp_path / "data", 40)
+    for kind in defaults.KINDS:
+        monkeypatch.setitem(defaults.KINDS, kind, defaults.Kind(1e8, 64, "fp32"))
+    save_model(create_model("aimv2-mini-patch4-32"), tmp_path / "mini")
+    given = {
+        "data.train": str(data),
+        "init": str(tmp_path / "mini"),
+        "objective.name": "probe",
+        "objective.classes": 9,
+    }
+    found = api.pretrain(None, None, given, print_config=True)["config"]
+    small = api.pretrain(None, None, {"data.train": str(data)}, print_config=True)["config"]
+    assert found["model.name"] == "auto" and small["model.name"] == "aimv2-tiny-patch4-32"
+    assert 1 <= found["train.steps"] < small["train.steps"] / 3
 
 
 def test_time_and_memory_are_said_before_the_start() -> None:

@@ -69,7 +69,12 @@ def size_for(kind: str, pairs: int, side: float) -> str:
 
 
 def defaults_for(
-    samples: list[dict[str, bytes]], pairs: int, kind: str, config: Config, given: set[str]
+    samples: list[dict[str, bytes]],
+    pairs: int,
+    kind: str,
+    config: Config,
+    given: set[str],
+    init: EncoderConfig | None = None,
 ) -> dict[str, Any]:
     """Values for data without a recipe: at most 40 visits of a pair and two hours at the kind's assumed rate.
 
@@ -79,6 +84,7 @@ def defaults_for(
         kind: of the device, a key of ``KINDS``.
         config: the user's own values: the steps follow its model and batch, checkpoints and validation its steps.
         given: keys of the user's own values.
+        init: the encoder of ``init``, which the steps follow.
     """
     from aimv2.tasks.pretrain import shapes
 
@@ -87,8 +93,8 @@ def defaults_for(
     vocab_size = 2048 if pairs < FEW else 4096
     most = min(assumed.batch, 1 << max(pairs, 1).bit_length() - 1)
     batch = config.train.batch_size if "train.batch_size" in given else most
-    shaped = replace(config, model=replace(config.model, name=name))
-    seconds = batch * pair_flops(*shapes(shaped, vocab_size)) / assumed.rate  # of a step
+    encoder, decoder = shapes(replace(config, model=replace(config.model, name=name)), vocab_size)
+    seconds = batch * pair_flops(init or encoder, decoder) / assumed.rate  # of a step
     steps = max(1, min(VISITS * pairs // batch, int(3600 * HOURS / seconds)))
     if "train.steps" in given and config.train.steps is not None:  # null where epochs count
         steps = config.train.steps

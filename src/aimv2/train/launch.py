@@ -109,7 +109,9 @@ def settle(
     samples = prepare.first_samples(config, 64)
     pairs = training_samples(config.data)
     if recipe is None:
-        base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given))
+        known = config.init is not None and config.model.name == "auto"
+        encoder = task_of(config).encoder_config(config.data.vocab_size) if known else None
+        base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given), encoder)
         if config.init is not None:
             del base["model.name"], base["data.vocab_size"]  # those of init
         config = parse({**base, **given})

@@ -240,12 +240,12 @@ def test_names_and_shapes_of_every_released_size_are_those_of_transformers(name:
     """Key and shape tables of the real sizes, without memory."""
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
-    from aimv2.interop.convert import _transformers_config
+    from aimv2.interop.convert import transformers_config
 
     config = MODELS[name][0]
     with torch.device("meta"):
         ours = VisionEncoder(config)
-        theirs = Aimv2VisionModel(Aimv2VisionConfig(**_transformers_config(config)))
+        theirs = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(config)))
     shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
     found = {}
     for key, names in layouts.encoder_rules("transformers", config).items():

@@ -98,9 +98,9 @@ def test_the_defaults_reach_the_run(tmp_path: Path) -> None:
 
 def test_a_recipe_may_see_a_pair_twice_as_often() -> None:
     config = parse({"train.steps": 600, "train.batch_size": 64})
-    assert not list(defaults.too_many_visits(config, 900, own=False))
-    assert len(list(defaults.too_many_visits(config, 900, own=True))) == 1
-    (line,) = defaults.too_many_visits(config, 100, own=False)
+    assert not list(defaults.too_many_visits(config, 900, defaults.most_visits([])))
+    assert len(list(defaults.too_many_visits(config, 900, defaults.most_visits(["train.steps"])))) == 1
+    (line,) = defaults.too_many_visits(config, 100, defaults.most_visits([]))
     assert "384.0 times" in line and "63 steps" in line
 
 

@@ -124,6 +124,12 @@ def all_features(model: nn.Module, data: HeldOut, world: World, size: int) -> tu
     Ranks run equally many batches, since a sharded model gathers its weights in each; a rank that has fewer repeats its first.
     """
     starts = list(range(0, len(data.keys), size))
+    if -int(world.max(torch.tensor(-float(len(starts)), device=world.device))) == 0:
+        raise UsageError(
+            f"eval.knn: one of {world.size} ranks has no readable image of a split; fewer ranks, or leave eval.knn out",
+            option="eval.knn",
+            code="limit",
+        )
     most = int(world.max(torch.tensor(float(len(starts)), device=world.device)))
     rows = list[Tensor]()
     for number in range(most):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
@@ -22,7 +22,7 @@ from aimv2.data.stream.samples import image_bytes
 from aimv2.models.flops import step_flops
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 
-VISITS = 40  # of a pair, at most: more learn the captions by heart
+VISITS = 40  # of a pair, at most: more learn the captions by heart; a recipe may have twice as many
 HOURS = 2.0
 CAPTION = 20  # tokens of a caption, assumed
 NATIVE = 256  # patches of a native image, assumed
@@ -136,17 +136,16 @@ def patches_of(encoder: EncoderConfig) -> int:
 # ---- limits ----
 
 
-def too_many_visits(config: Config, pairs: int, own: bool) -> Iterator[str]:
-    """A line where the run sees each pair more than 40 times (a step of a native run has no number of pairs).
+def most_visits(given: Collection[str]) -> int:
+    """Visits of a pair that need no word: 40 where the user changes the length of a recipe, else twice as many."""
+    return VISITS if {"train.steps", "train.epochs", "train.batch_size"} & set(given) else 2 * VISITS
 
-    Args:
-        config: of the run.
-        pairs: of the training data.
-        own: the steps are the user's or nobody's choice; those of a recipe may be twice as many.
-    """
+
+def too_many_visits(config: Config, pairs: int, limit: int) -> Iterator[str]:
+    """A line where the run visits each pair more than ``limit`` times (a step of a native run has no number of pairs)."""
     train = config.train
     most = math.ceil(VISITS * pairs / train.batch_size)  # as train.epochs counts: the last step may end beyond
-    if train.patch_budget is None and train.steps > most * (1 if own else 2):
+    if train.patch_budget is None and train.steps > most * limit / VISITS:
         yield (
             f"train.steps {train.steps} of {train.batch_size} pairs see each of the {pairs} pairs "
             f"{train.steps * train.batch_size / max(pairs, 1):.1f} times; after more than {VISITS} a model knows its captions by heart "

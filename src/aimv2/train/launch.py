@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -90,25 +91,24 @@ def pretrain(
         say(line)
     if print_config:
         return describe_config(config, provenance(base, given, "auto"))
+    most = None if recipe is None else defaults.most_visits(given)  # without a recipe settle has said it
     if run is None:
-        return try_one_step(config)
+        return try_one_step(config, most)
     prepare.check_overwrite(config, run)
-    return start(config, run, started, "optim.warmup" in given)
+    return start(config, run, started, "optim.warmup" in given, most)
 
 
 def settle(
     config: Config, recipe: str | None, base: dict[str, Any], given: dict[str, Any]
 ) -> tuple[Config, dict[str, Any]]:
-    """A run's values, checked against the first samples of its data; without a recipe they fit the data.
-
-    Says where the user's own values see a pair too often.
+    """A run's values, checked against the first samples of its data; without a recipe they fit the data, or a line says how not.
 
     Returns:
         the configuration, and the values below the given ones.
     """
-    samples = prepare.first_samples(config, 64)
-    pairs = training_samples(config.data)
+    samples, pairs = prepare.first_samples(config, 64), 0
     if recipe is None:
+        pairs = training_samples(config.data)
         known = config.init is not None and config.model.name == "auto"
         encoder = task_of(config).encoder_config(config.data.vocab_size) if known else None
         base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given), encoder)
@@ -118,8 +118,7 @@ def settle(
         prepare.locate_data(config)
     scaled = recipe is None and "optim.warmup" not in given
     prepare.settle_length(config, given, scaled)
-    own = recipe is None or bool(given.keys() & {"train.steps", "train.epochs", "train.batch_size"})
-    for line in defaults.too_many_visits(config, pairs, own):
+    for line in defaults.too_many_visits(config, pairs, defaults.VISITS) if recipe is None else ():
         say(line)
     base |= {"train.steps": config.train.steps} | ({"optim.warmup": config.optim.warmup} if scaled else {})
     task_of(config).check()
@@ -208,14 +207,18 @@ def build_trainer(
     return Trainer(config, model, tokenizer, run, world, compiled, task=task)
 
 
-def start(config: Config, run: Path, started: float, keep_warmup: bool = False) -> dict[str, Any]:
-    """A new run; ``keep_warmup``: the user has given optim.warmup."""
+def start(
+    config: Config, run: Path, started: float, keep_warmup: bool = False, most: int | None = None
+) -> dict[str, Any]:
+    """A new run; ``keep_warmup``: the user has given optim.warmup; ``most`` visits of a pair, beyond which a line says so."""
     from aimv2.train.outlook import beyond, expected_step
 
     world = join_world()
     trainer = build_trainer(config, run, world)
     flops = trainer.task.flops(trainer.model, *expected_step(config, trainer.encoder))
-    for line in beyond(config, trainer.model, flops, world.device, world.size):
+    samples = getattr(trainer.stream, "samples", None)  # of the common stream
+    visits = defaults.too_many_visits(config, samples, most) if most and samples else ()
+    for line in (*visits, *beyond(config, trainer.model, flops, world.device, world.size)):
         say(line)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     if world.main:
@@ -310,7 +313,7 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
     data = to_dict(config)["data"]
     return {
         "data": data["train"],
-        "val_data": data["val"] or "val-* or test-* beside the training shards",
+        "val_data": data["val"] or "val-* or test-* next to the training shards",
         "seed": config.seed,
         **task_of(config).about(),
         "weights_sha256": file_hash(weights),
@@ -320,7 +323,7 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
         "version": aimv2.__version__,
         "torch": torch.__version__,
         **({"git": state} if (state := git_state()) else {}),
-        "command": " ".join(["aimv2", *sys.argv[1:]]),
+        "command": shlex.join(["aimv2", *sys.argv[1:]]),
     }
 
 
@@ -355,8 +358,8 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
     return {"config": values, "from": sources, "learning_rate": rate_curve(config)}
 
 
-def try_one_step(config: Config) -> dict[str, Any]:
-    """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing."""
+def try_one_step(config: Config, most: int | None = None) -> dict[str, Any]:
+    """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing; ``most``: see :func:`start`."""
     from aimv2.train.outlook import disk_room, too_large, too_long, visits
 
     world = join_world()
@@ -378,13 +381,14 @@ def try_one_step(config: Config) -> dict[str, Any]:
             seconds = min(taken)
         finally:
             trainer.close()
+    parts = batch if isinstance(batch, list) else [batch]
+    tokens, samples = sum(int(part.token_count) for part in parts), getattr(trainer.stream, "samples")  # noqa: B009
     for line in (
+        *(defaults.too_many_visits(config, samples, most) if most else ()),
         *too_long(config, seconds * config.train.steps / 3600),
         *too_large(memory_gb(world.device), world.device),
     ):
         say(line)
-    parts = batch if isinstance(batch, list) else [batch]
-    tokens, samples = sum(int(part.token_count) for part in parts), getattr(trainer.stream, "samples")  # noqa: B009
     encoder = count(trainer.unwrapped().encoder)
     return {
         "encoder_parameters": encoder,

@@ -204,7 +204,8 @@ class Trainer:
         """The loss of the last step; waits for the device."""
         assert self.last is not None
         weights = self.update.objective.weights
-        return sum(weights[name] * mean.item() for name, mean in zip(self.last.names, self.last.means) if weights[name])
+        means = zip(self.last.names, self.last.means.tolist())
+        return sum(weights[name] * mean for name, mean in means if weights[name])
 
     def check_finite(self) -> None:
         """Stops all ranks together where a step since the last check was non-finite; its update was skipped."""

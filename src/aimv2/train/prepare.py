@@ -196,7 +196,7 @@ def training_captions(config: Config) -> Iterator[str]:
 
 
 def get_tokenizer(config: Config, known: Path | None, world: World) -> Tokenizer | None:
-    """The run's tokenizer: loaded, that of ``init``, or trained on the training captions (rank 0, for all); None for images alone.
+    """The run's tokenizer: loaded, that of ``init``, or trained on the training captions (rank 0, for all); None for images only.
 
     Args:
         config: of the run.

@@ -132,7 +132,7 @@ class TrainStep:
             pairs: of a micro-batch on this rank.
             max_tokens: of a caption.
             view: of the training data; None: all of one size.
-            shape: is told before each shape its number, their number, and what it is.
+            shape: called before each shape with its number, how many there are, and what it is.
         """
         kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from these zeros
         widths = (
@@ -144,7 +144,7 @@ class TrainStep:
             text = [0] * min(width, max_tokens)
             for batch in self.blank_batches(pairs, text, view):
                 number += 1
-                shape(number, total, f"captions of up to {len(text)} tokens" if text else "images alone")
+                shape(number, total, f"captions of up to {len(text)} tokens" if text else "images only")
                 counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
                 self.backward(batch.to(self.world.device), counts)
                 self.optimizer.zero_grad(set_to_none=True)

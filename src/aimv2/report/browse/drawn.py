@@ -108,6 +108,8 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
             launch.say(line)
     stream = TrainStream(config.data, view, tokenizer, config.train.batch_size, config.seed)
     total = stream.samples
+    for line in defaults.too_many_visits(config, total, defaults.most_visits(given)) if recipe is not None else ():
+        launch.say(line)
     if view.native is None and count < config.train.batch_size:  # a part of the first batch is enough
         part = -(-count // stream.parts) * stream.parts
         stream = TrainStream(config.data, view, tokenizer, part, config.seed)

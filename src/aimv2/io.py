@@ -61,6 +61,15 @@ def git_state(folder: Path | None = None) -> str | None:
     return f"{commit}, {'with changes' if changed else 'clean'}"
 
 
+def cache_folder(part: str) -> Path:
+    """The user's folder for what can be made again.
+
+    Raises:
+        RuntimeError: a user without a home, as in containers.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / part
+
+
 def machine_memory() -> tuple[float, float | None]:
     """Total memory in GB, within the container's limit, and free memory if known."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -40,7 +40,7 @@ from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.store import FeatureStore, check_fingerprint, read_object
-from aimv2.progress import progress_bar
+from aimv2.progress import progress_bar, tracked
 
 PLAN, NOTE = ".teach.json", ".teach-{:06d}.json"  # in OUT while it is not finished
 ViewFeatures = Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] -> patch features [B, I, E]
@@ -147,7 +147,8 @@ def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: 
         if note is not None and note["samples"] and not (folder / f"train-{part:06d}.tar").is_file():
             store.note_file(part).unlink()
     missing = store.missing(len(shards))
-    total = sum(len(scan_shard(shards[part]).keys) for part in missing)
+    counted = (scan_shard(shards[part]) for part in tracked(missing, "counting samples", len(missing)))
+    total = sum(len(scan.keys) for scan in counted)
     with progress_bar("samples", total) as advance:
         for part in missing:
             counts = {"samples": 0, "unreadable": 0, "teacher_bytes": 0, "image_bytes": 0}

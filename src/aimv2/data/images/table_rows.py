@@ -26,6 +26,7 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.readers import UNKNOWN, contents_of_files, paths_of
 from aimv2.data.images.tables import encoded_images, row_groups, stated_features, table_shape, types_of, whole_column
 from aimv2.errors import UsageError, first_line
+from aimv2.io import cache_folder
 
 LARGE = 32 << 20  # bytes of a row group's images, decompressed; larger ones are copied
 HELD = 128 << 20  # bytes of row groups that a process keeps
@@ -143,12 +144,14 @@ class FileRows:
         files: in order.
         features: {column: what the library `datasets` notes of it}, as the first file of the data set has it.
         columns: names of all columns.
+        total: number of rows in the files.
         places: int64 [N], which rows of the files; None: all.
     """
 
     files: tuple[Path, ...]
     features: Mapping[str, Mapping[str, Any]]
     columns: tuple[str, ...]
+    total: int
     places: np.ndarray | None = None
 
     @classmethod
@@ -160,18 +163,20 @@ class FileRows:
         """
         found, first = dict[str, FileRows](), None
         for split, files in splits.items():
+            total = 0
             for file in files:
-                schema = table_shape(file, f"--data {source}: ")[0]
+                schema, counts = table_shape(file, f"--data {source}: ")
+                total += sum(counts)
                 first = schema if first is None else first
                 if {*schema.names} != {*first.names}:
                     odd = ", ".join(sorted({*schema.names} ^ {*first.names}))
                     raise UsageError(f"--data {source}: {file.name} has not the columns of the first file ({odd})")
             if first is not None:
-                found[split] = cls(tuple(files), stated_features(first), tuple(first.names))
+                found[split] = cls(tuple(files), stated_features(first), tuple(first.names), total)
         return found
 
     def __len__(self) -> int:
-        return sum(sum(table_shape(file)[1]) for file in self.files) if self.places is None else len(self.places)
+        return self.total if self.places is None else len(self.places)
 
     @property
     def types(self) -> dict[str, str]:
@@ -361,8 +366,7 @@ def _copied(file: Path, column: str) -> Path:
 
     mark = hashlib.sha256(f"{file.resolve()} {column} {contents_of_files([file])}".encode()).hexdigest()
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "tables"
-        copy = home / f"{mark[:32]}.arrow"
+        copy = cache_folder("tables") / f"{mark[:32]}.arrow"
         if copy.is_file():
             return copy
         copy.parent.mkdir(parents=True, exist_ok=True)

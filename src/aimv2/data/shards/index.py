@@ -25,6 +25,7 @@ import yaml
 from aimv2.data.shards.format import scan_shard
 from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
+from aimv2.io import cache_folder
 from aimv2.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _index_home(index_dir: Path | None) -> Path:
     if index_dir is not None:
         return Path(index_dir).expanduser().absolute()
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aimv2" / "index"
+        return cache_folder("index")
     except RuntimeError as error:  # a user without a home, as in containers
         raise UsageError(f"no place for the index of the shards: {error}; give a folder with data.index_dir") from None
 

@@ -168,3 +168,18 @@ def write_processor(folder: Path, mean: list[float] = IMAGENET[0], std: list[flo
         "size": None,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps({**about, **more}))
+
+
+def read_terminal(main_end: int) -> str:
+    """All that was written to a pseudo-terminal whose other end is, or will be, closed."""
+    out = b""
+    while True:
+        try:
+            part = os.read(main_end, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        out += part
+    os.close(main_end)
+    return out.decode()

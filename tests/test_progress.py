@@ -15,6 +15,7 @@ from aimv2 import progress
 from aimv2.config.schema import LogConfig
 from aimv2.progress import heartbeat, progress_bar, tracked
 from aimv2.train.log import Log
+from runs import read_terminal
 
 
 @pytest.fixture
@@ -95,17 +96,7 @@ def test_a_terminal_of_80_columns_has_what_is_done_and_the_time_left_first(
             40, {"loss": 3.2, "lr": 1e-3, "text_loss": 2.9, "grad_norm": 1.2, "pairs_per_s": 12.0, "memory_gb": 1.5}
         )
         log.close()
-    out = io.BytesIO()
-    while True:
-        try:
-            part = os.read(main_end, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        out.write(part)
-    os.close(main_end)
-    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue().decode()).replace("\r", "\n").splitlines()
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read_terminal(main_end)).replace("\r", "\n").splitlines()
     shown = [line.strip() for line in lines if line.strip()]
     left = r"(\d+:\d\d:\d\d|-:--:--)"
     assert any(re.match(rf"30/90 +{left} .*features", line) for line in shown)

@@ -28,7 +28,7 @@ from aimv2.interop.convert import convert
 from aimv2.models.create import build
 from aimv2.models.sizes import EncoderConfig
 from aimv2.tables import FRACTIONS
-from runs import TINY, command, scenes, train
+from runs import TINY, command, read_terminal, scenes, train
 from tiny_llm import language_model
 
 EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic"}
@@ -151,18 +151,9 @@ def in_terminal(*words: str, **env: str) -> str:
         command(*words), stdout=command_end, stderr=subprocess.DEVNULL, env={**plain, "TERM": "xterm-256color", **env}
     ) as started:
         os.close(command_end)
-        out = b""
-        while True:
-            try:
-                part = os.read(main_end, 4096)
-            except OSError:  # the other end is closed
-                break
-            if not part:
-                break
-            out += part
+        out = read_terminal(main_end)
         assert started.wait(timeout=60) == 0
-    os.close(main_end)
-    return out.decode()
+    return out
 
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")

@@ -76,7 +76,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 class RankError(UsageError):
-    """A mistake that one rank alone met: that rank says it, whichever it is."""
+    """A mistake that only one rank met: that rank reports it, whichever it is."""
 
 
 def need(package: str, extra: str, given: str) -> None:

@@ -19,7 +19,7 @@ from aimv2.data.scene_objects import (
     held_out_looks,
     make_layout,
 )
-from aimv2.data.scene_questions import KINDS, AskedScene, ask, conversation
+from aimv2.data.scene_questions import KINDS, DescribedScene, ask, conversation
 from aimv2.data.scenes import _choose_objects, _choose_sides, _paint_object, describe, scene_of
 from aimv2.data.shards.format import captions_of, find_shards, read_samples
 from aimv2.errors import UsageError
@@ -179,7 +179,7 @@ def test_yes_is_as_frequent_as_no_where_few_objects_are_asked_about_often(object
     while answers.total() < 2000:
         things = _choose_objects(rng, _choose_sides(rng, SIDE, None))
         if len(things) == objects:
-            answers.update(one.answer for one in ask(rng, AskedScene(things), 24))
+            answers.update(one.answer for one in ask(rng, DescribedScene(things), 24))
     assert 0.46 < answers["yes"] / answers.total() < 0.54, answers
 
 

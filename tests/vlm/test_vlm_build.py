@@ -227,7 +227,7 @@ def test_llm_that_is_none(parts: Path, built: Any, tmp_path: Path) -> None:
 
 
 def test_encoder_that_is_none(parts: Path, built: Any, tmp_path: Path) -> None:
-    refused("mismatch", "ENCODER", built("post"), parts / "llm", tmp_path / "vlm")
+    assert "vision-language model" in refused("mismatch", "ENCODER", built("post"), parts / "llm", tmp_path / "vlm")
     refused("unsupported", "ENCODER", parts / "llm", parts / "llm", tmp_path / "vlm")
     refused("exists", "OUT", parts / "eyes", parts / "llm", built("post"))
 
@@ -269,8 +269,9 @@ def test_image_tokens_that_overflow(parts: Path, tmp_path: Path, built: Any) -> 
 
 def test_options_that_do_not_go_together(parts: Path, tmp_path: Path) -> None:
     out = tmp_path / "vlm"
-    refused("conflict", "--features", parts / "eyes", parts / "llm", out, features="post-norm", tiles=2)
-    refused("conflict", "--image-size", parts / "eyes", parts / "llm", out, image_size=64)
+    text = refused("conflict", "--features", parts / "eyes", parts / "llm", out, features="post-norm", tiles=2)
+    assert "pre-norm" in text and "--tiles" in text
+    assert "64" in refused("conflict", "--image-size", parts / "eyes", parts / "llm", out, image_size=64)
     refused("conflict", "--tiles", parts / "eyes-native", parts / "llm", out, tiles=2)
     refused("invalid", "--image-size", parts / "eyes-native", parts / "llm", out, image_size=41)
 
@@ -311,7 +312,7 @@ def test_logits_that_the_classes_cannot_hold(parts: Path, tmp_path: Path) -> Non
         )
         llm = language_model(tmp_path / kind, kind, **more)
         if kind == "cohere":
-            refused("unsupported", "LLM", parts / "eyes", llm, tmp_path / kind / "vlm")
+            assert "other logits" in refused("unsupported", "LLM", parts / "eyes", llm, tmp_path / kind / "vlm")
             continue
         api.vlm_build(parts / "eyes", llm, tmp_path / "vlm")
-        opened(tmp_path / "vlm")
+        assert opened(tmp_path / "vlm")[0].config.text_config.model_type == kind

@@ -27,7 +27,7 @@ class DataShapesOptions:
         questions: up to this many questions with answers in each sample's JSON, also as LLaVA's conversations
         hold_out: fraction of the combinations of colour and shape that never occur, such as 0.15
         hold_out_seed: random seed of the combinations that HOLD_OUT takes
-        only_held_out: write scenes of the held-out combinations only, to test on what was never seen
+        only_held_out: write scenes of the held-out combinations only, to test on what training never showed
     """
 
     out: str

@@ -135,9 +135,9 @@ def make_layout(
         raise UsageError(f"--objects {objects}: 1 to {MOST_OBJECTS} expected")
     sides = _sides_of_objects(size, objects, object_size)
     held_out = held_out_looks(hold_out, hold_out_seed)
-    seen = tuple(look for look in ALL_LOOKS if look not in held_out)
+    common = tuple(look for look in ALL_LOOKS if look not in held_out)
     return SceneLayout(
-        objects, sides, distractors, held_out if only_held_out else seen, held_out, (hold_out, hold_out_seed)
+        objects, sides, distractors, held_out if only_held_out else common, held_out, (hold_out, hold_out_seed)
     )
 
 
@@ -170,7 +170,7 @@ def held_out_looks(fraction: float, seed: int) -> tuple[Look, ...]:
         seed: another seed, other combinations.
     """
     if not 0 <= fraction <= 0.25:
-        raise UsageError(f"--hold-out {fraction:g}: 0 to 0.25 expected, so that every colour and shape is still seen")
+        raise UsageError(f"--hold-out {fraction:g}: 0 to 0.25 expected, so that every colour and shape still occurs")
     count = max(1, round(fraction * NUM_LABELS)) if fraction else 0
     most = {**dict.fromkeys(COLOURS, -(-count // len(COLOURS))), **dict.fromkeys(SHAPES, -(-count // len(SHAPES)))}
     rng = np.random.default_rng((seed, count))

@@ -1,6 +1,6 @@
 """Questions about a scene, each with exactly one right answer, phrases that mean exactly one object, and a relation for the caption.
 
-A name such as "small blue cross" states some of an object's attributes and fits it alone. Two objects are left and right of, or above
+A name such as "small blue cross" states some of an object's attributes and fits no other. Two objects are left and right of, or above
 and below each other only where their boxes do not overlap in that direction, so that no answer is in doubt. Yes and no, and the two
 answers of a comparison, are equally frequent by construction.
 """
@@ -34,7 +34,7 @@ class SceneQuestion:
     answer: str
 
 
-class AskedScene:
+class DescribedScene:
     """A scene as questions see it.
 
     Attributes:
@@ -42,12 +42,12 @@ class AskedScene:
         looks: Combinations of colour and shape that may be named, so that held-out ones stay unseen in questions too.
         called: By attributes, the name of each object that states these.
         names: Of each object, the names that fit no other object, by the attributes that they state.
-        asked: What :func:`ask` has asked so far, by question.
+        questions: those of :func:`ask` so far, by question.
     """
 
     def __init__(self, objects: Sequence[SceneObject], looks: Sequence[Look] = ALL_LOOKS) -> None:
         self.objects, self.looks = objects, looks
-        self.asked: dict[str, SceneQuestion] = {}
+        self.questions: dict[str, SceneQuestion] = {}
         self.names: list[dict[tuple[str, ...], str]] = [{} for _ in objects]
         self.called = {subset: [name_of(thing, subset) for thing in objects] for subset in SUBSETS}
         for subset, names in self.called.items():
@@ -74,13 +74,13 @@ def name_of(thing: SceneObject, attributes: Sequence[str]) -> str:
     return " ".join(words if "shape" in attributes else [*words, "object"])
 
 
-def relation_of(rng: np.random.Generator, scene: AskedScene) -> str:
+def relation_of(rng: np.random.Generator, scene: DescribedScene) -> str:
     """Such as "the red ring is above the small cross"; "" where no two objects allow it."""
     found = _related_pair(rng, scene)
     return "the {} is {} the {}".format(*found) if found else ""
 
 
-def _related_pair(rng: np.random.Generator, scene: AskedScene) -> tuple[str, str, str] | None:
+def _related_pair(rng: np.random.Generator, scene: DescribedScene) -> tuple[str, str, str] | None:
     named = [at for at in rng.permutation(len(scene.objects)).tolist() if scene.names[at]]
     for one, other in permutations(named, 2):
         if relations := related(scene.objects[one], scene.objects[other]):
@@ -89,7 +89,7 @@ def _related_pair(rng: np.random.Generator, scene: AskedScene) -> tuple[str, str
     return None
 
 
-def phrases_of(rng: np.random.Generator, scene: AskedScene) -> list[dict[str, Any]]:
+def phrases_of(rng: np.random.Generator, scene: DescribedScene) -> list[dict[str, Any]]:
     """Phrases that mean exactly one object, with its box: by its attributes and, where others share them, by a relation.
 
     In "the cross left of the ring" there is one ring, and all other crosses are right of it.
@@ -102,7 +102,7 @@ def phrases_of(rng: np.random.Generator, scene: AskedScene) -> list[dict[str, An
     return found
 
 
-def _relational(rng: np.random.Generator, number: int, scene: AskedScene) -> list[str]:
+def _relational(rng: np.random.Generator, number: int, scene: DescribedScene) -> list[str]:
     shared = [subset for subset in SUBSETS if subset not in scene.names[number]]
     if not shared:
         return []
@@ -118,16 +118,16 @@ def _relational(rng: np.random.Generator, number: int, scene: AskedScene) -> lis
     return []
 
 
-def ask(rng: np.random.Generator, scene: AskedScene, count: int) -> list[SceneQuestion]:
+def ask(rng: np.random.Generator, scene: DescribedScene, count: int) -> list[SceneQuestion]:
     """Up to ``count`` different questions about a scene, of as many kinds as it allows."""
-    asked = scene.asked
+    done = scene.questions
     kinds = list(KINDS)
     for number, kind in enumerate([kinds[at] for _ in range(3) for at in rng.permutation(len(kinds)).tolist()]):
-        if len(asked) == count or (number >= len(kinds) and not asked):
+        if len(done) == count or (number >= len(kinds) and not done):
             break
         if answered := KINDS[kind](rng, scene):
-            asked.setdefault(answered[0], SceneQuestion(kind, *answered))
-    return list(asked.values())
+            done.setdefault(answered[0], SceneQuestion(kind, *answered))
+    return list(done.values())
 
 
 def conversation(questions: Sequence[SceneQuestion]) -> list[dict[str, str]]:
@@ -143,7 +143,7 @@ def _any(rng: np.random.Generator, among: Sequence[Any]) -> Any:
     return among[int(rng.integers(len(among)))]
 
 
-def _named(rng: np.random.Generator, scene: AskedScene, without: str = "") -> tuple[str, SceneObject] | None:
+def _named(rng: np.random.Generator, scene: DescribedScene, without: str = "") -> tuple[str, SceneObject] | None:
     """A random object and a name of its own that does not state the attribute ``without``."""
     found = [
         (name, thing)
@@ -154,7 +154,7 @@ def _named(rng: np.random.Generator, scene: AskedScene, without: str = "") -> tu
     return _any(rng, found) if found else None
 
 
-def _count(rng: np.random.Generator, scene: AskedScene) -> Answered:
+def _count(rng: np.random.Generator, scene: DescribedScene) -> Answered:
     """All objects, or those of a colour, a shape or both; each number that is possible is equally likely."""
     if rng.integers(4) == 0:
         return "How many objects are there?", str(len(scene.objects))
@@ -175,22 +175,22 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith("s") else "s")
 
 
-def _colour(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _colour(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     found = _named(rng, scene, without="colour")
     return (f"What colour is the {found[0]}?", found[1].colour) if found else None
 
 
-def _shape(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _shape(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     found = _named(rng, scene, without="shape")
     return (f"What shape is the {found[0]}?", found[1].shape) if found else None
 
 
-def _where(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _where(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     found = _named(rng, scene)
     return (f"Where is the {found[0]}?", found[1].place) if found else None
 
 
-def _exists(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _exists(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     """Half of the combinations that are absent are made of a colour and a shape that are present, where there are such."""
     present = sorted({(thing.colour, thing.shape) for thing in scene.objects})
     colours, shapes = ({look[which] for look in present} for which in (0, 1))
@@ -202,13 +202,13 @@ def _exists(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
     looks = _any(rng, mixed if near and mixed else absent), _any(rng, present)
     no_or_yes = [f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}?" for colour, shape in looks]
     if any(
-        question in scene.asked for question in no_or_yes
+        question in scene.questions for question in no_or_yes
     ):  # whatever the coin says: repeated are mostly those with "yes"
         return None
     return no_or_yes[yes], "yes" if yes else "no"
 
 
-def _relation(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _relation(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     found = _related_pair(rng, scene)
     if not found:
         return None
@@ -217,7 +217,7 @@ def _relation(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
     return f"Is the {one} {relation if yes else OPPOSITE[relation]} the {other}?", "yes" if yes else "no"
 
 
-def _larger(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _larger(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     """Of a large and a small object whose names do not state the size."""
     names = [[name for subset, name in found.items() if "size" not in subset] for found in scene.names]
     sides = [max(thing.box[2:]) for thing in scene.objects]
@@ -236,7 +236,7 @@ def _larger(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
     return f"Which is larger, the {first} or the {second}?", larger
 
 
-def _more(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
+def _more(rng: np.random.Generator, scene: DescribedScene) -> Answered | None:
     """Of two colours or two shapes that are both present; never of two equally frequent ones."""
     counts = [Counter(getattr(thing, attribute) for thing in scene.objects) for attribute in ("colour", "shape")]
     pairs = [pair for found in counts for pair in permutations(sorted(found), 2) if found[pair[0]] > found[pair[1]]]
@@ -249,7 +249,7 @@ def _more(rng: np.random.Generator, scene: AskedScene) -> Answered | None:
     return f"Are there more {plural(first)} or more {plural(second)}?", plural(more)
 
 
-KINDS: dict[str, Callable[[np.random.Generator, AskedScene], Answered | None]] = {
+KINDS: dict[str, Callable[[np.random.Generator, DescribedScene], Answered | None]] = {
     "count": _count,
     "colour": _colour,
     "shape": _shape,

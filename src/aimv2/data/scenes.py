@@ -30,7 +30,7 @@ from aimv2.data.scene_objects import (
     SceneObject,
     choose_free,
 )
-from aimv2.data.scene_questions import AskedScene, SceneQuestion, ask, conversation, phrases_of, relation_of
+from aimv2.data.scene_questions import DescribedScene, SceneQuestion, ask, conversation, phrases_of, relation_of
 from aimv2.errors import UsageError
 from aimv2.progress import progress_bar
 
@@ -212,11 +212,11 @@ def _with_words(
     scene: CaptionedScene, key: tuple[int, ...], layout: SceneLayout | None, questions: int
 ) -> CaptionedScene:
     """Phrases, questions and, on free places, a relation in the caption; from a generator of their own."""
-    rng, seen = np.random.default_rng((*key, 1)), AskedScene(scene.objects, layout.looks if layout else ALL_LOOKS)
-    relation = relation_of(rng, seen) if layout else ""
+    rng, drawn = np.random.default_rng((*key, 1)), DescribedScene(scene.objects, layout.looks if layout else ALL_LOOKS)
+    relation = relation_of(rng, drawn) if layout else ""
     caption = f"{scene.caption}, {relation}" if relation else scene.caption
-    phrases, asked = tuple(phrases_of(rng, seen)), tuple(ask(rng, seen, questions))
-    return replace(scene, caption=caption, phrases=phrases, questions=asked)
+    phrases, found = tuple(phrases_of(rng, drawn)), tuple(ask(rng, drawn, questions))
+    return replace(scene, caption=caption, phrases=phrases, questions=found)
 
 
 def _split_of(content: bytes) -> str:

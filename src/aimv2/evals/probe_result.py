@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -171,7 +172,7 @@ def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeW
 
 def sweep_figures(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeWork, home: Path) -> dict[str, Any]:
     """The sweep with every seed: the table of its heads, and the chosen one's figures on the test split."""
-    again = " ".join(["aimv2", *sys.argv[1:]])
+    again = shlex.join(["aimv2", *sys.argv[1:]])
     settings, folder = work.settings, features_home(work.cache, home, frozen)
 
     def sweep(seed: int) -> SweepAnswer:

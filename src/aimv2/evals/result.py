@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def make_result(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores" + (", CUDA" if torch.cuda.is_available() else ""),
         "version": aimv2.__version__,
         "torch": torch.__version__,
-        "command": " ".join(["aimv2", *sys.argv[1:]]),
+        "command": shlex.join(["aimv2", *sys.argv[1:]]),
     }
 
 

@@ -201,7 +201,7 @@ def read_processor(
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if any(times) and (mean is None or std is None):
         raise UsageError(f"MODEL {source}: {file.name} normalises images and names no mean and std; {either}")
-    if any(times):  # the second time, of EfficientNet's, by the std alone
+    if any(times):  # the second time, of EfficientNet's, by the std only
         given = read_stats(
             mean, std, (f"{file}: image_mean", f"{file}: image_std"), MOST if abs(255 * scale - 1) < 0.01 else math.inf
         )
@@ -229,11 +229,11 @@ def _open(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        with quiet(), TemporaryDirectory() as alone:  # its settings in the one form that transformers reads
-            (Path(alone) / PROCESSORS[1]).write_text(json.dumps(read_image_processor(folder)))
-            shutil.copy(folder / CONFIG, alone)
+        with quiet(), TemporaryDirectory() as clean:  # its settings in the one form that transformers reads
+            (Path(clean) / PROCESSORS[1]).write_text(json.dumps(read_image_processor(folder)))
+            shutil.copy(folder / CONFIG, clean)
             return AutoImageProcessor.from_pretrained(
-                alone, backend="pil", trust_remote_code=False, local_files_only=True
+                clean, backend="pil", trust_remote_code=False, local_files_only=True
             )
     except Exception:  # then only the file is used
         return None

@@ -26,7 +26,7 @@ from aimv2.models.sizes import MODELS, DecoderConfig, EncoderConfig, check_confi
 FORMAT = "aimv2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STEP = re.compile(r"step-(\d{7,})$")
-MOST = 2.0  # what no mean or std of pixels in 0..1 is above, so that those of 0..255 are told apart
+MOST = 2.0  # means and stds of pixels in 0..1 lie below, those of 0..255 above
 BEST = "best"  # RUN@best, and the name of the file in RUN/checkpoints that says which it is
 
 

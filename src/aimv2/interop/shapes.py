@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROCESSORS = (
     "processor_config.json",
     "preprocessor_config.json",
-)  # newer, older; the first may be of a tokeniser alone
+)  # newer, older; the first may be of a tokeniser only
 STATED = ("image_mean", "image_std", "image_processor_type")
 SETTINGS = (
     *STATED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -190,6 +191,6 @@ def about(run: Run) -> list[tuple[str, str]]:
             else f"not yet: step {run.step} of {run.config.train.steps}",
         ),
         ("weights (SHA-256)", summary.get("weights_sha256") or ""),
-        ("report made by", " ".join(["aimv2", *sys.argv[1:]])),
+        ("report made by", shlex.join(["aimv2", *sys.argv[1:]])),
     ]
     return [(key, value) for key, value in rows if value]

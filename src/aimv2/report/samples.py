@@ -89,7 +89,7 @@ def view_of(config: Config, encoder: EncoderConfig) -> View:
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The run's tokeniser; None for images alone, or where it is not available."""
+    """The run's tokeniser; None for images only, or where it is not available."""
     if not task_of(run.config).reads_text():
         return None
     home = known_tokenizer(run.folder)

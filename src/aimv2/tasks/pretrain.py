@@ -31,7 +31,7 @@ class Pretrain(Task):
     reads: ClassVar[tuple[str, ...]] = ("init", "optim.fresh_decoder", "optim.lora")
     figures: ClassVar[tuple[str, ...]] = ("val_text_loss", "val_perplexity", "val_pixel_loss*")
     cools = True
-    no_captions = ", or train on images alone with objective.targets=image"
+    no_captions = ", or train on images only with objective.targets=image"
 
     def check(self) -> None:
         if self.config.model.name != "auto":

@@ -229,7 +229,7 @@ def fill_connector(model: Any, seed: int, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def check_logits(language: Language, model: Any) -> None:
-    """Raise UsageError where the language model gives other logits on text within ``model`` than alone."""
+    """Raise UsageError where the language model gives other logits on text within ``model`` than without it."""
     ids = probe_ids(language.model)
     wanted = language.model(input_ids=ids).logits
     try:

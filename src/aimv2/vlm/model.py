@@ -176,7 +176,10 @@ def encoder_of(tower: Any, about: dict[str, Any], source: str) -> VisionEncoder:
         source: for messages.
     """
     given = tower.config
-    assert given.rms_norm_eps == NORM_EPS
+    if given.rms_norm_eps != NORM_EPS:
+        raise UsageError(
+            f"VLM {source}: its encoder has rms_norm_eps {given.rms_norm_eps}, {NORM_EPS} expected", code="mismatch"
+        )
     mean, std = normalization(about, source)
     size = None if given.is_native else given.image_size
     shape = given.hidden_size, given.num_hidden_layers, given.num_attention_heads, given.intermediate_size

@@ -195,11 +195,11 @@ def why_no_captions(others: list[str], refused: dict[str, str], folders: list[st
         kind = "one folder is no class" if len(folders) == 1 else "their names are no classes"
         return (
             f"class folders without captions ({shown}): {kind}, and there is no captions file and no .txt, .caption or .json next to the "
-            f"images; give --captions FILE, --class-folders to take the folders' names all the same, or --no-captions for images alone"
+            f"images; give --captions FILE, --class-folders to take the folders' names all the same, or --no-captions for images only"
         )
     return (
         "no captions file (CSV, TSV, JSONL, COCO JSON), no .txt, .caption or .json next to the images and no class folders; give "
-        "--captions FILE, or --no-captions for images alone (objective.targets=image trains on them)"
+        "--captions FILE, or --no-captions for images only (objective.targets=image trains on them)"
     )
 
 

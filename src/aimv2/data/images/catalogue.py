@@ -196,7 +196,7 @@ class Columns:
             )
         found = [name for name in named_columns(known.values(), "caption") if name != image]
         if len(found) > 1:
-            plain = [name for name in found if name.strip().lower() not in (*TURNS, "prompt")]  # what was asked, too
+            plain = [name for name in found if name.strip().lower() not in (*TURNS, "prompt")]  # questions, too
             found = plain or [name for name in found if name.strip().lower() in TURNS][:1]
         captions = self.captions or [name.strip().lower() for name in found]
         if lost := next((name for name in captions if name.lower() not in known), None):

@@ -60,10 +60,10 @@ class NameFinder:
         for last in (False, True)[: 1 + anywhere]:
             wanted = name.rpartition("/")[2] if last else name
             bare = [wanted, stem(wanted)] if is_image(wanted) else [wanted]
-            for cut, asked in ((False, [wanted]), *([(True, bare)] if stems else [])):
+            for cut, wished in ((False, [wanted]), *([(True, bare)] if stems else [])):
                 for level, form in enumerate(FORMS):
                     known = self._by(level, cut, last)
-                    for key in map(form, asked):
+                    for key in map(form, wished):
                         found = known.get(key, [])
                         found = [found] if isinstance(found, str) else found
                         if found := [one for one in found if not last or _one_ends_the_other(one, name)]:

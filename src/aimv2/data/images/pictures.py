@@ -147,7 +147,7 @@ def _of_list(path: Path, option: str, image_root: Path | None) -> Iterator[Pictu
 def _read_named(
     folder: Path, name: str, image_root: Path | None, several: Callable[[], Collection[Path | None]] = tuple
 ) -> partial[bytes]:
-    """``several``: files that several names of the list mean; asked where the file is not found under its own name."""
+    """``several``: files that several names of the list mean; used where the file is not found under its own name."""
     try:
         path = locate_inside(folder, name, image_root)
         homes = (folder, image_root or folder)

@@ -325,7 +325,7 @@ def validation_shards(config: DataConfig) -> list[Path]:
         except UsageError as error:
             if error.code != "not-found":
                 raise
-            hint = "without data.val the val-* shards beside the training ones are read (`aimv2 data import --val-fraction`)"
+            hint = "without data.val the val-* shards next to the training ones are read (`aimv2 data import --val-fraction`)"
             raise UsageError(f"{error}; {hint}", option=error.option, code=error.code) from None
     sources = [s for s in training_sources(config) if Path(s.path).is_dir()]
     return [tar for source in sources for tar in find_shards(source.path, "val", option="data.val")]

@@ -187,12 +187,12 @@ def _is_western(raw: bytes) -> bool:
     letters = [letter for word, own in spelt.items() for letter in own * words[word]]
     unsafe = sum(letter not in _SAFE for letter in letters)
     english = sum(words[word] for word in _ENGLISH)
-    told = {known: sum(words[word] for word in own.split()) for known, own in _LANGUAGES}
-    is_known = bool(english or any(told.values()))
+    counts = {known: sum(words[word] for word in own.split()) for known, own in _LANGUAGES}
+    is_known = bool(english or any(counts.values()))
     pairs = (all(len(word) > 2 or word in _SHORT for word in pair) for pair in _JOINED.findall(text))
     if 20 * sum(not (is_known and parted) for parted in pairs) > len(_HIGH.findall(text)):
         return False
-    for known, number in told.items():
+    for known, number in counts.items():
         if 10 * number >= unsafe and 20 * sum(letter in known for letter in letters) >= 19 * len(letters):
             return True
     borrowed = [any(known.issuperset(own) for known in map(set, _BORROWED)) for own in spelt.values()]

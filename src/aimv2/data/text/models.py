@@ -72,7 +72,7 @@ def load_model(
             :class:`aimv2.interop.arrays.ArrayEncoder`).
 
     Returns:
-        VisionEncoder; LiT for an image-text pair (a type checker is told the encoder); AIMv2 where ``decoder`` is true; in
+        VisionEncoder; LiT for an image-text pair (for a type checker the encoder); AIMv2 where ``decoder`` is true; in
         evaluation mode. ArrayEncoder for another backend.
 
     Raises:

@@ -113,11 +113,19 @@ def missing(text: str) -> str:
     """Error message for a MODEL that does not exist."""
     if text in MODELS:
         return f"it has no released weights; aimv2.create_model('{text}') gives it with random ones"
-    known = [*hub.RELEASED, *MODELS]
+    known = [*hub.RELEASED, *MODELS, *beside(Path(text).expanduser())]
     return (
         "no such file, folder, run or released name (a hub id has the form owner/name)"
         f"{nearest(text, known)}; `aimv2 models` lists the names"
     )
+
+
+def beside(path: Path) -> list[str]:
+    """Folders in the parent of a path that is not there, as they would be given."""
+    try:
+        return sorted(str(path.with_name(one.name)) for one in path.parent.iterdir() if one.is_dir())
+    except (OSError, ValueError):
+        return []
 
 
 def _from_file(given: str, path: Path) -> ModelSource:

@@ -94,6 +94,7 @@ WORDS = {
     "retrieve": ["run --data scenes --candidates 12 --baselines random"],
     "report": ["run --images 1"],
     "vlm build": ["m llm new/vlm"],
+    "vlm score": ["vlm --data questions --max-tokens 2 --batch-size 8"],
     "explore": [],  # serves until it is stopped: tests/explorer
     "doctor": ["--quick"],
     "push": [],  # wants the hub: tests/interop
@@ -101,7 +102,7 @@ WORDS = {
 
 # what may take longer than ten seconds and counts its images, batches or fits
 WAITED = {
-    *("knn", "linear", "fewshot", "probe", "segment", "depth", "zeroshot", "retrieve", "embed", "caption"),
+    *("knn", "linear", "fewshot", "probe", "segment", "depth", "zeroshot", "retrieve", "embed", "caption", "vlm score"),
     *("data import", "data check", "data shapes", "data teach"),
 }
 
@@ -136,6 +137,9 @@ def prepare(name: str, place: Path) -> None:
     """What a verb reads and another one writes."""
     if name == "data teach" and not (place / "photo-shards").exists():
         api.data_import("photos", "photo-shards", workers=1)
+    if name == "vlm score" and not (place / "vlm").exists():
+        api.data_shapes("questions", 8, objects=3, questions=3, size=32)
+        api.vlm_build("m", "llm", "vlm")
     if name == "compare" and not (place / "knn").exists():
         api.knn("m", "data", out="knn")
 
@@ -276,6 +280,7 @@ NOWHERE = {
     "explore": "/nowhere/model",
     "push": "/nowhere/model someone/something",
     "vlm build": "m /nowhere/llm new-out",
+    "vlm score": "vlm --data /nowhere/questions --out new-scores",
     "pretrain": "--run new-out --data.train /nowhere/shards",
 }
 

@@ -42,6 +42,7 @@ COMMANDS = {
     "retrieve": Command(("model",), "image-text retrieval, recall at k: a pair, or a decoder", "evaluate"),
     "segment": Command(("model",), "segmentation by a linear probe on frozen patch features", "evaluate"),
     "depth": Command(("model",), "depth by a linear probe on frozen patch features", "evaluate"),
+    "vlm score": Command(("vlm",), "score answers to questions on images", "evaluate"),
     "compare": Command(("results*",), "compare results with the paper's tables; text, JSON, a plot", "evaluate"),
     "caption": Command(("model", "images*"), "write captions of images, or score them against references"),
     "embed": Command(("model", "images", "out"), "write features of images as arrays or Parquet"),

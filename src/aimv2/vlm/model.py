@@ -34,15 +34,17 @@ class VisionLanguage(nn.Module):
         language: the language model without its head, of transformers.
         head: L -> V.
         newline: [L], after each row of patches of the tiles; None without tiles.
+        ends: token ids that end an answer, besides those of the language model's configuration.
     """
 
     def __init__(
         self, encoder: VisionEncoder, connector: nn.Module, language: Any, head: nn.Module, image_id: int, features: str = POST,
-        newline: nn.Parameter | None = None,
+        newline: nn.Parameter | None = None, ends: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.connector, self.language, self.head = encoder, connector, language, head
         self.image_id, self.features, self.newline = image_id, features, newline
+        self.ends = tuple(ends)
 
     def connector_input(self, images: Tensor | Sequence[Tensor]) -> Any:
         """Images as the encoder takes them -> [M, N, D], of a list of M images a list of [N, D]: post-norm or pre-norm features."""
@@ -59,10 +61,14 @@ class VisionLanguage(nn.Module):
         """
         if isinstance(images, Tensor) and images.ndim == 5:
             assert sizes is not None
-            x = self.connector(self.connector_input(images.flatten(0, 1))).unflatten(0, images.shape[:2])
-            return torch.cat([self.unrolled(one, tuple(size)) for one, size in zip(x, sizes.tolist())])
+            return torch.cat(self.tile_embeddings(images, sizes))
         x = self.connector_input(images)
         return self.connector(x.flatten(0, 1) if isinstance(x, Tensor) else torch.cat(x))
+
+    def tile_embeddings(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
+        """Of each of M images with tiles what takes the places of its tokens; the arguments of :meth:`image_embeddings`."""
+        x = self.connector(self.connector_input(images.flatten(0, 1))).unflatten(0, images.shape[:2])
+        return [self.unrolled(one, tuple(size)) for one, size in zip(x, sizes.tolist())]
 
     def unrolled(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """[1 + g * g, N, L] of one image: the thumbnail's patches, then rows across all tiles without padding, a newline after each.
@@ -164,7 +170,9 @@ def open_vlm(source: str | Path) -> tuple[VisionLanguage, Any]:
     about = processor.image_processor.to_dict()
     encoder = encoder_of(tower, about, str(source))
     newline = getattr(inner, "image_newline", None)
-    return VisionLanguage(encoder, *parts, processor.image_token_id, features, newline).eval(), processor
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or ()
+    return VisionLanguage(encoder, *parts, processor.image_token_id, features, newline, ends).eval(), processor
 
 
 def encoder_of(tower: Any, about: dict[str, Any], source: str) -> VisionEncoder:

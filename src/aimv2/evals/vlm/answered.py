@@ -1,0 +1,121 @@
+"""Answers of a vision-language model to many questions: over several processes, and kept so that a later start continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from aimv2.distributed import World
+from aimv2.progress import progress_bar
+from aimv2.vlm.answer import Picture, Question, answer_batches
+from aimv2.vlm.model import VisionLanguage
+
+FOLDER = "answers"
+
+
+class AnswerStore:
+    """Answers by the digest of their question: lines of JSON in ``FOLDER`` of a result's folder, a file for each rank.
+
+    The digest covers text and images, the files' name the rest that decides an answer, so nothing is ever read that another model,
+    prompt or image led to.
+    """
+
+    def __init__(self, home: Path | None, rank: int = 0, **decides: Any) -> None:
+        """``home``: folder of the result, None: nothing is kept; ``decides``: weights, length of an answer, ..."""
+        self.folder, self.rank = None if home is None else home / FOLDER, rank
+        self.name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    def read(self) -> dict[str, str]:
+        """Everything that any rank has kept; a line that an interruption cut is left out."""
+        found: dict[str, str] = {}
+        for file in sorted(self.folder.glob(f"{self.name}-*.jsonl")) if self.folder is not None else ():
+            for line in file.read_text("utf-8", errors="replace").splitlines():
+                try:
+                    found |= json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+        return found
+
+    def add(self, answers: dict[str, str]) -> None:
+        """Keeps answers by digest."""
+        if self.folder is not None:
+            self.folder.mkdir(exist_ok=True)
+            with (self.folder / f"{self.name}-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(answers) + "\n")  # first the end of a line that an interruption cut
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model that answers.
+
+    Attributes:
+        model: of :func:`aimv2.vlm.model.open_vlm`, on its device.
+        processor: its processor.
+        store: of earlier and of new answers.
+        world: the processes that divide the questions.
+        max_tokens: of an answer.
+        batch_size: questions per forward pass.
+    """
+
+    model: VisionLanguage
+    processor: Any
+    store: AnswerStore
+    world: World
+    max_tokens: int = 16
+    batch_size: int = 64
+
+    def __call__(self, questions: Sequence[Question], title: str = "answers") -> list[str]:
+        """Answers in the order of the questions, on every rank; equal questions are answered once.
+
+        Raises:
+            UsageError: see :func:`aimv2.vlm.answer.answer_batches`.
+        """
+        digests = [one.digest() for one in questions]
+        found = self.store.read()
+        missing = {name: one for name, one in zip(digests, questions) if name not in found}
+        names, (rank, size) = list(missing), (self.world.rank, self.world.size)
+        mine = names[len(names) * rank // size : len(names) * (rank + 1) // size]
+        fresh: dict[str, str] = {}
+        with progress_bar(title, len(mine)) as advance:
+            for rows in answer_batches(
+                self.model, self.processor, [missing[name] for name in mine], self.max_tokens, self.batch_size
+            ):
+                written = {mine[row]: text for row, text in rows}
+                self.store.add(written)
+                fresh |= written
+                advance(len(rows))
+        for part in gathered(fresh, self.world):
+            found |= part
+        return [found[name] for name in digests]
+
+
+def gathered(part: dict[str, str], world: World) -> list[dict[str, str]]:
+    """The parts of all ranks."""
+    if world.size == 1:
+        return [part]
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def shuffled(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]]:
+    """The images of the questions, exchanged among samples by a seed: no sample keeps its own, questions of one stay together.
+
+    A sample exchanges with those of as many images; one without its like keeps its own.
+    """
+    units = {tuple(map(id, own)): own for own in images}
+    by_count: dict[int, list[tuple[int, ...]]] = {}
+    for name in units:
+        by_count.setdefault(len(name), []).append(name)
+    rng, given = np.random.default_rng(seed), dict[tuple[int, ...], tuple[Picture, ...]]()
+    for names in by_count.values():
+        order = [names[at] for at in rng.permutation(len(names))]
+        given |= {name: units[other] for name, other in zip(order, order[1:] + order[:1])}
+    return [given[tuple(map(id, own))] for own in images]

@@ -1,0 +1,128 @@
+"""The command ``vlm score``: opens the model, answers, writes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+from aimv2.config.types import split_words
+from aimv2.distributed import World, join_world, leave_world, usable_device
+from aimv2.evals.harness import Evaluation
+from aimv2.evals.vlm.answered import Answerer, AnswerStore
+from aimv2.evals.vlm.questions import CHANCE, QuestionSet, answered, figures_of, read_documents, table_of
+from aimv2.features.fingerprint import weights_hash
+from aimv2.vlm.model import open_vlm
+
+if TYPE_CHECKING:
+    from aimv2.commands.vlm_score import VlmScoreOptions
+
+MAX_TOKENS = 16
+
+
+@contextmanager
+def processes() -> Iterator[World]:
+    """The processes of torchrun, which a command leaves at its end."""
+    world = join_world()
+    try:
+        yield world
+    finally:
+        leave_world()
+
+
+def open_answerer(options: VlmScoreOptions, world: World, home: Path | None, max_tokens: int) -> tuple[Answerer, str]:
+    """The model on its device, and the hash of its weights.
+
+    Raises:
+        UsageError: no vision-language model, no such device.
+    """
+    model, processor = open_vlm(options.vlm)
+    before = weights_hash(model)
+    device = world.device if options.device is None else usable_device(options.device)
+    decides = {"weights": before, "max_tokens": max_tokens, "dtype": str(next(model.parameters()).dtype)}
+    decides |= {"template": processor.chat_template, "pixels": processor.image_processor.to_json_string()}
+    store = AnswerStore(home, world.rank, **decides)
+    return Answerer(model.to(device), processor, store, world, max_tokens, options.batch_size), before
+
+
+def about_vlm(name: str, answerer: Answerer, before: str) -> dict[str, Any]:
+    """What a result says of the model, with the proof that scoring left it as it was."""
+    if weights_hash(answerer.model.cpu()) != before:
+        raise RuntimeError(f"{name}: the weights changed during the evaluation")
+    encoder = answerer.model.encoder.config
+    parts = {part: getattr(answerer.model, part) for part in ("encoder", "connector", "language", "head")}
+    return {
+        "name": name, "kind": "vlm", "weights_sha256": before, "unchanged": True, "image_size": encoder.image_size,
+        "width": encoder.width, "features": answerer.model.features,
+        "parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()},
+    }  # fmt: skip
+
+
+def sources_of(given: str) -> list[str]:
+    """``"seen,unseen"`` -> both; a path, or a brace pattern, is one."""
+    return [given] if "{" in given or Path(given).expanduser().exists() else split_words(given)
+
+
+def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
+    """Questions of one or several sources of shards; the first is the headline.
+
+    Raises:
+        UsageError: no questions, no vision-language model.
+    """
+    assert options.data is not None
+    sources = sources_of(options.data)
+    with processes() as world, Evaluation("vlm score", options.out) as evaluation:
+        sets = [read_documents(source, options.split, options.limit) for source in sources]
+        named = {one.name if len({s.name for s in sets}) == len(sets) else one.source: one for one in sets}
+        evaluation.open_folder()
+        max_tokens = options.max_tokens or MAX_TOKENS
+        answerer, before = open_answerer(options, world, evaluation.out, max_tokens)
+        scored: dict[str, dict[str, Any]] = {}
+        for name, one in named.items():
+            answers = answered(answerer, one.documents, options.seed, options.controls)
+            scored[name] = {**figures_of(one.documents, answers), "samples": samples_of(one, answers)}
+            scored[name] |= {"unreadable": one.unreadable, "without_questions": one.bad}
+        figures = {**next(iter(scored.values())), **({"sets": scored} if len(scored) > 1 else {})}
+        protocol = {
+            "name": "questions, exact match", "max_tokens": max_tokens, "decoding": "greedy", "chance": CHANCE,
+            "exact_match": "lower case, single spaces, without a full stop at the end",
+            "interval": "95%, Wilson, questions taken as independent",
+        }  # fmt: skip
+        first = sets[0]
+        data = {
+            "name": first.name, "dataset": None, "source": options.data, "split": options.split,
+            "test_images": len({one.sample for one in first.documents}), "questions": len(first.documents),
+        }  # fmt: skip
+        about = about_vlm(options.vlm, answerer, before)
+        if not world.main:
+            evaluation.out = None
+        return evaluation.result(protocol, about, data, figures, options.seed)
+
+
+SHOWN = 5  # examples of each set that a result keeps
+
+
+def samples_of(one: QuestionSet, answers: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """The first questions with their answers under each condition."""
+    return [
+        {
+            "sample": document.sample, "question": document.question.messages[-1]["content"], "kind": document.kind,
+            "answer": document.answer, "written": {name: texts[row] for name, texts in answers.items()},
+        }
+        for row, document in enumerate(one.documents[:SHOWN])
+    ]  # fmt: skip
+
+
+def render_questions(result: dict[str, Any]) -> str:
+    """Tables as text, 80 columns."""
+    figures, data = result["figures"], result["data"]
+    lines = [f"{result['model']['name']}: questions of {data['source']}, {data['split']} split, by exact match"]
+    for name, found in figures.get("sets", {data["name"]: figures}).items():
+        lines += ["", name, table_of(found).to_text()]
+        if found["unreadable"]:
+            lines.append(f"left out, unreadable images: {found['unreadable']:,}")
+        if found["without_questions"]:
+            lines.append("left out, " + ", ".join(f"{why}: {n:,}" for why, n in found["without_questions"].items()))
+    return "\n".join(lines)

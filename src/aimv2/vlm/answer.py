@@ -1,0 +1,256 @@
+"""Greedy answers to questions on images, in batches: the one place that generates with a vision-language model.
+
+Legend: B rows, T tokens, N features of an image, L width of the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aimv2.data.images.decode import decode_image
+from aimv2.errors import UsageError
+from aimv2.vlm.language import IMAGE_TOKEN
+from aimv2.vlm.model import VisionLanguage
+
+ANSWER = "\ue000"  # a text that no template holds
+PLACE = re.compile(re.escape(IMAGE_TOKEN) + r"\n?")
+AHEAD = 4  # batches that are prepared at once: each image of them is encoded once, rows of similar length form a batch
+
+
+class Picture:
+    """An image of a question, decoded when it is needed; questions that share the object share its forward pass."""
+
+    def __init__(self, source: bytes | Image.Image) -> None:
+        """``source``: encoded bytes, or an opened image."""
+        self.source = source
+
+    def open(self) -> Image.Image:
+        """
+        Raises:
+            ImageError: bytes that are no image.
+        """
+        return decode_image(self.source) if isinstance(self.source, bytes) else self.source.convert("RGB")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the bytes, or of the pixels."""
+        source = self.source
+        raw = source if isinstance(source, bytes) else repr((source.mode, source.size)).encode() + source.tobytes()
+        return hashlib.sha256(raw).hexdigest()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that the model is to continue.
+
+    Attributes:
+        messages: ``{"role", "content"}``; an ``<image>`` in a content is the place of an image.
+        images: as many as places.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    images: tuple[Picture, ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 of everything that the model gets to see."""
+        whole = [list(self.messages), [image.digest for image in self.images]]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def without_images(self) -> Question:
+        """The same text, its images and their places left out."""
+        texts = [PLACE.sub("", one["content"]) for one in self.messages]
+        return Question(tuple({**one, "content": text} for one, text in zip(self.messages, texts)))
+
+
+def question(text: str, *images: Picture | bytes | Image.Image) -> Question:
+    """A user's message on images; without ``<image>`` in the text they come first, each on a line of its own."""
+    pictures = tuple(image if isinstance(image, Picture) else Picture(image) for image in images)
+    if images and IMAGE_TOKEN not in text:
+        text = f"{IMAGE_TOKEN}\n" * len(images) + text
+    return Question(({"role": "user", "content": text},), pictures)
+
+
+def answers(
+    model: VisionLanguage, processor: Any, questions: Sequence[Question], max_tokens: int = 16, batch_size: int = 64
+) -> list[str]:
+    """Greedy answers, in the order of the questions; see :func:`answer_batches`."""
+    found = [""] * len(questions)
+    for rows in answer_batches(model, processor, questions, max_tokens, batch_size):
+        for row, text in rows:
+            found[row] = text
+    return found
+
+
+def answer_batches(
+    model: VisionLanguage, processor: Any, questions: Sequence[Question], max_tokens: int = 16, batch_size: int = 64
+) -> Iterator[list[tuple[int, str]]]:
+    """Greedy answers as batches of them come: (number of the question, answer without special tokens, stripped).
+
+    A :class:`Picture` that several neighbouring questions share is encoded once.
+
+    Args:
+        model: of :func:`aimv2.vlm.model.open_vlm`, on any device.
+        processor: its processor.
+        questions: with or without images, also mixed.
+        max_tokens: of an answer, its end included.
+        batch_size: rows and images per forward pass.
+
+    Raises:
+        UsageError: a question that does not fit the context, places of images without an image, or the other way round.
+    """
+    ends, device = ends_of(model, processor), next(model.parameters()).device
+    with torch.inference_mode():
+        for start in range(0, len(questions), AHEAD * batch_size):
+            chunk = questions[start : start + AHEAD * batch_size]
+            features = encoded(model, processor, chunk, batch_size)
+            rows = [
+                expanded(ids, [len(features[id(image)]) for image in one.images], processor.image_token_id)
+                for ids, one in zip(tokenized(processor, chunk), chunk)
+            ]
+            check_context(model, rows, processor.image_token_id, max_tokens)
+            order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                images = [features[id(image)] for row in chosen for image in chunk[row].images]
+                ids, mask = padded([rows[row] for row in chosen], device)
+                tokens = generate(model, ids, mask, images, ends, max_tokens)
+                texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                yield [(start + row, text.strip()) for row, text in zip(chosen, texts)]
+
+
+def ends_of(model: VisionLanguage, processor: Any) -> Tensor:
+    """Ids of tokens that end an answer: int64 [ends]. Besides those that the model states, the end of a turn in the chat template:
+    its first special token, else its first token.
+    """
+    found, words = set(model.ends), processor.tokenizer
+    for value in (getattr(model.language.config, "eos_token_id", None), words.eos_token_id):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+    text = words.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+    tail = words(text.partition(ANSWER)[2], add_special_tokens=False)["input_ids"]
+    special = [token for token in tail if token in words.all_special_ids]
+    found |= set((special or tail)[:1])
+    return torch.tensor(sorted(found), dtype=torch.long, device=next(model.parameters()).device)
+
+
+def tokenized(processor: Any, questions: Sequence[Question]) -> list[list[int]]:
+    """Token ids of each conversation up to its answer; one image token, and a line break, for each image."""
+    words = processor.tokenizer
+    for one in questions:
+        places = sum(message["content"].count(IMAGE_TOKEN) for message in one.messages)
+        if places != len(one.images):
+            raise UsageError(f"question: {places} places of images for {len(one.images)} images", code="mismatch")
+    texts = words.apply_chat_template(
+        [
+            [{**one, "content": PLACE.sub(f"{IMAGE_TOKEN}\n", one["content"])} for one in each.messages]
+            for each in questions
+        ],
+        chat_template=processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    starts = words.bos_token is not None and texts[0].startswith(words.bos_token)  # as the processor decides
+    return words(texts, add_special_tokens=not starts)["input_ids"]
+
+
+def expanded(ids: Sequence[int], counts: Sequence[int], image_id: int) -> list[int]:
+    """Ids with each image token as often as its image has features."""
+    given, row = iter(counts), list[int]()
+    for token in ids:
+        row += [token] * next(given) if token == image_id else [token]
+    return row
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask (0 for padding), int64 [B, T], padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def encoded(model: VisionLanguage, processor: Any, questions: Sequence[Question], batch_size: int) -> dict[int, Tensor]:
+    """Image embeddings [N, L] by the ``id`` of each different image; images of one size share a forward pass."""
+    device, dtype = next(model.parameters()).device, next(model.encoder.parameters()).dtype
+    different = list({id(image): image for one in questions for image in one.images}.values())
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(different), batch_size):
+        groups: dict[tuple[int, ...], list[tuple[int, Tensor, Any]]] = {}
+        for image in different[start : start + batch_size]:
+            pixels, size = pixels_of(processor, image.open())
+            groups.setdefault(tuple(pixels.shape), []).append((id(image), pixels, size))
+        for group in groups.values():
+            names = [name for name, _, _ in group]
+            inner = torch.stack([pixels for _, pixels, _ in group]).to(device, dtype)
+            sizes = [size for _, _, size in group if size is not None]
+            if not sizes:
+                x = model.image_embeddings(inner)
+                parts: Sequence[Tensor] = x.unflatten(0, (len(inner), -1)).unbind()
+            else:
+                parts = model.tile_embeddings(inner, torch.stack(sizes))
+            found |= dict(zip(names, parts))
+    return found
+
+
+def pixels_of(processor: Any, image: Image.Image) -> tuple[Tensor, Tensor | None]:
+    """Pixels as the model takes them, [3, H, W] or with tiles [1 + g * g, 3, H, W], and with tiles the original's size."""
+    made = processor.image_processor(image, return_tensors="pt")
+    sizes = made.get("image_sizes")
+    return made["pixel_values"][0], None if sizes is None else torch.as_tensor(sizes)[0]
+
+
+def check_context(model: VisionLanguage, rows: Sequence[Sequence[int]], image_id: int, max_tokens: int) -> None:
+    """Raise UsageError where the longest row and its answer are longer than the context."""
+    context, longest = getattr(model.language.config, "max_position_embeddings", None), max(rows, key=len)
+    if context is not None and len(longest) + max_tokens > context:
+        raise UsageError(
+            f"--max-tokens {max_tokens}: a question of {len(longest):,} tokens, {longest.count(image_id):,} of them of images, "
+            f"and its answer need {len(longest) + max_tokens:,} positions, and the context holds {context:,}; a smaller "
+            "--max-tokens, fewer images (--shots), or a VLM built with smaller --tiles or --image-size",
+            code="limit",
+        )
+
+
+def generate(
+    model: VisionLanguage, ids: Tensor, mask: Tensor, images: Sequence[Tensor], ends: Tensor, max_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of B rows without their ends; an image token is never generated.
+
+    Args:
+        model: whose language model keeps keys and values.
+        ids: int64 [B, T], padded on the left.
+        mask: [B, T], 0 for padding.
+        images: embeddings of all images, row by row.
+        ends: ids that end a row.
+        max_tokens: of a continuation, its end included.
+    """
+    x = model.language.get_input_embeddings()(ids)
+    if images:
+        here = (ids == model.image_id) & mask.bool()
+        x = x.masked_scatter(here[..., None], torch.cat(list(images)).to(x.dtype))
+    known = inspect.signature(model.language.forward).parameters
+    kept = "cache" if "cache" in known else "past_key_values"  # newer and older versions of transformers
+    done, written, cache = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), list[Tensor](), None
+    while True:
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]} if "position_ids" in known else {}
+        out = model.language(inputs_embeds=x, attention_mask=mask, use_cache=True, **{kept: cache}, **more)
+        scores = model.head(out.last_hidden_state[:, -1])
+        scores[:, model.image_id] = -torch.inf
+        token = scores.argmax(-1)
+        done |= torch.isin(token, ends)
+        written.append(torch.where(done, -1, token))
+        if len(written) == max_tokens or bool(done.all()):
+            return [[token for token in row if token >= 0] for row in torch.stack(written, 1).tolist()]
+        cache, mask = out[kept], torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        x = model.language.get_input_embeddings()(token[:, None])

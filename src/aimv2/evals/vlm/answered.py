@@ -78,7 +78,8 @@ class Answerer:
             UsageError: see :func:`aimv2.vlm.answer.answer_batches`.
         """
         digests = [one.digest() for one in questions]
-        found = self.store.read()
+        # of one rank: while another reads, a third may have begun to add
+        found: dict[str, str] = self.world.broadcast(self.store.read() if self.world.main else None)
         missing = {name: one for name, one in zip(digests, questions) if name not in found}
         names, (rank, size) = list(missing), (self.world.rank, self.world.size)
         mine = names[len(names) * rank // size : len(names) * (rank + 1) // size]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from aimv2.config.types import split_words
 from aimv2.distributed import World, join_world, leave_world, usable_device
 from aimv2.evals.harness import Evaluation

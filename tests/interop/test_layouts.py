@@ -383,7 +383,7 @@ def test_unknown_names_get_the_nearest() -> None:
 
 def test_a_mistyped_run_names_the_one_next_to_it(tmp_path: Path) -> None:
     (tmp_path / "photographs").mkdir()
-    with pytest.raises(UsageError, match="did you mean '.*/photographs'"):
+    with pytest.raises(UsageError, match=r"did you mean '.*/photographs'"):
         aimv2.load_model(tmp_path / "photographs-2")
     with pytest.raises(UsageError, match="no such file") as caught:  # nor is anything guessed where there is nothing
         aimv2.load_model(tmp_path / "none" / "photographs")

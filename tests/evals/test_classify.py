@@ -191,8 +191,8 @@ def test_separable_features_reach_everything(solver: str) -> None:
     train, val, test = (clouds(200, spread=0.1, seed=seed) for seed in range(3))
     if solver == "lbfgs":
         rows, best = linear.sweep_lbfgs(train, val, "last")
-        predict, converged = linear.logistic(*train, rows[best]["C"])
-        assert converged and scores.top1(predict(test[0]), test[1]) == 1.0
+        fitted, converged = linear.logistic(*train, rows[best]["C"])
+        assert converged and scores.top1(fitted.predict(test[0]), test[1]) == 1.0
     else:
         rows, best = linear.sweep_sgd(train, val, 4, 0, CPU, "last")
     assert rows[best]["selection_top1"] == 1.0

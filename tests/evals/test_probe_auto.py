@@ -17,7 +17,17 @@ from aimv2.evals import probe, probe_result
 from aimv2.evals.probe import DECAYS as PAPER_DECAYS
 from aimv2.evals.probe import RATES as PAPER_RATES
 from aimv2.evals.probe import ProbeSettings
-from aimv2.evals.probe_auto import AUTOMATIC, DECAYS, RATES, complaints, fitted, folds_of, steps_of_epoch
+from aimv2.evals.probe_auto import (
+    AUTOMATIC,
+    DECAYS,
+    RATES,
+    SMALL,
+    STAYING,
+    complaints,
+    fitted,
+    folds_of,
+    steps_of_epoch,
+)
 from aimv2.evals.probe_result import ProbeWork
 from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, surest
 from aimv2.evals.probe_stream import FeatureStream, join_features
@@ -38,7 +48,8 @@ def test_there_are_enough_steps_for_any_number_of_images(images: int) -> None:
     assert steps(found, images) >= 500 and found.epochs >= 50
     assert found.batch_size == images or (16 <= found.batch_size <= 512 and found.batch_size <= images)
     assert steps(found, images) <= 1500 or found.batch_size == 512
-    assert (found.rates, found.decays) == (RATES, DECAYS)
+    rates = (STAYING, *RATES) if images <= SMALL else RATES
+    assert (found.rates, found.decays, found.start) == (rates, DECAYS, "linear" if images <= SMALL else "random")
     assert max(RATES) > max(PAPER_RATES)
 
 
@@ -55,7 +66,7 @@ def test_the_formula_by_example() -> None:
 
 @pytest.mark.parametrize("name", AUTOMATIC)
 def test_an_explicit_option_wins_alone(name: str) -> None:
-    given: dict[str, Any] = {"epochs": 7, "batch_size": 33, "rates": (0.5,), "decays": (0.25,)}
+    given: dict[str, Any] = {"epochs": 7, "batch_size": 33, "rates": (0.5,), "decays": (0.25,), "start": "random"}
     rest = tuple(one for one in AUTOMATIC if one != name)
     found = fitted(ProbeSettings(**{name: given[name]}), 1078, rest)
     whole = fitted(ProbeSettings(), 1078, AUTOMATIC)
@@ -63,6 +74,8 @@ def test_an_explicit_option_wins_alone(name: str) -> None:
     for other in rest:
         if (name, other) == ("epochs", "batch_size"):  # fewer visits, a smaller batch
             assert found.batch_size == 16
+        elif (name, other) == ("start", "rates"):
+            assert found.rates == RATES
         else:
             assert getattr(found, other) == getattr(whole, other), other
 
@@ -92,9 +105,14 @@ def test_named_data_keep_the_papers_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     assert named.settings == ProbeSettings(epochs=20) and named.settings.batch_size == 512
     assert (named.settings.rates, named.settings.decays) == (PAPER_RATES, PAPER_DECAYS)
     free = works(monkeypatch, epochs=20, decays=(0.1,))
-    assert free.automatic == ("batch_size", "rates") and free.refit
+    assert free.automatic == ("batch_size", "rates", "start") and free.refit
     assert not works(monkeypatch, select="test").refit and not works(monkeypatch, features="augmented").refit
     assert works(monkeypatch, dataset="cifar10", refit=True).refit and not works(monkeypatch, refit=False).refit
+    with pytest.raises(UsageError) as error:
+        ProbeOptions(model="m", start="linear", protocol="efficient")
+    assert (error.value.option, error.value.code) == ("--start", "conflict")
+    for kept in ({"protocol": "efficient"}, {"augmented": True}):  # these have no linear start
+        assert fitted(ProbeSettings(**kept), 100, AUTOMATIC).start == "random"
     with pytest.raises(UsageError) as error:
         ProbeOptions(model="m", select="test", refit=True)
     assert (error.value.option, error.value.code) == ("--refit", "conflict")
@@ -210,11 +228,15 @@ def test_a_result_says_what_followed_the_images(
     monkeypatch.setattr(SweepPlan, "train", counts)
     result = api.probe(str(model), str(tmp_path / "data"), epochs=2, device="cpu")
     protocol, figures = result["protocol"], result["figures"]
-    heads = len(RATES) * len(DECAYS)
+    heads = (1 + len(RATES)) * len(DECAYS)
     assert learnt == [(64, heads)] * 5 + [(80, 1)] and result["data"]["train_images"] == 80
-    assert protocol["automatic"] == {"options": ["batch_size", "rates", "decays"], "images": 64}
+    assert protocol["automatic"] == {"options": ["batch_size", "rates", "decays", "start"], "images": 64}
     assert (protocol["batch_size"], protocol["epochs"], protocol["steps"]) == (16, 2, 8)
-    assert tuple(protocol["rates"]) == RATES and tuple(protocol["decays"]) == DECAYS
+    assert (
+        protocol["start"] == "linear"
+        and tuple(protocol["rates"]) == (STAYING, *RATES)
+        and tuple(protocol["decays"]) == DECAYS
+    )
     assert (protocol["refit_on"], protocol["refit_steps"]) == ("all training images", 2 * (80 // 16))
     assert protocol["chosen_by"].startswith("lowest loss within one standard error")
     assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"

@@ -32,7 +32,7 @@ class ProbeOptions(ClassifierOptions):
         batch_size: images per step; null: 512 (--dataset given; the paper uses 1024 for ImageNet), else the power of two from 16 to
             512 that comes next to 1,000 steps
         rates: peak learning rates of the grid; null: 5e-5,1e-4,2e-4,3e-4,5e-4,1e-3,2e-3 (--dataset given), else
-            3e-4,1e-3,3e-3,1e-2,3e-2
+            3e-4,1e-3,3e-3,1e-2,3e-2, and 1e-5 with start linear
         decays: weight decays of the grid; null: 0.05,0.1 (--dataset given), else 0.05,5,50
         heads: attention heads, or queries; null: width / 64, or 32
         flip: cached features of mirrored images too
@@ -46,12 +46,14 @@ class ProbeOptions(ClassifierOptions):
         precision: of the encoder's matmuls, fp32 or bf16; the heads are fp32
         out: folder for result.json, feature cache and checkpoints; an interrupted command continues there
         refit: train the best head anew with the images that chose it; null: yes for cached features, without a name of the paper (dataset)
+        start: how attentive heads begin: random, or linear (the average of the patches under the classifier of the command linear, and
+            trained from there); null: random (--dataset given, more than 10,000 training images, efficient or augmented), else linear
     """
 
     ORDER = (
         "model data dataset protocol features layers epochs warmup batch_size rates decays heads flip select seeds "
         "baselines train_limit test_limit image_size trunk_batch workers device precision cache out image_mean "
-        "image_std image_root test_fraction refit"
+        "image_std image_root test_fraction refit start"
     )
     protocol: Literal["attentive", "efficient"] = "attentive"
     features: Literal["cached", "augmented"] = "cached"
@@ -69,10 +71,17 @@ class ProbeOptions(ClassifierOptions):
     trunk_batch: PositiveInt = 64
     workers: int = 2
     refit: bool | None = None
+    start: Literal["random", "linear"] | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.warmup >= self.epochs:
             raise UsageError(f"--warmup {self.warmup:g}: less than the {self.epochs} --epochs expected")
+        if self.start == "linear" and (self.protocol != "attentive" or self.features != "cached"):
+            raise UsageError(
+                "--start linear: for attentive heads on cached features; --start random, or --protocol attentive and --features cached",
+                option="--start",
+                code="conflict",
+            )
         if self.refit and self.select == "test":
             raise UsageError(
                 "--refit: with --select test the best head has learnt from all images; leave one of them out",

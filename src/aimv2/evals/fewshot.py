@@ -85,8 +85,8 @@ def fewshot_figures(pooled: Pooled, draws: dict[int, np.ndarray], shots: Sequenc
             tops = []
             for rows in tracked(draws.values(), f"layer {layer}, {few} shots, fits", len(draws)):
                 mine = rows[:, :few].flatten()
-                predict, _ = logistic(features[mine], pooled.train.labels[mine], C, intercept=False)
-                tops.append(top1(predict(test), pooled.test.labels))
+                fitted, _ = logistic(features[mine], pooled.train.labels[mine], C, intercept=False)
+                tops.append(top1(fitted.predict(test), pooled.test.labels))
             spread = over_seeds(tops, fraction=True)
             table.append(
                 {

@@ -28,9 +28,7 @@ RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EPOCHS, BATCH, MOMENTUM = 100, 1024, 0.9
 
 
-def logistic(
-    features: np.ndarray, labels: np.ndarray, c: float, intercept: bool = True
-) -> tuple[Callable[[np.ndarray], np.ndarray], bool]:
+def logistic(features: np.ndarray, labels: np.ndarray, c: float, intercept: bool = True) -> tuple[Any, bool]:
     """Logistic regression by scikit-learn's L-BFGS on the features as they are.
 
     Args:
@@ -40,7 +38,7 @@ def logistic(
         intercept: with a bias, which is not punished.
 
     Returns:
-        (features to classes, whether it converged within 1000 iterations).
+        scikit-learn's fitted model, and whether it converged within 1000 iterations.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -48,7 +46,7 @@ def logistic(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the result has it
         model = LogisticRegression(C=c, max_iter=ITERATIONS, fit_intercept=intercept).fit(features, labels)
-    return model.predict, int(np.max(model.n_iter_)) < ITERATIONS
+    return model, int(np.max(model.n_iter_)) < ITERATIONS
 
 
 def strength(step: int) -> float:
@@ -158,9 +156,9 @@ def sweep_lbfgs(
     converged: dict[int, bool] = {}
 
     def score(step: int) -> float:
-        predict, converged[step] = logistic(*train, strength(step))
+        fitted, converged[step] = logistic(*train, strength(step))
         advance(1)
-        return top1(predict(val[0]), val[1])
+        return top1(fitted.predict(val[0]), val[1])
 
     with progress_bar(f"layer {layer}, fits at most", MOST_FITS) as advance:
         found = search(score)
@@ -188,7 +186,7 @@ def sweep_sgd(
 def refit(row: dict[str, Any], x: np.ndarray, y: np.ndarray, test: np.ndarray, pooled: Pooled, seed: int) -> np.ndarray:
     """Learns from all images [N, D] with the chosen value; the classes of the test images."""
     if "C" in row:
-        return logistic(x, y, row["C"])[0](test)
+        return logistic(x, y, row["C"])[0].predict(test)
     see, labels = Standard(x, pooled.device), torch.from_numpy(y).to(pooled.device)
     heads = sgd(see(x), labels, len(pooled.classes), (row["rate"],), seed)
     return sgd_predict(*heads, test, see)[0]

@@ -59,6 +59,7 @@ class ProbeSettings:
         augmented: train on augmented images instead of cached features.
         flip: cached features of the mirrored images too.
         min_lr, clip: end of the cosine; largest norm of a head's gradient.
+        start: random weights, or the linear classifier on the averaged features; see :mod:`aimv2.evals.probe_start`.
     """
 
     protocol: str = "attentive"
@@ -73,6 +74,7 @@ class ProbeSettings:
     flip: bool = False
     min_lr: float = 1e-5
     clip: float = 3.0
+    start: str = "random"
 
     def trials(self) -> list[Trial]:
         """The heads of a sweep, layer by layer."""

@@ -13,9 +13,17 @@ import numpy as np
 
 from aimv2.evals.probe import ProbeSettings, nearest_batch
 
-AUTOMATIC = ("epochs", "batch_size", "rates", "decays")  # what follows the number of images where nothing decides it
+AUTOMATIC = (
+    "epochs",
+    "batch_size",
+    "rates",
+    "decays",
+    "start",
+)  # what follows the number of images where nothing decides it
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DECAYS = (0.05, 5.0, 50.0)  # the last one leaves little but the bias: the best on features that say nothing
+STAYING = 1e-5  # lowest rate of heads that start as a linear classifier: the one that hardly leaves it
+SMALL = 10_000  # training images up to which heads start so
 EPOCHS, STEPS, LEAST_STEPS = 50, 1000, 500
 LARGEST = 512  # batch
 SELECTING = 250  # held-out images that choose a head, as far as there are so many
@@ -26,7 +34,8 @@ def fitted(settings: ProbeSettings, images: int, automatic: Collection[str]) -> 
     """The same settings with those named ``automatic`` by the number of images.
 
     The batch is the power of two next to images * epochs / 1,000, from 16 to 512 (all images where they are fewer): about 1,000
-    steps. Epochs are 50, and more where that makes fewer than 500 steps.
+    steps. Epochs are 50, and more where that makes fewer than 500 steps. Attentive heads on cached features of at most 10,000 images
+    start as a linear classifier, and one more rate of the grid hardly leaves it.
 
     Args:
         settings: those not named stay.
@@ -39,11 +48,19 @@ def fitted(settings: ProbeSettings, images: int, automatic: Collection[str]) -> 
         batch = min(nearest_batch(ideal, LARGEST), images)
     if "epochs" in automatic:
         epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps_of_epoch(images, batch)))
+    start = settings.start
+    if "start" in automatic and images <= SMALL and settings.protocol == "attentive" and not settings.augmented:
+        start = "linear"
     return replace(
         settings,
+        start=start,
         epochs=epochs,
         batch_size=batch,
-        rates=RATES if "rates" in automatic else settings.rates,
+        rates=(STAYING, *RATES)
+        if "rates" in automatic and start == "linear"
+        else RATES
+        if "rates" in automatic
+        else settings.rates,
         decays=DECAYS if "decays" in automatic else settings.decays,
     )
 
@@ -82,9 +99,8 @@ def complaints(
 
 def edge(option: str, value: float, grid: Sequence[float], of_head: Sequence[float], selection: np.ndarray) -> str:
     """The line for a best value at the edge of its grid; "" inside, and where a value inside does as well."""
-    if min(grid) < value < max(grid) or (
-        option == "--decays" and value <= min(DECAYS)
-    ):  # lower ones are as good as none
+    least = {"--decays": min(DECAYS), "--rates": STAYING}[option]  # lower ones are as good as none
+    if min(grid) < value < max(grid) or value <= least:
         return ""
     inside = [score for score, own in zip(selection, of_head) if own != value]
     if max(inside) >= max(selection):

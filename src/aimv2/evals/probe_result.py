@@ -165,7 +165,11 @@ def identity(frozen: Frozen, splits: SweepSplits, selected_on: str, work: ProbeW
         "train_images": len(splits.train.labels),
         "test_images": len(splits.test.labels),
         "selected_on": selected_on,
-        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(work.settings).items()},
+        "settings": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(work.settings).items()
+            if (key, value) != ("start", "random")  # what was written before there was another
+        },
         **({"refit": True} if work.refit else {}),
     }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aimv2.data.images.labelled import Labelled, joined
 from aimv2.evals.probe import ProbeSettings, fresh_sweep, from_cache, logits_of, train_sweep
+from aimv2.evals.probe_start import start_linear
 from aimv2.evals.probe_stream import FeatureStream, ImageStream, join_features
 from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import Frozen
@@ -132,6 +133,8 @@ class SweepPlan:
             labels = np.concatenate([part.labels for part in views[0]])
             images = len(labels)
             layers = [[join_features(parts) for parts in zip(*(part.features for part in view))] for view in views]
+            if settings.start == "linear":
+                start_linear(sweep, layers[0], labels)
             stream = FeatureStream(layers, labels, min(settings.batch_size, images), self.seed)
         losses = train_sweep(
             sweep, stream, images, settings, self.seed, self.run, frozen.device, self.again, title=title

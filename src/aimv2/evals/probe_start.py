@@ -1,0 +1,94 @@
+"""Heads that start as a linear classifier on the averaged features, and learn from there: on a few images an attentive probe from
+random weights may stay behind one (linear probing, then fine-tuning: arXiv 2202.10054).
+
+Legend: N images, I patches, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aimv2.data.images.labelled import hold_out
+from aimv2.evals.linear import logistic, sweep_lbfgs
+from aimv2.features.ragged import Ragged
+from aimv2.models.probe_head import NORM_EPS, ProbeSweep
+
+ABSENT = -10.0  # bias of a class without images, below the lowest of the others
+
+
+def averages(features: Any, size: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean over the patches of each image, and mean and variance of all patches.
+
+    Args:
+        features: of one layer, [N, I, D] or a :class:`Ragged`.
+        size: images at once.
+
+    Returns:
+        float32 [N, D], float64 [D], float64 [D].
+    """
+    total, squares, patches, means = 0.0, 0.0, 0, []
+    for at in range(0, len(features), size):
+        rows = np.arange(at, min(at + size, len(features)))
+        for x in [features[int(row)][None] for row in rows] if isinstance(features, Ragged) else [features[rows]]:
+            x = np.asarray(x, np.float32)
+            means.append(x.mean(1))
+            flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
+            total, squares, patches = total + flat.sum(0), squares + (flat**2).sum(0), patches + len(flat)
+    mean = np.asarray(total / patches)
+    return np.concatenate(means), mean, np.asarray(squares / patches) - mean**2
+
+
+def classifier(x: np.ndarray, labels: np.ndarray, classes: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """The linear classifier of ``aimv2 linear``: C is chosen on a held-out fifth of the images, then all of them are fitted.
+
+    Args:
+        x: averaged features [N, D].
+        labels: int64 [N] of at least two classes.
+        classes: C.
+        layer: its name, for the progress line.
+
+    Returns:
+        weights [C, D] and biases [C]; of a class without images weights of 0 and a bias below all others.
+    """
+    kept, held = hold_out(labels, 0)
+    strength = 1.0
+    if len(held) and len(np.unique(labels[kept])) > 1:
+        rows, chosen = sweep_lbfgs((x[kept], labels[kept]), (x[held], labels[held]), layer)
+        strength = rows[chosen]["C"]
+    fitted = logistic(x, labels, strength)[0]
+    own, biases = fitted.coef_, fitted.intercept_
+    if len(own) == 1:  # two classes: one margin
+        own, biases = np.concatenate([-own, own]) / 2, np.concatenate([-biases, biases]) / 2
+    weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, biases.min() + ABSENT)
+    weight[fitted.classes_], bias[fitted.classes_] = own, biases
+    return weight, bias
+
+
+@torch.no_grad()
+def start_linear(sweep: ProbeSweep, layers: Sequence[Any], labels: np.ndarray) -> None:
+    """Attention that averages, values as they are, and the linear classifier of each layer, in place: the same answers as its.
+
+    Args:
+        sweep: attentive heads.
+        layers: the features of each layer of the sweep, see :func:`averages`.
+        labels: int64 [N]; of one class the heads stay as they are.
+    """
+    if len(np.unique(labels)) < 2:
+        return
+    norms: list[Any] = list(sweep.norms)
+    heads: list[Any] = list(sweep.heads)
+    for name, norm, features in zip(sweep.layers, norms, layers):
+        means, mean, variance = averages(features)
+        weight, bias = classifier(means, labels, sweep.classes, name)
+        norm.running_mean.copy_(torch.from_numpy(mean))
+        norm.running_var.copy_(torch.from_numpy(variance))
+        scaled = torch.from_numpy(weight * np.sqrt(variance + NORM_EPS))
+        for head in (head for head, trial in zip(heads, sweep.trials) if trial.layer == name):
+            head.query.zero_()
+            torch.nn.init.eye_(head.value.weight)
+            head.linear.weight.copy_(scaled)
+            head.linear.bias.copy_(torch.from_numpy(bias + weight @ mean))

@@ -162,6 +162,10 @@ def test_a_few_images_rank_heads_by_their_loss() -> None:
     assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss)) == 0
     diverged = np.array([1.5, np.nan, 1.0])
     assert surest(Outcome(predicted, labels, diverged)) == 0, "not a number is no low loss"
+    rates = [1e-2, 1e-3, 1e-5]  # of heads that start as a linear classifier
+    assert surest(Outcome(predicted, labels, loss), rates) == 1, "12 of 40 less are no chance, 3 of 40 are"
+    assert surest(Outcome(predicted[:2], labels, loss[:2]), [1e-3, 1e-3]) == 1, "of equal rates the lowest loss"
+    assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss), rates) == 0
 
 
 def test_accuracy_by_layer_is_of_the_heads_that_the_rule_prefers() -> None:
@@ -174,8 +178,11 @@ def test_accuracy_by_layer_is_of_the_heads_that_the_rule_prefers() -> None:
     test = Outcome(np.array([[0], [1], [0], [0]]), np.zeros(1, np.int64), np.zeros(4))
     trials = [Trial(layer, lr, 0.1) for layer in "ab" for lr in (1.0, 2.0)]
     answer = SweepAnswer(select, test, 2, test.of_heads([2]), np.zeros((0, 4)))
-    assert probe_result.by_layer("ab", trials, [answer], refit=True) == {"a": 0.0, "b": 1.0}
-    assert probe_result.by_layer("ab", trials, [answer], refit=False) == {"a": 1.0, "b": 1.0}
+    assert probe_result.by_layer(ProbeSettings(layers=("a", "b")), trials, [answer], refit=True) == {"a": 0.0, "b": 1.0}
+    assert probe_result.by_layer(ProbeSettings(layers=("a", "b")), trials, [answer], refit=False) == {
+        "a": 1.0,
+        "b": 1.0,
+    }
 
 
 def test_a_few_images_are_all_held_out_in_turn() -> None:
@@ -238,7 +245,7 @@ def test_a_result_says_what_followed_the_images(
         and tuple(protocol["decays"]) == DECAYS
     )
     assert (protocol["refit_on"], protocol["refit_steps"]) == ("all training images", 2 * (80 // 16))
-    assert protocol["chosen_by"].startswith("lowest loss within one standard error")
+    assert protocol["chosen_by"].startswith("lowest rate, then lowest loss, within two standard errors")
     assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"
     assert len(figures["table"]) == heads and figures["top1"] > 0.5
     titles = [line for line in capsys.readouterr().err.splitlines() if "steps of" in line]

@@ -30,9 +30,14 @@ from aimv2.evals.scores import confusion, over_seeds, per_class, wilson
 from aimv2.features.extraction import features_home
 from aimv2.features.frozen import Frozen
 from aimv2.io import say
+from aimv2.models.probe_head import Trial
 
 HELD_OUT = 0.1  # of each class's training images, where a data set has no validation split
 PARTS = 5  # of the training images, where they are learnt from afterwards
+CHOSEN_BY = {  # by the start of the heads
+    "random": "lowest loss within one standard error of the best top-1",
+    "linear": "lowest rate, then lowest loss, within two standard errors of the best top-1",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def evaluate_probe(options: ClassifierOptions, work: ProbeWork) -> dict[str, Any
             "features": "augmented" if settings.augmented else "cached",
             **{key: value for key, value in asdict(settings).items() if key not in ("protocol", "augmented")},
             "selected_on": selected_on,
-            "chosen_by": "lowest loss within one standard error of the best top-1" if work.refit else "best top-1",
+            "chosen_by": CHOSEN_BY[settings.start] if work.refit else "best top-1",
             "steps": settings.epochs * steps_of_epoch(images, settings.batch_size),
             **({"automatic": {"options": list(work.automatic), "images": images}} if work.automatic else {}),
             **(learnt_again if work.refit else {}),
@@ -212,7 +217,7 @@ def sweep_figures(frozen: Frozen, splits: SweepSplits, selected_on: str, work: P
         "table": table,
     }
     if len(settings.layers) > 1:
-        figures["by_layer"] = by_layer(settings.layers, trials, answers, work.refit)
+        figures["by_layer"] = by_layer(settings, trials, answers, work.refit)
     figures["per_class"] = dict(zip(splits.train.classes, per_class(first.predicted[0], first.labels, classes)))
     figures["confusion"] = confusion(first.predicted[0], first.labels, classes)
     figures["unreadable"] = len(first.rejected)
@@ -229,15 +234,15 @@ def interval(tops: Sequence[float], test: Outcome) -> list[float]:
 
 
 def by_layer(
-    layers: Sequence[str], trials: Sequence[Any], answers: Sequence[SweepAnswer], refit: bool
+    settings: ProbeSettings, trials: Sequence[Trial], answers: Sequence[SweepAnswer], refit: bool
 ) -> dict[str, float]:
     """Test accuracy of each layer's best head, chosen as the headline's is, before that one learns again."""
     found = {}
-    for layer in layers:
+    for layer in settings.layers:
         mine = [g for g, trial in enumerate(trials) if trial.layer == layer]
         tops = []
         for answer in answers:
-            best = mine[best_head(answer.select.of_heads(mine), refit)]
+            best = mine[best_head(answer.select.of_heads(mine), [trials[g] for g in mine], settings, refit)]
             tops.append(float(answer.test.top1()[best]))
         found[layer] = float(np.mean(tops))
     return found

@@ -23,7 +23,7 @@ from aimv2.evals.probe_start import start_linear
 from aimv2.evals.probe_stream import FeatureStream, ImageStream, join_features
 from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import Frozen
-from aimv2.models.probe_head import ProbeSweep
+from aimv2.models.probe_head import ProbeSweep, Trial
 from aimv2.train.loop import Stream
 
 
@@ -180,17 +180,27 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(np.concatenate([one.predicted for one in outcomes], 1), labels, np.asarray(loss), rejected)
 
 
-def surest(select: Outcome) -> int:
+def surest(select: Outcome, rates: Sequence[float] | None = None) -> int:
     """Of the heads within one standard error of the best top-1, the one with the lowest loss: a few images can't rank by top-1.
-    One that has diverged is the last."""
+    One that has diverged is the last.
+
+    Args:
+        select: what the heads answered.
+        rates: of heads that start as a linear classifier, their learning rates; they leave that start only for a clear gain: of those
+            within two standard errors the lowest rate goes first.
+    """
     tops, loss = select.top1(), np.nan_to_num(select.loss, nan=np.inf)
     error = np.sqrt(tops.max() * (1 - tops.max()) / len(select.labels))
-    return int(np.argmin(np.where(tops >= tops.max() - error, loss, np.inf)))
+    good = tops >= tops.max() - error * (1 if rates is None else 2)
+    if rates is not None:
+        good &= np.asarray(rates) == np.asarray(rates)[good].min()
+    return int(np.argmin(np.where(good, loss, np.inf)))
 
 
-def best_head(select: Outcome, refit: bool) -> int:
+def best_head(select: Outcome, trials: Sequence[Trial], settings: ProbeSettings, refit: bool) -> int:
     """The head that is chosen by what all of them answered: the surest where it learns again, else that of the best top-1."""
-    return surest(select) if refit else int(np.argmax(select.top1()))
+    rates = [trial.lr for trial in trials] if settings.start == "linear" else None
+    return surest(select, rates) if refit else int(np.argmax(select.top1()))
 
 
 @dataclass
@@ -223,9 +233,9 @@ def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
         answers.append((test if choose is None else own.answer(sweep, choose), test, losses))
     (_, test, losses), select = answers[0], all_of([select for select, _, _ in answers])
     if not refit or splits.select is None:
-        chosen = best_head(select, False)
+        chosen = best_head(select, trials, plan.settings, False)
         return SweepAnswer(select, test, chosen, test.of_heads([chosen]), losses)
-    chosen = best_head(select, True)
+    chosen = best_head(select, trials, plan.settings, True)
     trial = trials[chosen]
     settings = dataclasses.replace(
         plan.settings, layers=(trial.layer,), rates=(trial.lr,), decays=(trial.weight_decay,)

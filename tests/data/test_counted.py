@@ -11,6 +11,7 @@ import pytest
 from brought import picture, put, run
 from shard_tars import tar_of
 
+from aimv2.data.images.catalogue import DIALOGUES
 from aimv2.data.images.opening import open_labelled
 from aimv2.data.images.pictures import pictures
 from aimv2.data.passed import PassedOver
@@ -132,9 +133,8 @@ def test_dialogues_and_lists_of_one_image(tmp_path: Path, turns: list) -> None:
         result = run(tmp_path / form, tmp_path / f"out {form}")
         ((_, parts),) = read_samples(tmp_path / f"out {form}" / "train-000000.tar")
         assert parts["txt"] == b"a dog"
-        assert counted(result) == (
-            {"answers after the first of a dialogue": 1} if form == "json" and len(turns) > 2 else {}
-        )
+        more = {"answers after the first of a dialogue": 1} if form == "json" and len(turns) > 2 else {}
+        assert counted(result) == {DIALOGUES: 1, **more}
     put(tmp_path / "lines" / "a.jpg", picture(1))
     put(
         tmp_path / "lines" / "rows.jsonl",

@@ -9,7 +9,8 @@ from aimv2.config.types import PositiveInt
 
 EXAMPLES = """\
 aimv2 data import photos shards/photos
-aimv2 data import table.csv shards/mine --image-column file --val-fraction .05"""
+aimv2 data import table.csv shards/mine --image-column file --val-fraction .05
+aimv2 data import llava.json OUT --image-root images --conversations true"""
 FIRST = "captions image_column caption_column val_fraction max_side class_folders no_captions workers"
 
 
@@ -19,7 +20,7 @@ class DataImportOptions:
 
     Args:
         source: folder with a captions file, images with sidecars, COCO or LLaVA JSON, class folders, Parquet/Arrow, tars, or a
-            datasets hub id
+            datasets hub id; such a file itself
         out: folder for the shards; an interrupted import resumes and ends with the same shards
         captions: the captions file, if a folder has several
         image_column: image column of a table
@@ -35,6 +36,8 @@ class DataImportOptions:
         class_folders: use the names of the sub-folders as captions (see template), whatever other files there are; by default
             only if there are two or more and no file that may hold captions
         no_captions: take the images of a folder without captions (objective.targets=image trains on them)
+        conversations: take whole conversations, about several images, one or none (`aimv2 vlm train` trains on them); by default the
+            first answer is the caption
     """
 
     source: str
@@ -52,6 +55,7 @@ class DataImportOptions:
     class_folders: bool = False
     image_root: str | None = None
     no_captions: bool = False
+    conversations: bool = False
 
 
 def run(options: DataImportOptions) -> dict[str, Any]:

@@ -80,10 +80,10 @@ class PassedOver:
         }
 
 
-def passed_lines(result: dict[str, dict[str, Any]]) -> list[str]:
+def passed_lines(result: dict[str, dict[str, Any]], what: str = "passed over") -> list[str]:
     """A line for each kind of :meth:`PassedOver.result`."""
     return [
-        f"passed over: {kind}: {about['number']:,} ({', '.join(about['examples'])}"
+        f"{what}: {kind}: {about['number']:,} ({', '.join(about['examples'])}"
         + ", ..." * (about["number"] > len(about["examples"]))
         + ")"
         for kind, about in result.items()

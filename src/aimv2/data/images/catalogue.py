@@ -131,6 +131,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 # ---- columns ----
 
 TURNS = ("conversations", "messages")  # a dialogue, whose first answer is the caption
+DIALOGUES = "dialogues but for their first answer; --conversations true keeps them whole"
 # a table may have several of them: the first one counts
 COLUMNS = {
     "image": (

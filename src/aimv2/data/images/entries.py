@@ -48,14 +48,25 @@ class Loaded(NamedTuple):
     label: str | None
     about: dict[str, Any]
     odd_label: str | None = None  # a label that is no number of a class, which is left out
+    turns: list[dict[str, str]] | None = None  # of a conversation, as LLaVA's; then ``data`` is empty and
+    images: tuple[bytes, ...] = ()  # are its images
 
 
 class Reject(NamedTuple):
-    """An entry that cannot be used, and why, in words."""
+    """An entry that cannot be used, and why, in words; ``kind``: of a conversation's fault, under which it is counted."""
 
     key: str
     image: str
     reason: str
+    kind: str = ""
+
+
+class RowError(ImageError):
+    """A row that cannot be used, by the kind of its fault."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class Reader(ABC):
@@ -79,7 +90,7 @@ def loaded_or_reject(entry: SourceEntry, read: Callable[[], Loaded]) -> Loaded |
     try:
         return read()
     except ImageError as error:
-        return Reject(entry.key, entry.image, str(error))
+        return Reject(entry.key, entry.image, str(error), getattr(error, "kind", ""))
 
 
 class SourceEntry(NamedTuple):
@@ -113,6 +124,7 @@ class PlannedSource:
         own_images: it holds its images itself: those in its folder are none of it.
         split: the only split that is read, of a source whose rows state theirs.
         is_val: which entries are validation data by what the source states.
+        by_image: all entries of an image's name are of one split, whatever their keys.
     """
 
     kind: str
@@ -125,6 +137,7 @@ class PlannedSource:
     own_images: bool = False
     split: str = ""
     is_val: Callable[[SourceEntry], bool] | None = None
+    by_image: bool = False
 
 
 def read_label(value: Any) -> tuple[str | None, str | None]:
@@ -184,16 +197,25 @@ def _say_split(about: dict[str, Any], what: str) -> None:
 # ---- tars ----
 
 
+def read_tar_parts(tar: Path | str, start: int, end: int) -> Parts:
+    """All members of a sample by its offsets.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        return read_sample(Path(tar), start, end)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ImageError(f"cannot be read: {first_line(error)}") from None
+
+
 def read_tar_sample(tar: Path | str, start: int, end: int) -> tuple[bytes, Parts]:
     """The encoded image of a sample and all its members, by its offsets.
 
     Raises:
         ImageError: it cannot be read, or has no image.
     """
-    try:
-        parts = read_sample(Path(tar), start, end)
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise ImageError(f"cannot be read: {first_line(error)}") from None
+    parts = read_tar_parts(tar, start, end)
     found = image_of(parts)
     if found is None:
         raise ImageError(why_no_image(parts))

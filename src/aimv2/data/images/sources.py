@@ -37,7 +37,7 @@ from aimv2.data.images.entries import (
 )
 from aimv2.data.images.names import ImageFinder, NameFinder, shared, taken, tie
 from aimv2.data.images.splits import StatedSplits, stated_split
-from aimv2.data.images.tables import is_download_note, open_hub, open_tables, tables_in
+from aimv2.data.images.tables import LayoutOf, is_download_note, open_hub, open_tables, tables_in
 from aimv2.data.images.text_tables import FIRST, caption_rows
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import find_shards, safe_key, split_shards
@@ -83,6 +83,7 @@ class SourceOptions:
         image_root: a folder outside the source, below which tables and captions files may name images.
         no_captions: a folder's images are taken without captions, whatever else lies there.
         held_out: of a captions file whose rows state splits, take test, else val, else train.
+        layout_of: what rows of tables become; see :func:`aimv2.data.images.tables.open_tables`.
     """
 
     captions: str | None = None
@@ -94,6 +95,7 @@ class SourceOptions:
     image_root: Path | None = None
     no_captions: bool = False
     held_out: bool = False
+    layout_of: LayoutOf | None = None
 
 
 class ImageFolder:
@@ -227,8 +229,9 @@ def _table_folder(folder: ImageFolder) -> PlannedSource | None:
     tables = tables_in(folder.root, folder.options.split)
     if not tables:
         return None
-    planned = open_tables(tables, folder.root, folder.options.columns, folder.options.image_root, folder.options.split)
-    if (split := folder.options.split) is not None and not planned.split and not tables[0].name.startswith(split):
+    options = folder.options
+    planned = open_tables(tables, folder.root, options.columns, options.image_root, options.split, options.layout_of)
+    if (split := options.split) is not None and not planned.split and not tables[0].name.startswith(split):
         raise UsageError(
             f"--split {split}: {folder.root} states no split; leave it out", option="--split", code="conflict"
         )
@@ -436,7 +439,7 @@ def _tar_source(tars: list[Path], options: SourceOptions) -> PlannedSource:
 
 
 def _table_file(file: Path, options: SourceOptions) -> PlannedSource:
-    return open_tables([file], file.parent, options.columns, options.image_root, options.split)
+    return open_tables([file], file.parent, options.columns, options.image_root, options.split, options.layout_of)
 
 
 def _captions_file(file: Path, options: SourceOptions) -> PlannedSource:
@@ -489,7 +492,7 @@ def _planned(source: str, options: SourceOptions) -> PlannedSource:
     if kind == "tars":
         return _tar_source(find_shards(source, "train", option="SRC"), options)
     if kind == "hub":
-        return open_hub(source, options.split, options.columns, options.image_root)
+        return open_hub(source, options.split, options.columns, options.image_root, options.layout_of)
     if kind == "missing":
         raise UsageError(f"SRC: {source} does not exist; expected {EXPECTED}", code="not-found")
     if form := FILE_FORMS.get(path.suffix.lower()):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from aimv2.data.images.catalogue import Columns, find_column, walk_files
+from aimv2.data.images.catalogue import DIALOGUES, TURNS, Columns, find_column, walk_files
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.entries import (
     UNREAD,
@@ -65,6 +65,7 @@ class RowLayout:
         image, fields = columns.find(names, source, types)
         label = find_column([name for name in names if name not in fields], "label", types)
         layout = cls(image, fields, label, image_root)
+        passed.add(DIALOGUES, *(name for name in fields if name.lower() in TURNS))
         if unread := [name for name in names if name not in layout.names()]:
             passed.add(COLUMNS, *unread)
         return layout
@@ -85,6 +86,23 @@ class RowLayout:
             raise ImageError("no caption")
         label, odd = read_label(row[self.label] if self.label else None)
         return Loaded(data, captions, label, {"source": name} if name else {}, odd)
+
+
+class Layout(Protocol):
+    """What a row of a table becomes: :class:`RowLayout`, or one of conversations."""
+
+    @property
+    def image(self) -> str | None: ...
+
+    @property
+    def image_root(self) -> Path | None: ...
+
+    def names(self) -> list[str]: ...
+
+    def sample(self, row: dict[str, Any], folder: Path) -> Loaded: ...
+
+
+LayoutOf = Callable[[Iterable[str], Columns, str, Mapping[str, str], PassedOver, Path | None], Layout]
 
 
 # ---- Parquet and Arrow files ----
@@ -118,13 +136,19 @@ def is_download_note(table: Path) -> bool:
 
 
 def open_tables(
-    files: list[Path], root: Path, columns: Columns, image_root: Path | None = None, split: str | None = None
+    files: list[Path],
+    root: Path,
+    columns: Columns,
+    image_root: Path | None = None,
+    split: str | None = None,
+    layout_of: LayoutOf | None = None,
 ) -> PlannedSource:
     """Plan the rows of Parquet or Arrow files, in order of path.
 
     Args:
         image_root: where else paths in them may lead.
         split: of their rows, where a column states it.
+        layout_of: as :meth:`RowLayout.of`, which None means: what a row becomes.
 
     Raises:
         UsageError: a file is broken, the columns are not found, or no row is of the split.
@@ -144,7 +168,7 @@ def open_tables(
     passed = PassedOver()
     types = {name: str(about["_type"]) for name, about in stated_features(schema).items()}
     names = [name for name in schema.names if name != column]
-    layout = RowLayout.of(names, columns, str(files[0]), types, passed, image_root)
+    layout = (layout_of or RowLayout.of)(names, columns, str(files[0]), types, passed, image_root)
     _check_first_paths(files[0], layout)
     reader = TableReader(layout)
     cells = (cell for own in stated.values() for cell in own)
@@ -175,7 +199,7 @@ def open_tables(
     )
 
 
-def _check_first_paths(file: Path, layout: RowLayout) -> None:
+def _check_first_paths(file: Path, layout: Layout) -> None:
     """Paths in the first rows lead to where they may; a row further down is rejected by itself.
 
     Raises:
@@ -184,10 +208,11 @@ def _check_first_paths(file: Path, layout: RowLayout) -> None:
     import pyarrow
 
     try:
-        first = next((batch for _, read in row_groups(file) for batch in read([layout.image])), None)
+        wanted = [layout.image] if layout.image else []
+        first = next((batch for _, read in row_groups(file) for batch in read(wanted)), None) if wanted else None
     except (pyarrow.ArrowException, OSError):  # its rows are rejected
         return
-    for name in [] if first is None else paths_of(first.column(layout.image)[:BATCH_ROWS]):
+    for name in [] if first is None else paths_of(first.column(0)[:BATCH_ROWS]):
         inside(file.parent, name, layout.image_root, file.name)
 
 
@@ -228,7 +253,7 @@ def stated_features(schema: Any) -> dict[str, dict[str, Any]]:
 class TableReader(Reader):
     """Reads rows of Parquet and Arrow files, a batch at a time; ``where`` is (file, row)."""
 
-    layout: RowLayout
+    layout: Layout
 
     def read(self, entry: SourceEntry) -> Loaded:
         (found,) = self.load([entry])
@@ -363,11 +388,19 @@ def encoded_images(rows: Any, column: str) -> Any:
     """The same `datasets.Dataset`, its images left encoded."""
     import datasets
 
-    typed = isinstance(rows.features[column], datasets.Image)
-    return rows.cast_column(column, datasets.Image(decode=False)) if typed else rows
+    given, plain = rows.features[column], datasets.Image(decode=False)
+    if isinstance(getattr(given, "feature", None), datasets.Image):  # a list of them
+        return rows.cast_column(column, datasets.List(plain))
+    return rows.cast_column(column, plain) if isinstance(given, datasets.Image) else rows
 
 
-def open_hub(source: str, split: str | None, columns: Columns, image_root: Path | None = None) -> PlannedSource:
+def open_hub(
+    source: str,
+    split: str | None,
+    columns: Columns,
+    image_root: Path | None = None,
+    layout_of: LayoutOf | None = None,
+) -> PlannedSource:
     """Plan a split of a hub data set, downloaded by `datasets` into its own cache, where its rows may name images.
 
     Raises:
@@ -381,8 +414,9 @@ def open_hub(source: str, split: str | None, columns: Columns, image_root: Path 
                 raise UsageError(f"{source} has the splits {', '.join(names)}; choose one with --split")
         rows = datasets.load_dataset(source, split=split)
     passed = PassedOver()
-    layout = RowLayout.of(rows.column_names, columns, source, types_of(rows), passed, image_root)
-    rows = encoded_images(rows, layout.image).select_columns(layout.names())
+    layout = (layout_of or RowLayout.of)(rows.column_names, columns, source, types_of(rows), passed, image_root)
+    rows = encoded_images(rows, layout.image) if layout.image else rows
+    rows = rows.select_columns(layout.names())
     # a split expression such as train[:10%] as part of keys
     stem = safe_key(split.replace("[", "-").replace("]", "").replace(":", "to").replace("%", "pct"))
     reader = DatasetReader(rows, layout)
@@ -398,7 +432,7 @@ class DatasetReader(Reader):
     """Reads rows of a `datasets.Dataset` (memory-mapped: it pickles as file names); ``where`` is (row,)."""
 
     rows: Any
-    layout: RowLayout
+    layout: Layout
 
     def read(self, entry: SourceEntry) -> Loaded:
         try:

@@ -12,14 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.catalogue import TURNS, Columns, find_column, is_image
+from aimv2.data.images.catalogue import DIALOGUES, TURNS, Columns, find_column, is_image
 from aimv2.data.images.entries import Captions, Reject
 from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import answers, captions_by_field, clean_captions
-from aimv2.data.text.encoding import NOT_TEXT, decode_text, open_text
+from aimv2.data.text.encoding import CHUNK, NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
 from aimv2.io import POINTER, is_pointer
 
+LONGEST_ROW = 1 << 28  # characters of an entry of a JSON list
 UNCLOSED = (
     'a quotation mark that is not closed takes several cells or rows for one; close it, and write "" within a cell'
 )
@@ -94,6 +95,38 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except ValueError:
                     yield number, None
+
+
+def read_json_list(file: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the entries of a JSON list, one at a time: the file, which may be large, is never in memory as a whole.
+
+    Raises:
+        UsageError: it is no list, or broken.
+        NotText, OSError: see :func:`aimv2.data.text.encoding.open_text`.
+    """
+    decode, number, at = json.JSONDecoder().raw_decode, 0, 0
+    between = re.compile(r"\s*\[\s*(?=\S)")
+    with open_text(file) as stream:
+        text = stream.read(CHUNK)
+        while True:
+            found = between.match(text, at)
+            try:
+                if found is None:
+                    raise json.JSONDecodeError("a comma expected" if number else "a list expected", text, at)
+                if text[found.end()] == "]":
+                    return
+                value, end = decode(text, found.end())
+                if end == len(text):  # a number may go on
+                    raise json.JSONDecodeError("a comma expected", text, end)
+            except json.JSONDecodeError as error:
+                more = stream.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST_ROW else ""
+                if not more:
+                    where = f" after entry {number:,}" if number else ""
+                    raise UsageError(f"{file} is no JSON list: {error.msg}{where}", code="unreadable") from None
+                text, at = text[at:] + more, 0
+                continue
+            number, at, between = number + 1, end, re.compile(r"\s*(?:,\s*(?=\S)|(?=\]))")
+            yield number, value
 
 
 # ---- captions files ----
@@ -218,8 +251,10 @@ def answered(row: dict[str, Any], place: str = "", passed: PassedOver | None = N
     said = answers(row[turns]) if turns else []
     if not said or said[0] is None:
         return row
-    if len(said) > 1 and passed is not None:
-        passed.add("answers after the first of a dialogue", place, number=len(said) - 1)
+    if passed is not None:
+        passed.add(DIALOGUES, place)
+        if len(said) > 1:
+            passed.add("answers after the first of a dialogue", place, number=len(said) - 1)
     others = {key: value for key, value in row.items() if key != turns}
     return {**others, "image": row.get("image") or row.get("images"), "caption": said[0]}
 

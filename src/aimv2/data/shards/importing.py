@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aimv2.data.images.catalogue import Columns
+from aimv2.data.images.conversation_rows import open_conversations
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.names import image_root_of
@@ -30,6 +31,7 @@ from aimv2.data.images.sources import EXPECTED, TEMPLATE, SourceOptions, open_so
 from aimv2.data.passed import ODD_LABELS, PassedOver, passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
 from aimv2.data.shards.val_choice import choose_val
+from aimv2.data.text.conversations import holds_conversation
 from aimv2.errors import UsageError, shown
 from aimv2.io import write_aside
 from aimv2.progress import progress_bar
@@ -88,6 +90,7 @@ def import_data(
     quality: int = 95,
     image_root: str | None = None,
     no_captions: bool = False,
+    conversations: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
@@ -110,9 +113,11 @@ def import_data(
         quality: of the JPEGs that are encoded here.
         image_root: A folder outside the source, below which tables and captions files may name images.
         no_captions: A folder's images, without captions.
+        conversations: Whole conversations, about any number of images, instead of captions.
 
     Returns:
-        out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), seconds.
+        out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), of conversations bad (likewise),
+        seconds.
 
     Raises:
         UsageError: nothing to import, or no place for it.
@@ -131,6 +136,7 @@ def import_data(
         **({"class_folders": True} if class_folders else {}),
         **({"image_root": _stable_name(image_root)} if image_root else {}),
         **({"no_captions": True} if no_captions else {}),
+        **({"conversations": True} if conversations else {}),
     }
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
@@ -138,9 +144,8 @@ def import_data(
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
     root = image_root_of(image_root)
-    opened = open_source(
-        source, SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
-    )
+    about = SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
+    opened = (open_conversations if conversations else open_source)(source, about)
     chooser, is_val = choose_val(source, opened, val_fraction, val_list)
     plan = Plan(opened, is_val, shard_size)
     _prepare(out, options)
@@ -187,9 +192,10 @@ class Plan:
             if isinstance(item, Reject):
                 self.rejects.append(item)
                 continue
+            given = item
             if not self.source.unique_keys:
                 item = item._replace(key=_unused(item.key, used))
-            split = "val" if self.is_val(item) else "train"
+            split = "val" if self.is_val(given if self.source.by_image else item) else "train"
             waiting[split].append(item)
             if len(waiting[split]) == self.shard_size:
                 yield ShardJob(f"{split}-{numbers[split]:06d}", waiting[split])
@@ -262,16 +268,21 @@ def write_job(
 
 
 def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts | Reject:
-    if not loaded.captions and loaded.label is None and not getattr(item.reader, "images_only", False):
+    talk = loaded.turns is not None
+    if not talk and not loaded.captions and loaded.label is None and not getattr(item.reader, "images_only", False):
         keys = getattr(item.reader, "keys", None)
-        return Reject(item.key, item.image, f"no caption{' in ' + ', '.join(keys) if keys else ''}")
+        more = ", but a conversation, which --conversations true imports" * holds_conversation(loaded.about)
+        return Reject(item.key, item.image, f"no caption{' in ' + ', '.join(keys) if keys else ''}{more}")
+    parts, about = Parts(), {"source": item.image, **loaded.about}
     try:
-        image = store_image(loaded.data, options.max_side, options.max_pixels, options.quality)
+        for number, data in enumerate(loaded.images if talk else [loaded.data]):
+            image = store_image(data, options.max_side, options.max_pixels, options.quality)
+            parts[f"{number}.{image.extension}" if number else image.extension] = image.data
+            about |= {"width": image.width, "height": image.height} if not number else {}
     except ImageError as error:
-        return Reject(item.key, item.image, str(error))
-    about = {"source": item.image, **loaded.about}
-    about |= {"captions": loaded.captions, "width": image.width, "height": image.height}
-    parts: Parts = {image.extension: image.data}
+        return Reject(item.key, item.image, str(error), "image-unreadable" if talk else "")
+    about |= {"conversations": loaded.turns} if talk else {}
+    about |= {"captions": loaded.captions} if loaded.captions or not talk else {}
     if loaded.captions:
         parts["txt"] = next(iter(loaded.captions.values()))[0].encode("utf-8", "replace")
     record = json.dumps(about, ensure_ascii=False, sort_keys=True, default=str)
@@ -415,7 +426,10 @@ def _finish(
         for kind, about in note.passed.items():
             source.passed.add(kind, *about["examples"], number=about["number"])
     if rejects:
-        lines = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects]
+        records = [
+            {key: value for key, value in reject._asdict().items() if value or key != "kind"} for reject in rejects
+        ]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))
     if not any(counts.values()):
         shutil.rmtree(out / WORK)
@@ -432,7 +446,16 @@ def _finish(
     write_manifest(out, kept, source=options["source"], kind=source.kind, **about)
     shutil.rmtree(out / WORK)
     shards = sum(note.written > 0 for note in notes.values())
-    return {**counts, "rejected": len(rejects), "shards": shards, "passed_over": source.passed.result()}
+    result = {**counts, "rejected": len(rejects), "shards": shards, "passed_over": source.passed.result()}
+    return result | ({"bad": bad_rows(rejects)} if options.get("conversations") else {})
+
+
+def bad_rows(rejects: list[Reject]) -> dict[str, dict[str, Any]]:
+    """{kind: {number, examples}} of rejected conversations, as of `PassedOver.result`."""
+    bad = PassedOver()
+    for reject in rejects:
+        bad.add(reject.kind or "other", reject.image)
+    return bad.result()
 
 
 # ---- options ----
@@ -443,6 +466,10 @@ def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -
         raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
     val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
     others = {"--captions": options["captions"], "--class-folders": options.get("class_folders")}
+    unread = {"caption_column": None, "class_folders": None, "no_captions": None, "template": TEMPLATE}
+    if useless := [key for key, no in unread.items() if options.get("conversations") and options.get(key, no) != no]:
+        name = f"--{useless[0].replace('_', '-')}"
+        raise UsageError(f"{name}: conversations have no use for it; leave it out", option=name, code="conflict")
     if options.get("no_captions") and (given := next((name for name, value in others.items() if value), None)):
         raise UsageError(f"--no-captions: got {given} too; one of them expected", code="conflict")
     if "{}" not in template:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, Parts, json_of
 
 IMAGE = "<image>"
@@ -35,7 +36,15 @@ BAD = {
     "two-tokens": f"more {IMAGE} than images",
     "image-without-token": f"fewer {IMAGE} than images",
     "image-in-answer": f"{IMAGE} outside a question",
+    # found by those who read rows and images
+    "not-json": "rows that are no JSON object",
+    "image-unreadable": "an image that can't be read",
 }
+
+
+def bad_lines(bad: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A line for each kind of bad rows, of {code: {number, examples}}."""
+    return passed_lines({BAD.get(code, code): about for code, about in bad.items()}, "bad rows")
 
 
 class ConversationError(ValueError):
@@ -197,11 +206,30 @@ def _check_order(turns: list[Turn]) -> None:
         raise ConversationError("no-answer", f"question {len(spoken) // 2 + 1} has no answer")
 
 
+def image_cells(about: Mapping[str, Any]) -> list[Any]:
+    """What a row has for its images, in order: of ``image`` or ``images``, else what the parts of its messages name."""
+    given = about.get("image") or about.get("images") or _in_parts(about.get("messages"))
+    cells = given if isinstance(given, list | tuple) else [given]
+    return [
+        cell for cell in cells if not (isinstance(cell, Mapping) and not any(cell.values())) and cell not in (None, "")
+    ]
+
+
+def _in_parts(messages: Any) -> list[Any]:
+    found = []
+    for turn in messages if isinstance(messages, list | tuple) else ():
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+                cell = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
+                cell = cell.get("url") if isinstance(cell, Mapping) and "url" in cell else cell
+                found.append(cell.removeprefix("file://") if isinstance(cell, str) else cell)
+    return found
+
+
 def _named(about: Mapping[str, Any]) -> int:
     """How many images a row names, where it names them as text."""
-    given = about.get("image") or about.get("images")
-    names = given if isinstance(given, list | tuple) else [given]
-    return sum(isinstance(name, str) and bool(name.strip()) for name in names)
+    return sum(isinstance(cell, str) and bool(cell.strip()) for cell in image_cells(about))
 
 
 def _parts(text: str) -> list[dict[str, str]]:

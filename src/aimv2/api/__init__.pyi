@@ -17,7 +17,7 @@ def recipes(names: str | list[str] | None = None) -> dict[str, Any]:
 def report(runs: list[str], out: str | None = None, images: int = 6, device: str | None = None, watch: float | None = None) -> dict[str, Any]:
     """Write a page of what a run has learned; for several runs their curves, figures and differences."""
 
-def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False) -> dict[str, Any]:
+def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False, conversations: bool = False) -> dict[str, Any]:
     """Convert captioned images, in whatever form they are, to WebDataset shards."""
 
 def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class RowLayout:
         return Loaded(data, captions, label, {"source": name} if name else {}, odd)
 
 
-class Layout(Protocol):
+class TableLayout(Protocol):
     """What a row of a table becomes: :class:`RowLayout`, or one of conversations."""
 
     @property
@@ -102,7 +102,7 @@ class Layout(Protocol):
     def sample(self, row: dict[str, Any], folder: Path) -> Loaded: ...
 
 
-LayoutOf = Callable[[Iterable[str], Columns, str, Mapping[str, str], PassedOver, Path | None], Layout]
+LayoutOf = Callable[[Iterable[str], Columns, str, Mapping[str, str], PassedOver, Path | None], TableLayout]
 
 
 # ---- Parquet and Arrow files ----
@@ -199,7 +199,7 @@ def open_tables(
     )
 
 
-def _check_first_paths(file: Path, layout: Layout) -> None:
+def _check_first_paths(file: Path, layout: TableLayout) -> None:
     """Paths in the first rows lead to where they may; a row further down is rejected by itself.
 
     Raises:
@@ -253,7 +253,7 @@ def stated_features(schema: Any) -> dict[str, dict[str, Any]]:
 class TableReader(Reader):
     """Reads rows of Parquet and Arrow files, a batch at a time; ``where`` is (file, row)."""
 
-    layout: Layout
+    layout: TableLayout
 
     def read(self, entry: SourceEntry) -> Loaded:
         (found,) = self.load([entry])
@@ -432,7 +432,7 @@ class DatasetReader(Reader):
     """Reads rows of a `datasets.Dataset` (memory-mapped: it pickles as file names); ``where`` is (row,)."""
 
     rows: Any
-    layout: Layout
+    layout: TableLayout
 
     def read(self, entry: SourceEntry) -> Loaded:
         try:

@@ -53,8 +53,8 @@ class Batch:
         text_len: int64 [B], real tokens per caption, end of text included; 0 without a caption.
         prefix_len: int64 [B], patches with bidirectional attention, 1..I-1; None: no prefix, no patch is
             scored.
-        token_rows: int64 [R], indices of the real tokens into the flat [B * T] text, caption by caption; padding holds
-            B * T.
+        token_rows: int64 [R], indices of the real tokens into the flat [B * T] text, caption by caption, of conversations those
+            of the answers; padding holds B * T.
         patch_rows: int64 [S], indices of the scored image positions into the flat [B * I]; padding holds 0. Position i
             predicts patch i + 1, so a prefix of M scores positions M - 1 .. I - 2 (counted from 0). With ``kept`` the indices
             are into the flat [B * K].
@@ -76,6 +76,10 @@ class Batch:
             [layers, sum of it, D]. None: the batch holds images.
         image_count: int64 [B], images of each row, which stand one after the other, row by row, in ``images`` or ``features``; of
             rows without a prefix, and 0 or more. None: one a row.
+        sizes: of conversations, height and width of each image: within its ``images``, of tiles those of the original.
+        positions: int64 [B, T] of conversations that share rows: the place of each token in its own; ``image_count`` still has an
+            entry for each. None: one a row.
+        long: conversations longer than the limit since the last batch.
     """
 
     images: Tensor
@@ -99,6 +103,9 @@ class Batch:
     sources: list[int] = field(default_factory=list)
     features: Tensor | None = None
     image_count: Tensor | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    positions: Tensor | None = None
+    long: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
@@ -115,7 +122,7 @@ class Batch:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors by name, except those of the layout."""
-        others = ("keys", "bad", "layout", "sources")
+        others = ("keys", "bad", "layout", "sources", "sizes", "long")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
     def real_tokens(self) -> Tensor:
@@ -123,7 +130,7 @@ class Batch:
         return self.token_rows[: int(self.token_count)]
 
     def __len__(self) -> int:
-        return len(self.text)
+        return len(self.text if self.positions is None else self.keys)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -207,6 +214,8 @@ def make_batch(
     sources: Sequence[int] = (),
     features: Tensor | None = None,
     image_count: Sequence[int] | Tensor | None = None,
+    answers: Sequence[Sequence[bool]] | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> Batch:
     """Collate images and tokenised captions, and index what is scored.
 
@@ -225,6 +234,8 @@ def make_batch(
         sources: B indices into the mixture; none by default.
         features: see :class:`Batch`.
         image_count: B numbers of images, see :class:`Batch`; None: one a row.
+        answers: of each text, whether a token is of an answer and scored; None: all are.
+        sizes: see :class:`Batch`.
 
     Raises:
         ValueError: prefix lengths or labels that are not whole numbers.
@@ -245,7 +256,10 @@ def make_batch(
     text = torch.zeros(len(captions), width, dtype=torch.int64)
     for row, caption in enumerate(captions):
         text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
-    real = (torch.arange(width) < text_len[:, None]).flatten().nonzero().flatten()
+    kept_tokens = torch.arange(width) < text_len[:, None]
+    for row, marks in enumerate(answers or ()):
+        kept_tokens[row, : len(marks)] = torch.tensor(marks, dtype=torch.bool)
+    real = kept_tokens.flatten().nonzero().flatten()
     rows, targets = torch.zeros(0, dtype=torch.int64), None
     if prefix is not None:
         rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)
@@ -269,6 +283,7 @@ def make_batch(
         sources=list(sources),
         features=features,
         image_count=counts,
+        sizes=list(sizes),
     )
 
 
@@ -329,6 +344,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         sources=[source for batch in batches for source in batch.sources],
         features=optional("features"),
         image_count=optional("image_count"),
+        sizes=[size for batch in batches for size in batch.sizes],
     )
 
 
@@ -380,6 +396,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 sources=batch.sources[own],
                 features=None if batch.features is None else batch.features[held],
                 image_count=None if batch.image_count is None else batch.image_count[own],
+                sizes=batch.sizes[held],
             )
         )
     return found

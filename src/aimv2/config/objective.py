@@ -157,6 +157,9 @@ BUILT_IN: dict[str, type[Any]] = {
     "contrastive": ContrastiveTaskOptions,
     "distill": DistillTaskOptions,
 }
+APART = {
+    "instruct": "aimv2.config.instruct.InstructTaskOptions"
+}  # built-in too; only their own runs hold these options
 MODULES = {"probe": "classify"}  # of tasks whose file has another name
 
 
@@ -270,7 +273,10 @@ def options_of(name: str) -> type[Any]:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if name in APART:
+        module, _, last = APART[name].rpartition(".")
+        return getattr(importlib.import_module(module), last)
     task = find_task(name)
     if task is None:
-        raise UsageError(f"objective.name {name}: one of {', '.join(BUILT_IN)} expected", code="unknown")
+        raise UsageError(f"objective.name {name}: one of {', '.join([*BUILT_IN, *APART])} expected", code="unknown")
     return task.options

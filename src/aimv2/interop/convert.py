@@ -29,9 +29,9 @@ from aimv2.models.sizes import EncoderConfig
 FORMATS = ("released", "transformers", "timm", "onnx", "openvino", "safetensors")
 
 
-def renamed(model: nn.Module, rules: Rules) -> dict[str, Tensor]:
-    """A model's tensors under other names, split along the first dimension where a rule has several."""
-    state, out = model.state_dict(), dict[str, Tensor]()
+def renamed(model: nn.Module | dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Tensors of a model, or of its state, under other names, split along the first dimension where a rule has several."""
+    state, out = model if isinstance(model, dict) else model.state_dict(), dict[str, Tensor]()
     for ours, names in rules.items():
         parts = state[ours].chunk(len(names)) if len(names) > 1 else (state[ours],)
         for name, part in zip(names, parts):

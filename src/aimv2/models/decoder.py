@@ -48,17 +48,21 @@ class TextHead(nn.Module):
 
     def forward(self, rows: Tensor, targets: Tensor | None = None) -> Tensor:
         """[R, D] -> logits [R, V]; with targets int64 [R] (-100: ignored) the summed cross-entropy [] in fp32."""
-        if targets is None:
-            return self.linear(rows)
-        if len(rows) <= 2 * CHUNK_ROWS:
-            return self._loss(rows, targets)
-        total = rows.new_zeros((), dtype=torch.float32)
-        for part, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS)):
-            total = total + checkpoint(self._loss, part, target, use_reentrant=False, preserve_rng_state=False)
-        return total
+        return self.linear(rows) if targets is None else summed_cross_entropy(self.linear, rows, targets)
 
-    def _loss(self, rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.linear(rows).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+def summed_cross_entropy(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy [] in fp32 of a head's logits for rows [R, D]; targets int64 [R] (-100: ignored). Of many rows in chunks."""
+
+    def loss(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(part).float(), wanted, ignore_index=IGNORED, reduction="sum")
+
+    if len(rows) <= 2 * CHUNK_ROWS:
+        return loss(rows, targets)
+    total = rows.new_zeros((), dtype=torch.float32)
+    for part, wanted in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS)):
+        total = total + checkpoint(loss, part, wanted, use_reentrant=False, preserve_rng_state=False)
+    return total
 
 
 class Trunk(nn.Module):

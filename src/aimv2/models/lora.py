@@ -1,24 +1,27 @@
-"""LoRA on the encoder's linears (arXiv 2106.09685), through ``peft``: ``W x + B (A x)``, W frozen."""
+"""LoRA on linears (arXiv 2106.09685), through ``peft``: ``W x + B (A x)``, W frozen."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimv2.errors import need
-from aimv2.models.encoder import VisionEncoder
 
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_up|down))"
 BASE, LEFT, RIGHT = ".base_layer.weight", ".lora_B.default.weight", ".lora_A.default.weight"
+BASE_BIAS = ".base_layer.bias"
 
 
-def add_lora(encoder: VisionEncoder, rank: int, seed: int) -> None:
+def add_lora(model: nn.Module, rank: int, seed: int, targets: str | Sequence[str] = TARGETS) -> None:
     """Add LoRA to every linear of the blocks, in place, and freeze the original weights; B starts at zero.
 
     Args:
-        encoder: encoder with its weights.
+        model: encoder, or another model, with its weights.
         rank: rank of A [rank, in] and B [out, rank]; their product is not scaled (peft's alpha equals the rank).
         seed: seed for A.
+        targets: names of the linears, or a pattern of them; those of an encoder by default.
 
     Raises:
         UsageError: peft is not installed.
@@ -28,7 +31,8 @@ def add_lora(encoder: VisionEncoder, rank: int, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), encoder)
+        chosen = targets if isinstance(targets, str) else list(targets)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), model)
 
 
 def merge_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,5 +43,5 @@ def merge_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = key.removesuffix(BASE)
             plain[name + ".weight"] = value + weights[name + LEFT] @ weights[name + RIGHT]
         elif not key.endswith((LEFT, RIGHT)):
-            plain[key] = value
+            plain[key.replace(BASE_BIAS, ".bias")] = value
     return plain

@@ -7,6 +7,7 @@ losses are an objective. It is made anew for each run and may keep what it build
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.config.schema import Config, OptimConfig
+from aimv2.data.shards.format import Parts
+from aimv2.data.stream.samples import View
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
+from aimv2.interop.model_folder import write_model
 from aimv2.models.sizes import EncoderConfig
 from aimv2.objectives import Objective
-from aimv2.tasks.held_out import HeldOut
+from aimv2.tasks.held_out import HeldOut, read_held_out
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Task(ABC):
         cools: whether ``optim.schedule=cooldown`` may continue a run of it.
         start_text: token that its captions begin with, which a newly trained tokenizer gets; None: none.
         no_captions: end of the message where captions are missing.
+        compiles: whether its blocks may be compiled.
     """
 
     options: ClassVar[type[Any]]
@@ -67,6 +72,7 @@ class Task(ABC):
     cools: ClassVar[bool] = False
     start_text: ClassVar[str | None] = None
     no_captions: ClassVar[str] = ""
+    compiles: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -78,6 +84,13 @@ class Task(ABC):
 
     def check_world(self, world: World) -> None:  # noqa: B027
         """Raises UsageError where it can't run on so many ranks."""
+
+    def check_samples(self, samples: Sequence[Parts]) -> None:  # noqa: B027
+        """Raises UsageError where the first samples of the training data are not what it learns from."""
+
+    def defaults(self, pairs: int, kind: Any, given: set[str]) -> dict[str, Any] | None:
+        """Values of a run without a recipe on ``pairs`` samples; None: those of pre-training. See :mod:`aimv2.train.defaults`."""
+        return None
 
     def reads_text(self) -> bool:
         """Whether it trains on captions."""
@@ -115,6 +128,10 @@ class Task(ABC):
     def objective(self, model: nn.Module) -> Objective:
         """The losses of a model that it built."""
 
+    def view(self, encoder: EncoderConfig) -> View | None:
+        """What it takes of a sample; None: as the options of the data say."""
+        return None
+
     def stream(self, context: Context, model: nn.Module) -> Any:
         """Endless batches of another form than images and captions, restorable; None: the common stream."""
         return None
@@ -138,6 +155,11 @@ class Task(ABC):
 
     # ---- what comes of it ----
 
+    def held_out(self, shards: Sequence[Path], view: View, tokenizer: Tokenizer | None, world: World) -> HeldOut:
+        """The held-out samples of this rank, in memory."""
+        count, tokens = self.config.eval.samples, self.config.data.max_tokens
+        return read_held_out(shards, view, tokenizer, count, tokens, world.rank, world.size)
+
     @abstractmethod
     def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:
         """Figures on the held-out samples of all ranks, by name (``val_...``)."""
@@ -145,6 +167,10 @@ class Task(ABC):
     def exported(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model folder keeps of the trained weights."""
         return weights
+
+    def write(self, folder: Path, model: nn.Module, weights: dict[str, Tensor], card: str) -> None:
+        """Writes the model folder; ``weights``: what :meth:`exported` gave."""
+        write_model(folder, model.config_dict(), weights, card)  # type: ignore[operator]
 
     def card(self) -> CardText:
         """Its part of the model card."""

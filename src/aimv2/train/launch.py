@@ -109,11 +109,16 @@ def settle(
     samples, pairs = prepare.first_samples(config, 64), 0
     if recipe is None:
         pairs = training_samples(config.data)
-        known = config.init is not None and config.model.name == "auto"
-        encoder = task_of(config).encoder_config(config.data.vocab_size) if known else None
-        base = defaults.defaults_for(samples, pairs, defaults.kind_here(), config, set(given), encoder)
-        if config.init is not None:
-            del base["model.name"], base["data.vocab_size"]  # those of init
+        task, kind = task_of(config), defaults.kind_here()
+        own = task.defaults(pairs, defaults.KINDS[kind], set(given))
+        if own is None:
+            known = config.init is not None and config.model.name == "auto"
+            encoder = task.encoder_config(config.data.vocab_size) if known else None
+            base = defaults.defaults_for(samples, pairs, kind, config, set(given), encoder)
+            if config.init is not None:
+                del base["model.name"], base["data.vocab_size"]  # those of init
+        else:
+            base = {**own, "objective.name": config.objective.name}
         config = parse({**base, **given})
         prepare.locate_data(config)
     scaled = recipe is None and "optim.warmup" not in given
@@ -121,7 +126,8 @@ def settle(
     for line in defaults.too_many_visits(config, pairs, defaults.VISITS) if recipe is None else ():
         say(line)
     base |= {"train.steps": config.train.steps} | ({"optim.warmup": config.optim.warmup} if scaled else {})
-    task_of(config).check()
+    (task := task_of(config)).check()
+    task.check_samples(samples)
     prepare.check_captions(samples, config)
     prepare.check_labels(samples, config)
     return config, base
@@ -199,7 +205,7 @@ def build_trainer(
     task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
     model = task.build(Context(tokenizer, world, resuming))
-    compiled, line = want_compile(config.train, world)
+    compiled, line = want_compile(config.train, world) if task.compiles else (False, None)
     if config.data.pack and compiled:  # rows of ever new lengths
         compiled, line = False, "running eager: packed rows (data.pack) have a new length each step"
     if line:

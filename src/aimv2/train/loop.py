@@ -18,10 +18,9 @@ from aimv2.data.stream.samples import TrainStream, View, validation_shards
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.interop.model_folder import write_model
 from aimv2.models.flops import peak_flops
 from aimv2.tasks import Task, task_of
-from aimv2.tasks.held_out import HeldOut, read_held_out
+from aimv2.tasks.held_out import HeldOut
 from aimv2.tasks.task import Context
 from aimv2.train.best import Best
 from aimv2.train.card import model_card
@@ -82,7 +81,8 @@ class Trainer:
         self.task = task or task_of(config)
         if stream is None:
             self.encoder = cast(Trainable, model).encoder.config
-            self.view = make_view(config, self.encoder, self.task.reads_text(), world)
+            view = self.task.view(self.encoder)
+            self.view = view or make_view(config, self.encoder, self.task.reads_text(), world)
             self.view.teacher = self.task.stored_width()
             self.stream: Stream = self.task.stream(Context(tokenizer, world), model) or TrainStream(
                 config.data, self.view, tokenizer, config.train.batch_size, config.seed, world.rank, world.size
@@ -256,10 +256,7 @@ class Trainer:
         """Scores the validation split, where there is one."""
         if self.held_out is None:
             shards = validation_shards(self.config.data)
-            self.held_out = read_held_out(
-                shards, self.view, self.tokenizer, self.config.eval.samples, self.config.data.max_tokens,
-                self.world.rank, self.world.size,
-            )  # fmt: skip
+            self.held_out = self.task.held_out(shards, self.view, self.tokenizer, self.world)
         if not shards_held(self.held_out, self.world):
             return
         start = time.perf_counter()
@@ -301,7 +298,7 @@ class Trainer:
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The model folder of this step."""
         card = model_card(self.config, self.task.card(), self.encoder, self.step, self.figures)
-        write_model(folder, self.unwrapped().config_dict(), self.task.exported(self.model, weights), card)
+        self.task.write(folder, self.model, self.task.exported(self.model, weights), card)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 

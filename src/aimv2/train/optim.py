@@ -1,4 +1,4 @@
-"""AdamW with the paper's fully decoupled weight decay, and the groups of parameters it works on."""
+"""AdamW with the paper's fully decoupled weight decay, and the groups of parameters that it works on."""
 
 from __future__ import annotations
 
@@ -9,24 +9,7 @@ import torch
 from torch import nn
 
 from aimv2.config.schema import OptimConfig
-
-DECAYED = (nn.Linear, nn.Conv2d, nn.Embedding)  # their matrices; norms, biases, positions and [BOS] are not decayed
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Decayed and undecayed parameters: every parameter once, asserted.
-
-    Returns:
-        two groups with ``name`` and ``params``, in the model's order.
-    """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            (decayed if isinstance(module, DECAYED) and name == "weight" else plain).append(parameter)
-    every = [id(p) for p in model.parameters()]
-    assert sorted(map(id, decayed + plain)) == sorted(every), "groups must partition the parameters"
-    return [{"name": "decayed", "params": decayed}, {"name": "plain", "params": plain}]
+from aimv2.models.groups import parameter_groups
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -57,11 +40,7 @@ def make_optimizer(
 
 def trained_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of what learns, each with ``weight_decay`` and ``scale``, its learning rate as a fraction of the last layer's."""
-    strength = config.weight_decay
-    if config.decay == "full" and strength:
-        strength /= config.lr
-    groups = parameter_groups(model)
-    groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
+    groups = parameter_groups(model, config)
     if config.freeze_encoder:
         groups = split_encoder(model, groups)
     if config.layer_decay != 1:

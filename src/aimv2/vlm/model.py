@@ -127,15 +127,13 @@ class VisionLanguage(nn.Module):
         return self.head(self.language(inputs_embeds=x, attention_mask=attention_mask).last_hidden_state)
 
 
-def open_folder(source: str | Path) -> tuple[Any, Any]:
-    """The model and the processor of a folder of ``aimv2 vlm build``, both of transformers.
+def vlm_folder(source: str | Path, option: str = "VLM") -> Path:
+    """The folder of a vision-language model of ``aimv2 vlm build``, or of a run that trained one.
 
     Raises:
-        UsageError: an encoder or another model, incomplete weights, a processor that can't be opened.
+        UsageError: nothing there, an encoder or another model.
     """
-    from transformers import AutoProcessor
-
-    with named("VLM"):
+    with named(option):
         at = load.locate(source)
         config = read_json(at.folder / "config.json")
         if not is_vlm(config) or config["vision_config"].get("model_type") != "aimv2_vision_model":
@@ -144,16 +142,38 @@ def open_folder(source: str | Path) -> tuple[Any, Any]:
             raise UsageError(
                 f"MODEL {source}: {kind}; a folder of `aimv2 vlm build ENCODER LLM OUT` is expected", code="mismatch"
             )
-        model, missing = open_transformers(str(source), at.folder, "cpu", "AutoModelForImageTextToText")
-    if missing:
-        raise UsageError(f"VLM {source}: its weights lack {', '.join(list(missing)[:3])}", code="mismatch")
+    return at.folder
+
+
+def open_processor(folder: Path) -> Any:
+    """The processor of a folder.
+
+    Raises:
+        UsageError: it can't be opened.
+    """
+    from transformers import AutoProcessor
+
     try:
         with quiet():
-            return model, AutoProcessor.from_pretrained(at.folder, trust_remote_code=False, local_files_only=True)
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of the file system, of a configuration
         raise UsageError(
-            f"VLM {source}: its processor can't be opened ({first_line(error)})", code="unreadable"
+            f"VLM {folder}: its processor can't be opened ({first_line(error)})", code="unreadable"
         ) from None
+
+
+def open_folder(source: str | Path) -> tuple[Any, Any]:
+    """The model and the processor of a folder of ``aimv2 vlm build``, both of transformers.
+
+    Raises:
+        UsageError: an encoder or another model, incomplete weights, a processor that can't be opened.
+    """
+    folder = vlm_folder(source)
+    with named("VLM"):
+        model, missing = open_transformers(str(source), folder, "cpu", "AutoModelForImageTextToText")
+    if missing:
+        raise UsageError(f"VLM {source}: its weights lack {', '.join(list(missing)[:3])}", code="mismatch")
+    return model, open_processor(folder)
 
 
 def open_vlm(source: str | Path) -> tuple[VisionLanguage, Any]:

@@ -33,7 +33,6 @@ from aimv2.data.shards.format import captions_of, find_shards, image_of, label_o
 from aimv2.data.shards.index import build_index, count_samples
 from aimv2.data.shards.tars import without_dead_links
 from aimv2.data.stream.native import draw_area, fit_area, make_native_batch, pack
-from aimv2.data.stream.teacher_views import draw_view
 from aimv2.data.stream.transforms import Box, crop_resize, random_crop_box, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
@@ -167,6 +166,8 @@ class PairEncoder(TaskEncoder):
         except ImageError as error:
             self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
             raise SkipSample() from None
+        except SkipSample:
+            raise
         except Exception as error:  # not the sample's fault: energon would try a hundred more
             raise FatalSampleError(
                 f"{FATAL}{sample.get('__shard__', '')}/{key}: {type(error).__name__}: {error}"
@@ -189,8 +190,11 @@ class PairEncoder(TaskEncoder):
         draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
         parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
         image = decode_image(image_bytes(parts), config.max_pixels, draft)
-        stored = draw_view(rng, parts, patches, self.view.teacher) if self.view.teacher else None
-        if stored is not None:
+        stored = None
+        if self.view.teacher:
+            from aimv2.data.stream.teacher_views import draw_view
+
+            stored = draw_view(rng, parts, patches, self.view.teacher)
             image = crop_resize(image, stored.place(*image.size), (size, size))
         elif native is None:
             box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
@@ -377,12 +381,12 @@ class TrainStream:
                 code="limit",
             )
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
-        kind = PairEncoder if view.native is None else NativePairEncoder
-        encoder = kind(config, view, tokenizer, seed, worker)
+        size = batch_size // (world_size * self.parts)
+        encoder = self.encoder(config, view, tokenizer, seed, worker, size)
         dataset = encoder.build_train_datasets(
             datasets=_load(self.indices, encoder.sources, worker),
             worker_config=worker,
-            batch_size=batch_size // (world_size * self.parts) if view.native is None else None,
+            batch_size=size if view.native is None else None,
             batch_drop_last=False,
             packing_buffer_size=None,
             virtual_epoch_length=0,
@@ -396,6 +400,12 @@ class TrainStream:
         if config.workers:
             self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         self.batches: Iterator[Batch] | None = None
+
+    def encoder(
+        self, config: DataConfig, view: View, tokenizer: Tokenizer | None, seed: int, worker: WorkerConfig, size: int
+    ) -> PairEncoder:
+        """What each worker makes of its samples, ``size`` of them a step."""
+        return (PairEncoder if view.native is None else NativePairEncoder)(config, view, tokenizer, seed, worker)
 
     def __iter__(self) -> Iterator[Batch | list[Batch]]:
         return self
@@ -421,6 +431,10 @@ class TrainStream:
         self.bad += [bad for part in parts for bad in part.bad]
         if len(self.bad) > self.max_bad:
             raise RankError(too_many_bad(self.bad, self.max_bad))
+        return self.joined(parts)
+
+    def joined(self, parts: list[Batch]) -> Batch | list[Batch]:
+        """The workers' parts of a step as a batch, or as micro-batches."""
         if self.view.native is None:
             return join_batches(parts, self.view.patches)
         row = self.view.native.pack

@@ -1,0 +1,49 @@
+"""``aimv2 vlm train``: instruction tuning, a run of ``objective.name=instruct``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aimv2.commands.pretrain import PretrainOptions
+from aimv2.errors import UsageError
+
+EXAMPLES = """\
+aimv2 vlm train --init vlm --data.train shards/talks --dry-run   # what a run would take
+aimv2 vlm train --init vlm --data.train shards/talks --run runs/vlm
+aimv2 vlm train --config vlm-llava --init vlm --data.train shards/llava --run runs/llava
+aimv2 vlm train --run runs/vlm --resume"""
+FIRST = (
+    "config run data.train init objective.connector_scale objective.freeze objective.pack optim.lr optim.lora train.steps train.epochs "
+    "train.batch_size train.max_hours resume overwrite dry_run print_config"
+)
+NAME = "objective.name"
+
+
+@dataclass(kw_only=True)
+class VlmTrainOptions(PretrainOptions):
+    """Tune a vision-language model of `aimv2 vlm build` on conversations about images.
+
+    The connector and the language model learn, the encoder is frozen. The run's model folder opens with transformers, as that of init does.
+
+    Args:
+        config: YAML recipe, by path or by a name of `aimv2 recipes`; without one the values of Table C1 and one epoch
+    """
+
+
+def run(options: VlmTrainOptions) -> dict[str, Any]:
+    """
+    Returns:
+        the run's summary (also in ``summary.json``; of several processes on the first only, the others have ``run`` and ``step``), or
+        what ``dry_run`` or ``print_config`` found.
+
+    Raises:
+        UsageError: a mistake of input, in one line.
+        Interrupted: a signal came; the run has been saved.
+    """
+    from aimv2.commands.pretrain import run as pretrain
+
+    given = dict(options.options or {})
+    if given.setdefault(NAME, "instruct") != "instruct":
+        raise UsageError(f"{NAME} {given[NAME]}: vlm train is of instruct; `aimv2 pretrain` takes others", option=NAME, code="conflict")
+    return pretrain(PretrainOptions(**{**vars(options), "options": given}))

@@ -1,0 +1,75 @@
+"""Options of ``objective.name=instruct``, apart from those of other tasks: only its own configuration holds them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from aimv2.config.objective import refuse_decoder_options, refuse_features, refuse_layer_decay
+from aimv2.errors import UsageError
+
+if TYPE_CHECKING:
+    from aimv2.config.schema import Config
+
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."  # Table C2
+
+
+@dataclass
+class InstructTaskOptions:
+    """Answers about images, through a language model (AIMV2, section 5.6).
+
+    Args:
+        freeze: keep the encoder frozen; false trains it too
+        connector_scale: learning rate of the connector relative to the language model's (Table C1: 8)
+        encoder_scale: learning rate of the encoder relative to the language model's, with objective.freeze=false
+        row_tokens: most tokens of a conversation, those of its images included; null: the context of the language model
+        long_rows: what becomes of longer conversations: skip = left out; cut = they end there, where images and an answer remain
+        caption_prompt: question of samples that have captions and no conversation
+        length_window: batches from which conversations of similar length are put together; 0 or 1: as they come
+        pack: conversations share rows, each with positions and attention of its own; loss and gradient stay the same
+    """
+
+    freeze: bool = True
+    connector_scale: float = 8.0
+    encoder_scale: float = 0.1
+    row_tokens: int | None = None
+    long_rows: Literal["skip", "cut"] = "skip"
+    caption_prompt: str = CAPTION_PROMPT
+    length_window: int = 8
+    pack: bool = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raises UsageError for values out of range and for options of other models."""
+        objective = cast(InstructTaskOptions, config.objective)
+        low = {"connector_scale": 0.0, "encoder_scale": 0.0, "row_tokens": 2, "length_window": 0}
+        for key, least in low.items():
+            value = getattr(objective, key)
+            if value is not None and not value >= least:
+                raise UsageError(
+                    f"objective.{key} must be at least {least:g}, got {value:g}", option=f"objective.{key}"
+                )
+        if not objective.caption_prompt.strip():
+            raise UsageError(
+                "objective.caption_prompt is empty; a question is expected", option="objective.caption_prompt"
+            )
+        refuse_features(config)
+        refuse_layer_decay(config, True)
+        lora, config.optim.lora = config.optim.lora, 0  # of the language model, not of an encoder under a decoder
+        try:
+            refuse_decoder_options(config)
+        finally:
+            config.optim.lora = lora
+        refused = {
+            "train.compile on": config.train.compile == "on",
+            "train.patch_budget": config.train.patch_budget is not None,
+            "eval.knn": config.eval.knn,
+            "eval.probe": config.eval.probe,
+            "model.name": config.model.name != "auto",
+        }
+        if name := next((name for name, there in refused.items() if there), None):
+            raise UsageError(
+                f"{name}: objective.name=instruct trains the model of init as it is, without it; leave it out",
+                option=name.split()[0],
+                code="conflict",
+            )

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from aimv2.commands.parse import option_fields, options_class, spelled
 from aimv2.commands.table import COMMANDS, GROUPS
 from aimv2.config.recipes import is_chain, shipped
-from aimv2.config.schema import Config, get_value, known_keys, leaf_keys
+from aimv2.config.schema import config_class, get_value, known_keys, leaf_keys
 
 MODELS_TOO = ("model", "init", "other", "teacher", "objective.teacher", "source")  # take a model by name or by path
 COMMON = ("json", "debug", "help", "help-all")
@@ -75,12 +75,12 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         more: dict[str, Any] = {"nargs": "*"} if many else {}
         offer(parser.add_argument(key, **more), key, hints[key])
     if command.configured:
-        for key, kind in config_types().items():
+        for key, kind in config_types(command.task).items():
             add_option(parser, key, key, kind)
     for key, field in option_fields(name).items():
         if command.configured and key in ("run", "options"):  # a key of the configuration; the values by key
             continue
-        if name == "pretrain" and field.default is False:
+        if command.part == "train" and field.default is False:
             parser.add_argument(spelled(name, key), action="store_true")
         elif key not in words:
             add_option(parser, key, spelled(name, key)[2:], hints[key])
@@ -89,14 +89,14 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def config_types() -> dict[str, Any]:
-    """The type of each dotted key of a configuration."""
-    config, kinds = Config(), {}
-    for key in leaf_keys():
+def config_types(task: str | None = None) -> dict[str, Any]:
+    """The type of each dotted key of a task's configuration."""
+    config, kinds = config_class(task)(), {}
+    for key in leaf_keys(type(config)):
         section, _, name = key.rpartition(".")
         owner = get_value(config, section) if section else config
         kinds[key] = get_type_hints(type(owner))[name]
-    assert all(dataclasses.is_dataclass(get_value(config, key)) for key in set(known_keys()) - set(kinds))
+    assert all(dataclasses.is_dataclass(get_value(config, key)) for key in set(known_keys(type(config))) - set(kinds))
     return kinds
 
 

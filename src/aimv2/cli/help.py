@@ -23,7 +23,7 @@ from aimv2.commands.parse import (
     spelled,
 )
 from aimv2.commands.table import COMMANDS
-from aimv2.config.schema import AUTO, Config, get_value
+from aimv2.config.schema import AUTO, config_class, get_value
 from aimv2.config.types import allowed
 
 CONFIG_HELP = "YAML recipe, by path or by a name of `aimv2 recipes`; --section.key value overrides it"
@@ -92,7 +92,8 @@ def option_of(name: str, key: str) -> tuple[str, Any, Any]:
         return CONFIG_HELP, str, None
     if COMMANDS[name].configured and (key == "run" or key not in option_fields(name)):
         section, _, last = key.rpartition(".")
-        owner = get_value(Config(), section) if section else Config()
+        whole = config_class(COMMANDS[name].task)()
+        owner = get_value(whole, section) if section else whole
         default = "auto" if key in AUTO else getattr(owner, last)
         return argument_texts(type(owner))[last], get_type_hints(type(owner))[last], default
     hint = get_type_hints(options_class(name), include_extras=True)[key]
@@ -116,14 +117,15 @@ def help_parser(name: str) -> Any:
     if not COMMANDS[name].configured:
         return parser_of(name)
     parser, texts, hints = make_parser(name), help_texts(name), plain_hints(name)
-    kind: dict[str, Any] = {} if name == "pretrain" else {"type": str}
+    trains = COMMANDS[name].part == "train"
+    kind: dict[str, Any] = {} if trains else {"type": str}
     parser.add_argument("--config", metavar="RECIPE", help=CONFIG_HELP, **kind)
-    for key, field in option_fields(name).items():  # switches of pretrain have no value, options of others have
+    for key, field in option_fields(name).items():  # switches of training have no value, options of others have
         if key not in ("config", "run", "options"):
-            bare: dict[str, Any] = {"action": "store_true"} if field.default is False and name == "pretrain" else {}
+            bare: dict[str, Any] = {"action": "store_true"} if field.default is False and trains else {}
             parser.add_argument(f"--{key}", help=texts[key], **(bare or {"type": hints[key], "default": field.default}))
     add_common(parser)
-    parser.add_class_arguments(Config, nested_key=None)
+    parser.add_class_arguments(config_class(COMMANDS[name].task), nested_key=None)
     for action in parser._actions:
         if action.dest in AUTO:
             action.default = "auto"

@@ -27,7 +27,9 @@ class Command:
 PARTS = ("train", "data", "evaluate", "use")  # in the order in which ``aimv2 --help`` lists them
 COMMANDS = {
     "pretrain": Command((), "pre-train an AIMV2; with nothing given, the demo", "train", configured=True),
-    "vlm train": Command((), "tune a vision-language model on conversations", "train", configured=True, task="instruct"),
+    "vlm train": Command(
+        (), "tune a vision-language model on conversations", "train", configured=True, task="instruct"
+    ),
     "run": Command(("chain",), "run a chain of stages: what is not done yet, and one report", "train"),
     "recipes": Command(("names*",), "list the recipes and chains by name, or print one", "train"),
     "report": Command(("runs*",), "write a page of one run, or a comparison of several", "train"),

@@ -45,5 +45,9 @@ def run(options: VlmTrainOptions) -> dict[str, Any]:
 
     given = dict(options.options or {})
     if given.setdefault(NAME, "instruct") != "instruct":
-        raise UsageError(f"{NAME} {given[NAME]}: vlm train is of instruct; `aimv2 pretrain` takes others", option=NAME, code="conflict")
+        raise UsageError(
+            f"{NAME} {given[NAME]}: vlm train is of instruct; `aimv2 pretrain` takes others",
+            option=NAME,
+            code="conflict",
+        )
     return pretrain(PretrainOptions(**{**vars(options), "options": given}))

@@ -38,6 +38,7 @@ from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 from aimv2.models.sizes import MODELS
 
+BUILT = ("deepseek_vl", "llava", "llava_next")  # model types of `aimv2 vlm build`
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 EXPORTS = {  # files for other runtimes
     "openvino_model.xml": "an OpenVINO export; aimv2.interop.openvino.OpenVINOEncoder opens it",
@@ -340,10 +341,17 @@ def model_type(folder: Path) -> str | None:
 
 def detect(at: ModelSource, weights: Weights) -> Detected:
     """:func:`aimv2.interop.layouts.detect`, which says what a model of another kind is."""
+    kind = model_type(at.folder)
+    if kind in BUILT:
+        raise UsageError(
+            f"MODEL {at.given}: a vision-language model ('{kind}'), which `aimv2 vlm train` takes; its encoder is expected, as it was "
+            "before `aimv2 vlm build`",
+            code="mismatch",
+        )
     try:
         return layouts.detect(weights.keys(), weights.where)
     except UsageError as error:
-        if (kind := model_type(at.folder)) is None:
+        if kind is None:
             raise
         raise UsageError(
             f"MODEL {at.given}: a model of transformers, model_type '{kind}' in its {model_folder.CONFIG}; an AIMV2 is expected "

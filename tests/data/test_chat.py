@@ -1,0 +1,131 @@
+"""Chat templates of every make: the scored tokens are the answers and their end of turn, and prompts are as generation has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aimv2.data.text.chat import Chat, ChatError
+from aimv2.data.text.conversations import Conversation, Turn
+from aimv2.errors import UsageError
+from aimv2.vlm.language import FLATTEN
+from tiny_llm import TEMPLATE, tokenizer
+
+END = "<|im_end|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "chatml": (CHATML, "red one<|im_end|>"),
+    "default system": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful, assistant.<|im_end|>\n{% endif %}"
+        + CHATML,
+        "red one<|im_end|>",
+    ),
+    "llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
+        "red one<|im_end|>",
+    ),
+    "vicuna": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} {% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
+        "{% else %}ASSISTANT: {{ m['content'] }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        " red one<end>",
+    ),
+    "thinking": (  # an empty thought before the last answer only, in the answer's part
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "red one<|im_end|>",
+    ),
+    "plain": (TEMPLATE, "red one\n"),
+    "no end": (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        "red one",
+    ),
+}
+TALK = Conversation(
+    (
+        Turn("user", "<image>\nWhat colour is it?"),
+        Turn("assistant", "red one"),
+        Turn("user", "And assistant, where?"),
+        Turn("assistant", "user: left"),
+    )
+)
+
+
+def made(template: str) -> Any:
+    words = tokenizer(FLATTEN + template)
+    words.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<|im_start|>", END, "<|head|>", "<|/head|>"], "bos_token": "<s>"},
+        replace_extra_special_tokens=False,
+    )
+    return words
+
+
+def answers(words: Any, ids: list[int], scored: list[bool]) -> list[str]:
+    """The text of each run of scored tokens."""
+    runs: list[list[int]] = []
+    for number, (one, mark) in enumerate(zip(ids, scored)):
+        if mark:
+            runs += [[]] if not number or not scored[number - 1] else []
+            runs[-1].append(one)
+    return [words.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answers_and_their_ends_are_scored(name: str, system: bool) -> None:
+    template, first = TEMPLATES[name]
+    words = made(template)
+    talk = Conversation((Turn("system", "Be brief."), *TALK.turns)) if system else TALK
+    chat, messages = Chat(words), talk.messages()
+    for _ in range(5):  # the first are compared with a whole rendering, the others rely on the frame
+        ids, scored = chat.encode(talk)
+        found = answers(words, ids, scored)
+        last = first.replace("red one", "user: left")
+        if name == "thinking":
+            last = "<think>\n\n</think>\n\n" + last
+        assert found == [first, last + "<end>" if name == "no end" else last]
+    shown = words.apply_chat_template(messages, tokenize=False)
+    assert words.decode(ids).removesuffix("<end>" if name == "no end" else "") == shown
+    if name not in ("plain", "no end"):  # there the answer's first token would swallow the prompt's last space
+        assert ids == words(shown, add_special_tokens=False)["input_ids"]
+    start = len(messages) - 3
+    prompt = words.apply_chat_template(messages[:start], add_generation_prompt=True, return_dict=False)
+    assert ids[: scored.index(True)] == prompt
+
+
+def test_a_turn_that_the_template_reads_is_rendered_whole() -> None:
+    words = made(CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"))
+    chat = Chat(words)
+    assert answers(words, *chat.encode(TALK)) == ["red one" + END, "user: left" + END]
+    thought = Conversation((*TALK.turns[:3], Turn("assistant", "hm</think>left")))
+    with pytest.raises(ChatError, match="answer 2"):
+        chat.encode(thought)
+    assert answers(words, *chat.encode(TALK)) == ["red one" + END, "user: left" + END]
+
+
+def test_a_template_that_refuses_is_named() -> None:
+    chat = Chat(made("{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}" + CHATML))
+    with pytest.raises(ChatError, match="no system here"):
+        chat.encode(Conversation((Turn("system", "Be brief."), *TALK.turns)))
+    assert any(chat.encode(TALK)[1])
+
+
+def test_tokens_that_the_tokenizer_adds_come_first() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    words = made(CHATML)
+    words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", words.bos_token_id)])
+    ids, scored = Chat(words).encode(TALK)
+    assert ids == words(words.apply_chat_template(TALK.messages(), tokenize=False))["input_ids"]
+    assert ids[0] == words.bos_token_id
+    assert not scored[0]
+
+
+def test_a_tokenizer_without_a_library_is_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        Chat(object())
+    assert error.value.option == "init"

@@ -1,0 +1,218 @@
+"""``aimv2 vlm train``: the answers are learned, the encoder is not, and a stop, two processes or packed rows change nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from aimv2 import api
+from aimv2.data.scenes import write_scenes
+from aimv2.data.stream.conversations import RowMaker
+from aimv2.data.text.conversations import Conversation, Turn
+from aimv2.errors import UsageError
+from aimv2.vlm.model import open_vlm
+from runs import assert_refused, light_collections, metrics, torchrun
+from tiny_llm import encoder, inputs, language_model, picture
+
+TINY = {
+    "data.workers": 0, "data.shuffle_buffer": 20, "optim.lr": 3e-3, "optim.warmup": 1, "train.steps": 6, "train.batch_size": 8,
+    "train.precision": "fp32", "train.log_every": 1, "train.save_every": 0, "eval.every": 3, "eval.samples": 12,
+    "log.tensorboard": False, "log.report": False,
+}  # fmt: skip
+EXACT = ("step", "loss", "answer_loss", "grad_norm", "lr", "val_answer_loss", "val_answer_accuracy")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``vlm``, ``native`` and ``tiles``, and shards of conversations and of captions."""
+    root = tmp_path_factory.mktemp("train")
+    encoder(root / "eyes")
+    encoder(root / "eyes-native", native=True)
+    language_model(root / "llm", tie_word_embeddings=True, initializer_range=0.02)
+    api.vlm_build(root / "eyes", root / "llm", root / "vlm")
+    api.vlm_build(root / "eyes", root / "llm", root / "tiles", tiles=2)
+    api.vlm_build(root / "eyes-native", root / "llm", root / "native", image_size=40)
+    write_scenes(str(root / "talks"), 60, val_count=12, size=32, questions=2)
+    write_scenes(str(root / "captions"), 20, val_count=12, size=32)
+    return root
+
+
+def train(root: Path, run: Path, vlm: str = "vlm", data: str = "talks", **options: Any) -> Path:
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    with light_collections():
+        api.vlm_train(run=str(run), options={**TINY, "init": str(root / vlm), "data.train": str(root / data), **given})
+    return run
+
+
+def exact(run: Path) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in EXACT if key in line} for line in metrics(run)]
+
+
+def close(one: Path, other: Path) -> bool:
+    pairs = list(zip(exact(one), exact(other), strict=True))
+    return all(left == pytest.approx(right, rel=2e-4, abs=1e-7) for left, right in pairs)
+
+
+def without_dtype(about: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in about.items() if key != "dtype"}
+
+
+def folder_of(run: Path, step: int = 6) -> Path:
+    return run / "checkpoints" / f"step-{step:07d}" / "model"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(root, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_answers_are_learned_and_the_encoder_stays(root: Path, run: Path) -> None:
+    first, *_, last = [line for line in metrics(run) if "loss" in line]
+    assert last["loss"] < first["loss"] - 0.1
+    assert 0 <= metrics(run)[-1]["val_answer_accuracy"] <= 1
+    before, after = weights(root / "vlm"), weights(folder_of(run))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if ".vision_model." in name} != set()
+
+
+@torch.no_grad()
+def test_transformers_opens_the_runs_folder(root: Path, run: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, found = AutoModelForImageTextToText.from_pretrained(folder_of(run), output_loading_info=True)
+    assert not any(found.values()), found
+    processor = AutoProcessor.from_pretrained(folder_of(run))
+    given = inputs(processor, picture(50, 20))
+    ours, _ = open_vlm(run)
+    found = ours(given["input_ids"], given["pixel_values"], given["attention_mask"])
+    torch.testing.assert_close(model.eval()(**given).logits, found, rtol=1e-4, atol=1e-5)
+    for name in ("generation_config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (folder_of(run) / name).read_bytes() == (root / "vlm" / name).read_bytes(), name
+    about = [
+        json.loads((folder / "config.json").read_text(), object_hook=without_dtype)
+        for folder in (folder_of(run), root / "vlm")
+    ]
+    assert about[0] == about[1]
+    assert "val_answer_loss" in (folder_of(run) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("vlm", ["vlm", "native", "tiles"])
+@torch.no_grad()
+def test_rows_are_what_the_processor_makes(vlm: str, root: Path) -> None:
+    ours, processor = open_vlm(root / vlm)
+    maker, images = RowMaker(processor, None, False, "?", 10**8), [picture(50, 20), picture(21, 64), picture(32, 32)]
+    for image in images:
+        turns = [Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a <small> square")]
+        row = maker("key", shown(image, turns))
+        messages = Conversation(tuple(turns)).messages()
+        messages[0]["content"][0] = {"type": "image", "image": image}
+        given = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert maker.chat.tokenizer.decode(row.ids) == maker.chat.tokenizer.decode(given["input_ids"][0])
+        height, width = row.sizes[0]
+        pixels = torch.from_numpy(row.pixels[0])
+        pixels = pixels[:, :height, :width] if vlm == "native" else pixels
+        wanted = given["pixel_values"][0]
+        found = ours.encoder.normalize(pixels if vlm == "tiles" else pixels[None])
+        torch.testing.assert_close(
+            found.squeeze(0), wanted[..., : found.shape[-2], : found.shape[-1]], rtol=1e-5, atol=1e-5
+        )
+        if vlm == "tiles":
+            assert row.sizes[0] == tuple(given["image_sizes"][0].tolist())
+
+
+def shown(image: Image.Image, turns: list[Turn]) -> dict[str, bytes]:
+    """A sample of shards."""
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return {"png": png.getvalue(), "json": json.dumps({"conversations": Conversation(tuple(turns)).record()}).encode()}
+
+
+def test_a_stopped_run_goes_on_exactly(root: Path, run: Path, tmp_path: Path) -> None:
+    train(root, tmp_path / "run", train__stop_at=2)
+    with light_collections():
+        api.vlm_train(run=str(tmp_path / "run"), options={"resume": True})
+    assert exact(tmp_path / "run") == exact(run)
+    one, other = weights(folder_of(run)), weights(folder_of(tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "options", [{"objective__pack": True}, {"train__accumulate": 2}, {"train__checkpointing": True}]
+)
+def test_layout_of_the_rows_changes_nothing(root: Path, run: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    assert close(train(root, tmp_path / "other", **options), run)
+
+
+def test_two_processes_equal_one(root: Path, tmp_path: Path) -> None:
+    one = train(root, tmp_path / "one", data__workers=2, train__steps=3)
+    given = {
+        **TINY,
+        "train.steps": 3,
+        "data.workers": 1,
+        "train.accumulate": 2,
+        "init": str(root / "vlm"),
+        "data.train": str(root / "talks"),
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    ended = torchrun(2, "vlm", "train", *words, "--run", str(tmp_path / "two"))
+    assert ended.returncode == 0, ended.stderr
+    assert close(tmp_path / "two", one)
+    first, second = weights(folder_of(one, 3)), weights(folder_of(tmp_path / "two", 3))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=2e-3, atol=2e-5)
+
+
+def test_low_rank_updates_are_merged(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run = train(root, tmp_path / "run", optim__lora=2, train__steps=2, eval__every=0)
+    before, after = weights(root / "vlm"), weights(folder_of(run, 2))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all((".layers." in name and "_proj" in name) or ".aligner." in name for name in moved)
+    ranks = {
+        torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3).item() for name in moved if "_proj" in name
+    }
+    assert ranks == {2}
+
+
+@pytest.mark.parametrize(("vlm", "data"), [("native", "talks"), ("tiles", "talks"), ("vlm", "captions")])
+def test_other_images_and_captions_train(vlm: str, data: str, root: Path, tmp_path: Path) -> None:
+    run = train(root, tmp_path / "run", vlm, data, train__steps=2, eval__every=0)
+    assert metrics(run)[-1]["val_answer_loss"] > 0
+
+
+def test_an_encoder_that_learns(root: Path, tmp_path: Path) -> None:
+    run = train(root, tmp_path / "run", train__steps=2, eval__every=0, objective__freeze=False)
+    before, after = weights(root / "vlm"), weights(folder_of(run, 2))
+    assert not any(torch.equal(before[name], after[name]) for name in before if ".fc1." in name)
+
+
+def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def words(**more: Any) -> list[str]:
+        given = {**TINY, "run": tmp_path / "run", "init": root / "vlm", "data.train": root / "talks"}
+        given |= {key.replace("__", "."): value for key, value in more.items()}
+        return ["vlm", "train", *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+
+    assert_refused(capsys, words(init=root / "eyes"), "an encoder", "vlm build")
+    assert_refused(capsys, words(init=root / "llm"), "init", "llama")
+    assert_refused(capsys, words(objective__row_tokens=18), "18 tokens", "16 of them of images", "objective.row_tokens")
+    assert_refused(capsys, words(objective__name="pretrain"), "aimv2 pretrain")
+    assert_refused(capsys, words(eval__knn=True), "eval.knn")
+    assert_refused(capsys, words(objective__connector_scale=-1), "objective.connector_scale")
+    assert_refused(capsys, ["pretrain", *words(objective__name="pretrain")[2:]], "vision-language model", "vlm train")
+    with pytest.raises(UsageError) as missing:
+        api.vlm_train(run=str(tmp_path / "run"), options={"data.train": str(root / "talks")})
+    assert (missing.value.code, missing.value.option) == ("missing", "--init")
+    assert not (tmp_path / "run").exists()

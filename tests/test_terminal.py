@@ -95,6 +95,9 @@ WORDS = {
     "report": ["run --images 1"],
     "vlm build": ["m llm new/vlm"],
     "vlm score": ["vlm --data questions --max-tokens 2 --batch-size 8"],
+    "vlm train": [
+        "--dry-run --init vlm --data.train scenes --data.workers 0 --train.steps 2 --train.batch_size 4 --train.precision fp32"
+    ],
     "explore": [],  # serves until it is stopped: tests/explorer
     "doctor": ["--quick"],
     "push": [],  # wants the hub: tests/interop
@@ -137,8 +140,9 @@ def prepare(name: str, place: Path) -> None:
     """What a verb reads and another one writes."""
     if name == "data teach" and not (place / "photo-shards").exists():
         api.data_import("photos", "photo-shards", workers=1)
-    if name == "vlm score" and not (place / "vlm").exists():
+    if name == "vlm score" and not (place / "questions").exists():
         api.data_shapes("questions", 8, objects=3, questions=3, size=32)
+    if name in ("vlm score", "vlm train") and not (place / "vlm").exists():
         api.vlm_build("m", "llm", "vlm")
     if name == "compare" and not (place / "knn").exists():
         api.knn("m", "data", out="knn")
@@ -281,6 +285,7 @@ NOWHERE = {
     "push": "/nowhere/model someone/something",
     "vlm build": "m /nowhere/llm new-out",
     "vlm score": "vlm --data /nowhere/questions --out new-scores",
+    "vlm train": "--run new-out --init m --data.train /nowhere/shards",
     "pretrain": "--run new-out --data.train /nowhere/shards",
 }
 

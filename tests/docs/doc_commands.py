@@ -119,8 +119,9 @@ def check_verb(words: list[str], inline: bool) -> None:
     assert name in COMMANDS, f"no command {name!r}"
     if {"--help", "--help-all"} & set(words) or (inline and not words):
         return
-    if name == "pretrain":
+    if name in ("pretrain", "vlm train"):
         recipe, given, _ = read_options(words)
+        given |= {} if name == "pretrain" else {"objective.name": "instruct"}
         parse({**(read_recipe(recipe) if recipe and recipe != "R.yaml" else {}), **given})
         return
     for missing in range(len(COMMANDS[name].words) + 1 if inline else 1):

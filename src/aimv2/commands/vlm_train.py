@@ -9,13 +9,13 @@ from aimv2.commands.pretrain import PretrainOptions
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
-aimv2 vlm train --init vlm --data.train shards/talks --dry-run   # what a run would take
+aimv2 vlm train --init vlm --data.train shards/talks --dry-run
 aimv2 vlm train --init vlm --data.train shards/talks --run runs/vlm
-aimv2 vlm train --config vlm-llava --init vlm --data.train shards/llava --run runs/llava
+aimv2 vlm train --config vlm-llava --init vlm --data.train talks --run runs/l
 aimv2 vlm train --run runs/vlm --resume"""
 FIRST = (
-    "config run data.train init objective.connector_scale objective.freeze objective.pack optim.lr optim.lora train.steps train.epochs "
-    "train.batch_size train.max_hours resume overwrite dry_run print_config"
+    "config run data.train init objective.freeze optim.lr optim.lora train.steps train.epochs train.batch_size resume overwrite dry_run "
+    "print_config"
 )
 NAME = "objective.name"
 

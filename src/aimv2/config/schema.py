@@ -147,8 +147,8 @@ class OptimConfig:
         layer_decay: learning rate of an encoder block relative to the next one's; 1: one learning rate for all
         fresh_decoder: initialize only the encoder from init; the decoder starts from scratch
         freeze_encoder: steps at the start in which only the decoder learns; the encoder then learns at the schedule's learning rate
-        lora: rank of low-rank updates of the encoder's matrices, its own weights frozen and merged when saved; 0 trains them
-            all (aimv2[peft])
+        lora: rank of low-rank updates of the encoder's matrices (instruct: of the language model's), their own weights frozen and
+            merged when saved; 0 trains them all (aimv2[peft])
     """
 
     lr: float = 1e-3

@@ -213,7 +213,7 @@ class Instruct(Task):
 
         Returns:
             ``val_answer_loss`` (nats a token), and ``val_answer_accuracy``: the fraction of answers whose every token is the most
-            likely one there. No answer is generated.
+            likely one there, which greedy generation would write word for word after the true earlier turns.
         """
         assert isinstance(data, HeldOutRows) and isinstance(model, TunedVisionLanguage)
         rows = sorted(data.rows, key=lambda row: len(row.ids))

@@ -8,6 +8,9 @@ from aimv2.data.text.models import save_pretrained as save_pretrained
 def pretrain(config: str | None = None, run: str | None = None, options: dict[str, Any] | None = None, dry_run: bool = False, print_config: bool = False) -> dict[str, Any]:
     """Pre-train an AIMV2: recipe, run folder and dotted options in, a trained run out."""
 
+def vlm_train(config: str | None = None, run: str | None = None, options: dict[str, Any] | None = None, dry_run: bool = False, print_config: bool = False) -> dict[str, Any]:
+    """Tune a vision-language model of `aimv2 vlm build` on conversations about images."""
+
 def run(chain: str, out: str | None = None, data: str | None = None, only: str | None = None, redo: bool = False, status: bool = False) -> dict[str, Any]:
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from brought import picture, put, run
 
 from aimv2.data.images.text_tables import read_json_list
+from aimv2.data.shards.check import check_data, render_check
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.data.text.conversations import read_conversation
 from aimv2.errors import UsageError
@@ -272,3 +274,44 @@ def test_a_json_list_is_read_an_entry_at_a_time(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UsageError) as caught:
             list(read_json_list(put(tmp_path / "list.json", text)))
         assert caught.value.code == "unreadable"
+
+
+# ---- check ----
+
+
+def test_check_counts_conversations_and_what_is_bad(images: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    run(listed(tmp_path / "llava", GOOD), tmp_path / "out", image_root=str(images), conversations=True)
+    result = check_data(tmp_path / "out")
+    talks = result["conversations"]
+    assert (talks["number"], talks["text_only"], talks["bad"]) == (5, 1, {})
+    assert (talks["answers"]["max"], talks["images"]["max"], talks["images"]["min"]) == (2, 2, 0)
+    assert (result["unreadable"]["number"], result["captions"]["missing"]["number"]) == (0, 0)
+    assert result["passed_over"] == {} and talks["length"]["min"] == 2
+    bad = [
+        ("good", GOOD[0], {"jpg": picture(1)}),
+        ("lost", GOOD[2], {"jpg": picture(1)}),
+        ("odd", GOOD[0], {"jpg": b"no"}),
+    ]
+    bad += [
+        (code, row, {"png": picture(2)})
+        for code, row in BAD_ROWS.items()
+        if code in ("two-tokens", "roles", "no-answer")
+    ]
+    samples = [(key, {**own, "json": json.dumps(row).encode()}) for key, row, own in bad]
+    write_shard(tmp_path / "bad.tar", samples)
+    result = check_data(tmp_path / "bad.tar")
+    assert result["conversations"]["number"] == 1
+    assert {kind: about["number"] for kind, about in result["conversations"]["bad"].items()} == dict.fromkeys(
+        ("image-missing", "image-unreadable", "two-tokens", "roles", "no-answer"), 1
+    )
+    assert "bad.tar/lost: 2 images named, 1 there" in result["conversations"]["bad"]["image-missing"]["examples"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render_check(result))
+    assert "more <image> than images: 1 (bad.tar/two-tokens" in console.export_text()
+
+
+def test_further_images_of_a_caption_are_passed_over(tmp_path: Path) -> None:
+    write_shard(tmp_path / "in.tar", [("a", {"jpg": picture(1), "1.jpg": picture(2), "txt": b"x"})])
+    assert [about["number"] for about in check_data(tmp_path / "in.tar")["passed_over"].values()] == [1]

@@ -21,9 +21,12 @@ from aimv2.data.images.entries import read_label
 from aimv2.data.passed import ODD_LABELS, PassedOver, passed_lines
 from aimv2.data.shards.format import (
     MANIFEST,
+    NUMBERED,
+    Parts,
     captions_of,
     find_shards,
     image_of,
+    json_of,
     read_samples,
     scan_shard,
     split_shards,
@@ -31,6 +34,7 @@ from aimv2.data.shards.format import (
     why_no_image,
 )
 from aimv2.data.shards.tars import why_unreadable
+from aimv2.data.text.conversations import ConversationError, bad_lines, holds_conversation, images_of, read_conversation
 from aimv2.errors import UsageError, shown
 from aimv2.progress import tracked
 from aimv2.tables import percent
@@ -38,6 +42,7 @@ from aimv2.tables import percent
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
 LINES = 4  # of what is passed over
+FURTHER = "images after the first of a sample without a conversation"
 OWN = {MANIFEST, "classes.txt", "rejected.jsonl"}
 QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
@@ -57,13 +62,33 @@ class ShardReport:
     tiny: list[str] = field(default_factory=list)
     uncaptioned: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    talks: list[str] = field(default_factory=list)  # texts of each conversation
+    answers: list[int] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)  # images of each conversation
+    bad: PassedOver = field(default_factory=PassedOver)  # conversations, by the code of their fault
     passed: PassedOver = field(default_factory=PassedOver)
 
     def add(self, other: "ShardReport") -> None:
         self.passed.update(other.passed)
+        self.bad.update(other.bad)
         for each in fields(self):  # in place: lists may be long
-            if each.name != "passed":
+            if each.name not in ("passed", "bad"):
                 setattr(self, each.name, iadd(getattr(self, each.name), getattr(other, each.name)))
+
+    def add_image(self, name: str, image: bytes, min_side: int) -> bool:
+        """Decodes an encoded image of a sample; whether it can be read."""
+        self.digests.append((hashlib.sha1(image).digest(), name))
+        self.image_bytes += len(image)
+        try:
+            width, height = image_size(image)
+        except ImageError as error:
+            self.unreadable.append(f"{name}: {error}")
+            return False
+        self.widths.append(width)
+        self.heights.append(height)
+        if min(width, height) < min_side:
+            self.tiny.append(f"{name} ({width} x {height})")
+        return True
 
 
 def check_data(
@@ -86,7 +111,8 @@ def check_data(
 
     Returns:
         source, samples, shards, bytes, splits, images {width, height, aspect, bytes}, captions {per_image, length,
-        unit, over_77, missing}, labels, duplicates, unreadable, tiny, cut (each with number and examples), passed_over.
+        unit, over_77, missing}, conversations {number, answers, images, length, text_only, bad}, labels, duplicates, unreadable, tiny,
+        cut (each with number and examples), passed_over.
 
     Raises:
         UsageError: no shards, or no sample in them.
@@ -96,14 +122,15 @@ def check_data(
     splits = {name: {"samples": 0, "shards": len(group)} for name, group in groups.items()}
     threads = min(os.cpu_count() or 1, 8) if workers is None else max(1, workers)
     count_tokens = tokenizer or (lambda text: len(text.split()))
-    total, lengths, per_image = ShardReport(), list[int](), list[int]()
+    total, lengths, per_image, talks = ShardReport(), list[int](), list[int](), list[int]()
     with ThreadPoolExecutor(threads) as pool:  # decoding and hashing release Python's lock
         done = pool.map(lambda named: check_shard(named[1], min_side), tars)
         for (name, _), report in zip(tars, tracked(done, "checking shards", len(tars), progress)):
             # not all tokenizers are safe in threads, so captions are counted here
             lengths += [count_tokens(text) for texts in report.captions for text in texts]
             per_image += map(len, report.captions)
-            report.captions = []  # a large data set's captions would not fit
+            talks += map(count_tokens, report.talks)
+            report.captions, report.talks = [], []  # those of a large data set would not fit
             splits[name]["samples"] += report.samples
             total.add(report)
     if not total.samples:
@@ -119,6 +146,14 @@ def check_data(
         "bytes": sum(tar.stat().st_size for _, tar in tars if tar.exists()),
         "splits": splits,
         **_summary(total, lengths, per_image, "tokens" if tokenizer else "words"),
+        "conversations": {
+            "number": len(total.answers),
+            "answers": _quantiles(np.array(total.answers)),
+            "images": _quantiles(np.array(total.shown)),
+            "length": _quantiles(np.array(talks)),
+            "text_only": total.shown.count(0),
+            "bad": total.bad.result(),
+        },
         "min_side": min_side,
         "cut": _listed(total.cut),
         "passed_over": total.passed.result(),
@@ -145,24 +180,36 @@ def check_shard(tar: Path, min_side: int) -> ShardReport:
         report.labels += label is not None
         report.passed.add(ODD_LABELS, *([f"{name}: {odd}"] if odd is not None else []))
         report.captions.append([text for each in captions_of(parts).values() for text in each])
+        if holds_conversation(json_of(parts)):
+            if not report.captions[-1]:
+                report.captions.pop()
+            _add_conversation(report, name, parts, min_side)
+            continue
         if not report.captions[-1]:
             report.uncaptioned.append(name)
         image = image_of(parts)
         if image is None:
             report.unreadable.append(f"{name}: {why_no_image(parts)}")
-            continue
-        report.digests.append((hashlib.sha1(image[1]).digest(), name))
-        report.image_bytes += len(image[1])
-        try:
-            width, height = image_size(image[1])
-        except ImageError as error:
-            report.unreadable.append(f"{name}: {error}")
-            continue
-        report.widths.append(width)
-        report.heights.append(height)
-        if min(width, height) < min_side:
-            report.tiny.append(f"{name} ({width} x {height})")
+        else:
+            report.passed.add(FURTHER, *(f"{name}.{part}" for part in parts if image and NUMBERED.match(part)))
+            report.add_image(name, image[1], min_side)
     return report
+
+
+def _add_conversation(report: ShardReport, name: str, parts: Parts, min_side: int) -> None:
+    images = images_of(parts)
+    intact = [report.add_image(name, image, min_side) for image in images]
+    try:
+        talk, _ = read_conversation(parts)
+    except ConversationError as error:
+        report.bad.add(error.code, f"{name}: {error}")
+        return
+    if not all(intact):
+        report.bad.add("image-unreadable", name)
+        return
+    report.talks.append("\n".join(turn.text for turn in talk.turns))
+    report.answers.append(talk.answers)
+    report.shown.append(len(images))
 
 
 def _groups(source: str | Path, split: str) -> dict[str, list[Path]]:
@@ -243,6 +290,11 @@ def render_check(result: dict[str, Any]) -> RenderableType:
         "captions an image": captions["per_image"],
         f"caption, {captions['unit']}": captions["length"],
     }
+    talks = result["conversations"]
+    if talks["number"]:
+        rows |= {f"{key} of a conversation": talks[key] for key in ("answers", "images")}
+        rows |= {f"conversation, {captions['unit']}": talks["length"]}
+        facts += f"; {talks['number']:,} conversations, {talks['text_only']:,} of them without an image"
     for name, values in rows.items():
         table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
 
@@ -268,6 +320,8 @@ def _findings(result: dict[str, Any]) -> list[RenderableType]:
         for example in found["examples"][:2]:
             words = " = ".join(example) if isinstance(example, list) else example
             lines.append(Text(f"{'':11}{shown(words)}", style="dim", overflow="ellipsis", no_wrap=True))
+    bad = bad_lines(result["conversations"]["bad"])
+    lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in bad]
     passed = passed_lines(result["passed_over"])
     lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in passed[:LINES]]
     return (

@@ -44,6 +44,7 @@ Parts = dict[str, bytes]  # extension without dot, lower case -> content
 
 # As in energon (flavors/webdataset/config.py): the two must group members into the same samples.
 _SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+NUMBERED = re.compile(r"\d+\.\w+$")  # KEY.1.jpg: a further image of a conversation
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 _SPLIT_TAR = re.compile(r"^(train|val|test)-")
 
@@ -199,7 +200,7 @@ def _count_beside(passed: PassedOver, members: dict[str, str]) -> None:
     if len(members) < 2:
         return
     for kinds in (IMAGE_EXTENSIONS, TEXTS, ("json",), ("cls",)):
-        found = [name for name in members if name.rpartition(".")[2] in kinds]
+        found = [name for name in members if name.rpartition(".")[2] in kinds and not NUMBERED.match(name)]
         if len(found) > 1:
             read = texts_of_sample(members) if kinds == TEXTS else parts_of_kind(members, *kinds)
             undecided = kinds == TEXTS or (

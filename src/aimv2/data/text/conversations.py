@@ -7,13 +7,12 @@ first question, as TRL places them; a row that names some of them is bad.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aimv2.data.passed import passed_lines
-from aimv2.data.shards.format import IMAGE_EXTENSIONS, Parts, json_of
+from aimv2.data.shards.format import IMAGE_EXTENSIONS, NUMBERED, Parts, json_of
 
 IMAGE = "<image>"
 FORMS = ("conversations", "messages")
@@ -139,7 +138,7 @@ def images_of(parts: Parts) -> list[bytes]:
     """The encoded images of a sample: KEY.jpg, KEY.1.jpg, KEY.2.jpg, ...; without such names all of them, in the order of numbers."""
     plain = [extension for extension in IMAGE_EXTENSIONS if extension in parts][:1]
     others = [name for name in parts if name.rpartition(".")[2] in IMAGE_EXTENSIONS and name not in IMAGE_EXTENSIONS]
-    numbered = [name for name in others if re.fullmatch(r"\d+\.\w+", name)]
+    numbered = [name for name in others if NUMBERED.match(name)]
     if not plain and not numbered:
         return [parts[name] for name in others]
     return [parts[name] for name in (*plain, *sorted(numbered, key=lambda name: int(name.partition(".")[0])))]

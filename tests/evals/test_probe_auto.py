@@ -13,7 +13,7 @@ from aimv2 import api
 from aimv2.commands.probe import ProbeOptions, run
 from aimv2.data.images.labelled import equal_parts
 from aimv2.errors import UsageError
-from aimv2.evals import probe, probe_result
+from aimv2.evals import probe, probe_result, probe_run
 from aimv2.evals.probe import DECAYS as PAPER_DECAYS
 from aimv2.evals.probe import RATES as PAPER_RATES
 from aimv2.evals.probe import ProbeSettings
@@ -30,6 +30,7 @@ from aimv2.evals.probe_auto import (
 )
 from aimv2.evals.probe_result import ProbeWork
 from aimv2.evals.probe_run import Outcome, SweepAnswer, SweepPlan, surest
+from aimv2.evals.probe_start import start_linear
 from aimv2.evals.probe_stream import FeatureStream, join_features
 from aimv2.features.ragged import Ragged
 from aimv2.interop.convert import convert
@@ -162,9 +163,11 @@ def test_a_few_images_rank_heads_by_their_loss() -> None:
     assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss)) == 0
     diverged = np.array([1.5, np.nan, 1.0])
     assert surest(Outcome(predicted, labels, diverged)) == 0, "not a number is no low loss"
-    rates = [1e-2, 1e-3, 1e-5]  # of heads that start as a linear classifier
+    rates = [(1e-2, 5.0), (1e-3, 0.1), (1e-5, 0.1)]  # and decays of heads that start as a linear classifier
     assert surest(Outcome(predicted, labels, loss), rates) == 1, "12 of 40 less are no chance, 3 of 40 are"
-    assert surest(Outcome(predicted[:2], labels, loss[:2]), [1e-3, 1e-3]) == 1, "of equal rates the lowest loss"
+    assert surest(Outcome(predicted[:2], labels, loss[:2]), [(1e-3, 0.1), (1e-3, 5.0)]) == 0, (
+        "of equal rates the lowest decay"
+    )
     assert surest(Outcome(predicted.repeat(100, 1), labels.repeat(100), loss), rates) == 0
 
 
@@ -233,9 +236,13 @@ def test_a_result_says_what_followed_the_images(
         return real(self, splits, what)
 
     monkeypatch.setattr(SweepPlan, "train", counts)
+    strengths: list[Any] = []
+    monkeypatch.setattr(probe_run, "start_linear", lambda *words: strengths.append(words[3]) or start_linear(*words))
     result = api.probe(str(model), str(tmp_path / "data"), epochs=2, device="cpu")
     protocol, figures = result["protocol"], result["figures"]
     heads = (1 + len(RATES)) * len(DECAYS)
+    linear = api.linear(str(model), str(tmp_path / "data"), device="cpu")
+    assert strengths == [(linear["figures"]["chosen"][0]["C"],)] * 6, "that of the linear classifier, chosen once"
     assert learnt == [(64, heads)] * 5 + [(80, 1)] and result["data"]["train_images"] == 80
     assert protocol["automatic"] == {"options": ["batch_size", "rates", "decays", "start"], "images": 64}
     assert (protocol["batch_size"], protocol["epochs"], protocol["steps"]) == (16, 2, 8)
@@ -245,7 +252,7 @@ def test_a_result_says_what_followed_the_images(
         and tuple(protocol["decays"]) == DECAYS
     )
     assert (protocol["refit_on"], protocol["refit_steps"]) == ("all training images", 2 * (80 // 16))
-    assert protocol["chosen_by"].startswith("lowest rate, then lowest loss, within two standard errors")
+    assert protocol["chosen_by"].startswith("lowest rate, then lowest decay, within two standard errors")
     assert figures["selected_on"] == protocol["selected_on"] == "80 training images, held out in 5 turns"
     assert len(figures["table"]) == heads and figures["top1"] > 0.5
     titles = [line for line in capsys.readouterr().err.splitlines() if "steps of" in line]

@@ -36,7 +36,7 @@ HELD_OUT = 0.1  # of each class's training images, where a data set has no valid
 PARTS = 5  # of the training images, where they are learnt from afterwards
 CHOSEN_BY = {  # by the start of the heads
     "random": "lowest loss within one standard error of the best top-1",
-    "linear": "lowest rate, then lowest loss, within two standard errors of the best top-1",
+    "linear": "lowest rate, then lowest decay, within two standard errors of the best top-1",
 }
 
 
@@ -141,12 +141,14 @@ def find_splits(options: ClassifierOptions, work: ProbeWork) -> tuple[SweepSplit
     if val is not None and work.select != "heldout":
         return SweepSplits(train, val, test), "validation split", splits.held_out
     if work.refit:
-        parts = [replace(subset(train, rows), split="heldout") for rows in equal_parts(train.labels, 0, PARTS)]
+        fifths = equal_parts(train.labels, 0, PARTS)
+        parts = [replace(subset(train, rows), split="heldout") for rows in fifths]
         folds = min(folds_of(len(train.labels)), len(parts))
         held_images = sum(len(part.labels) for part in parts[:folds])
         how = f"{held_images} training images, held out" + f" in {folds} turns" * (folds > 1)
         rest = replace(reduce(joined, parts[1:]), split=train.split)
-        return SweepSplits(rest, parts[0], test, tuple(parts), folds), how, splits.held_out
+        rows = np.concatenate(fifths)
+        return SweepSplits(rest, parts[0], test, tuple(parts), folds, rows), how, splits.held_out
     kept, held = hold_out(train.labels, 0, HELD_OUT)
     select = replace(subset(train, held), split="heldout")
     return SweepSplits(subset(train, kept), select, test), f"{len(held)} training images, held out", splits.held_out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aimv2.data.images.labelled import Labelled, joined
 from aimv2.evals.probe import ProbeSettings, fresh_sweep, from_cache, logits_of, train_sweep
-from aimv2.evals.probe_start import start_linear
+from aimv2.evals.probe_start import averages, start_linear, strength_of
 from aimv2.evals.probe_stream import FeatureStream, ImageStream, join_features
 from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import Frozen
@@ -72,13 +72,14 @@ class Outcome:
 @dataclass
 class SweepSplits:
     """Where the heads are trained, where one of them is chosen, and where it is tested; with ``folds`` the first ``folds`` of
-    ``parts``, which are train and select in equal parts, are held out in turn."""
+    ``parts``, which are train and select in equal parts, are held out in turn; ``rows`` are their places in the data set."""
 
     train: Labelled
     select: Labelled | None  # None: the paper's way, on the test split
     test: Labelled
     parts: tuple[Labelled, ...] = ()
     folds: int = 0
+    rows: np.ndarray | None = None
 
     def turns(self) -> list[tuple[list[Labelled], Labelled | None]]:
         """What the heads learn from, and on what one is chosen."""
@@ -98,6 +99,7 @@ class SweepPlan:
         again: the command that goes on after an interruption.
         batch: images at once in the trunk.
         layers: whose features are cached together; those of ``settings`` are among them.
+        strengths: of each layer of ``settings``, where heads start as a linear classifier; see :meth:`with_strengths`.
     """
 
     frozen: Frozen
@@ -109,6 +111,22 @@ class SweepPlan:
     again: str
     batch: int
     layers: tuple[str, ...]
+    strengths: tuple[float, ...] = ()
+
+    def with_strengths(self, splits: SweepSplits) -> SweepPlan:
+        """The plan with the strength of each layer's linear classifier; it is chosen once, as ``aimv2 linear`` does."""
+        known = [self.cached(part) for part in splits.parts or (splits.train,)]
+        val = None if splits.parts or splits.select is None else self.cached(splits.select)
+        labels = np.concatenate([part.labels for part in known])
+        order = np.arange(len(labels))
+        if splits.rows is not None and len(splits.rows) == len(labels):  # all could be read
+            order = np.argsort(splits.rows)
+        found = []
+        for number, layer in enumerate(self.settings.layers):
+            x = np.concatenate([averages(part.features[number])[0] for part in known])
+            select = None if val is None else (averages(val.features[number])[0], val.labels)
+            found.append(strength_of(x[order], labels[order], select, layer))
+        return dataclasses.replace(self, strengths=tuple(found))
 
     def cached(self, split: Labelled, flip: bool = False) -> Cached:
         """Features of a split, those of the layers of the heads."""
@@ -134,7 +152,7 @@ class SweepPlan:
             images = len(labels)
             layers = [[join_features(parts) for parts in zip(*(part.features for part in view))] for view in views]
             if settings.start == "linear":
-                start_linear(sweep, layers[0], labels)
+                start_linear(sweep, layers[0], labels, self.strengths)
             stream = FeatureStream(layers, labels, min(settings.batch_size, images), self.seed)
         losses = train_sweep(
             sweep, stream, images, settings, self.seed, self.run, frozen.device, self.again, title=title
@@ -180,27 +198,28 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(np.concatenate([one.predicted for one in outcomes], 1), labels, np.asarray(loss), rejected)
 
 
-def surest(select: Outcome, rates: Sequence[float] | None = None) -> int:
+def surest(select: Outcome, steps: Sequence[tuple[float, float]] | None = None) -> int:
     """Of the heads within one standard error of the best top-1, the one with the lowest loss: a few images can't rank by top-1.
     One that has diverged is the last.
 
     Args:
         select: what the heads answered.
-        rates: of heads that start as a linear classifier, their learning rates; they leave that start only for a clear gain: of those
-            within two standard errors the lowest rate goes first.
+        steps: of heads that start as a linear classifier, their learning rates and decays; they leave that start only for a clear gain:
+            of those within two standard errors the lowest rate, then the lowest decay goes first.
     """
     tops, loss = select.top1(), np.nan_to_num(select.loss, nan=np.inf)
     error = np.sqrt(tops.max() * (1 - tops.max()) / len(select.labels))
-    good = tops >= tops.max() - error * (1 if rates is None else 2)
-    if rates is not None:
-        good &= np.asarray(rates) == np.asarray(rates)[good].min()
+    good = tops >= tops.max() - error * (1 if steps is None else 2)
+    if steps is not None:
+        closest = min(step for step, near in zip(steps, good) if near)
+        good &= [step == closest for step in steps]
     return int(np.argmin(np.where(good, loss, np.inf)))
 
 
 def best_head(select: Outcome, trials: Sequence[Trial], settings: ProbeSettings, refit: bool) -> int:
     """The head that is chosen by what all of them answered: the surest where it learns again, else that of the best top-1."""
-    rates = [trial.lr for trial in trials] if settings.start == "linear" else None
-    return surest(select, rates) if refit else int(np.argmax(select.top1()))
+    steps = [(trial.lr, trial.weight_decay) for trial in trials] if settings.start == "linear" else None
+    return surest(select, steps) if refit else int(np.argmax(select.top1()))
 
 
 @dataclass
@@ -223,6 +242,8 @@ class SweepAnswer:
 
 def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
     """Trains all heads with one seed, chooses one, and tests it; ``refit``: after training it anew with the images that chose it."""
+    if plan.settings.start == "linear":
+        plan = plan.with_strengths(splits)
     trials = plan.settings.trials()
     answers: list[tuple[Outcome, Outcome, np.ndarray]] = []
     for turn, (learn, choose) in enumerate(splits.turns()):
@@ -240,7 +261,10 @@ def run_sweep(plan: SweepPlan, splits: SweepSplits, refit: bool) -> SweepAnswer:
     settings = dataclasses.replace(
         plan.settings, layers=(trial.layer,), rates=(trial.lr,), decays=(trial.weight_decay,)
     )
-    again = dataclasses.replace(plan, settings=settings, run=plan.run.with_name(f"{plan.run.name}-refit"))
+    strengths = plan.strengths and (plan.strengths[plan.settings.layers.index(trial.layer)],)
+    again = dataclasses.replace(
+        plan, settings=settings, strengths=strengths, run=plan.run.with_name(f"{plan.run.name}-refit")
+    )
     head, _ = again.train(
         list(splits.parts) or [splits.train, splits.select],
         f"the best head (lr {trial.lr:g}), trained anew on all images",

@@ -42,23 +42,36 @@ def averages(features: Any, size: int = 256) -> tuple[np.ndarray, np.ndarray, np
     return np.concatenate(means), mean, np.asarray(squares / patches) - mean**2
 
 
-def classifier(x: np.ndarray, labels: np.ndarray, classes: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
-    """The linear classifier of ``aimv2 linear``: C is chosen on a held-out fifth of the images, then all of them are fitted.
+def strength_of(x: np.ndarray, labels: np.ndarray, select: tuple[np.ndarray, np.ndarray] | None, layer: str) -> float:
+    """C of the linear classifier, as ``aimv2 linear`` chooses it.
+
+    Args:
+        x, labels: averaged features [N, D] and classes int64 [N] of the training images, in the order of the data set.
+        select: the same of a validation split; None: a fifth of the training images is held out.
+        layer: its name, for the progress line.
+    """
+    train = x, labels
+    if select is None:
+        kept, held = hold_out(labels, 0)
+        train, select = (x[kept], labels[kept]), (x[held], labels[held])
+    if not len(select[1]) or len(np.unique(train[1])) < 2:
+        return 1.0
+    rows, chosen = sweep_lbfgs(train, select, layer)
+    return float(rows[chosen]["C"])
+
+
+def classifier(x: np.ndarray, labels: np.ndarray, classes: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """The linear classifier of ``aimv2 linear``.
 
     Args:
         x: averaged features [N, D].
         labels: int64 [N] of at least two classes.
         classes: C.
-        layer: its name, for the progress line.
+        strength: see :func:`strength_of`.
 
     Returns:
         weights [C, D] and biases [C]; of a class without images weights of 0 and a bias below all others.
     """
-    kept, held = hold_out(labels, 0)
-    strength = 1.0
-    if len(held) and len(np.unique(labels[kept])) > 1:
-        rows, chosen = sweep_lbfgs((x[kept], labels[kept]), (x[held], labels[held]), layer)
-        strength = rows[chosen]["C"]
     fitted = logistic(x, labels, strength)[0]
     own, biases = fitted.coef_, fitted.intercept_
     if len(own) == 1:  # two classes: one margin
@@ -69,21 +82,22 @@ def classifier(x: np.ndarray, labels: np.ndarray, classes: int, layer: str) -> t
 
 
 @torch.no_grad()
-def start_linear(sweep: ProbeSweep, layers: Sequence[Any], labels: np.ndarray) -> None:
+def start_linear(sweep: ProbeSweep, layers: Sequence[Any], labels: np.ndarray, strengths: Sequence[float]) -> None:
     """Attention that averages, values as they are, and the linear classifier of each layer, in place: the same answers as its.
 
     Args:
         sweep: attentive heads.
         layers: the features of each layer of the sweep, see :func:`averages`.
         labels: int64 [N]; of one class the heads stay as they are.
+        strengths: of each layer, see :func:`strength_of`.
     """
     if len(np.unique(labels)) < 2:
         return
     norms: list[Any] = list(sweep.norms)
     heads: list[Any] = list(sweep.heads)
-    for name, norm, features in zip(sweep.layers, norms, layers):
+    for name, norm, features, strength in zip(sweep.layers, norms, layers, strengths):
         means, mean, variance = averages(features)
-        weight, bias = classifier(means, labels, sweep.classes, name)
+        weight, bias = classifier(means, labels, sweep.classes, strength)
         norm.running_mean.copy_(torch.from_numpy(mean))
         norm.running_var.copy_(torch.from_numpy(variance))
         scaled = torch.from_numpy(weight * np.sqrt(variance + NORM_EPS))

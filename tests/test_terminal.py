@@ -31,7 +31,7 @@ from aimv2.tables import FRACTIONS
 from runs import TINY, command, read_terminal, scenes, train
 from tiny_llm import language_model
 
-EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic"}
+EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic", "vlm"}
 LABELLED = {"red": (200, 30, 30), "blue": (30, 60, 230)}
 
 
@@ -214,6 +214,7 @@ MISSING = {
     "wandb": ("wandb", "pretrain {tiny} --run new-run --log.wandb project"),
     "pycocoevalcap": ("caption", "caption run --data scenes --score --out new-scores"),
     "datasets": ("hub", "data import owner/name new-shards"),
+    "lmms_eval": ("vlm", "vlm score m --tasks gqa --out new-scores"),
     "starlette": ("ui", "explore run"),
     "uvicorn": ("ui", "explore run"),
 }

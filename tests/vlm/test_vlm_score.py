@@ -154,14 +154,14 @@ def test_a_result_and_its_second_start(place: Path, tmp_path: Path) -> None:
     documents = read_documents(str(place / "scenes"), "train").documents
     (file,) = (out / "answers").iterdir()
     kept = [json.loads(line) for line in file.read_text().splitlines() if line]
-    changed = dict(kept[0]) | {documents[0].question.digest(): documents[0].answer}
+    changed = dict(kept[0]) | {f"{documents[0].question.digest()}-3": documents[0].answer}
     lines = [json.dumps(changed), *map(json.dumps, kept[1:-1]), json.dumps(kept[-1])[:-3]]  # as an interruption cuts it
     file.write_text("\n".join(lines))
     again = api.vlm_score(place / "post", **options, out=out)["figures"]
     assert again["accuracy"] == figures["accuracy"] + 1 / 48, "kept answers are read, not written again"
     assert again["sets"]["others"] == figures["sets"]["others"], "what was cut is answered anew"
     longer = api.vlm_score(place / "post", **{**options, "max_tokens": 4}, out=out)["figures"]
-    assert longer["accuracy"] != again["accuracy"] and len(list((out / "answers").iterdir())) == 2
+    assert longer["accuracy"] != again["accuracy"], "an answer of another length is another answer"
 
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ Fraction = Annotated[float, Bounds(0, 1)]
 if TYPE_CHECKING:  # what convert() makes of the text
     IntList = tuple[int, ...]
     SeedList = tuple[int, ...]
+    ShotList = tuple[int, ...]
     RateList = tuple[float, ...]
     FloatList = tuple[float, ...]
     AutoRateList = tuple[float, ...] | None
@@ -128,6 +129,7 @@ if TYPE_CHECKING:  # what convert() makes of the text
 else:
     IntList = Annotated[str, Numbers(int, 1)]
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
+    ShotList = Annotated[str, Numbers(int, 0, 1000, distinct=True)]
     RateList = Annotated[str, Numbers(float, 0, above=True)]
     UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]

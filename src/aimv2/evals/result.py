@@ -92,7 +92,7 @@ def check_out(out: str | None, command: str) -> Path | None:
     if out is None:
         return None
     folder = Path(out).expanduser()
-    ours = {FILE, "features", "answers", "run", "probe.json", "layers.png", "result.png"}
+    ours = {FILE, "features", "answers", "submissions", "run", "probe.json", "layers.png", "result.png"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
         raise UsageError(f"--out {out}: holds something else than an evaluation; give a new folder", code="exists")
     if (folder / FILE).is_file() and (other := read_result(folder)["verb"]) != command:

@@ -28,13 +28,17 @@ class AnswerStore:
     """
 
     def __init__(self, home: Path | None, rank: int = 0, **decides: Any) -> None:
-        """``home``: folder of the result, None: nothing is kept; ``decides``: weights, length of an answer, ..."""
+        """``home``: folder of the result, None: kept in memory only; ``decides``: weights, chat template, ..."""
         self.folder, self.rank = None if home is None else home / FOLDER, rank
+        self.decides = decides
+        self.known: dict[str, str] | None = None
         self.name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self) -> dict[str, str]:
-        """Everything that any rank has kept; a line that an interruption cut is left out."""
-        found: dict[str, str] = {}
+        """Everything that any rank had kept at the first call, and what was added since; a line that an interruption cut is left out."""
+        if self.known is not None:
+            return self.known
+        found = self.known = {}
         for file in sorted(self.folder.glob(f"{self.name}-*.jsonl")) if self.folder is not None else ():
             for line in file.read_text("utf-8", errors="replace").splitlines():
                 try:
@@ -45,6 +49,7 @@ class AnswerStore:
 
     def add(self, answers: dict[str, str]) -> None:
         """Keeps answers by digest."""
+        self.known = self.read() | answers
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
             with (self.folder / f"{self.name}-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
@@ -72,19 +77,19 @@ class Answerer:
     batch_size: int = 64
 
     def __call__(self, questions: Sequence[Question], title: str = "answers") -> list[str]:
-        """Answers in the order of the questions, on every rank; equal questions are answered once.
+        """Answers in the order of the questions, on every rank; equal questions are answered once. Without a title no progress is shown.
 
         Raises:
             UsageError: see :func:`aimv2.vlm.answer.answer_batches`.
         """
-        digests = [one.digest() for one in questions]
+        digests = [f"{one.digest()}-{self.max_tokens}" for one in questions]
         # of one rank: while another reads, a third may have begun to add
-        found: dict[str, str] = self.world.broadcast(self.store.read() if self.world.main else None)
+        found = dict(self.world.broadcast(self.store.read() if self.world.main else None))
         missing = {name: one for name, one in zip(digests, questions) if name not in found}
         names, (rank, size) = list(missing), (self.world.rank, self.world.size)
         mine = names[len(names) * rank // size : len(names) * (rank + 1) // size]
         fresh: dict[str, str] = {}
-        with progress_bar(title, len(mine)) as advance:
+        with progress_bar(title, len(mine), shown=bool(title)) as advance:
             for rows in answer_batches(
                 self.model, self.processor, [missing[name] for name in mine], self.max_tokens, self.batch_size
             ):

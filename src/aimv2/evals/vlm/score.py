@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimv2.config.types import split_words
-from aimv2.distributed import World, join_world, leave_world, usable_device
+from aimv2.distributed import World, default_device, join_world, leave_world, usable_device
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.vlm.answered import Answerer, AnswerStore
 from aimv2.evals.vlm.questions import CHANCE, QuestionSet, answered, figures_of, read_documents, table_of
@@ -31,23 +32,34 @@ def processes() -> Iterator[World]:
         leave_world()
 
 
-def open_answerer(options: VlmScoreOptions, world: World, home: Path | None, max_tokens: int) -> tuple[Answerer, str]:
-    """The model on its device, and the hash of its weights.
+def opened(
+    vlm: str, device: str | None, batch_size: int, world: World | None = None, home: Path | None = None, rank: int = 0
+) -> Answerer:
+    """The model on its device, with the answers that ``home`` keeps of it.
+
+    Args:
+        vlm: a folder, RUN or RUN@STEP.
+        device: None: of this process.
+        batch_size: questions per forward pass.
+        world: processes that divide the questions; None: only this one.
+        home: folder of the result; None: nothing is kept.
+        rank: names the file of answers.
 
     Raises:
         UsageError: no vision-language model, no such device.
     """
-    model, processor = open_vlm(options.vlm)
-    before = weights_hash(model)
-    device = world.device if options.device is None else usable_device(options.device)
-    decides = {"weights": before, "max_tokens": max_tokens, "dtype": str(next(model.parameters()).dtype)}
+    model, processor = open_vlm(vlm)
+    place = usable_device(default_device(device))
+    decides = {"weights": weights_hash(model), "dtype": str(next(model.parameters()).dtype)}
     decides |= {"template": processor.chat_template, "pixels": processor.image_processor.to_json_string()}
-    store = AnswerStore(home, world.rank, **decides)
-    return Answerer(model.to(device), processor, store, world, max_tokens, options.batch_size), before
+    store = AnswerStore(home, rank, **decides)
+    world = World(0, 1, place) if world is None else world
+    return Answerer(model.to(place), processor, store, world, batch_size=batch_size)
 
 
-def about_vlm(name: str, answerer: Answerer, before: str) -> dict[str, Any]:
+def about_vlm(name: str, answerer: Answerer) -> dict[str, Any]:
     """What a result says of the model, with the proof that scoring left it as it was."""
+    before = answerer.store.decides["weights"]
     if weights_hash(answerer.model.cpu()) != before:
         raise RuntimeError(f"{name}: the weights changed during the evaluation")
     encoder = answerer.model.encoder.config
@@ -77,7 +89,8 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
         named = {one.name if len({s.name for s in sets}) == len(sets) else one.source: one for one in sets}
         evaluation.open_folder()
         max_tokens = options.max_tokens or MAX_TOKENS
-        answerer, before = open_answerer(options, world, evaluation.out, max_tokens)
+        answerer = opened(options.vlm, options.device, options.batch_size, world, evaluation.out, world.rank)
+        answerer = replace(answerer, max_tokens=max_tokens)
         scored: dict[str, dict[str, Any]] = {}
         for name, one in named.items():
             answers = answered(answerer, one.documents, options.seed, options.controls)
@@ -94,7 +107,7 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
             "name": first.name, "dataset": None, "source": options.data, "split": options.split,
             "test_images": len({one.sample for one in first.documents}), "questions": len(first.documents),
         }  # fmt: skip
-        about = about_vlm(options.vlm, answerer, before)
+        about = about_vlm(options.vlm, answerer)
         if not world.main:
             evaluation.out = None
         return evaluation.result(protocol, about, data, figures, options.seed)

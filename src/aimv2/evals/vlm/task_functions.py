@@ -1,0 +1,36 @@
+"""What the task files in ``tasks`` name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+
+def cider(results: Sequence[dict[str, Any]]) -> float:
+    """CIDEr of captions, 0..10, by pycocoevalcap; each has ``pred`` and references in ``answer``.
+
+    lmms-eval's own figure of the same captions wherever there is Java, without starting its other scorers.
+    """
+    from aimv2.evals.caption_score import score
+
+    return float(score([row["pred"] for row in results], [row["answer"] for row in results])["cider"])
+
+
+@cache
+def _gqa_images() -> tuple[Any, dict[str, int]]:
+    import datasets
+
+    images = datasets.load_dataset("lmms-lab-encoder/GQA", "val_balanced_images", split="val")
+    return images, {name: row for row, name in enumerate(images["id"])}
+
+
+def gqa_image(doc: dict[str, Any]) -> list[Any]:
+    """The image of a question of GQA, which has images in a configuration of their own."""
+    images, rows = _gqa_images()
+    return [images[rows[doc["imageId"]]]["image"].convert("RGB")]
+
+
+def seed_images(rows: Any) -> Any:
+    """The questions of SEED-Bench on images; those on videos are left out."""
+    return rows.filter(lambda kind: kind == "image", input_columns="data_type")

@@ -146,7 +146,7 @@ def vlm_folder(source: str | Path, option: str = "VLM") -> Path:
 
 
 def open_processor(folder: Path) -> Any:
-    """The processor of a folder.
+    """The processor of a folder; it resizes with Pillow also where torchvision is installed, whose pixels differ by a grey level.
 
     Raises:
         UsageError: it can't be opened.
@@ -155,7 +155,7 @@ def open_processor(folder: Path) -> Any:
 
     try:
         with quiet():
-            return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True, backend="pil")
     except Exception as error:  # of the file system, of a configuration
         raise UsageError(
             f"VLM {folder}: its processor can't be opened ({first_line(error)})", code="unreadable"

@@ -19,7 +19,8 @@ FIRST = "config data.train seed out count open"
 class DataBrowseOptions:
     """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture.
 
-    Values are those of ``pretrain``; the samples are those that a run with the same values trains on first.
+    Values are those of ``pretrain``; the samples are those that a run with the same values trains on first. Of conversations (shards
+    without captions, or objective.name=instruct) the page shows questions and answers with all their images.
 
     Args:
         config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo's captioned scenes
@@ -39,7 +40,8 @@ class DataBrowseOptions:
 def run(options: DataBrowseOptions) -> dict[str, Any]:
     """
     Returns:
-        ``page``: its path; ``samples``, ``sources`` (weight, share, drawn), ``caption_tokens``, ``learning_rate``, ...
+        ``page``: its path; ``samples``, ``sources`` (weight, share, drawn), ``caption_tokens``, ``learning_rate``, ...; of
+        conversations ``samples``, ``images``, ``text_only``, ``bad``.
 
     Raises:
         UsageError: what ``pretrain`` would refuse, or a page that can't be written.
@@ -52,10 +54,14 @@ def run(options: DataBrowseOptions) -> dict[str, Any]:
 
     from aimv2.report.browse.drawn import draw
     from aimv2.report.browse.page import write_page
+    from aimv2.report.browse.talks import conversation_sources, write_talks
 
-    with tempfile.TemporaryDirectory() as scratch:
-        drawn = draw(options.config, dict(options.options or {}), options.count, Path(scratch))
-        result = write_page(drawn, page)
+    given = dict(options.options or {})
+    if sources := conversation_sources(options.config, given):
+        result = write_talks(sources, options.count, page)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = write_page(draw(options.config, given, options.count, Path(scratch)), page)
     if options.open:
         webbrowser.open(page.absolute().as_uri())
     return result

@@ -126,7 +126,8 @@ def serve() -> None:
 
     for module in pkgutil.walk_packages(aimv2.__path__, "aimv2."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with contextlib.suppress(ModuleNotFoundError):  # of an optional package, which the commands then name
+                importlib.import_module(module.name)
     for name in PRELOADED:
         importlib.import_module(name)
     threads = Path("/proc/self/task")  # those of libraries too (Linux)

@@ -1,0 +1,224 @@
+"""What the twin of benchmarks/vlm_twin.py needs and no command makes: a small language model, a contrastive encoder, raw patches.
+
+Legend: B pairs, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import aimv2
+from aimv2.data.shards.format import find_shards, read_samples
+from aimv2.data.text.tokenizer import train_tokenizer
+from aimv2.models.create import build
+from aimv2.models.encoder import VisionEncoder
+from aimv2.models.init import init_weights
+from aimv2.models.lit import TextConfig, TextEncoder
+from aimv2.models.sizes import EncoderConfig, model_config
+from aimv2.objectives.contrastive import softmax_loss
+from aimv2.progress import progress_bar
+from aimv2.train.optim import parameter_groups
+
+SIDE, PATCH = 32, 8  # of every eye, pixels
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] | trim + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'A: ' }}{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+LLM = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+CONTEXT = 512
+
+
+def samples_of(data: Path) -> Iterator[dict[str, bytes]]:
+    """Training samples of shards."""
+    for tar in find_shards(data, "train"):
+        yield from (parts for _, parts in read_samples(tar))
+
+
+def cosine(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float) -> None:
+    """Sets the rate of a step: a rise over a twentieth of the steps, then a cosine down to 0."""
+    rise = min((step + 1) / max(steps // 20, 1), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = peak * rise * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+
+
+def texts_of(data: Path) -> list[str]:
+    """Captions and questions with their answers, as the language model reads them, without images."""
+    found = []
+    for parts in samples_of(data):
+        about = json.loads(parts["json"])
+        turns = [(one["question"], one["answer"]) for one in about["questions"]]
+        found.append(parts["txt"].decode() + "<end>")
+        found.append("".join(f"Q: {question}\nA: {answer}<end>" for question, answer in turns))
+    return found
+
+
+def language_model(data: Path, out: Path, steps: int, seed: int, batch: int = 32, length: int = 128) -> float:
+    """A small Llama, trained on the texts of scenes alone, with its tokenizer and chat template, in a folder.
+
+    Args:
+        data: shards of scenes with questions.
+        out: folder.
+        steps: of ``batch`` rows of ``length`` tokens each, texts one after the other.
+        seed: of weights and order.
+        batch, length: see above.
+
+    Returns:
+        the loss of the last tenth of the steps, nats a token.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = texts_of(data)
+    order = np.random.default_rng(seed)
+    order.shuffle(texts)
+    words = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(texts), eos_token="<end>", pad_token="<pad>")
+    words.chat_template = TEMPLATE
+    ids = torch.tensor([token for text in texts for token in words(text)["input_ids"]])
+    torch.manual_seed(seed)
+    end, pad = words.eos_token_id, words.pad_token_id
+    special = {"eos_token_id": end, "bos_token_id": end, "pad_token_id": pad}
+    config = LlamaConfig(
+        **LLM, vocab_size=len(words), max_position_embeddings=CONTEXT, tie_word_embeddings=True, **special
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    losses = []
+    with progress_bar("language model, steps", steps) as advance:
+        for step in range(steps):
+            cosine(optimizer, step, steps, 2e-3)
+            starts = order.integers(0, len(ids) - length, batch)
+            rows = torch.stack([ids[at : at + length] for at in starts])
+            loss = model(input_ids=rows, labels=rows).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            advance(1)
+    model.save_pretrained(out)
+    words.save_pretrained(out)
+    return float(torch.stack(losses[-max(steps // 10, 1) :]).mean())
+
+
+def word_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE in which the words of scenes are single tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<end>"]
+    made.train_from_iterator(
+        texts[:4000],
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return made
+
+
+class Pair(nn.Module):
+    """An encoder and a causal text tower, each averaged or pooled and projected, with a learned scale (CLIP)."""
+
+    def __init__(self, encoder: VisionEncoder, text: TextConfig) -> None:
+        super().__init__()
+        self.encoder, self.text = encoder, TextEncoder(text)
+        width = encoder.config.width
+        self.image_projection, self.text_projection = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] and int64 [B, T] -> the loss, nats a pair."""
+        image = F.normalize(self.image_projection(self.encoder(images).mean(1)), dim=-1)
+        caption = F.normalize(self.text_projection(self.text.pool(text)), dim=-1)
+        scale = self.log_scale.clamp(0, np.log(100)).exp()
+        return softmax_loss(image, caption, image, caption, scale, 0) / len(images)
+
+
+def encoder_shape(name: str = "aimv2-tiny-patch8-32") -> EncoderConfig:
+    """The shape of every encoder that is trained here."""
+    return model_config(name)[0]
+
+
+def contrastive(data: Path, out: Path, steps: int, seed: int, batch: int = 128, peak: float = 1e-3) -> float:
+    """An encoder trained with its text tower from nothing on images and captions, in a folder.
+
+    Args:
+        data: shards of captioned scenes.
+        out: folder.
+        steps: of ``batch`` pairs.
+        seed: of weights and order.
+        batch: pairs that are told apart.
+        peak: learning rate.
+
+    Returns:
+        the loss of the last tenth of the steps, nats a pair.
+    """
+    read = [(parts["png"], parts["txt"].decode()) for parts in samples_of(data)]
+    sees = aimv2.image_transform(encoder_shape().name)
+    images = torch.stack([sees(Image.open(io.BytesIO(png))) for png, _ in read])
+    words = train_tokenizer((caption for _, caption in read), 512)
+    rows = [words.encode(caption, 77) for _, caption in read]
+    text = torch.full((len(rows), max(map(len, rows))), words.eos_id)
+    for row, ids in zip(text, rows):
+        row[: len(ids)] = torch.tensor(ids)
+    shape = encoder_shape()
+    made = build(shape, None, seed)
+    assert isinstance(made, VisionEncoder)
+    tower = TextConfig(shape.width, 4, shape.heads, shape.hidden, words.vocab_size, text.shape[1], words.eos_id)
+    torch.manual_seed(seed)
+    model = Pair(made, tower)
+    init_weights(model.text, seed + 1)
+    groups = [{**group, "weight_decay": decay} for group, decay in zip(parameter_groups(model), (0.05, 0.0))]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=peak, betas=(0.9, 0.95), fused=True
+    )
+    order, losses = np.random.default_rng(seed), []
+    with progress_bar("contrastive encoder, steps", steps) as advance:
+        for step in range(steps):
+            cosine(optimizer, step, steps, peak)
+            chosen = torch.from_numpy(order.choice(len(rows), batch, replace=False))
+            loss = model.train()(images[chosen], text[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            advance(1)
+    aimv2.save_pretrained(model.encoder.eval(), out)
+    return float(torch.stack(losses[-max(steps // 10, 1) :]).mean())
+
+
+@torch.no_grad()
+def raw_patches(out: Path) -> None:
+    """An encoder whose one block adds nothing: its features are the pixels of a patch, as wide as a patch has values."""
+    width = 3 * PATCH**2
+    shape = EncoderConfig("raw-patches", width, 1, 1, 8, PATCH, SIDE, (0.5,) * 3, (0.5,) * 3)
+    made = build(shape, None, 0)
+    assert isinstance(made, VisionEncoder) and made.patch_embed.proj.bias is not None
+    made.patch_embed.proj.weight.copy_(torch.eye(width).view(width, 3, PATCH, PATCH))
+    made.patch_embed.proj.bias.zero_()
+    made.patch_embed.position.zero_()
+    for last in (made.blocks[0].attn.proj, made.blocks[0].mlp.down):
+        last.weight.zero_()
+    aimv2.save_pretrained(made.eval(), out)
+
+
+def untrained(out: Path, seed: int) -> None:
+    """An encoder of random weights, in a folder."""
+    aimv2.save_pretrained(build(encoder_shape(), None, seed).eval(), out)  # type: ignore[arg-type]

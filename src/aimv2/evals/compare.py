@@ -177,6 +177,11 @@ def _of_clip_benchmark(stored: dict[str, Any], path: str) -> Iterator[Cell]:
 
 def _of_ours(result: dict[str, Any], path: str) -> Iterator[Cell]:
     try:
+        if result["verb"] == "vlm score":
+            from aimv2.evals.compare_vlm import cells_of_vlm
+
+            yield from cells_of_vlm(result, path)
+            return
         data, figures, model = result["data"], result["figures"], str(result["model"]["name"])
         given = data.get("dataset") or data["name"]
         known = known_dataset(str(given))
@@ -282,7 +287,9 @@ def title_of(dataset: str) -> str:
     """A data set's heading: its sizes, or that the paper does not have it."""
     known = known_dataset(dataset)
     if known is None:
-        return f"{dataset} (not one of the paper's)"
+        from aimv2.evals.compare_vlm import title_of_benchmark
+
+        return title_of_benchmark(dataset) or f"{dataset} (not one of the paper's)"
     name = "" if known["printed"].lower().replace("-", "") == known["name"] else f" ({known['printed']})"
     return f"{dataset}{name}: {known['test']:,} test images, {known['classes']:,} classes"
 
@@ -349,8 +356,11 @@ def _closing(grids: Sequence[Grid], notes: Notes) -> list[str]:
         lines.append("Each column is a protocol of its own: figures compare within a column, not across.")
     if any(cell.interval for cell in cells):
         lines.append("Below or after a figure: its 95% interval.")
-    if any(cell.kind == "paper" and cell.source.startswith("AIMV2") for cell in cells):
-        lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {PAPER_NOTE}.")
+    papers = [cell for cell in cells if cell.kind == "paper" and cell.source.startswith("AIMV2")]
+    vlms = [cell for cell in papers if cell.protocol.startswith("vision-language")]
+    for part, note in ((vlms, paper()["vlm"]["note"]), ([cell for cell in papers if cell not in vlms], PAPER_NOTE)):
+        if part:
+            lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {note}.")
     board = paper()["leaderboard"]
     if any(cell.source == board["source"] for cell in cells):
         lines.append(f"{board['source']}: the public table of that repository (arXiv 2506.10178); {board['note']}.")
@@ -409,7 +419,12 @@ def compare_results(
     for name in found:
         mine = [cell for cell in cells if cell.dataset == name]
         top1 = any(cell.metric == METRICS[("top1",)][0] for cell in mine)
-        grids.append(make_grid(name, [*mine, *(paper_cells(name) if top1 else ())]))
+        printed = paper_cells(name) if top1 else []
+        if any(cell.protocol.startswith("vision-language") for cell in mine):
+            from aimv2.evals.compare_vlm import paper_cells_of_vlm
+
+            printed = paper_cells_of_vlm(name)
+        grids.append(make_grid(name, [*mine, *printed]))
     table = [asdict(cell) for grid in grids for row in grid.rows for cell in row.values()]
     text = json.dumps(table, indent=1, ensure_ascii=False) if format == "json" else FORMATS[format](grids)
     if file:

@@ -24,7 +24,7 @@ def test_the_papers_numbers() -> None:
     assert [rows["DINOv2 g/14"][name] for name in ("gqa", "docvqa", "textcaps", "seed")] == [72.7, 8.2, 42.1, 68.9]
     tiled = rows["AIMv2 L 1008 px, 3 x 3 tiles"]
     assert [tiled[name] for name in ("chartqa", "scienceqa", "coco", "seed", "mme")] == [65.1, 81.6, 93.7, None, 1507]
-    assert all(max(rows, key=lambda name: rows[name][column]) == "AIMv2 3B" for column in ("vqav2", "coco", "textcaps"))  # noqa: B023
+    assert all(max(rows, key=lambda name: rows[name][column]) == "AIMv2 3B" for column in ("vqav2", "coco", "textcaps"))
     assert paper()["incontext"]["rows"][2] == ["AIMv2 L/14", 39.6, 63.8, 67.2]
 
 

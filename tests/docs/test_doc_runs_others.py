@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def lived_in(home: Path, done: Any) -> Path:
         re.sub(r"save_every: \d+", "save_every: 2", text).replace("eval.samples: 200", "eval.samples: 4")
     )
     language_model(home / "llm", max_position_embeddings=2048)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a photo"}]
+    rows = [{"image": path.name, "conversations": turns} for path in sorted((home / "photos").glob("*.jpg"))]
+    (home / "llava.json").write_text(json.dumps(rows))
     return home
 
 
@@ -145,7 +149,10 @@ def test_stages(lived_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 PAGES = {  # page -> what stands for a word of it
     "browse.md": {},
     "scenes.md": {},
-    "vlm.md": {"RUN": "runs/photos", "LLM": "llm"},
+    "vlm.md": {
+        **{"RUN": "runs/photos", "LLM": "llm", "llava_v1_5_mix665k.json": "llava.json", "images": "photos"},
+        **{"table.parquet": "llava.json", "tars/{000..099}.tar": "talks/train-000000.tar"},
+    },
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},

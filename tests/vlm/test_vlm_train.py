@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from aimv2 import api
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.recipes import recipe_file
 from aimv2.data.scenes import write_scenes
 from aimv2.data.stream.conversations import RowMaker
 from aimv2.data.text.conversations import Conversation, Turn
@@ -197,6 +200,46 @@ def test_an_encoder_that_learns(root: Path, tmp_path: Path) -> None:
     run = train(root, tmp_path / "run", train__steps=2, eval__every=0, objective__freeze=False)
     before, after = weights(root / "vlm"), weights(folder_of(run, 2))
     assert not any(torch.equal(before[name], after[name]) for name in before if ".fc1." in name)
+
+
+# Table C1: learning rate of the language model, batch, warm-up, iterations; and the GPUs that the header names
+COLUMNS = {"llava": (1e-5, 128, 250, 5_000, 8), "cambrian": (2e-5, 512, 700, 14_000, 32)}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_recipes_hold_table_c1_and_their_twins_run(column: str, root: Path, tmp_path: Path) -> None:
+    path = recipe_file(f"vlm-{column}", "--config")
+    config, text = parse(read_recipe(path)), path.read_text()
+    rate, batch, warmup, steps, gpus = COLUMNS[column]
+    optim, objective = config.optim, config.objective
+    assert (optim.lr, optim.min_lr, optim.warmup, optim.schedule, optim.clip) == (rate, 0.0, warmup, "cosine", 1.0)
+    assert (optim.betas, optim.weight_decay, optim.decay) == ((0.9, 0.999), 0.01, "torch")
+    assert (config.train.batch_size, config.train.steps, objective.freeze) == (batch, steps, True)
+    assert objective.connector_scale * rate == pytest.approx({"llava": 8e-5, "cambrian": 1.6e-4}[column])
+    for line in text.splitlines():
+        assert line.startswith("#") or line.endswith(":") or re.search(r"# (Table C1|section 5.6|ours)", line), line
+    a_row = 6 * 8_030_261_248 * 776 + 2 * 309_525_504 * 576
+    total = a_row * batch * steps
+    found = [
+        float(re.search(pattern, text)[1]) for pattern in (r"hours +(\S+) ", r"\): (\S+) FLOPs a", r"= (\S+) FLOPs")
+    ]  # type: ignore[index]
+    assert found == pytest.approx([total / (gpus * 989e12 * 0.4) / 3600, a_row, total], rel=0.02)
+    small = {
+        "train.steps": 3,
+        "train.batch_size": 8,
+        "optim.warmup": 1,
+        "eval.samples": 4,
+        "data.workers": 0,
+        "log.report": True,
+    }
+    given = {**small, "init": str(root / "vlm"), "data.train": str(root / "talks"), "log.tensorboard": False}
+    with light_collections():
+        tried = api.vlm_train(str(path), options=given, dry_run=True)
+        summary = api.vlm_train(str(path), str(tmp_path / "run"), given)
+    assert tried["samples"] == 60
+    assert summary["step"] == 3 and 0 <= summary["val_answer_accuracy"] <= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "answer loss" in page.lower() and "vision-language" in page
 
 
 def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

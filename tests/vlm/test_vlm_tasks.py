@@ -342,5 +342,6 @@ def test_java_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         check_ready("coco2014_cap_val", {"dataset_path": "parquet"})
     assert caught.value.code == "missing"
     check_ready("aimv2_coco", {"dataset_path": "parquet"})
-    assert task_names("coco, mme,coco", {"aimv2_coco", "aimv2_mme"}) == ["aimv2_coco", "aimv2_mme"]
+    names = task_names("coco, mme,coco,pope", {"aimv2_coco", "aimv2_mme", "mme", "pope"})
+    assert names == ["aimv2_coco", "aimv2_mme", "pope"], "ours before lmms-eval's of the same name"
     assert "lmms_eval" in sys.modules

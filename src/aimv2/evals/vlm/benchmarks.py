@@ -106,7 +106,7 @@ def task_names(given: str, known: Collection[str]) -> list[str]:
     """
     names = []
     for word in dict.fromkeys(word.strip() for word in given.split(",") if word.strip()):
-        name = word if word in known else PREFIX + word
+        name = PREFIX + word if PREFIX + word in known else word
         if name not in known:
             words = [*BENCHMARKS, *known]
             raise UsageError(

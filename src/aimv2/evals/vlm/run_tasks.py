@@ -78,16 +78,16 @@ def index(given: str, ours: Path, include: str | None) -> tuple[Any, list[str]]:
     """
     if include is not None and not Path(include).expanduser().is_dir():
         raise UsageError(f"--include {include}: no such folder", code="not-found")
-    folders = [str(ours), *([str(Path(include).expanduser())] if include else [])]
+    folders = [*([str(Path(include).expanduser())] if include else []), str(ours)]  # of equal names the first counts
     with quiet():
         from lmms_eval.tasks import TaskManager
 
         manager = TaskManager("ERROR", folders, include_defaults=False, model_name="aimv2_vlm")
         found = known(manager)
+        with contextlib.suppress(UsageError):
+            return manager, task_names(given, found)
         names = task_names(given, {*found, *their_names()})
-        if not found >= set(names):
-            manager = TaskManager("ERROR", folders, model_name="aimv2_vlm")
-    return manager, names
+        return TaskManager("ERROR", folders, model_name="aimv2_vlm"), names
 
 
 def known(manager: Any) -> set[str]:

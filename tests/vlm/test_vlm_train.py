@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train(root: Path, run: Path, vlm: str = "vlm", data: str = "talks", **options: Any) -> Path:
+def train(root: Path, run: Path, vlm: str | Path = "vlm", data: str = "talks", **options: Any) -> Path:
     given = {key.replace("__", "."): value for key, value in options.items()}
     with light_collections():
         api.vlm_train(run=str(run), options={**TINY, "init": str(root / vlm), "data.train": str(root / data), **given})
@@ -143,7 +144,9 @@ def shown(image: Image.Image, turns: list[Turn]) -> dict[str, bytes]:
 
 
 def test_a_stopped_run_goes_on_exactly(root: Path, run: Path, tmp_path: Path) -> None:
-    train(root, tmp_path / "run", train__stop_at=2)
+    shutil.copytree(root / "vlm", tmp_path / "vlm")
+    train(root, tmp_path / "run", tmp_path / "vlm", train__stop_at=2)
+    shutil.rmtree(tmp_path / "vlm")  # the run has all that it needs
     with light_collections():
         api.vlm_train(run=str(tmp_path / "run"), options={"resume": True})
     assert exact(tmp_path / "run") == exact(run)
@@ -255,6 +258,9 @@ def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert_refused(capsys, words(eval__knn=True), "eval.knn")
     assert_refused(capsys, words(objective__connector_scale=-1), "objective.connector_scale")
     assert_refused(capsys, ["pretrain", *words(objective__name="pretrain")[2:]], "vision-language model", "vlm train")
+    assert_refused(
+        capsys, ["vlm", "train", "--init", str(root / "vlm"), "--run", str(tmp_path / "run")], "data.train is not set"
+    )
     with pytest.raises(UsageError) as missing:
         api.vlm_train(run=str(tmp_path / "run"), options={"data.train": str(root / "talks")})
     assert (missing.value.code, missing.value.option) == ("missing", "--init")

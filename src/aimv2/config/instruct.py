@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from aimv2.config.objective import refuse_decoder_options, refuse_features, refuse_layer_decay
 from aimv2.errors import UsageError
@@ -11,6 +11,9 @@ from aimv2.errors import UsageError
 if TYPE_CHECKING:
     from aimv2.config.schema import Config
 
+TABLE_C1: dict[str, Any] = {  # of the section optim, LLaVA's column
+    "lr": 1e-5, "min_lr": 0.0, "start_lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "decay": "torch", "clip": 1.0,
+}  # fmt: skip
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."  # Table C2
 
 
@@ -28,6 +31,8 @@ class InstructTaskOptions:
         length_window: batches from which conversations of similar length are put together; 0 or 1: as they come
         pack: conversations share rows, each with positions and attention of its own; loss and gradient stay the same
     """
+
+    OPTIM: ClassVar[dict[str, Any]] = TABLE_C1
 
     freeze: bool = True
     connector_scale: float = 8.0

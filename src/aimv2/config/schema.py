@@ -294,8 +294,10 @@ def config_class(task: str | None = None) -> type[Config]:
     own = options_of(task)
     bases = (ObjectiveConfig,) if issubclass(ObjectiveConfig, own) else (own, ObjectiveConfig)
     options = make_dataclass("TaskOptions", [("name", str, task)], bases=bases)
-    section = ("objective", options, field(default_factory=options))
-    return make_dataclass("TaskConfig", [section], bases=(Config,), namespace={"__doc__": Config.__doc__})
+    sections = [("objective", options, field(default_factory=options))]
+    if changed := getattr(own, "OPTIM", None):  # defaults of its own
+        sections += [("optim", OptimConfig, field(default_factory=lambda: OptimConfig(**changed)))]
+    return make_dataclass("TaskConfig", sections, bases=(Config,), namespace={"__doc__": Config.__doc__})
 
 
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:

@@ -37,15 +37,12 @@ from aimv2.objectives.instruct import InstructObjective
 from aimv2.objectives.pretrain import text_targets
 from aimv2.tasks.held_out import HeldOut, evaluating
 from aimv2.tasks.task import CardText, Context, Task
+from aimv2.vlm.build import USE
 from aimv2.vlm.model import vlm_folder
 from aimv2.vlm.tuned import FolderWriter, TunedVisionLanguage, linear_names
 
 VLM_HEAD = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [aimv2, vision]\n---\n\n"
 BATCH = 16  # held-out conversations in the model at once
-TABLE_C1 = {
-    "optim.lr": 1e-5, "optim.min_lr": 0.0, "optim.start_lr": 0.0, "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.01,
-    "optim.decay": "torch", "optim.clip": 1.0, "optim.schedule": "cosine",
-}  # fmt: skip
 
 
 @dataclass
@@ -62,6 +59,7 @@ class Instruct(Task):
     reads: ClassVar[tuple[str, ...]] = ("init", "optim.lora")
     figures: ClassVar[tuple[str, ...]] = ("val_answer_loss", "val_answer_accuracy")
     compiles = False
+    demo = False
     resuming = False
 
     @property
@@ -94,7 +92,7 @@ class Instruct(Task):
         return TunedVisionLanguage.opened(self.init()).encoder.config
 
     def defaults(self, pairs: int, kind: Any, given: set[str]) -> dict[str, Any]:
-        """Table C1 (LLaVA) and one epoch."""
+        """One epoch, in batches as those of Table C1 (LLaVA) where there are as many samples."""
         train = self.config.train
         batch = train.batch_size if "train.batch_size" in given else min(128, 1 << max(pairs, 1).bit_length() - 1)
         steps = max(1, math.ceil((train.epochs or 1) * pairs / batch))
@@ -106,7 +104,7 @@ class Instruct(Task):
             "train.precision": kind.precision,
             "train.compile": "off",
         }
-        return {**TABLE_C1, **values, "train.save_every": every, "eval.every": every, "eval.samples": 500}
+        return {**values, "train.save_every": every, "eval.every": every, "eval.samples": 500}
 
     def check_samples(self, samples: Sequence[Parts]) -> None:
         """Raises UsageError where none of the first samples is a conversation that fits."""
@@ -242,7 +240,8 @@ class Instruct(Task):
         """A folder as that of ``init``, which transformers opens."""
         assert isinstance(model, TunedVisionLanguage)
         self.writer.write(folder, model, weights)
-        (folder / "README.md").write_text(VLM_HEAD + card, encoding="utf-8")
+        use = USE.format(out="FOLDER")
+        (folder / "README.md").write_text(f"{VLM_HEAD}{card}\n```python\n{use}\n```\n", encoding="utf-8")
 
     def card(self) -> CardText:
         options, lora = self.own, self.config.optim.lora
@@ -251,7 +250,7 @@ class Instruct(Task):
         return CardText(
             "A vision-language model, tuned on conversations about images",
             f"answers; encoder {eyes}, connector at {options.connector_scale:g} times the learning rate, {learned}; init {self.init()}",
-            "`AutoModelForImageTextToText` and `AutoProcessor` of transformers",
+            "transformers, here from FOLDER:",
         )
 
 

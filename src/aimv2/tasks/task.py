@@ -63,6 +63,7 @@ class Task(ABC):
         start_text: token that its captions begin with, which a newly trained tokenizer gets; None: none.
         no_captions: end of the message where captions are missing.
         compiles: whether its blocks may be compiled.
+        demo: whether it may train on the demo's scenes where no data are given.
     """
 
     options: ClassVar[type[Any]]
@@ -73,6 +74,7 @@ class Task(ABC):
     start_text: ClassVar[str | None] = None
     no_captions: ClassVar[str] = ""
     compiles: ClassVar[bool] = True
+    demo: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

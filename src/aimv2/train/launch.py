@@ -72,7 +72,8 @@ def recipe_of(
 
 def wants_demo(options: Config, recipe: str | None) -> bool:
     """Whether neither values nor data are given."""
-    return recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
+    nothing = recipe is None and options.data.train is None and not os.environ.get("AIMV2_DATA")
+    return nothing and task_of(options).demo
 
 
 def pretrain(

@@ -151,7 +151,7 @@ PAGES = {  # page -> what stands for a word of it
     "scenes.md": {},
     "vlm.md": {
         **{"RUN": "runs/photos", "LLM": "llm", "llava_v1_5_mix665k.json": "llava.json", "images": "photos"},
-        **{"table.parquet": "llava.json", "tars/{000..099}.tar": "talks/train-000000.tar"},
+        **{"table.parquet": "talks/train-000000.tar", "tars/{000..099}.tar": "talks/train-000000.tar"},
     },
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},

@@ -12,13 +12,14 @@ from aimv2.errors import UsageError, need, shown
 
 EXAMPLES = """\
 aimv2 caption runs/mine photos
-aimv2 caption runs/mine --data shards/mine --score --out results/captions"""
-FIRST = "beams temperature max_tokens repetition_penalty data score out device"
+aimv2 caption runs/mine --data shards/mine --score --out results/captions
+aimv2 caption VLM photo.jpg --ask "What is this?\""""
+FIRST = "beams temperature max_tokens repetition_penalty ask data score out device"
 
 
 @dataclass(kw_only=True)
 class CaptionOptions:
-    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references.
+    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references; or answer a question.
 
     Args:
         model: a model folder, RUN or RUN@STEP
@@ -37,6 +38,8 @@ class CaptionOptions:
         out: folder for result.json, if data are scored
         device: cpu, cuda, ...; null: cuda where there is one
         repetition_penalty: more than 1 makes tokens that are written already less likely
+        ask: a question, which a vision-language model (a folder of `aimv2 vlm build`, a RUN of `aimv2 vlm train`) answers for each image,
+            greedily and in 64 tokens at most
     """
 
     model: str
@@ -54,8 +57,16 @@ class CaptionOptions:
     out: str | None = None
     device: str | None = None
     repetition_penalty: AboveZero = 1.0
+    ask: str | None = None
 
     def __post_init__(self) -> None:
+        if self.ask is not None:
+            others = {"score": False, "beams": 1, "temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+            if other := next((name for name, default in others.items() if getattr(self, name) != default), None):
+                name = f"--{other.replace('_', '-')}"
+                raise UsageError(
+                    f"{name}: not with --ask, whose answers are greedy; leave one of them out", code="conflict"
+                )
         scoring = ("--data", self.data), ("--limit", self.limit), ("--baselines", self.baselines), ("--out", self.out)
         given = [option for option, value in scoring if value]
         if not self.score and given:
@@ -73,7 +84,11 @@ def run(options: CaptionOptions) -> dict[str, Any]:
         need("pycocoevalcap", "caption", "--score")
     from aimv2.data.text.models import load_model
     from aimv2.distributed import default_device
-    from aimv2.evals.caption import Writing, caption_files
+    from aimv2.evals.caption import Writing, ask_files, caption_files
+
+    if options.ask is not None:
+        most = 64 if options.max_tokens is None else options.max_tokens
+        return ask_files(options.model, options.images, options.ask, most, options.batch_size, options.device)
 
     loaded = load_model(options.model, decoder=True, device=default_device(options.device))
     writing = Writing(
@@ -97,8 +112,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         return
     from aimv2.data.passed import passed_lines
 
-    for row in result["captions"]:
-        console.print(f"{row['image']}\t{row['caption']}")
+    for row in result.get("answers") or result["captions"]:
+        console.print(f"{row['image']}\t{row.get('answer') or row.get('caption', '')}")
     for row in result["rejected"]:
         Console(stderr=True, markup=False, soft_wrap=True).print(shown(f"{row['image']}: {row['reason']}"))
     for line in passed_lines(result["passed_over"]):

@@ -1,13 +1,14 @@
-"""Captions of image files."""
+"""Captions of image files, and answers to a question on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import nn
 
 from aimv2.data.images.catalogue import is_image, list_files
@@ -15,9 +16,12 @@ from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
 from aimv2.data.stream.transforms import image_transform
+from aimv2.distributed import default_device
 from aimv2.errors import UsageError
 from aimv2.models.aimv2 import AIMv2
 from aimv2.progress import tracked
+
+Prepared = TypeVar("Prepared")
 
 
 def image_files(paths: Sequence[str], passed: PassedOver | None = None) -> Iterator[Path]:
@@ -76,31 +80,85 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
         {kind: {number, examples}} of files that are not read.
     """
     assert isinstance(model, AIMv2)
+    transform = image_transform(model)
+
+    def write(batch: list[torch.Tensor]) -> list[str]:
+        return writing(model, torch.stack(batch))
+
+    return texts_of_files(images, lambda path: transform(decode_image(path)), write, writing.batch_size, "caption")
+
+
+def ask_files(
+    source: str, images: Sequence[str], text: str, max_tokens: int = 64, batch_size: int = 64, device: str | None = None
+) -> dict[str, Any]:
+    """Greedy answers of a vision-language model to one question on each of the files and folders.
+
+    Args:
+        source: a folder of ``aimv2 vlm build``, or a RUN of ``aimv2 vlm train``.
+        images: files and folders.
+        text: the question; ``<image>`` in it is the place of the image, which else comes first.
+        max_tokens: of an answer, its end included.
+        batch_size: images per forward pass.
+        device: None: cuda where there is one.
+
+    Returns:
+        ``question``; ``answers``: a list of {image, answer}; ``rejected``, ``passed_over``: see :func:`caption_files`.
+
+    Raises:
+        UsageError: no vision-language model, no image, a question that does not fit.
+    """
+    from aimv2.vlm.answer import answers, question
+    from aimv2.vlm.language import IMAGE_TOKEN
+    from aimv2.vlm.model import open_vlm
+
+    if not text.strip() or text.count(IMAGE_TOKEN) > 1:
+        raise UsageError(f"--ask {text!r}: a question with one {IMAGE_TOKEN} at most is expected", option="--ask")
+    if max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens}: 1 or more expected", option="--max-tokens")
+    try:
+        model, processor = open_vlm(source)
+    except UsageError as error:
+        raise UsageError(str(error).replace("VLM", "MODEL", 1), option="MODEL", code=error.code) from None
+    model = model.to(default_device(device))
+
+    def write(batch: list[Image.Image]) -> list[str]:
+        return answers(model, processor, [question(text, image) for image in batch], max_tokens, batch_size)
+
+    return {"question": text, **texts_of_files(images, decode_image, write, batch_size, "answer")}
+
+
+def texts_of_files(
+    images: Sequence[str],
+    read: Callable[[Path], Prepared],
+    write: Callable[[list[Prepared]], list[str]],
+    batch_size: int,
+    what: str,
+) -> dict[str, Any]:
+    """A text for each of the files and folders, in batches: caption or answer, as ``what`` says; see :func:`caption_files`."""
     if not images:
         raise UsageError("IMAGES: at least one image file or folder is expected")
-    transform = image_transform(model)
-    captions: list[dict[str, str]] = []
+    texts: list[dict[str, str]] = []
     rejected: list[dict[str, str]] = []
-    waiting: list[tuple[Path, torch.Tensor]] = []
+    waiting: list[tuple[Path, Prepared]] = []
     passed = PassedOver()
 
-    def write() -> None:
+    def write_waiting() -> None:
         if waiting:
-            texts = writing(model, torch.stack([image for _, image in waiting]))
-            captions.extend({"image": str(path), "caption": text} for (path, _), text in zip(waiting, texts))
+            written = write([image for _, image in waiting])
+            texts.extend({"image": str(path), what: text} for (path, _), text in zip(waiting, written))
             waiting.clear()
 
     paths = list(image_files(images, passed))
-    for path in tracked(paths, "captions", len(paths)):
+    for path in tracked(paths, f"{what}s", len(paths)):
         try:
-            waiting.append((path, transform(decode_image(path))))
+            waiting.append((path, read(path)))
         except ImageError as error:
             rejected.append({"image": str(path), "reason": str(error)})
-        if len(waiting) >= writing.batch_size:
-            write()
-    write()
-    if not captions:
+        if len(waiting) >= batch_size:
+            write_waiting()
+    write_waiting()
+    if not texts:
         raise UsageError(
             f"IMAGES: none of {len(rejected)} could be read; {rejected[0]['image']}: {rejected[0]['reason']}"
         )
-    return {"captions": captions, "rejected": rejected, "passed_over": passed.result()}
+    return {f"{what}s": texts, "rejected": rejected, "passed_over": passed.result()}

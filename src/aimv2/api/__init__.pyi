@@ -69,8 +69,8 @@ def vlm_score(vlm: str, data: str | None = None, split: Literal['train', 'val', 
 def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:
     """Compare results with one another and with the paper's figures on the same data sets."""
 
-def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0) -> dict[str, Any]:
-    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references."""
+def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0, ask: str | None = None) -> dict[str, Any]:
+    """Write captions of images: greedy, sampled, or by beam search; or score such captions against references; or answer a question."""
 
 def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', image_root: str | None = None) -> dict[str, Any]:
     """Write features of many images, in files of equal parts; under torchrun several processes share the work."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doc_commands import ROOT, commands, lines_of, words_of
+from doc_commands import ROOT, check, commands, lines_of, words_of
 from doc_runs import DOCS, STEPS, fenced, run, run_page, twin
 from PIL import Image
 
@@ -152,6 +152,7 @@ PAGES = {  # page -> what stands for a word of it
     "vlm.md": {
         **{"RUN": "runs/photos", "LLM": "llm", "llava_v1_5_mix665k.json": "llava.json", "images": "photos"},
         **{"table.parquet": "talks/train-000000.tar", "tars/{000..099}.tar": "talks/train-000000.tar"},
+        **{"VLM": "vlm.md-0", "D": "talks", "photo.jpg": "photos/0001.jpg"},
     },
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
@@ -169,6 +170,16 @@ TOY = {
     "aimv2 linear": ["--data", "labelled"],
     "aimv2 knn": ["--data", "labelled"],
     "aimv2 fewshot": ["--data", "labelled", "--shots", "1,2"],
+    "vlm train --init": [
+        "--train.steps",
+        "2",
+        "--train.batch_size",
+        "4",
+        "--train.precision",
+        "fp32",
+        "--data.workers",
+        "0",
+    ],
 }
 
 
@@ -184,9 +195,12 @@ def test_page(page: str, lived_in: Path, monkeypatch: pytest.MonkeyPatch, shown:
             out = {"OUT": f"{page}-{number}", "--run": "--run"}
             given = fill(words, PAGES[page] | out)
             if "--run" in words:
-                given[given.index("--run") + 1] = f"runs/{page}-{number}"
+                given[given.index("--run") + 1] = f"runs/{page}-{number - ('--resume' in words)}"
             given = [word for i, word in enumerate(given) if "--dataset" not in given[max(i - 1, 0) : i + 1]]
             more = [word for part, extra in TOY.items() if part in " ".join(words) for word in extra]
+            if "--tasks" in words:  # of benchmarks that must be downloaded
+                check(given)
+                continue
             run([*twin(given), *more], line)
     assert len(shown) == (3 if page == "explore.md" else 0)
 

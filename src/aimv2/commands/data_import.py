@@ -11,7 +11,7 @@ EXAMPLES = """\
 aimv2 data import photos shards/photos
 aimv2 data import table.csv shards/mine --image-column file --val-fraction .05
 aimv2 data import llava.json OUT --image-root images --conversations true"""
-FIRST = "captions image_column caption_column val_fraction max_side class_folders no_captions workers"
+FIRST = "captions image_column caption_column val_fraction max_side class_folders no_captions conversations workers"
 
 
 @dataclass(kw_only=True)

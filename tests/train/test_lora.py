@@ -66,6 +66,18 @@ def test_merged_weights_compute_what_the_adapted_model_does() -> None:
         assert (plain(images) - before(images)).abs().max() > 0.1
 
 
+def test_a_bias_keeps_its_name_and_named_layers_are_updated() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    add_lora(model, 2, seed=1, targets=["2"])
+    merged = merge_lora(model.state_dict())
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[name], value) for name, value in before.items())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"2.lora_{side}.default.weight" for side in "AB"
+    }
+
+
 def test_every_product_of_the_blocks_is_updated_and_nothing_else_learns() -> None:
     learns = {name for name, p in adapted(rank=4).named_parameters() if p.requires_grad}
     products = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.gate_up", "mlp.down")]

@@ -166,7 +166,6 @@ def test_two_processes_equal_one(root: Path, tmp_path: Path) -> None:
     given = {
         **TINY,
         "train.steps": 3,
-        "data.workers": 1,
         "train.accumulate": 2,
         "init": str(root / "vlm"),
         "data.train": str(root / "talks"),

@@ -41,7 +41,7 @@ class Budget:
     """
 
     scenes: int = 20_000
-    pairs: int = 600
+    pairs: int = 1200
     language: int = 600
     epochs: int = 2
     tested: int = 1000
@@ -102,7 +102,7 @@ class Twin:
 
     def scenes(self) -> None:
         budget, seed = self.budget, str(self.seed)
-        shape = ("--size", "64", "--objects", "4", "--object-size", "8,24", "--distractors", "0.3", "--questions", "6")
+        shape = ("--size", "64", "--objects", "3", "--object-size", "10,26", "--distractors", "0.3", "--questions", "6")
         held = ("--hold-out", "0.15", "--hold-out-seed", seed)
         for name, count, more in (
             ("learn", budget.scenes, ("--seed", seed)),

@@ -111,6 +111,7 @@ def test_every_task_file_runs(place: Path, tmp_path: Path, monkeypatch: pytest.M
     assert result["figures"]["mean_over_eight"]["0"] == pytest.approx(
         sum(rows[f"aimv2_{n}"]["score"] for n in TABLE_8) / 8
     )
+    assert "PTB" in result["protocol"]["tokenizer"]
     for name in ("docvqa", "infovqa"):
         written = json.loads((tmp_path / "out" / "submissions" / f"{name}_test_for_submission.json").read_text())
         assert [one["questionId"] for one in written] == list(ROWS) and all("answer" in one for one in written)

@@ -63,6 +63,10 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
             "examples": "turns of the conversation, of the training split" if max(options.shots) else None,
             "limit": options.limit or None,
         }  # fmt: skip
+        if any(row["unit"] == "CIDEr" for row in scored.values()):
+            from aimv2.evals.ptb import tokenise
+
+            protocol["tokenizer"] = tokenise(["a"])[1]
         data = {"name": options.tasks, "dataset": None, "source": f"lmms-eval {version('lmms-eval')}", "split": None}
         about = about_vlm(options.vlm, answerer)
         if not world.main:

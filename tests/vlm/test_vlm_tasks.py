@@ -95,7 +95,17 @@ def test_scores_are_those_of_our_answers(place: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:
-    words = ["vlm", "score", place / "vlm", "--tasks", "local_scenes", "--include", place / "own", "--out", tmp_path / "two"]
+    words = [
+        "vlm",
+        "score",
+        place / "vlm",
+        "--tasks",
+        "local_scenes",
+        "--include",
+        place / "own",
+        "--out",
+        tmp_path / "two",
+    ]
     ended = forked(*map(str, words), ranks=2)
     assert ended.returncode == 0, ended.stderr
     assert "local_scenes" in ended.stdout and "%|" not in ended.stderr

@@ -37,7 +37,7 @@ class ProbeOptions(ClassifierOptions):
         heads: attention heads, or queries; null: width / 64, or 32
         flip: cached features of mirrored images too
         select: where the best head is chosen: auto (the validation split, else held-out training images: a fifth with refit,
-            of fewer than 1,250 several in turn, else a tenth), val, heldout, or test (as the paper reports it; the result says so)
+            of fewer than 5,000 several in turn, else a tenth), val, heldout, or test (as the paper reports it; the result says so)
         seeds: random seeds of heads and order, with commas
         train_limit: number of training images to sample; 0: all
         test_limit: number of test images to sample; 0: all

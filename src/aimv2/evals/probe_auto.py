@@ -26,7 +26,7 @@ STAYING = 1e-5  # lowest rate of heads that start as a linear classifier: the on
 SMALL = 10_000  # training images up to which heads start so
 EPOCHS, STEPS, LEAST_STEPS = 50, 1000, 500
 LARGEST = 512  # batch
-SELECTING = 250  # held-out images that choose a head, as far as there are so many
+SELECTING = 1000  # held-out images that choose a head, as far as there are so many
 FALLEN, RISEN = 0.2, 0.03  # change of the loss over the last quarter, as a fraction of that of guessing
 
 
@@ -66,7 +66,7 @@ def fitted(settings: ProbeSettings, images: int, automatic: Collection[str]) -> 
 
 
 def folds_of(images: int) -> int:
-    """How many fifths of the training images are held out in turn to choose a head: all of a few images, one of 1,250 or more."""
+    """How many fifths of the training images are held out in turn to choose a head: all of a few images, one of 5,000 or more."""
     return min(max(math.ceil(SELECTING / (images / 5)), 1), 5)
 
 

@@ -63,6 +63,7 @@ class Batch:
         labels: int64 [B], classes; -1 without one.
         keys: sample keys.
         bad: samples that could not be decoded since the last batch, with the reason.
+        kinds: of each of ``bad``, of conversations.
         kept: int64 [B, K], ascending image positions that the decoder reads; None: all.
         target_rows: int64 [S], with ``kept`` the patch that each scored row predicts, in the flat [B * I], padding 0; None: the
             one after ``patch_rows``.
@@ -106,6 +107,7 @@ class Batch:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     positions: Tensor | None = None
     long: int = 0
+    kinds: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
@@ -122,7 +124,7 @@ class Batch:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors by name, except those of the layout."""
-        others = ("keys", "bad", "layout", "sources", "sizes", "long")
+        others = ("keys", "bad", "kinds", "layout", "sources", "sizes", "long")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
     def real_tokens(self) -> Tensor:

@@ -18,7 +18,8 @@ from aimv2.config.load import parse
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.conversations import ConversationStream, RowMaker, TooLong, pack_texts, rows_to_batch
-from aimv2.errors import UsageError
+from aimv2.distributed import World
+from aimv2.errors import RankError, UsageError
 from aimv2.objectives.instruct import InstructObjective
 from aimv2.objectives.pretrain import text_targets
 from aimv2.tasks.instruct import Instruct, answers_right, check_packing
@@ -63,7 +64,7 @@ def processor(root: Path) -> Any:
 def stream(
     root: Path, processor: Any, window: int = 0, limit: int | None = None, cut: bool = False, **more: Any
 ) -> ConversationStream:
-    config = parse({"data.train": str(root / "talks"), "data.workers": 0, "data.shuffle_buffer": 10, **more})
+    config = parse({"objective.name": "instruct", "data.train": str(root / "talks"), "data.workers": 0, "data.shuffle_buffer": 10, **more})
     maker = RowMaker(processor, limit, cut, "What?", config.data.max_pixels)
     return ConversationStream(config.data, maker, 4, 0, 0, 1, window, 1, False)
 
@@ -92,11 +93,51 @@ def test_a_window_goes_on_where_it_was_stopped(root: Path, processor: Any) -> No
         )
 
 
-def test_bad_rows_are_counted_and_named(root: Path, processor: Any) -> None:
+def test_bad_rows_are_counted_and_named(root: Path, processor: Any, capfd: pytest.CaptureFixture[str]) -> None:
     one = stream(root, processor)
     for _ in range(14):
         next(one)
     assert any("s0007" in bad and "no answer" in bad for bad in one.bad)
+    one.close()
+    said = capfd.readouterr().err
+    assert "no answer: 1" in said and "s0007" in said
+
+
+def mostly_bad(folder: Path, good: int, bad: int) -> Path:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a"}]
+    lines = [json.dumps({"conversations": turns[: 1 + (at < good)]}).encode() for at in range(good + bad)]
+    folder.mkdir()
+    write_shard(folder / "train-000000.tar", [(f"k{at:04}", {"json": line}) for at, line in enumerate(lines)])
+    return folder
+
+
+def test_many_bad_rows_end_no_run(processor: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of an image-text set end it at ``data.max_bad``, and where it is given those of conversations too."""
+    data = {"objective.name": "instruct", "data.train": str(mostly_bad(tmp_path / "talks", 250, 220))}
+    one = stream(tmp_path, processor, **data)
+    for _ in range(100):
+        next(one)
+    one.close()
+    assert len(one.bad) > 150
+    said = [line for line in capfd.readouterr().err.splitlines() if "no answer" in line]
+    assert f"no answer: {len(one.bad)} (" in said[-1] and len(said) <= 4
+    one = stream(tmp_path, processor, **data, **{"data.max_bad": 100})
+    with pytest.raises(RankError, match=r"data\.max_bad allows 100"):
+        for _ in range(100):
+            next(one)
+
+
+@pytest.mark.parametrize(
+    ("good", "limit", "words"), [(20, None, "rows are bad: .*no answer"), (60, 4, "is a conversation that fits")]
+)
+def test_a_run_ends_where_next_to_nothing_is_left(
+    good: int, limit: int | None, words: str, processor: Any, tmp_path: Path
+) -> None:
+    data = {"objective.name": "instruct", "data.train": str(mostly_bad(tmp_path / "talks", good, 60 - good))}
+    one = stream(tmp_path, processor, limit=limit, **data)
+    with pytest.raises(RankError, match=words):
+        for _ in range(200):
+            next(one)
 
 
 @pytest.mark.parametrize(("cut", "words"), [(False, "left out"), (True, "cut there")])
@@ -130,6 +171,15 @@ def test_a_caption_answers_the_prompt(processor: Any) -> None:
     assert text == "user: <image>\nWhat do you see?\nassistant: a blue cross\n"
     scored = processor.tokenizer.decode([number for number, mark in zip(row.ids, row.scored) if mark])
     assert scored == "a blue cross\n"
+
+
+def test_held_out_rows_that_are_left_out_are_said(root: Path, processor: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    config = parse({"objective.name": "instruct", "init": str(root / "vlm"), "objective.row_tokens": 75})
+    held = Instruct(config).held_out([root / "talks" / "train-000000.tar"], None, None, world)  # type: ignore[arg-type]
+    said = capfd.readouterr().err
+    assert f"{47 - len(held.rows)} are longer than 75 tokens" in said and len(held.rows) > 10
+    assert "no answer: 1 (s0007 (question 1 has no answer))" in said
 
 
 def test_packed_rows_have_the_loss_and_the_gradient_of_their_own(root: Path, processor: Any) -> None:

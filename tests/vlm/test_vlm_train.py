@@ -18,6 +18,7 @@ from aimv2 import api
 from aimv2.config.load import parse, read_recipe
 from aimv2.config.recipes import recipe_file
 from aimv2.data.scenes import write_scenes
+from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.conversations import RowMaker
 from aimv2.data.text.conversations import Conversation, Turn
 from aimv2.errors import UsageError
@@ -45,6 +46,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     api.vlm_build(root / "eyes-native", root / "llm", root / "native", image_size=40)
     write_scenes(str(root / "talks"), 60, val_count=12, size=32, questions=2)
     write_scenes(str(root / "captions"), 20, val_count=12, size=32)
+    halves = [shown(picture(32, 32), [Turn("user", "What?"), Turn("assistant", "a red square")]) for _ in range(32)]
+    halves = [{name: part for name, part in one.items() if at >= 16 or name == "json"} for at, one in enumerate(halves)]
+    (root / "halves").mkdir()
+    write_shard(root / "halves" / "train-000000.tar", [(f"k{at:02}", one) for at, one in enumerate(halves)])
+    held = [one if at % 2 else {"json": b"{}"} for at, one in enumerate(halves[16:24])]
+    write_shard(root / "halves" / "val-000000.tar", [(f"k{at:02}", one) for at, one in enumerate(held)])
     return root
 
 
@@ -161,19 +168,22 @@ def test_layout_of_the_rows_changes_nothing(root: Path, run: Path, options: dict
     assert close(train(root, tmp_path / "other", **options), run)
 
 
-def test_two_processes_equal_one(root: Path, tmp_path: Path) -> None:
-    one = train(root, tmp_path / "one", data__workers=2, train__steps=3)
+@pytest.mark.parametrize("data", ["talks", "halves"])
+def test_two_processes_equal_one(data: str, root: Path, tmp_path: Path) -> None:
+    """``halves``: the rows of the first process have no image, and all its held-out rows are bad."""
+    one = train(root, tmp_path / "one", data=data, data__workers=2, train__steps=3)
     given = {
         **TINY,
         "train.steps": 3,
         "train.accumulate": 2,
         "init": str(root / "vlm"),
-        "data.train": str(root / "talks"),
+        "data.train": str(root / data),
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     ended = torchrun(2, "vlm", "train", *words, "--run", str(tmp_path / "two"))
     assert ended.returncode == 0, ended.stderr
     assert close(tmp_path / "two", one)
+    assert data == "talks" or "left out: no turns, or an empty question: 4" in ended.stderr
     first, second = weights(folder_of(one, 3)), weights(folder_of(tmp_path / "two", 3))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=2e-3, atol=2e-5)
@@ -255,6 +265,11 @@ def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert_refused(capsys, words(objective__row_tokens=18), "18 tokens", "16 of them of images", "objective.row_tokens")
     assert_refused(capsys, words(objective__name="pretrain"), "aimv2 pretrain")
     assert_refused(capsys, words(eval__knn=True), "eval.knn")
+    unread = {"data.tokenizer": "clip", "data.max_tokens": 5, "data.pack": 4, "data.crop_scale": 0.9, "data.flip": 0.0}
+    for key, value in {**unread, "eval.prefixes": "[0.2]", "eval.captions": 3, "model.width": 64}.items():
+        with pytest.raises(UsageError) as error:
+            train(root, tmp_path / "run", **{key: value})
+        assert (error.value.code, error.value.option) == ("conflict", key)
     assert_refused(capsys, words(objective__connector_scale=-1), "objective.connector_scale")
     assert_refused(capsys, ["pretrain", *words(objective__name="pretrain")[2:]], "vision-language model", "vlm train")
     assert_refused(

@@ -33,6 +33,11 @@ class InstructTaskOptions:
     """
 
     OPTIM: ClassVar[dict[str, Any]] = TABLE_C1
+    DATA: ClassVar[dict[str, Any]] = {"max_bad": None}
+    UNREAD: ClassVar[tuple[str, ...]] = (
+        "data.tokenizer", "data.vocab_size", "data.max_tokens", "data.pack", "data.crop_scale", "data.crop_ratio", "data.areas",
+        "data.flip", "eval.prefixes", "eval.captions", "model",
+    )  # fmt: skip
 
     freeze: bool = True
     connector_scale: float = 8.0
@@ -70,7 +75,6 @@ class InstructTaskOptions:
             "train.patch_budget": config.train.patch_budget is not None,
             "eval.knn": config.eval.knn,
             "eval.probe": config.eval.probe,
-            "model.name": config.model.name != "auto",
         }
         if name := next((name for name, there in refused.items() if there), None):
             raise UsageError(

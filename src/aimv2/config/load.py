@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,19 @@ def parse(flat: dict[str, Any], stored: bool = False) -> Config:
     check_ranges(config)
     if not stored and not config.resume:
         refuse_foreign(config)
+        refuse_changed(config, getattr(options_of(config.objective.name), "UNREAD", ()))
     return config
+
+
+def refuse_changed(config: Config, keys: Sequence[str]) -> None:
+    """Raises UsageError for the first of the keys (or whole sections) that is not at its default; the task reads none of them."""
+    plain = type(config)()
+    for key in leaf_keys(type(config)):
+        chosen = key in keys or key.partition(".")[0] in keys
+        if chosen and (value := get_value(config, key)) != get_value(plain, key):
+            raise UsageError(
+                f"{key} {value}: objective.name={config.objective.name} does not read it; leave it out", option=key, code="conflict"
+            )
 
 
 @cache

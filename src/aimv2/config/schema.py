@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, make_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_type_hints
 
 from aimv2.config.objective import BUILT_IN, ObjectiveConfig, options_of
@@ -104,7 +104,8 @@ class DataConfig:
         pack: native models: mini-batches of one area that share a row without padding; 0: one area at a time
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
-        max_bad: undecodable samples that a rank may meet before the run stops
+        max_bad: undecodable samples that a rank may meet before the run stops; null: as many as there are, of conversations
+            (the default there) until more than half of the rows are bad
         index_dir: where the index of the shards is kept, its metadata written anew at each start; null: the cache folder of the user
         features: contrastive only: a folder for the frozen encoder's features of every training image, computed once
             from the centre view (no crops, no flips) and read from then on; null: the encoder runs at each visit
@@ -123,7 +124,7 @@ class DataConfig:
     pack: int = 0
     flip: float = 0.5
     max_pixels: int = 178_956_970
-    max_bad: int = 100
+    max_bad: int | None = 100
     index_dir: str | None = None
     features: str | None = None
 
@@ -295,8 +296,9 @@ def config_class(task: str | None = None) -> type[Config]:
     bases = (ObjectiveConfig,) if issubclass(ObjectiveConfig, own) else (own, ObjectiveConfig)
     options = make_dataclass("TaskOptions", [("name", str, task)], bases=bases)
     sections = [("objective", options, field(default_factory=options))]
-    if changed := getattr(own, "OPTIM", None):  # defaults of its own
-        sections += [("optim", OptimConfig, field(default_factory=lambda: OptimConfig(**changed)))]
+    for section, kind in (("optim", OptimConfig), ("data", DataConfig)):
+        if changed := getattr(own, section.upper(), None):  # defaults of its own
+            sections += [(section, kind, field(default_factory=partial(kind, **changed)))]
     return make_dataclass("TaskConfig", sections, bases=(Config,), namespace={"__doc__": Config.__doc__})
 
 

@@ -124,7 +124,7 @@ def training_features(
 
     def extra(good: list[int], rejected: list[dict[str, Any]]) -> dict[str, Any]:
         bad.extend(f"{rows[line['row']]} ({line['reason']})" for line in rejected)
-        if len(bad) > config.max_bad:
+        if config.max_bad is not None and len(bad) > config.max_bad:
             raise RankError(too_many_bad(bad, config.max_bad), code="limit")
         return {"captions": {row: captions.pop(row) for row in good}}
 
@@ -180,7 +180,8 @@ def good_rows(config: DataConfig, rows: Sequence[TrainingRow], captions: dict[in
             raise UsageError(
                 f"data.train: {one.name or one.path} has no image with a caption that can be read", code="missing"
             )
-    if len(bad := sorted(set(range(len(rows))) - set(chain(*good)))) > config.max_bad:
+    bad = sorted(set(range(len(rows))) - set(chain(*good)))
+    if config.max_bad is not None and len(bad) > config.max_bad:
         raise UsageError(too_many_bad([str(rows[row]) for row in bad], config.max_bad), code="limit")
     return [np.array(kept) for kept in good]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aimv2.config.instruct import InstructTaskOptions
 from aimv2.config.schema import OptimConfig
 from aimv2.data.images.decode import ImageError
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import Parts
 from aimv2.data.stream.conversations import (
     ConversationStream,
@@ -27,8 +28,10 @@ from aimv2.data.stream.conversations import (
     rows_to_batch,
 )
 from aimv2.data.stream.samples import View
+from aimv2.data.text.conversations import BAD
 from aimv2.distributed import World
 from aimv2.errors import UsageError
+from aimv2.io import say
 from aimv2.models.groups import parameter_groups
 from aimv2.models.lora import add_lora, merge_lora
 from aimv2.models.sizes import EncoderConfig
@@ -200,10 +203,27 @@ class Instruct(Task):
     # ---- what comes of it ----
 
     def held_out(self, shards: Sequence[Path], view: View, tokenizer: Any, world: World) -> HeldOutRows:
-        maker = self.maker(self.writer.processor)
-        rows = held_out_rows(shards, maker, self.config.eval.samples, world.rank, world.size)
+        maker, count = self.maker(self.writer.processor), self.config.eval.samples
+        rows, long, passed = held_out_rows(shards, maker, count, world.rank, world.size)
+        self.say_left_out(long, passed, maker.limit, world)
+        if world.max(torch.tensor(float(not rows), device=world.device)):  # ranks score all that there is, or their parts, together
+            rows, *_ = held_out_rows(shards, maker, count, 0, 1)
         none = torch.zeros(0)
         return HeldOutRows(none, [], [], none, [row.key for row in rows], rows)
+
+    def say_left_out(self, long: int, passed: PassedOver, limit: int | None, world: World) -> None:
+        """A line for the held-out rows of all ranks that are too long, and for each kind of bad ones."""
+        kinds = list(BAD.values())
+        found = passed.result()
+        own = torch.tensor([long, *(found[kind]["number"] if kind in found else 0 for kind in kinds)], device=world.device)
+        every, *counts = world.sum(own).tolist()
+        if every:
+            say(f"held-out conversations: {every:,} are longer than {limit:,} tokens and are left out (objective.row_tokens)")
+        for kind, number in zip(kinds, counts):
+            if number:
+                examples = found[kind]["examples"] if kind in found else []
+                (line,) = passed_lines({kind: {"number": number, "examples": examples}}, "held-out conversations, left out")
+                say(line)
 
     @torch.no_grad()
     def validate(self, model: nn.Module, objective: Objective, data: HeldOut, world: World) -> dict[str, float]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.energon import SkipSample, WorkerConfig, stateless
+from megatron.energon.errors import FatalSampleError
 from megatron.energon.task_encoder.base import TaskEncoder
 from megatron.energon.wrappers.packing_dataset import PackingDataset
 from PIL import Image
@@ -20,10 +22,12 @@ from PIL import Image
 from aimv2.batch import ROW_BUCKET, Batch, make_batch, pad_rows, split_batch
 from aimv2.config.schema import DataConfig
 from aimv2.data.images.decode import ImageError, decode_image
+from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import Parts, captions_of, json_of, read_samples
-from aimv2.data.stream.samples import PairEncoder, TrainStream, View, draw_caption
+from aimv2.data.stream.samples import FATAL, PairEncoder, TrainStream, View, draw_caption
 from aimv2.data.text.chat import Chat, ChatError
 from aimv2.data.text.conversations import (
+    BAD,
     IMAGE,
     Conversation,
     ConversationError,
@@ -35,8 +39,23 @@ from aimv2.data.text.conversations import (
 from aimv2.io import say
 
 
+MANY = 1_000  # rows of a worker, after which it looks at how many of them were bad
+
+
 class TooLong(Exception):
     """A row that has more tokens than fit, and is left out."""
+
+
+class BadRow(ImageError):
+    """A sample that can't be trained on.
+
+    Attributes:
+        kind: a value of :data:`BAD`.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = BAD[code]
 
 
 @dataclass
@@ -132,17 +151,20 @@ class RowMaker:
             weights: of caption fields.
 
         Raises:
-            ImageError: nothing to train on in it, with the reason.
+            BadRow: nothing to train on in it, with the reason.
             TooLong: more tokens than fit.
         """
         try:
             conversation, images = self.read(parts, rng, weights)
             ids, scored = self.chat.encode(conversation)
         except (ConversationError, ChatError) as error:
-            raise ImageError(str(error)) from None
-        found = [self.image(decode_image(data, self.max_pixels)) for data in images]
-        if ids.count(self.chat.image_id) != len(images):
-            raise ImageError(f"{ids.count(self.chat.image_id)} image tokens in its text for {len(images)} images")
+            raise BadRow(getattr(error, "code", "template"), str(error)) from None
+        try:
+            found = [self.image(decode_image(data, self.max_pixels)) for data in images]
+        except ImageError as error:
+            raise BadRow("image-unreadable", str(error)) from None
+        if (tokens := ids.count(self.chat.image_id)) != len(images):
+            raise BadRow("template", f"{tokens} image tokens in its text for {len(images)} images")
         if images:
             ids, scored = spread(ids, scored, self.chat.image_id, [count for _, _, count in found])
         row = Row(key, ids, scored, [pixels for pixels, _, _ in found], [size for _, size, _ in found])
@@ -265,19 +287,39 @@ class ConversationEncoder(PairEncoder):
     def __init__(self, config: DataConfig, view: View, seed: int, worker: WorkerConfig, make: RowMaker) -> None:
         super().__init__(config, view, None, seed, worker)
         self.make, self.window, self.size = make, 0, 1
-        self.long = 0
+        self.long = self.drawn = self.rows = 0
+        self.kinds: list[str] = []
 
     def draw(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         source = sample["__subflavors__"]["source"]
         parts = {name.lower(): part for name, part in sample.items() if not name.startswith("__")}
+        self.drawn += 1
         try:
             row = self.make(sample["__key__"], parts, rng, self.sources[source].captions)
-        except TooLong:
+        except TooLong as error:
             self.long += 1
+            if self.drawn >= MANY and not self.rows:
+                raise FatalSampleError(
+                    f"{FATAL}data.train: none of the first {self.drawn:,} rows is a conversation that fits (the last one: {error}); "
+                    "objective.row_tokens, objective.long_rows"
+                ) from None
             raise SkipSample() from None
+        except BadRow as error:
+            self.kinds.append(error.kind)
+            raise
+        self.rows += 1
         self.long += row.cut > 0
         about = {name: sample[name] for name in ("__key__", "__restore_key__")}
         return {**about, "row": row, "source": source}
+
+    def reject(self, name: str) -> None:
+        """Record a bad row; without ``data.max_bad`` the worker ends where more than half of its rows are bad."""
+        super().reject(name)
+        if self.config.max_bad is None and self.drawn >= MANY and 2 * len(self.bad) > self.drawn:
+            raise FatalSampleError(
+                f"{FATAL}data.train: {len(self.bad):,} of the first {self.drawn:,} rows are bad: {', '.join(self.bad[:3])}, ...; "
+                "`aimv2 data check` counts them by kind"
+            )
 
     def build_batch(
         self, dataset: Any, *, batch_size: int | None, packing_buffer_size: int | None = None,
@@ -301,10 +343,10 @@ class ConversationEncoder(PairEncoder):
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> Batch:
         fresh, self.fresh = self.fresh, []
-        long, self.long = self.long, 0
+        kinds, self.kinds, long, self.long = self.kinds, [], self.long, 0
         rows, sources = [sample["row"] for sample in samples], [sample["source"] for sample in samples]
         batch = rows_to_batch(rows, self.make.image.shape, fresh, sources)
-        batch.long = long
+        batch.long, batch.kinds = long, kinds
         return batch
 
 
@@ -313,6 +355,7 @@ class ConversationStream(TrainStream):
 
     Attributes:
         long: rows so far that were longer than the limit.
+        passed: bad rows so far, by kind.
     """
 
     def __init__(
@@ -322,6 +365,7 @@ class ConversationStream(TrainStream):
         """``window``: global batches from which rows of similar length are put together."""
         self.make, self.window, self.accumulate, self.pack = make, window, accumulate, pack
         self.long, self.next_line = 0, 1
+        self.passed, self.said, self.next_bad = PassedOver(), 0, 1
         super().__init__(config, View(0, 0, False), None, batch_size, seed, rank, ranks)
 
     def encoder(
@@ -342,21 +386,43 @@ class ConversationStream(TrainStream):
                 "objective.long_rows)"
             )
             self.next_line = 10 * self.long
+        for part in parts:
+            for kind, name in zip(part.kinds, part.bad):
+                self.passed.add(kind, name)
+        if len(self.bad) >= self.next_bad:
+            self.say_bad()
         batch = super().joined(parts)
         assert isinstance(batch, Batch)
         micro = split_batch(batch, self.accumulate, 0)
         return [pack_texts(one) for one in micro] if self.pack else micro
 
+    def say_bad(self) -> None:
+        """Bad rows so far, a line for each kind."""
+        for line in passed_lines(self.passed.result(), "data.train: bad rows so far, left out"):
+            say(line)
+        self.said, self.next_bad = len(self.bad), 10 * len(self.bad)
 
-def held_out_rows(shards: Sequence[Path], make: RowMaker, limit: int, rank: int, ranks: int) -> list[Row]:
-    """The first ``limit`` samples in shard order (0: all), every ``ranks``-th for ``rank``; those without a row left out."""
-    rows, samples = list[Row](), (pair for shard in shards for pair in read_samples(shard))
-    for number, (key, parts) in enumerate(samples):
-        if limit and number >= limit:
-            break
-        if number % ranks == rank:
-            try:
-                rows.append(make(key, parts))
-            except (ImageError, TooLong):
-                continue
-    return rows
+    def close(self) -> None:
+        if len(self.bad) > self.said:
+            self.say_bad()
+        super().close()
+
+
+def held_out_rows(
+    shards: Sequence[Path], make: RowMaker, limit: int, rank: int, ranks: int
+) -> tuple[list[Row], int, PassedOver]:
+    """The first ``limit`` samples in shard order (0: all), every ``ranks``-th for ``rank``, without those that are too long or bad.
+
+    Returns:
+        the rows, the number of those that were too long, and the bad ones by kind.
+    """
+    rows, long, passed = list[Row](), 0, PassedOver()
+    samples = islice((pair for shard in shards for pair in read_samples(shard)), limit or None)
+    for key, parts in islice(samples, rank, None, ranks):
+        try:
+            rows.append(make(key, parts))
+        except TooLong:
+            long += 1
+        except BadRow as error:
+            passed.add(error.kind, f"{key} ({error})")
+    return rows, long, passed

@@ -177,8 +177,8 @@ class PairEncoder(TaskEncoder):
         """Record a bad sample; more than ``data.max_bad`` end the worker with their names."""
         self.bad.append(name)
         self.fresh.append(name)
-        if len(self.bad) > self.config.max_bad:
-            raise FatalSampleError(FATAL + too_many_bad(self.bad, self.config.max_bad))
+        if (most := self.config.max_bad) is not None and len(self.bad) > most:
+            raise FatalSampleError(FATAL + too_many_bad(self.bad, most))
 
     def draw(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Decode a sample and draw its crop, flip, caption and prefix."""
@@ -429,7 +429,7 @@ class TrainStream:
                 code="mismatch",
             ) from None
         self.bad += [bad for part in parts for bad in part.bad]
-        if len(self.bad) > self.max_bad:
+        if self.max_bad is not None and len(self.bad) > self.max_bad:
             raise RankError(too_many_bad(self.bad, self.max_bad))
         return self.joined(parts)
 

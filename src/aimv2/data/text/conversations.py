@@ -36,6 +36,7 @@ BAD = {
     "image-without-token": f"fewer {IMAGE} than images",
     "image-in-answer": f"{IMAGE} outside a question",
     # found by those who read rows and images
+    "template": "turns that the chat template can't show",
     "not-json": "rows that are no JSON object",
     "image-unreadable": "an image that can't be read",
 }
@@ -106,11 +107,11 @@ def conversation_of(about: Mapping[str, Any], images: int) -> Conversation:
     tokens = sum(turn.text.count(IMAGE) for turn in turns)
     if (named := _named(about)) > images:
         raise ConversationError("image-missing", f"{named} images named, {images} there")
+    if outside := next((turn.role for turn in turns if IMAGE in turn.text and turn.role != "user"), None):
+        raise ConversationError("image-in-answer", f"{IMAGE} in a turn of {outside}; questions only may show images")
     if tokens > images:
         code = "two-tokens" if images else "token-without-image"
         raise ConversationError(code, f"{tokens} {IMAGE} for {images or 'no'} image{'s' * (images != 1)}")
-    if outside := next((turn.role for turn in turns if IMAGE in turn.text and turn.role != "user"), None):
-        raise ConversationError("image-in-answer", f"{IMAGE} in a turn of {outside}; questions only may show images")
     if not tokens and images:
         first = next(number for number, turn in enumerate(turns) if turn.role == "user")
         turns[first] = Turn("user", f"{IMAGE}\n" * images + turns[first].text)

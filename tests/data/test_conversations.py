@@ -111,7 +111,11 @@ def test_bad_rows_have_a_code_and_a_reason(name: str) -> None:
 
 
 def test_every_code_has_a_row() -> None:
-    assert {code for code, _, _ in ROWS.values()} == set(BAD) - {"not-json", "image-unreadable", "template"}  # of the import, of rows
+    assert {code for code, _, _ in ROWS.values()} == set(BAD) - {
+        "not-json",
+        "image-unreadable",
+        "template",
+    }  # of the import, of rows
 
 
 def test_a_system_prompt_comes_first() -> None:

@@ -64,7 +64,15 @@ def processor(root: Path) -> Any:
 def stream(
     root: Path, processor: Any, window: int = 0, limit: int | None = None, cut: bool = False, **more: Any
 ) -> ConversationStream:
-    config = parse({"objective.name": "instruct", "data.train": str(root / "talks"), "data.workers": 0, "data.shuffle_buffer": 10, **more})
+    config = parse(
+        {
+            "objective.name": "instruct",
+            "data.train": str(root / "talks"),
+            "data.workers": 0,
+            "data.shuffle_buffer": 10,
+            **more,
+        }
+    )
     maker = RowMaker(processor, limit, cut, "What?", config.data.max_pixels)
     return ConversationStream(config.data, maker, 4, 0, 0, 1, window, 1, False)
 
@@ -173,7 +181,9 @@ def test_a_caption_answers_the_prompt(processor: Any) -> None:
     assert scored == "a blue cross\n"
 
 
-def test_held_out_rows_that_are_left_out_are_said(root: Path, processor: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_held_out_rows_that_are_left_out_are_said(
+    root: Path, processor: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     world = World(0, 1, torch.device("cpu"))
     config = parse({"objective.name": "instruct", "init": str(root / "vlm"), "objective.row_tokens": 75})
     held = Instruct(config).held_out([root / "talks" / "train-000000.tar"], None, None, world)  # type: ignore[arg-type]

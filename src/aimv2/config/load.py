@@ -116,7 +116,9 @@ def refuse_changed(config: Config, keys: Sequence[str]) -> None:
         chosen = key in keys or key.partition(".")[0] in keys
         if chosen and (value := get_value(config, key)) != get_value(plain, key):
             raise UsageError(
-                f"{key} {value}: objective.name={config.objective.name} does not read it; leave it out", option=key, code="conflict"
+                f"{key} {value}: objective.name={config.objective.name} does not read it; leave it out",
+                option=key,
+                code="conflict",
             )
 
 

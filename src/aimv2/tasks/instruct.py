@@ -206,7 +206,9 @@ class Instruct(Task):
         maker, count = self.maker(self.writer.processor), self.config.eval.samples
         rows, long, passed = held_out_rows(shards, maker, count, world.rank, world.size)
         self.say_left_out(long, passed, maker.limit, world)
-        if world.max(torch.tensor(float(not rows), device=world.device)):  # ranks score all that there is, or their parts, together
+        if world.max(
+            torch.tensor(float(not rows), device=world.device)
+        ):  # ranks score all that there is, or their parts, together
             rows, *_ = held_out_rows(shards, maker, count, 0, 1)
         none = torch.zeros(0)
         return HeldOutRows(none, [], [], none, [row.key for row in rows], rows)
@@ -215,14 +217,20 @@ class Instruct(Task):
         """A line for the held-out rows of all ranks that are too long, and for each kind of bad ones."""
         kinds = list(BAD.values())
         found = passed.result()
-        own = torch.tensor([long, *(found[kind]["number"] if kind in found else 0 for kind in kinds)], device=world.device)
+        own = torch.tensor(
+            [long, *(found[kind]["number"] if kind in found else 0 for kind in kinds)], device=world.device
+        )
         every, *counts = world.sum(own).tolist()
         if every:
-            say(f"held-out conversations: {every:,} are longer than {limit:,} tokens and are left out (objective.row_tokens)")
+            say(
+                f"held-out conversations: {every:,} are longer than {limit:,} tokens and are left out (objective.row_tokens)"
+            )
         for kind, number in zip(kinds, counts):
             if number:
                 examples = found[kind]["examples"] if kind in found else []
-                (line,) = passed_lines({kind: {"number": number, "examples": examples}}, "held-out conversations, left out")
+                (line,) = passed_lines(
+                    {kind: {"number": number, "examples": examples}}, "held-out conversations, left out"
+                )
                 say(line)
 
     @torch.no_grad()

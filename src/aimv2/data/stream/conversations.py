@@ -38,7 +38,6 @@ from aimv2.data.text.conversations import (
 )
 from aimv2.io import say
 
-
 MANY = 1_000  # rows of a worker, after which it looks at how many of them were bad
 
 

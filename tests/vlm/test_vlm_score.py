@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from aimv2 import api
+from aimv2.data.shards.format import write_shard
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.evals.vlm.answered import Answerer, AnswerStore, shuffled
+from aimv2.evals.vlm.answered import Answerer, AnswerStore, digests, shuffled
 from aimv2.evals.vlm.questions import Document, figures_of, read_documents
+from aimv2.evals.vlm.score import render_questions
 from aimv2.vlm.answer import Picture, Question, answers, ends_of, generate, padded, question, tokenized
 from aimv2.vlm.model import open_folder, open_vlm
 from forked import forked
@@ -115,13 +119,13 @@ def test_places_of_images(place: Path) -> None:
 
 def test_no_sample_keeps_its_image() -> None:
     one, two, three, four = (Picture(bytes([number])) for number in range(4))
-    given = [(one,), (one,), (two,), (), (three,), (two, four)]
+    given = [(one,), (Picture(bytes([0])),), (two,), (), (three,), (two, four)]  # equal bytes are one image
     for seed in range(6):
         found = shuffled(given, seed)
         assert found[0] == found[1] and found[3] == () and found[5] == (two, four)
-        assert {found[at] for at in (0, 2, 4)} == {(one,), (two,), (three,)}
-        assert all(found[at] != given[at] for at in (0, 2, 4))
-    assert len({tuple(shuffled(given, seed)) for seed in range(9)}) == 2, "by the seed"
+        assert {digests(found[at]) for at in (0, 2, 4)} == {digests((image,)) for image in (one, two, three)}
+        assert all(digests(found[at]) != digests(given[at]) for at in (0, 1, 2, 4))
+    assert len({tuple(map(digests, shuffled(given, seed))) for seed in range(9)}) == 2, "by the seed"
 
 
 def test_figures_by_hand() -> None:
@@ -205,20 +209,76 @@ def test_equal_questions_are_answered_once(place: Path, tmp_path: Path) -> None:
     assert changed(twice) == found
 
 
-def test_conversations_are_questions_too(tmp_path: Path) -> None:
-    from aimv2.data.shards.format import write_shard
+def png(shade: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9), (shade, 0, 0)).save(out, "png")
+    return out.getvalue()
 
-    turns = [("system", "Be brief."), ("human", "<image>\nOne?"), ("gpt", "1"), ("human", "Two?"), ("gpt", "2")]
-    about = json.dumps({"conversations": [{"from": who, "value": text} for who, text in turns]}).encode()
-    picture(9, 9).save(tmp_path / "a.png")
-    parts = {"json": about, "png": (tmp_path / "a.png").read_bytes()}
-    broken = {"json": about, "png": b"none"}
+
+def talk(*texts: str, images: int = 1, shade: int = 0, system: bool = False) -> dict[str, bytes]:
+    """The parts of a sample: questions and answers in turn, after a system prompt where it has one."""
+    names = ("system", *("human", "gpt") * len(texts))[not system :]
+    about = {"conversations": [{"from": who, "value": text} for who, text in zip(names, texts)]}
+    found = {f"{number}.png" if number else "png": png(shade + number) for number in range(images)}
+    return {"json": json.dumps(about).encode(), **found}
+
+
+def test_conversations_are_questions_too(tmp_path: Path) -> None:
+    turns = ("Be brief.", "<image>\nOne?", "1", "Two?", "2", "<image>\nThree?", "3")
+    parts = talk(*turns, images=2, system=True)
+    broken = {**parts, "png": b"none"}
     write_shard(tmp_path / "val-0.tar", [("a", parts), ("b", broken), ("c", {"json": b"{}", "png": parts["png"]})])
     found = read_documents(str(tmp_path))
-    assert [one.answer for one in found.documents] == ["1", "2"]
-    assert [one.question.messages[-1]["content"] for one in found.documents] == ["<image>\nOne?", "<image>\nTwo?"]
-    assert all(one.question.messages[0] == {"role": "system", "content": "Be brief."} for one in found.documents)
+    assert [one.answer for one in found.documents] == ["1", "2", "3"]
+    for number, one in enumerate(found.documents):
+        assert [message["content"] for message in one.question.messages] == list(turns[: 2 * number + 2])
+        assert digests(one.question.images) == digests([Picture(png(shade)) for shade in range((1, 1, 2)[number])])
     assert found.unreadable == 1 and sum(found.bad.values()) == 1
+    single = read_documents(str(tmp_path), earlier_turns=False).documents
+    asked = ["<image>\nOne?", "<image>\nTwo?", "<image>\nThree?"]
+    assert [one.question.messages[-1]["content"] for one in single] == asked
+    assert [one.question.images[0].digest == Picture(png(0)).digest for one in single] == [True, True, False]
+    assert all(len(one.question.messages) == 2 and len(one.question.images) == 1 for one in single)
+    assert all(one.question.messages[0] == {"role": "system", "content": "Be brief."} for one in single)
+
+
+def test_questions_of_scenes_come_as_in_training(place: Path) -> None:
+    from aimv2.data.shards.format import json_of, read_samples
+
+    (tar,) = (place / "scenes").glob("train-*.tar")
+    wanted = [
+        [turn["value"] for turn in json_of(parts)["conversations"]] for _, parts in read_samples(tar)
+    ]  # what the objective `instruct` reads
+    documents = iter(read_documents(str(place / "scenes"), "train").documents)
+    for turns in wanted:
+        pictures = set()
+        for at in range(0, len(turns), 2):
+            one = next(documents)
+            assert [message["content"] for message in one.question.messages] == turns[: at + 1]
+            assert one.answer == turns[at + 1]
+            pictures |= {id(image) for image in one.question.images}
+        assert len(pictures) == 1, "encoded once for all questions"
+    single = read_documents(str(place / "scenes"), "train", earlier_turns=False).documents
+    assert all(len(one.question.messages) == 1 == len(one.question.images) for one in single)
+
+
+def test_what_is_too_long_is_wrong_and_what_is_kept_is_counted(place: Path, tmp_path: Path) -> None:
+    rows = [(str(shade), talk(f"<image>\nq{shade}", "a", shade=shade)) for shade in range(3)]
+    rows += [
+        ("long", talk("<image>\n" + "q" * 600, "a")),
+        ("two", talk("<image>\none", "a", "<image>\nmore", "b", images=2)),
+    ]
+    write_shard(tmp_path / "mixed" / "val-0.tar", rows)
+    result = api.vlm_score(place / "post", data=str(tmp_path / "mixed"), max_tokens=3)
+    figures = result["figures"]
+    assert (figures["questions"], figures["too_long"], figures["kept_images"]) == (6, 1, 1)
+    assert result["protocol"]["before_a_question"]
+    text = render_questions(result)
+    assert "1 of 6" in text and "kept: 1" in text
+    single = api.vlm_score(
+        place / "post", data=str(tmp_path / "mixed"), max_tokens=3, earlier_turns=False, controls=False
+    )
+    assert single["protocol"]["before_a_question"] is None and single["protocol"]["name"] != result["protocol"]["name"]
 
 
 # ---- wrong use ----

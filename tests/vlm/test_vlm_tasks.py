@@ -335,17 +335,6 @@ def test_wrong_use(place: Path, tmp_path: Path) -> None:
     assert "train.parquet" in refused("not-found", "--tasks", vlm, tasks="local_scenes", include=tmp_path / "untrained")
 
 
-def test_data_that_are_not_cached(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    text = refused("not-found", "--tasks", place / "vlm", tasks="docvqa")
-    assert "hf download --repo-type dataset lmms-lab-encoder/DocVQA" in text and str(tmp_path) in text
-    (tmp_path / "datasets--lmms-lab-encoder--DocVQA" / "snapshots" / "a").mkdir(parents=True)
-    check_ready("aimv2_docvqa", {"dataset_path": "lmms-lab-encoder/DocVQA"})
-
-
 def test_java_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match="aimv2_coco") as caught:

@@ -37,6 +37,8 @@ class VlmScoreOptions:
         seed: random seed of the shuffled images
         device: cpu, cuda, ...; null: cuda where there is one
         out: folder for result.json and the answers; an interrupted command continues there
+        earlier_turns: put the earlier questions of its conversation and their right answers before each question of the data, as training
+            does; false: each question by itself
     """
 
     vlm: str
@@ -52,6 +54,7 @@ class VlmScoreOptions:
     tasks: str | None = None
     shots: ShotList = text("0")
     include: str | None = None
+    earlier_turns: bool = True
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.tasks is None):
@@ -62,8 +65,13 @@ class VlmScoreOptions:
         if self.data is not None and (self.include is not None or max(self.shots) > 0):
             option = "--include" if self.include is not None else "--shots"
             raise UsageError(f"{option}: belongs to --tasks; leave it out with --data", option=option, code="conflict")
-        if self.tasks is not None and (self.max_tokens is not None or self.split != "val"):
-            option = "--split" if self.split != "val" else "--max-tokens"
+        given = {
+            "--split": self.split != "val",
+            "--max-tokens": self.max_tokens is not None,
+            "--earlier-turns": not self.earlier_turns,
+        }
+        if self.tasks is not None and any(given.values()):
+            option = next(name for name, used in given.items() if used)
             raise UsageError(f"{option}: belongs to --data; a task file states it", option=option, code="conflict")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,18 +85,27 @@ def question(text: str, *images: Picture | bytes | Image.Image) -> Question:
 def answers(
     model: VisionLanguage, processor: Any, questions: Sequence[Question], max_tokens: int = 16, batch_size: int = 64
 ) -> list[str]:
-    """Greedy answers, in the order of the questions; see :func:`answer_batches`."""
+    """Greedy answers, in the order of the questions; see :func:`answer_batches`.
+
+    Raises:
+        UsageError: a question that does not fit the context, places of images without an image, or the other way round.
+    """
     found = [""] * len(questions)
     for rows in answer_batches(model, processor, questions, max_tokens, batch_size):
         for row, text in rows:
+            if text is None:
+                why = too_long(model, processor, questions[row], max_tokens)
+                raise UsageError(f"--max-tokens {max_tokens}: {why}", code="limit")
             found[row] = text
     return found
 
 
 def answer_batches(
     model: VisionLanguage, processor: Any, questions: Sequence[Question], max_tokens: int = 16, batch_size: int = 64
-) -> Iterator[list[tuple[int, str]]]:
+) -> Iterator[list[tuple[int, str | None]]]:
     """Greedy answers as batches of them come: (number of the question, answer without special tokens, stripped).
+
+    None stands for the answer to a question that does not fit the context together with it.
 
     A :class:`Picture` that several neighbouring questions share is encoded once.
 
@@ -107,19 +117,18 @@ def answer_batches(
         batch_size: rows and images per forward pass.
 
     Raises:
-        UsageError: a question that does not fit the context, places of images without an image, or the other way round.
+        UsageError: places of images without an image, or the other way round.
     """
     ends, device = ends_of(model, processor), next(model.parameters()).device
     with torch.inference_mode():
         for start in range(0, len(questions), AHEAD * batch_size):
             chunk = questions[start : start + AHEAD * batch_size]
-            features = encoded(model, processor, chunk, batch_size)
-            rows = [
-                expanded(ids, [len(features[id(image)]) for image in one.images], processor.image_token_id)
-                for ids, one in zip(tokenized(processor, chunk), chunk)
-            ]
-            check_context(model, rows, processor.image_token_id, max_tokens)
+            features, rows = prepared(model, processor, chunk, batch_size)
             order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+            fits = sum(len(row) + max_tokens <= context_of(model) for row in rows)
+            if order[fits:]:
+                yield [(start + row, None) for row in order[fits:]]
+            order = order[:fits]
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 images = [features[id(image)] for row in chosen for image in chunk[row].images]
@@ -162,6 +171,18 @@ def tokenized(processor: Any, questions: Sequence[Question]) -> list[list[int]]:
     )
     starts = words.bos_token is not None and texts[0].startswith(words.bos_token)  # as the processor decides
     return words(texts, add_special_tokens=not starts)["input_ids"]
+
+
+def prepared(
+    model: VisionLanguage, processor: Any, questions: Sequence[Question], batch_size: int
+) -> tuple[dict[int, Tensor], list[list[int]]]:
+    """Image embeddings, see :func:`encoded`, and the token ids of each question."""
+    features = encoded(model, processor, questions, batch_size)
+    rows = [
+        expanded(ids, [len(features[id(image)]) for image in one.images], processor.image_token_id)
+        for ids, one in zip(tokenized(processor, questions), questions)
+    ]
+    return features, rows
 
 
 def expanded(ids: Sequence[int], counts: Sequence[int], image_id: int) -> list[int]:
@@ -210,16 +231,30 @@ def pixels_of(processor: Any, image: Image.Image) -> tuple[Tensor, Tensor | None
     return made["pixel_values"][0], None if sizes is None else torch.as_tensor(sizes)[0]
 
 
-def check_context(model: VisionLanguage, rows: Sequence[Sequence[int]], image_id: int, max_tokens: int) -> None:
-    """Raise UsageError where the longest row and its answer are longer than the context."""
-    context, longest = getattr(model.language.config, "max_position_embeddings", None), max(rows, key=len)
-    if context is not None and len(longest) + max_tokens > context:
-        raise UsageError(
-            f"--max-tokens {max_tokens}: a question of {len(longest):,} tokens, {longest.count(image_id):,} of them of images, "
-            f"and its answer need {len(longest) + max_tokens:,} positions, and the context holds {context:,}; a smaller "
-            "--max-tokens, fewer images (--shots), or a VLM built with smaller --tiles or --image-size",
-            code="limit",
-        )
+def context_of(model: VisionLanguage) -> float:
+    """Most tokens of a question and its answer; infinity where the language model states none."""
+    return getattr(model.language.config, "max_position_embeddings", None) or math.inf
+
+
+def too_long(
+    model: VisionLanguage, processor: Any, one: Question, max_tokens: int, advice: str = "--max-tokens"
+) -> str:
+    """What a question that does not fit the context needs, and which options make it shorter.
+
+    Args:
+        model: as of :func:`answer_batches`, like the next.
+        processor: its processor.
+        one: the question.
+        max_tokens: of its answer.
+        advice: how its answer gets shorter.
+    """
+    with torch.inference_mode():
+        (row,) = prepared(model, processor, [one], 1)[1]
+    return (
+        f"a question of {len(row):,} tokens, {row.count(processor.image_token_id):,} of them of images, and its answer need "
+        f"{len(row) + max_tokens:,} positions, and the context holds {context_of(model):,}; a smaller {advice}, fewer images, "
+        "or a VLM built with smaller --tiles or --image-size"
+    )
 
 
 def generate(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from aimv2.vlm.answer import Picture, Question, answer_batches
 from aimv2.vlm.model import VisionLanguage
 
 FOLDER = "answers"
+T = TypeVar("T")
 
 
 class AnswerStore:
@@ -49,7 +50,7 @@ class AnswerStore:
 
     def add(self, answers: dict[str, str]) -> None:
         """Keeps answers by digest."""
-        self.known = self.read() | answers
+        self.read().update(answers)
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
             with (self.folder / f"{self.name}-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
@@ -76,25 +77,27 @@ class Answerer:
     max_tokens: int = 16
     batch_size: int = 64
 
-    def __call__(self, questions: Sequence[Question], title: str = "answers") -> list[str]:
+    def __call__(self, questions: Sequence[Question], title: str = "answers") -> list[str | None]:
         """Answers in the order of the questions, on every rank; equal questions are answered once. Without a title no progress is shown.
+
+        None stands for the answer to a question that does not fit the context.
 
         Raises:
             UsageError: see :func:`aimv2.vlm.answer.answer_batches`.
         """
         digests = [f"{one.digest()}-{self.max_tokens}" for one in questions]
         # of one rank: while another reads, a third may have begun to add
-        found = dict(self.world.broadcast(self.store.read() if self.world.main else None))
+        found: dict[str, str | None] = dict(self.world.broadcast(self.store.read() if self.world.main else None))
         missing = {name: one for name, one in zip(digests, questions) if name not in found}
         names, (rank, size) = list(missing), (self.world.rank, self.world.size)
         mine = names[len(names) * rank // size : len(names) * (rank + 1) // size]
-        fresh: dict[str, str] = {}
+        fresh: dict[str, str | None] = {}
         with progress_bar(title, len(mine), shown=bool(title)) as advance:
             for rows in answer_batches(
                 self.model, self.processor, [missing[name] for name in mine], self.max_tokens, self.batch_size
             ):
                 written = {mine[row]: text for row, text in rows}
-                self.store.add(written)
+                self.store.add({name: text for name, text in written.items() if text is not None})
                 fresh |= written
                 advance(len(rows))
         for part in gathered(fresh, self.world):
@@ -102,7 +105,7 @@ class Answerer:
         return [found[name] for name in digests]
 
 
-def gathered(part: dict[str, str], world: World) -> list[dict[str, str]]:
+def gathered(part: T, world: World) -> list[T]:
     """The parts of all ranks."""
     if world.size == 1:
         return [part]
@@ -112,16 +115,22 @@ def gathered(part: dict[str, str], world: World) -> list[dict[str, str]]:
 
 
 def shuffled(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]]:
-    """The images of the questions, exchanged among samples by a seed: no sample keeps its own, questions of one stay together.
+    """The images of the questions, exchanged among samples by a seed: no question keeps its own, those of one sample stay together.
 
-    A sample exchanges with those of as many images; one without its like keeps its own.
+    Equal images are one sample's. A sample exchanges with those of as many images; one without its like keeps its own.
     """
-    units = {tuple(map(id, own)): own for own in images}
-    by_count: dict[int, list[tuple[int, ...]]] = {}
+    names = [digests(own) for own in images]
+    units = dict(zip(names, images))
+    by_count: dict[int, list[tuple[str, ...]]] = {}
     for name in units:
         by_count.setdefault(len(name), []).append(name)
-    rng, given = np.random.default_rng(seed), dict[tuple[int, ...], tuple[Picture, ...]]()
-    for names in by_count.values():
-        order = [names[at] for at in rng.permutation(len(names))]
+    rng, given = np.random.default_rng(seed), dict[tuple[str, ...], tuple[Picture, ...]]()
+    for alike in by_count.values():
+        order = [alike[at] for at in rng.permutation(len(alike))]
         given |= {name: units[other] for name, other in zip(order, order[1:] + order[:1])}
-    return [given[tuple(map(id, own))] for own in images]
+    return [given[name] for name in names]
+
+
+def digests(images: Sequence[Picture]) -> tuple[str, ...]:
+    """What tells images apart."""
+    return tuple(image.digest for image in images)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
-from aimv2.interop.hub import unreachable
 
 VERSION = "0.7.3"  # of lmms-eval that the task files were written for
 INSTALL = f"pip install 'aimv2[vlm]' && pip install --no-deps lmms-eval=={VERSION}"
@@ -28,6 +27,7 @@ LOCAL = (
     "text",
     "pandas",
 )  # builders of `datasets` that read local files
+GQA_IMAGES = "lmms-lab-encoder/GQA", "val_balanced_images"  # of the hub: its questions are another configuration
 JAVA_TASKS = ("coco", "textcaps", "nocaps", "flickr30k")  # lmms-eval's own captioning: its scorers are Java programs
 
 
@@ -121,12 +121,21 @@ def task_names(given: str, known: Collection[str]) -> list[str]:
     return names
 
 
-def check_ready(name: str, config: dict[str, Any]) -> None:
+def hub_parts(name: str, config: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The data sets of the hub that a task reads, each with its configuration; none where its data are on this machine."""
+    source = str(config.get("dataset_path"))
+    if source in LOCAL or (config.get("dataset_kwargs") or {}).get("load_from_disk") or Path(source).exists():
+        return []
+    return [(source, config.get("dataset_name")), *([GQA_IMAGES] if name == f"{PREFIX}gqa" else [])]
+
+
+def check_ready(name: str, config: dict[str, Any], unreachable: str = "") -> None:
     """Raise UsageError where a task's data or programs are not there; nothing is loaded, and nothing is waited for.
 
     Args:
         name: of the task.
         config: its YAML, includes resolved.
+        unreachable: why the hub can't be reached; "" where it can.
     """
     if not name.startswith(PREFIX) and name.startswith(JAVA_TASKS) and shutil.which("java") is None:
         raise UsageError(
@@ -141,16 +150,17 @@ def check_ready(name: str, config: dict[str, Any]) -> None:
         for path in paths_in(given):
             if "*" not in path and "://" not in path and not Path(path).exists():
                 raise UsageError(f"--tasks {name}: {path} does not exist", option="--tasks", code="not-found")
-    elif not Path(source).exists() and not cached(source) and (why := unreachable()):
-        from huggingface_hub import constants
+    for source, part in hub_parts(name, config) if unreachable else ():
+        if not cached(source, part):
+            from huggingface_hub import constants
 
-        raise UsageError(
-            f"--tasks {name}: the data set {source} is not in the cache and the hub can't be reached ({why}); on a machine with "
-            f"network run `hf download --repo-type dataset {source}`, then copy its folder datasets--{source.replace('/', '--')} "
-            f"to {constants.HF_HUB_CACHE}, or set HF_HOME to a cache that has it",
-            option="--tasks",
-            code="not-found",
-        )
+            raise UsageError(
+                f"--tasks {name}: the data set {source}{f', {part},' if part else ''} is not in the cache and the hub can't be reached "
+                f"({unreachable}); on a machine with network run `hf download --repo-type dataset {source}`, then copy its folder "
+                f"datasets--{source.replace('/', '--')} to {constants.HF_HUB_CACHE}, or set HF_HOME to a cache that has it",
+                option="--tasks",
+                code="not-found",
+            )
 
 
 def paths_in(value: Any) -> list[str]:
@@ -161,12 +171,32 @@ def paths_in(value: Any) -> list[str]:
     return [path for each in inner for path in paths_in(each)]
 
 
-def cached(source: str) -> bool:
-    """Whether the hub's cache, or that of `datasets`, holds some of a data set."""
-    from datasets import config
+def snapshot_of(source: str) -> Path | None:
+    """The folder of a data set in the hub's cache: of its main branch, else the newest."""
     from huggingface_hub import constants
 
-    snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}" / "snapshots"
-    built = Path(config.HF_DATASETS_CACHE)
-    names = source.replace("/", "___"), source.replace("/", "___").lower()
-    return any(snapshots.glob("*")) or any((built / name).is_dir() for name in names)
+    home = Path(constants.HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
+    main = home / "refs" / "main"
+    if main.is_file() and (folder := home / "snapshots" / main.read_text("utf-8").strip()).is_dir():
+        return folder
+    return max(home.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def place_of(source: str) -> str:
+    """Where `datasets` finds a data set without the hub: its snapshot, else its name, by which it knows those that it has built."""
+    return str(snapshot_of(source) or source)
+
+
+def cached(source: str, part: str | None = None) -> bool:
+    """Whether the hub's cache, or that of `datasets`, holds a configuration of a data set, as far as their files' names tell."""
+    from datasets import config, load_dataset_builder
+    from datasets.naming import camelcase_to_snakecase
+
+    if (folder := snapshot_of(source)) is not None:
+        try:
+            return bool(load_dataset_builder(str(folder), part))
+        except Exception:  # of `datasets`: no such configuration, none of its files
+            return False
+    owner, _, name = source.rpartition("/")
+    built = Path(config.HF_DATASETS_CACHE) / f"{owner}{'___' * bool(owner)}{camelcase_to_snakecase(name)}"
+    return any(built.glob(f"{part or '*'}/*/*"))

@@ -13,14 +13,17 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from aimv2.errors import UsageError
-from aimv2.evals.vlm.answered import Answerer
+from aimv2.evals.vlm.answered import Answerer, digests
+from aimv2.io import say
 from aimv2.progress import progress_bar
-from aimv2.vlm.answer import AHEAD, PLACE, Picture, Question, question
+from aimv2.vlm.answer import AHEAD, PLACE, Picture, Question, question, too_long
 
 MAX_TOKENS = 64  # where a task states none
+BATCH_SIZE = 64
+TRIES = 50  # documents that are looked at for other images than a document's own
 CONDITIONS = ("images", "text only", "shuffled images")
 # columns of an answer, in the order in which they are looked for; of several answers the most frequent is shown, of captions the first
-SHOWN = ("multiple_choice_answer", "answers", "caption_str", "annotations_captions", "answer", "caption")
+ANSWERS = ("multiple_choice_answer", "answers", "caption_str", "annotations_captions", "answer", "caption")
 
 
 class Aimv2Vlm(lmms):
@@ -29,6 +32,9 @@ class Aimv2Vlm(lmms):
     Attributes:
         shots: examples before each question, of the task's training split, as earlier turns of the conversation.
         condition: one of :data:`CONDITIONS`.
+        too_long: by task the documents that do not fit the context; their answers are empty.
+        kept: by task the documents that kept their images where those were to be exchanged.
+        why: what the first of the too long needs.
     """
 
     is_simple = True
@@ -36,7 +42,7 @@ class Aimv2Vlm(lmms):
     def __init__(
         self,
         vlm: str = "",
-        batch_size: int | str = 64,
+        batch_size: int | str = BATCH_SIZE,
         device: str | None = None,
         max_batch_size: int | None = None,
         shots: int = 0,
@@ -46,7 +52,7 @@ class Aimv2Vlm(lmms):
         """
         Args:
             vlm: a folder, RUN or RUN@STEP.
-            batch_size: questions per forward pass.
+            batch_size: questions per forward pass; auto: 64.
             device: cpu, cuda, ...; None: this process's GPU where there is one.
             max_batch_size: not used; lmms-eval gives it.
             shots: see the class.
@@ -61,15 +67,19 @@ class Aimv2Vlm(lmms):
         if answerer is None:
             from aimv2.evals.vlm.score import opened
 
-            answerer = opened(vlm, device, int(batch_size))
+            answerer = opened(vlm, device, BATCH_SIZE if batch_size == "auto" else int(batch_size))
         self.answerer, self.shots, self.seed, self.condition = answerer, int(shots), int(seed), CONDITIONS[0]
         self.others: dict[str, np.ndarray] = {}
+        self.too_long: dict[str, set[int]] = {}
+        self.kept: dict[str, set[int]] = {}
+        self.why = ""
         self.device = next(answerer.model.parameters()).device
         self._rank, self._world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers of lmms-eval's requests, a window of a few batches in memory at a time."""
+        """Answers of lmms-eval's requests, a window of a few batches in memory at a time; "" to questions that are too long."""
         found = [""] * len(requests)
+        self.too_long, self.kept = {}, {}
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for row, request in enumerate(requests):
             groups.setdefault(settings_of(request.args[1]), []).append(row)
@@ -79,11 +89,22 @@ class Aimv2Vlm(lmms):
                 answerer, step = replace(self.answerer, max_tokens=max_tokens), AHEAD * self.answerer.batch_size
                 for start in range(0, len(rows), step):
                     part = rows[start : start + step]
-                    texts = answerer([self.question_of(requests[row].args) for row in part], "")
-                    for row, text in zip(part, texts):
-                        found[row] = cut(text, until)
+                    posed = [self.question_of(requests[row].args) for row in part]
+                    for row, one, text in zip(part, posed, answerer(posed, "")):
+                        found[row] = cut(text or "", until)
+                        if text is None:
+                            self.passed_over(requests[row].args, one, max_tokens)
                     advance(len(part))
+        for name, documents in self.too_long.items():
+            say(f"{name}, {self.condition}: {len(documents):,} too long for the context, counted as wrong")
         return found
+
+    def passed_over(self, args: Sequence[Any], one: Question, max_tokens: int) -> None:
+        """Notes a question that does not fit the context."""
+        self.too_long.setdefault(args[4], set()).add(args[3])
+        if not self.why:
+            advice = "--shots, max_new_tokens of the task file (--include)"
+            self.why = too_long(self.answerer.model, self.answerer.processor, one, max_tokens, advice)
 
     def question_of(self, args: Sequence[Any]) -> Question:
         """A request (text, settings, doc_to_visual, number, task, split) as a conversation."""
@@ -95,14 +116,24 @@ class Aimv2Vlm(lmms):
             one = posed(task.doc_to_text(example), self.pictures(task.doc_to_visual(example)))
             turns += [*one.messages, {"role": "assistant", "content": shown_answer(task, example)}]
             images += one.images
-        if self.condition == CONDITIONS[2]:
-            other = task.dataset[split][self.another(task, split, number)]
-            own = posed(str(text), self.pictures(task.doc_to_visual(other)))
+        if self.condition == CONDITIONS[2] and own.images:
+            own = posed(str(text), self.other_images(task, split, number, own.images))
         whole = Question((*turns, *own.messages), (*images, *own.images))
         return whole.without_images() if self.condition == CONDITIONS[1] else whole
 
+    def other_images(self, task: Any, split: str, number: int, own: Sequence[Picture]) -> list[Picture]:
+        """As many images of another document, none of them equal to its own; its own where few documents have such."""
+        other = number
+        for _ in range(min(TRIES, len(task.dataset[split]))):
+            other = self.another(task, split, other)
+            images = self.pictures(task.doc_to_visual(task.dataset[split][other]))
+            if len(images) == len(own) and not set(digests(images)) & set(digests(own)):
+                return images
+        self.kept.setdefault(task.config.task, set()).add(number)
+        return list(own)
+
     def another(self, task: Any, split: str, number: int) -> int:
-        """The document whose images a document gets in exchange, the same in every process; never its own."""
+        """The document after a document in a ring of all by the seed, the same in every process; never its own."""
         name = f"{task.config.task} {split}"
         if name not in self.others:
             order = np.random.default_rng(self.seed).permutation(len(task.dataset[split]))
@@ -197,7 +228,7 @@ def posed(text: str, images: list[Picture]) -> Question:
 
 def shown_answer(task: Any, doc: Any) -> str:
     """The answer of an example."""
-    value = next((doc[name] for name in SHOWN if name in doc), None)
+    value = next((doc[name] for name in ANSWERS if name in doc), None)
     value = task.doc_to_target(doc) if value is None or isinstance(value, int) else value
     if isinstance(value, list):
         texts = [str(each["answer"] if isinstance(each, dict) else each) for each in value]

@@ -11,17 +11,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from aimv2.distributed import World
 from aimv2.errors import UsageError, first_line
 from aimv2.evals.harness import Evaluation
-from aimv2.evals.vlm.benchmarks import BENCHMARKS, PREFIX, TABLE_8, check_ready, need_lmms_eval, task_names, write_tasks
-from aimv2.evals.vlm.score import about_vlm, opened, processes
+from aimv2.evals.vlm.answered import gathered
+from aimv2.evals.vlm.benchmarks import (
+    BENCHMARKS,
+    PREFIX,
+    TABLE_8,
+    check_ready,
+    hub_parts,
+    need_lmms_eval,
+    place_of,
+    task_names,
+    write_tasks,
+)  # fmt: skip
+from aimv2.evals.vlm.score import about_vlm, lines_of, opened, processes
+from aimv2.interop.hub import offline_if_unreachable
 from aimv2.tables import TextTable
 
 if TYPE_CHECKING:
     from aimv2.commands.vlm_score import VlmScoreOptions
 
 CONTROLS = {"text only": "text_only", "shuffled images": "shuffled_images"}  # condition -> key of a result
-SHOWN = 5  # documents of each task that a result keeps
+EXAMPLES = 5  # documents of each task that a result keeps
 
 
 def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
@@ -34,26 +47,34 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
     assert options.tasks is not None
     with processes() as world, Evaluation("vlm score", options.out) as evaluation:
         manager, names = index(options.tasks, write_tasks(evaluation.scratch / "tasks"), options.include)
-        for name in names:
-            check_ready(name, config_of(manager, name))
-        evaluation.open_folder()
-        answerer = opened(options.vlm, options.device, options.batch_size, None, evaluation.out, world.rank)
-        tasks = {name: loaded(manager, name) for name in names}
+        configs = {name: config_of(manager, name) for name in names}
+        of_hub = any(hub_parts(name, config) for name, config in configs.items())
+        with offline_if_unreachable() if of_hub else contextlib.nullcontext("") as why:
+            for name, config in configs.items():
+                check_ready(name, config, why)
+            evaluation.open_folder()
+            answerer = opened(options.vlm, options.device, options.batch_size, None, evaluation.out, world.rank)
+            tasks = {name: loaded(manager, name, configs[name], bool(why)) for name in names}
         from aimv2.evals.vlm.lmms import CONDITIONS, Aimv2Vlm, check_shots
 
         for task in tasks.values() if max(options.shots) else ():
             check_shots(task, max(options.shots))
-        model, scored = (
-            Aimv2Vlm(answerer=answerer, seed=options.seed),
-            {name: about_task(name, tasks[name]) for name in names},
-        )
+        model = Aimv2Vlm(answerer=answerer, seed=options.seed)
+        scored = {name: about_task(name, task, configs[name]) for name, task in tasks.items()}
+        with_score = [task for name, task in tasks.items() if scored[name]["metric"] != "submission"]
         for number, shots in enumerate(options.shots):
             model.shots = shots
             for condition in CONDITIONS if number == 0 and options.controls else CONDITIONS[:1]:
-                model.condition = condition
-                found = run(model, manager, list(tasks.values()), options.limit, evaluation.home)
+                model.condition, plainly = condition, condition == CONDITIONS[0]
+                # a task may write its answers into a file: that of the first number of shots, with the images, stays
+                home = evaluation.home if plainly and number == 0 else evaluation.scratch
+                chosen = list(tasks.values()) if plainly else with_score
+                found = run(model, manager, chosen, options.limit, home) if chosen else None
+                notes = notes_of(model, world)
                 for name in found["results"] if found is not None else ():
-                    note(scored[name], name, found or {}, shots, condition)
+                    note(scored[name], name, found or {}, shots, condition, notes)
+                if plainly and found is not None:
+                    check_some_fit(found, model, notes["too_long"])
         figures: dict[str, Any] = {"tasks": scored}
         if set(names) >= {PREFIX + name for name in TABLE_8} and world.main:
             rows = [scored[PREFIX + name]["by_shots"] for name in TABLE_8]
@@ -61,7 +82,7 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
         protocol = {
             "name": "lmms-eval", "lmms_eval": version("lmms-eval"), "shots": list(options.shots), "decoding": "greedy",
             "examples": "turns of the conversation, of the training split" if max(options.shots) else None,
-            "limit": options.limit or None,
+            "limit": options.limit or None, "controls": options.shots[0] if options.controls else None,
         }  # fmt: skip
         if any(row["unit"] == "CIDEr" for row in scored.values()):
             from aimv2.evals.ptb import tokenise
@@ -122,8 +143,8 @@ def unusable(name: str, error: BaseException) -> UsageError:
     return UsageError(f"--tasks {name}: it can't be loaded ({first_line(cause)})", option="--tasks", code="unreadable")
 
 
-def loaded(manager: Any, name: str) -> Any:
-    """A task with its data.
+def loaded(manager: Any, name: str, config: dict[str, Any] | None = None, offline: bool = False) -> Any:
+    """A task with its data; ``offline``: data of the hub are read from the snapshot in its cache.
 
     Raises:
         UsageError: its data or its functions can't be loaded.
@@ -132,7 +153,9 @@ def loaded(manager: Any, name: str) -> Any:
 
     with quiet():
         try:
-            return get_task_dict([name], manager, "simple")[name]
+            moved = place_of(config["dataset_path"]) if offline and config and hub_parts(name, config) else None
+            given = name if moved is None else {"task": name, "dataset_path": moved}
+            return get_task_dict([given], manager, "simple")[name]
         except Exception as error:  # `datasets` and a task's own code raise anything
             raise unusable(name, error) from None
 
@@ -151,6 +174,24 @@ def run(model: Any, manager: Any, tasks: Sequence[Any], limit: int, home: Path) 
             distributed_executor_backend="torchrun",
             cli_args=SimpleNamespace(output_path=str(home), process_with_media=True, reasoning_tags=None),
         )
+
+
+def notes_of(model: Any, world: World) -> dict[str, dict[str, int]]:
+    """How many documents of each task were too long, and kept their images, in the latest run on all ranks."""
+    found: dict[str, dict[str, set[int]]] = {"too_long": {}, "kept": {}}
+    for part in gathered({"too_long": model.too_long, "kept": model.kept}, world):
+        for key, by_task in part.items():
+            for name, rows in by_task.items():
+                found[key].setdefault(name, set()).update(rows)
+    return {key: {name: len(rows) for name, rows in by_task.items()} for key, by_task in found.items()}
+
+
+def check_some_fit(found: dict[str, Any], model: Any, too_long: dict[str, int]) -> None:
+    """Raise UsageError where not one document of any task fits the context."""
+    if all(too_long.get(name) == found["n-samples"][name]["effective"] for name in found["results"]):
+        option = "--shots" if model.shots else "--tasks"
+        given = f"--shots {model.shots}" if model.shots else f"--tasks {','.join(too_long)}"
+        raise UsageError(f"{given}: not one document fits; {model.why}", option=option, code="limit")
 
 
 def no_bar(*args: Any, **options: Any) -> Any:
@@ -184,19 +225,21 @@ def quiet() -> Iterator[None]:
         logger.add(sys.stderr, level="ERROR")
 
 
-def about_task(name: str, task: Any) -> dict[str, Any]:
+def about_task(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
     """What stands next to a score: version, prompt, split, number of documents."""
     config, ours = task.config, BENCHMARKS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     stated = config.metadata if isinstance(config.metadata, dict) else next(iter(config.metadata or ()), {})
     return {
         "score": None, "by_shots": {}, "metric": ours.metric if ours else None, "unit": ours.unit if ours else None,
         "version": str(stated.get("version", task.VERSION)), "split": config.test_split or config.validation_split,
-        "prompt": str(task.doc_to_text(task.task_docs[0])), "documents": len(task.task_docs), "source": task.DATASET_PATH,
+        "prompt": str(task.doc_to_text(task.task_docs[0])), "documents": len(task.task_docs), "source": given["dataset_path"],
         "max_tokens": (config.generation_kwargs or {}).get("max_new_tokens"), "note": ours.note if ours else "",
     }  # fmt: skip
 
 
-def note(row: dict[str, Any], name: str, found: dict[str, Any], shots: int, condition: str) -> None:
+def note(
+    row: dict[str, Any], name: str, found: dict[str, Any], shots: int, condition: str, notes: dict[str, dict[str, int]]
+) -> None:
     """Adds lmms-eval's figure of a task to its row."""
     ours = BENCHMARKS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     figures = {key.partition(",")[0]: value for key, value in found["results"][name].items() if "stderr" not in key}
@@ -206,13 +249,15 @@ def note(row: dict[str, Any], name: str, found: dict[str, Any], shots: int, cond
     score = value * (ours.scale if ours else 1) if isinstance(value, int | float) else None
     if condition in CONTROLS:
         row[CONTROLS[condition]] = score
+        row["kept_images"] = notes["kept"].get(name, 0)
         return
+    row.setdefault("too_long", {})[str(shots)] = notes["too_long"].get(name, 0)
     row["by_shots"][str(shots)] = score
     if len(row["by_shots"]) == 1:
         row |= {"score": score, "scored": found["n-samples"][name]["effective"]}
         row["samples"] = [
             {"document": one["doc_id"], "target": str(one["target"]), "written": one["filtered_resps"]}
-            for one in found.get("samples", {}).get(name, [])[:SHOWN]
+            for one in found.get("samples", {}).get(name, [])[:EXAMPLES]
         ]
 
 
@@ -234,5 +279,12 @@ def render_tasks(result: dict[str, Any]) -> str:
     lines = [f"{result['model']['name']}: {result['data']['source']}", table.to_text()]
     for number, mean in result["figures"].get("mean_over_eight", {}).items():
         lines.append(f"mean over the eight benchmarks of Table 8, {number} shots: {mean:.1f}")
+    if len(shots) > 1 and result["protocol"]["controls"] is not None:
+        lines.append(f"text only and shuffled: with {result['protocol']['controls']} shots")
+    for name, row in rows.items():
+        for number, count in row["too_long"].items():
+            where = f"{name}, {number} shots" if len(shots) > 1 else name
+            lines += [f"{where}: {line}" for line in lines_of(count, row["scored"], 0)]
+        lines += [f"{name}: {line}" for line in lines_of(0, 0, row.get("kept_images", 0))]
     lines += [f"{name}: {row['note']}" for name, row in rows.items() if row["note"]]
     return "\n".join(lines)

@@ -85,7 +85,9 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
     assert options.data is not None
     sources = sources_of(options.data)
     with processes() as world, Evaluation("vlm score", options.out) as evaluation:
-        sets = [read_documents(source, options.split, options.limit) for source in sources]
+        sets = [
+            read_documents(source, options.split, options.limit, "--data", options.earlier_turns) for source in sources
+        ]
         named = {one.name if len({s.name for s in sets}) == len(sets) else one.source: one for one in sets}
         evaluation.open_folder()
         max_tokens = options.max_tokens or MAX_TOKENS
@@ -93,12 +95,14 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
         answerer = replace(answerer, max_tokens=max_tokens)
         scored: dict[str, dict[str, Any]] = {}
         for name, one in named.items():
-            answers = answered(answerer, one.documents, options.seed, options.controls)
+            answers, kept = answered(answerer, one.documents, options.seed, options.controls)
             scored[name] = {**figures_of(one.documents, answers), "samples": samples_of(one, answers)}
-            scored[name] |= {"unreadable": one.unreadable, "without_questions": one.bad}
+            scored[name] |= {"unreadable": one.unreadable, "without_questions": one.bad, "kept_images": kept}
         figures = {**next(iter(scored.values())), **({"sets": scored} if len(scored) > 1 else {})}
         protocol = {
-            "name": "questions, exact match", "max_tokens": max_tokens, "decoding": "greedy", "chance": CHANCE,
+            "name": "questions, exact match" if options.earlier_turns else "single questions, exact match",
+            "before_a_question": "earlier turns with right answers" if options.earlier_turns else None,
+            "max_tokens": max_tokens, "decoding": "greedy", "chance": CHANCE,
             "exact_match": "lower case, single spaces, without a full stop at the end",
             "interval": "95%, Wilson, questions taken as independent",
         }  # fmt: skip
@@ -113,18 +117,24 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
         return evaluation.result(protocol, about, data, figures, options.seed)
 
 
-SHOWN = 5  # examples of each set that a result keeps
+EXAMPLES = 5  # examples of each set that a result keeps
 
 
-def samples_of(one: QuestionSet, answers: dict[str, list[str]]) -> list[dict[str, Any]]:
+def samples_of(one: QuestionSet, answers: dict[str, list[str | None]]) -> list[dict[str, Any]]:
     """The first questions with their answers under each condition."""
     return [
         {
             "sample": document.sample, "question": document.question.messages[-1]["content"], "kind": document.kind,
             "answer": document.answer, "written": {name: texts[row] for name, texts in answers.items()},
         }
-        for row, document in enumerate(one.documents[:SHOWN])
+        for row, document in enumerate(one.documents[:EXAMPLES])
     ]  # fmt: skip
+
+
+def lines_of(too_long: int, questions: int, kept: int) -> list[str]:
+    """What a reader of a table has to know of questions that did not fit, and of images that were not exchanged."""
+    lines = [f"counted as wrong, too long for the context: {too_long:,} of {questions:,}"] if too_long else []
+    return [*lines, *([f"shuffled, without another image to take, their own kept: {kept:,}"] if kept else [])]
 
 
 def render_questions(result: dict[str, Any]) -> str:
@@ -133,6 +143,7 @@ def render_questions(result: dict[str, Any]) -> str:
     lines = [f"{result['model']['name']}: questions of {data['source']}, {data['split']} split, by exact match"]
     for name, found in figures.get("sets", {data["name"]: figures}).items():
         lines += ["", name, table_of(found).to_text()]
+        lines += lines_of(found["too_long"], found["questions"], found["kept_images"])
         if found["unreadable"]:
             lines.append(f"left out, unreadable images: {found['unreadable']:,}")
         if found["without_questions"]:

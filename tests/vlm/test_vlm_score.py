@@ -268,6 +268,7 @@ def test_what_is_too_long_is_wrong_and_what_is_kept_is_counted(place: Path, tmp_
         ("long", talk("<image>\n" + "q" * 600, "a")),
         ("two", talk("<image>\none", "a", "<image>\nmore", "b", images=2)),
     ]
+    (tmp_path / "mixed").mkdir()
     write_shard(tmp_path / "mixed" / "val-0.tar", rows)
     result = api.vlm_score(place / "post", data=str(tmp_path / "mixed"), max_tokens=3)
     figures = result["figures"]

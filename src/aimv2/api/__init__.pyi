@@ -63,7 +63,7 @@ def segment(model: str, data: str | None = None, classes: int | None = None, ign
 def depth(model: str, data: str | None = None, depth_scale: float | None = None, val_list: str | None = None, val_fraction: float = 0.0, layers: str = 'last', rates: str = '1e-4,3e-4,1e-3,3e-3,1e-2', weight_decay: float = 0.0001, epochs: int = 20, batch_size: int = 16, seeds: int | str | list[int] = '0', baselines: str | list[str] | None = None, image_size: int | str | None = None, trunk_batch: int = 64, device: str | None = None, out: str | None = None, image_mean: str | None = None, image_std: str | None = None, invalid: str | None = None) -> dict[str, Any]:
     """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25)."""
 
-def vlm_score(vlm: str, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', controls: bool = True, limit: int = 0, max_tokens: int | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, out: str | None = None, tasks: str | None = None, shots: str = '0', include: str | None = None) -> dict[str, Any]:
+def vlm_score(vlm: str, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', controls: bool = True, limit: int = 0, max_tokens: int | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, out: str | None = None, tasks: str | None = None, shots: str = '0', include: str | None = None, earlier_turns: bool = True) -> dict[str, Any]:
     """Score the answers of a vision-language model: questions of shards by exact match, or benchmarks of lmms-eval."""
 
 def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:

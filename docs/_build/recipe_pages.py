@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from aimv2.config.schema import Config, get_value
-from aimv2.config.load import read_recipe
+from aimv2.config.schema import config_class, get_value
+from aimv2.config.load import read_recipe, task_in
 from aimv2.config.recipes import head_lines
 
 
@@ -59,7 +59,7 @@ def recipe_page(path: Path) -> str:
         if key == "data.train" and isinstance(value, list):
             sources = value
             continue
-        before = get_value(Config(), key)
+        before = get_value(config_class(task_in(values))(), key)
         if plain(value) != plain(before):
             rows.append(f"| `{key}` | `{plain(value)}` | `{plain(before)}` | {marks.get(key, '')} |")
     lines = [

@@ -107,6 +107,66 @@ def test_a_turn_that_the_template_reads_is_rendered_whole() -> None:
     assert answers(words, *chat.encode(TALK)) == ["red one" + END, "user: left" + END]
 
 
+# the system prompt stands in the last question, and answers are trimmed
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if messages[0]['role'] == 'system' and "
+    "m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}{{ messages[0]['content'] }}\n\n{% endif %}"
+    "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }}<end>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("texts", [("A", "A"), ("It is red", "It is blue")])
+def test_a_system_prompt_in_the_last_turn(texts: tuple[str, str]) -> None:
+    words = made(MISTRAL)
+    system, first, second = Turn("system", "Be brief."), Turn("user", "<image>\nWhat?"), Turn("user", "And?")
+    talk = Conversation((system, first, Turn("assistant", texts[0]), second, Turn("assistant", texts[1])))
+    chat = Chat(words)
+    for _ in range(5):
+        ids, scored = chat.encode(talk)
+        assert answers(words, ids, scored) == [f" {text}<end>" for text in texts]
+        assert words.decode(ids) == words.apply_chat_template(talk.messages(), tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "shown"),
+    [
+        (".strip('\n')", "\nyes\n", "yes"),
+        (".lstrip('\n')", "\nyes\n", "yes\n"),
+        (".replace('  ', ' ')", "a  b", None),
+        (".split('[/THINK]')[-1]", "hm[/THINK]yes", None),
+        (".replace('\n', ' ')", "a\nb", None),
+    ],
+)
+def test_no_text_that_the_template_would_not_write(change: str, given: str, shown: str | None) -> None:
+    words = made(CHATML.replace("m['content'] }}", f"m['content']{change} }}}}"))
+    chat = Chat(words)
+    for _ in range(5):
+        chat.encode(Conversation((Turn("user", "What?"), Turn("assistant", "ok"))))
+    talk = Conversation((Turn("user", "What?"), Turn("assistant", given)))
+    if shown is None:  # a bad row
+        with pytest.raises(ChatError, match="answer 1"):
+            chat.encode(talk)
+        return
+    ids, scored = chat.encode(talk)
+    assert words.decode(ids) == words.apply_chat_template(talk.messages(), tokenize=False)
+    assert answers(words, ids, scored) == [("yes" if change.startswith(".strip") else shown) + END]
+
+
+def test_few_rows_are_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first three, one in a thousand, and those that a template might read; an image at the end of a question is none of these."""
+    chat, rendered = Chat(made(CHATML)), list[int]()
+    render = chat.render
+    monkeypatch.setattr(chat, "render", lambda messages, **more: (rendered.append(len(messages)), render(messages, **more))[1])
+    talk = Conversation((Turn("user", "What?\n<image>"), Turn("assistant", "a\n\n- red one [sic"), *TALK.turns[:2]))
+    for _ in range(1_999):
+        chat.encode(talk)
+    assert rendered.count(4) <= 3 + 1 + 3 and len(rendered) < 12
+    before = len(rendered)
+    for odd in (" a", "a\n", "a  b", "<b>", "[/INST]"):
+        chat.encode(Conversation((*talk.turns[:3], Turn("assistant", odd))))
+    assert len(rendered) == before + 5
+
+
 def test_a_template_that_refuses_is_named() -> None:
     chat = Chat(made("{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}" + CHATML))
     with pytest.raises(ChatError, match="no system here"):

@@ -2,11 +2,13 @@
 
 An answer is what the model has to write after the generation prompt, up to and with the token that ends its turn. Templates are Jinja
 and slow; what they write around the turns depends on the roles only, so it is rendered once for each sequence of roles and then reused.
-A rendering of the whole conversation is compared for the first rows, and wherever a turn holds markup that a template might read.
+A rendering of the whole conversation is compared for the first rows, for one in a thousand later, and wherever a turn holds what a
+template might read or change.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise, product, takewhile
@@ -15,7 +17,13 @@ from typing import Any
 from aimv2.data.text.conversations import IMAGE, Conversation
 from aimv2.errors import UsageError, first_line
 
-CHECKED = 3  # conversations of a sequence of roles that are rendered whole and compared
+CHECKED = 3  # first conversations of a sequence of roles that are rendered whole and compared
+EVERY = 1_000  # later ones: each so-manyth
+# text that a template may read or change: spaces at its ends or doubled, <marks> and [marks]
+ODD = re.compile(r"\A\s|\s\Z|  |<|\[/?\w+\]")
+# what a template leaves of the "\n " before a text and the " \n" after it -> what to strip there; None: all spaces and breaks
+LEFT: dict[str, str | None] = {"": None, " ": "\n", "\n ": ""}
+RIGHT: dict[str, str | None] = {"": None, " ": "\n", " \n": ""}
 Span = tuple[int, int]
 
 
@@ -28,19 +36,21 @@ class Frame:
     """What a template writes around the turns of a sequence of roles.
 
     Attributes:
-        pieces: text before each turn, and after the last.
-        trims: of each turn, whether the spaces at its two ends are left out.
+        order: the turns as the text shows them; a system prompt may stand in a later one.
+        pieces: text before each of these, and after the last.
+        trims: of each of these, what is stripped from its two ends.
         back: of each answer, characters before its text that the model writes too.
         tail: of each answer, characters after its text that the model writes: the end of its turn.
-        checked: conversations that were compared with a whole rendering.
-        holds: none of them differed.
+        used: conversations so far.
+        holds: none of those that were compared with a whole rendering differed.
     """
 
+    order: list[int]
     pieces: list[str]
-    trims: list[bool]
+    trims: list[tuple[str | None, str | None]]
     back: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)
-    checked: int = 0
+    used: int = 0
     holds: bool = True
 
 
@@ -111,39 +121,45 @@ class Chat:
         frame = self.frames[roles]
         if frame is None or not frame.holds:
             return None
-        parts, spans, at, answers = [frame.pieces[0]], list[Span](), len(frame.pieces[0]), 0
-        for message, trims, piece in zip(messages, frame.trims, frame.pieces[1:]):
-            content = message["content"].strip() if trims else message["content"]
-            if message["role"] == "assistant":
-                spans.append((at - frame.back[answers], at + len(content) + frame.tail[answers]))
-                answers += 1
+        parts, spans, at = [frame.pieces[0]], list[Span](), len(frame.pieces[0])
+        for number, (left, right), piece in zip(frame.order, frame.trims, frame.pieces[1:]):
+            content = messages[number]["content"].lstrip(left).rstrip(right)
+            if roles[number] == "assistant":
+                spans.append((at - frame.back[len(spans)], at + len(content) + frame.tail[len(spans)]))
             parts += content, piece
             at += len(content) + len(piece)
         text = "".join(parts)
-        plain = not any("<" in message["content"].replace(IMAGE, "") for message in messages)
-        if frame.checked < CHECKED or not plain:
+        plain = not any(ODD.search(message["content"].replace(f"{IMAGE}\n", ".")) for message in messages)
+        frame.used += 1
+        if frame.used <= CHECKED or frame.used % EVERY == 0 or not plain:
             same = text == self.render(messages)
-            frame.checked += 1
             frame.holds &= same or not plain
             return (text, spans) if same else None
         return text, spans
 
     def frame_of(self, roles: tuple[str, ...]) -> Frame | None:
         """The frame, of renderings whose turns are marks of their own; None where the template treats them differently."""
-        marks = [f"\ue000{number}\ue001" for number in range(len(roles))]
-        text, spans = self.analysed([{"role": role, "content": mark} for role, mark in zip(roles, marks)])
-        pieces = cut_at(text, marks)
-        if pieces is None:
+        marks = [f"\ue000{number}\n\n\ue001" for number in range(len(roles))]
+        try:
+            text, spans = self.analysed([{"role": role, "content": mark} for role, mark in zip(roles, marks)])
+            spaced = self.render([{"role": role, "content": f"\n {mark} \n"} for role, mark in zip(roles, marks)])
+        except ChatError:
             return None
-        spaced = self.render([{"role": role, "content": f" {mark} "} for role, mark in zip(roles, marks)])
-        for trimmed in product((True, False), repeat=3):
-            trims = [dict(zip(("system", "user", "assistant"), trimmed))[role] for role in roles]
-            turns = [mark if trim else f" {mark} " for mark, trim in zip(marks, trims)]
-            if spaced == "".join(chain(*zip(pieces, [*turns, ""]))):
-                break
-        else:
+        order = sorted(range(len(roles)), key=lambda number: text.find(marks[number]))
+        shown = [marks[number] for number in order]
+        pieces, wide = cut_at(text, shown), cut_at(spaced, shown)
+        if pieces is None or wide is None:
             return None
-        frame = Frame(pieces, trims)
+        lefts: list[str | None] = []
+        rights: list[str | None] = []
+        for number, (piece, other) in enumerate(zip(pieces, wide)):
+            ends = product(RIGHT if number else ("",), LEFT if number < len(roles) else ("",))
+            found = next(((right, left) for right, left in ends if right + piece + left == other), None)
+            if found is None:
+                return None
+            rights.append(RIGHT[found[0]])
+            lefts.append(LEFT[found[1]])
+        frame = Frame(order, pieces, list(zip(lefts, rights[1:])))
         answers = [mark for mark, role in zip(marks, roles) if role == "assistant"]
         for mark, (start, end) in zip(answers, spans):
             frame.back.append(text.index(mark) - start)
@@ -152,7 +168,8 @@ class Chat:
 
     def analysed(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
         """The rendered text, and from where to where each answer is to be written: renderings of the first turns are compared."""
-        text, at, spans = self.render(messages), 0, list[Span]()
+        text, at, lead = self.render(messages), 0, ""
+        found: list[tuple[int, int, bool]] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -162,16 +179,20 @@ class Chat:
             content = message["content"].strip()
             place = text.find(content, start)
             if place < 0 or not (known or text.count(content) == 1):
-                raise ChatError(f"the chat template does not show answer {len(spans) + 1} as it is")
+                raise ChatError(f"the chat template does not show answer {len(found) + 1} as it is")
+            lead = text[start:place] if known else lead
             end = place + len(content)
             rest = (
                 text[end : len(past)]
                 if text.startswith(past)
                 else text[end : self.next_turn(text, end, messages[number:])]
             )
-            spans.append((start if known else place, end + self.end_of_turn(rest, text.startswith(past))))
-            at = spans[-1][1]
-        return text, spans
+            at = end + self.end_of_turn(rest, text.startswith(past))
+            found.append((start if known else place, at, known))
+        # where an earlier prompt is another than within the whole (a system prompt in the last turn), answers begin as a later one
+        return text, [
+            (start - len(lead) * (not known and text[:start].endswith(lead)), end) for start, end, known in found
+        ]
 
     def next_turn(self, text: str, end: int, messages: list[dict[str, str]]) -> int:
         """Where the text of the turn after ``messages[0]`` begins."""

@@ -156,7 +156,9 @@ def test_few_rows_are_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first three, one in a thousand, and those that a template might read; an image at the end of a question is none of these."""
     chat, rendered = Chat(made(CHATML)), list[int]()
     render = chat.render
-    monkeypatch.setattr(chat, "render", lambda messages, **more: (rendered.append(len(messages)), render(messages, **more))[1])
+    monkeypatch.setattr(
+        chat, "render", lambda messages, **more: (rendered.append(len(messages)), render(messages, **more))[1]
+    )
     talk = Conversation((Turn("user", "What?\n<image>"), Turn("assistant", "a\n\n- red one [sic"), *TALK.turns[:2]))
     for _ in range(1_999):
         chat.encode(talk)

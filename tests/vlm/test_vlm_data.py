@@ -185,6 +185,13 @@ def test_one_document_that_is_too_long_is_wrong(place: Path, tmp_path: Path) -> 
     assert "max_new_tokens" in refused("limit", "--tasks", place / "vlm", **options)
 
 
+def test_batch_size_of_lmms_eval_s_command(place: Path) -> None:
+    from aimv2.evals.vlm.lmms import BATCH_SIZE, Aimv2Vlm
+
+    assert Aimv2Vlm(vlm=str(place / "vlm"), batch_size="auto").answerer.batch_size == BATCH_SIZE
+    assert Aimv2Vlm(vlm=str(place / "vlm"), batch_size="8").answerer.batch_size == 8
+
+
 def test_documents_that_have_one_image_keep_it(place: Path, tmp_path: Path) -> None:
     same = picture(20, 20)
     table(tmp_path / "test.parquet", {"question": ["a", "b"], "answer": ["a", "b"]}, [same, same])

@@ -85,12 +85,12 @@ class Answerer:
         Raises:
             UsageError: see :func:`aimv2.vlm.answer.answer_batches`.
         """
-        digests = [f"{one.digest()}-{self.max_tokens}" for one in questions]
+        names = [f"{one.digest()}-{self.max_tokens}" for one in questions]
         # of one rank: while another reads, a third may have begun to add
-        found: dict[str, str | None] = dict(self.world.broadcast(self.store.read() if self.world.main else None))
-        missing = {name: one for name, one in zip(digests, questions) if name not in found}
-        names, (rank, size) = list(missing), (self.world.rank, self.world.size)
-        mine = names[len(names) * rank // size : len(names) * (rank + 1) // size]
+        known: dict[str, str] = self.world.broadcast(self.store.read() if self.world.main else None)
+        missing = {name: one for name, one in zip(names, questions) if name not in known}
+        unanswered, (rank, size) = list(missing), (self.world.rank, self.world.size)
+        mine = unanswered[len(missing) * rank // size : len(missing) * (rank + 1) // size]
         fresh: dict[str, str | None] = {}
         with progress_bar(title, len(mine), shown=bool(title)) as advance:
             for rows in answer_batches(
@@ -101,8 +101,8 @@ class Answerer:
                 fresh |= written
                 advance(len(rows))
         for part in gathered(fresh, self.world):
-            found |= part
-        return [found[name] for name in digests]
+            fresh |= part
+        return [fresh[name] if name in fresh else known[name] for name in names]
 
 
 def gathered(part: T, world: World) -> list[T]:

@@ -223,6 +223,22 @@ def test_padding_and_other_rows_change_no_loss(root: Path, processor: Any) -> No
     assert answers_right(batch.real_tokens(), whole.right).bool().tolist() == rights
 
 
+def test_rows_without_images_are_as_if_there_were_no_encoder(root: Path, processor: Any) -> None:
+    """A blank image keeps ranks together; it changes neither the loss nor a gradient."""
+    maker, model = RowMaker(processor, None, False, "What?", 10**8), TunedVisionLanguage.opened(root / "vlm")
+    batch = rows_to_batch([maker(str(at), sample(at)[1]) for at in (0, 3)], SHAPE)
+    loss = model(batch, text_targets(batch)).loss
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
+    learning = list(model.language.parameters())
+    hidden = model.language(input_ids=batch.text, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = model.head(hidden[batch.real_tokens() - 1])
+    wanted = torch.nn.functional.cross_entropy(logits, batch.text.flatten()[batch.real_tokens()], reduction="sum")
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    for p, grad in zip(learning, torch.autograd.grad(wanted, learning), strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+
+
 def test_right_answers_are_those_whose_tokens_all_are() -> None:
     rows = torch.tensor([3, 4, 5, 9, 10, 64])
     right = torch.tensor([True, True, False, True, True, True, False])  # the last one is padding

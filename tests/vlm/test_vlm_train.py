@@ -168,6 +168,14 @@ def test_layout_of_the_rows_changes_nothing(root: Path, run: Path, options: dict
     assert close(train(root, tmp_path / "other", **options), run)
 
 
+def test_bf16_learns_as_fp32(root: Path, run: Path, tmp_path: Path) -> None:
+    half = train(root, tmp_path / "half", train__precision="bf16", eval__every=0)
+    losses = [[line["loss"] for line in metrics(one) if "loss" in line] for one in (half, run)]
+    pairs = list(zip(*losses, strict=True))
+    assert len(pairs) > 3 and all(one == pytest.approx(other, rel=0.02) and one != other for one, other in pairs)
+    assert pairs[-1][0] < pairs[0][0] - 0.1
+
+
 @pytest.mark.parametrize("data", ["talks", "halves"])
 def test_two_processes_equal_one(data: str, root: Path, tmp_path: Path) -> None:
     """``halves``: the rows of the first process have no image, and all its held-out rows are bad."""
@@ -265,6 +273,12 @@ def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert_refused(capsys, words(objective__row_tokens=18), "18 tokens", "16 of them of images", "objective.row_tokens")
     assert_refused(capsys, words(objective__name="pretrain"), "aimv2 pretrain")
     assert_refused(capsys, words(eval__knn=True), "eval.knn")
+    (root / "bare").mkdir()
+    png = shown(picture(32, 32), [Turn("user", "a"), Turn("assistant", "b")])["png"]
+    write_shard(root / "bare" / "train-000000.tar", [(f"k{at}", {"png": png, "cls": b"1"}) for at in range(8)])
+    with pytest.raises(UsageError, match="or has captions") as bare:
+        train(root, tmp_path / "run", data="bare")
+    assert (bare.value.code, bare.value.option) == ("missing", "data.train")
     unread = {"data.tokenizer": "clip", "data.max_tokens": 5, "data.pack": 4, "data.crop_scale": 0.9, "data.flip": 0.0}
     for key, value in {**unread, "eval.prefixes": "[0.2]", "eval.captions": 3, "model.width": 64}.items():
         with pytest.raises(UsageError) as error:

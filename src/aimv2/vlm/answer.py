@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2.data.images.decode import decode_image
+from aimv2.data.text.conversations import PLACE, flat_text, spread
 from aimv2.errors import UsageError
 from aimv2.vlm.language import IMAGE_TOKEN
 from aimv2.vlm.model import VisionLanguage
 
 ANSWER = "\ue000"  # a text that no template holds
-PLACE = re.compile(re.escape(IMAGE_TOKEN) + r"\n?")
 AHEAD = 4  # batches that are prepared at once: each image of them is encoded once, rows of similar length form a batch
 
 
@@ -161,10 +160,7 @@ def tokenized(processor: Any, questions: Sequence[Question]) -> list[list[int]]:
         if places != len(one.images):
             raise UsageError(f"question: {places} places of images for {len(one.images)} images", code="mismatch")
     texts = words.apply_chat_template(
-        [
-            [{**one, "content": PLACE.sub(f"{IMAGE_TOKEN}\n", one["content"])} for one in each.messages]
-            for each in questions
-        ],
+        [[{**one, "content": flat_text(one["content"])} for one in each.messages] for each in questions],
         chat_template=processor.chat_template,
         tokenize=False,
         add_generation_prompt=True,
@@ -179,18 +175,10 @@ def prepared(
     """Image embeddings, see :func:`encoded`, and the token ids of each question."""
     features = encoded(model, processor, questions, batch_size)
     rows = [
-        expanded(ids, [len(features[id(image)]) for image in one.images], processor.image_token_id)
+        spread(ids, ids, processor.image_token_id, [len(features[id(image)]) for image in one.images])
         for ids, one in zip(tokenized(processor, questions), questions)
     ]
     return features, rows
-
-
-def expanded(ids: Sequence[int], counts: Sequence[int], image_id: int) -> list[int]:
-    """Ids with each image token as often as its image has features."""
-    given, row = iter(counts), list[int]()
-    for token in ids:
-        row += [token] * next(given) if token == image_id else [token]
-    return row
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

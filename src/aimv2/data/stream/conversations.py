@@ -35,6 +35,7 @@ from aimv2.data.text.conversations import (
     conversation_of,
     holds_conversation,
     images_of,
+    spread,
 )
 from aimv2.io import say
 
@@ -165,7 +166,9 @@ class RowMaker:
         if (tokens := ids.count(self.chat.image_id)) != len(images):
             raise BadRow("template", f"{tokens} image tokens in its text for {len(images)} images")
         if images:
-            ids, scored = spread(ids, scored, self.chat.image_id, [count for _, _, count in found])
+            counts = [count for _, _, count in found]
+            scored = spread(scored, ids, self.chat.image_id, counts)
+            ids = spread(ids, ids, self.chat.image_id, counts)
         row = Row(key, ids, scored, [pixels for pixels, _, _ in found], [size for _, size, _ in found])
         return row if self.limit is None or len(ids) <= self.limit else self.shortened(row, self.limit)
 
@@ -189,16 +192,6 @@ class RowMaker:
         if not self.cut or self.chat.image_id in row.ids[limit:] or not any(row.scored[:limit]):
             raise TooLong(f"{len(row.ids):,} tokens, {row.ids.count(self.chat.image_id):,} of them of images")
         return Row(row.key, row.ids[:limit], row.scored[:limit], row.pixels, row.sizes, more)
-
-
-def spread(ids: list[int], scored: list[bool], image_id: int, counts: Sequence[int]) -> tuple[list[int], list[bool]]:
-    """Repeats the image token of each image as often as it has features."""
-    more, marks, left = list[int](), list[bool](), iter(counts)
-    for number, mark in zip(ids, scored):
-        times = next(left) if number == image_id else 1
-        more += [number] * times
-        marks += [mark] * times
-    return more, marks
 
 
 def rows_to_batch(

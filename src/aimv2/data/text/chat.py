@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise, product, takewhile
 from typing import Any
 
-from aimv2.data.text.conversations import IMAGE, Conversation
+from aimv2.data.text.conversations import IMAGE, Conversation, flat_text
 from aimv2.errors import UsageError, first_line
 
 CHECKED = 3  # first conversations of a sequence of roles that are rendered whole and compared
@@ -233,12 +233,6 @@ class Chat:
         """Whether the tokens of each prompt are the first of the whole text's."""
         prompts = [self.backend.encode(text[:start], add_special_tokens=False).ids for start, _ in spans]
         return all(ids[: len(prompt)] == prompt for prompt in prompts)
-
-
-def flat_text(text: str) -> str:
-    """The text of a turn as the templates of ``aimv2 vlm build`` show it: a line break after each image."""
-    first, *others = text.split(IMAGE)
-    return first + "".join(f"{IMAGE}\n{piece.removeprefix(chr(10))}" for piece in others)
 
 
 def cut_at(text: str, marks: Sequence[str]) -> list[str] | None:

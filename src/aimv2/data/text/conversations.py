@@ -7,14 +7,17 @@ first question, as TRL places them; a row that names some of them is bad.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from aimv2.data.passed import passed_lines
 from aimv2.data.shards.format import IMAGE_EXTENSIONS, NUMBERED, Parts, json_of
 
 IMAGE = "<image>"
+PLACE = re.compile(f"{IMAGE}\n?")  # of an image, with the line break that belongs to it
+T = TypeVar("T")
 FORMS = ("conversations", "messages")
 ROLES = {
     "human": "user",
@@ -143,6 +146,26 @@ def images_of(parts: Parts) -> list[bytes]:
     if not plain and not numbered:
         return [parts[name] for name in others]
     return [parts[name] for name in (*plain, *sorted(numbered, key=lambda name: int(name.partition(".")[0])))]
+
+
+def flat_text(text: str) -> str:
+    """The text of a turn as the templates of ``aimv2 vlm build`` show it: a line break after each image."""
+    return PLACE.sub(f"{IMAGE}\n", text)
+
+
+def spread(values: Iterable[T], ids: Iterable[int], image_id: int, counts: Iterable[int]) -> list[T]:
+    """A value of each token, that of an image token as often as its image has features.
+
+    Args:
+        values: of the tokens: their ids, or what belongs to each.
+        ids: of the tokens.
+        image_id: the image token.
+        counts: features of each image.
+    """
+    left, more = iter(counts), list[T]()
+    for value, number in zip(values, ids, strict=True):
+        more += [value] * (next(left) if number == image_id else 1)
+    return more
 
 
 # ---- turns ----

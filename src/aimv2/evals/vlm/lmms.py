@@ -12,11 +12,12 @@ import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from aimv2.data.text.conversations import PLACE
 from aimv2.errors import UsageError
 from aimv2.evals.vlm.answered import Answerer, digests
 from aimv2.io import say
 from aimv2.progress import progress_bar
-from aimv2.vlm.answer import AHEAD, PLACE, Picture, Question, question, too_long
+from aimv2.vlm.answer import AHEAD, Picture, Question, question, too_long
 
 MAX_TOKENS = 64  # where a task states none
 BATCH_SIZE = 64

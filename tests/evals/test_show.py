@@ -59,7 +59,7 @@ def test_the_whole_grid_of_a_probe_is_printed(place: Path, capsys: pytest.Captur
     words = [str(place / "m"), "--data", str(place / "data"), "--epochs", "1", "--batch-size", "18", "--seeds", "0,1"]
     assert main(["probe", *words, "--baselines", "pixels", "--device", "cpu", "--refit", "false"]) == 0
     printed = capsys.readouterr()
-    titles = [line for line in printed.err.splitlines() if "15 heads" in line]
+    titles = [line for line in printed.err.splitlines() if "18 heads" in line]
     assert [title.split(":")[0] for title in titles] == [
         f"{place / 'm'}, seed 0", f"{place / 'm'}, seed 1", "baseline pixels, seed 0", "baseline pixels, seed 1"
     ]  # fmt: skip
@@ -70,8 +70,9 @@ def test_the_whole_grid_of_a_probe_is_printed(place: Path, capsys: pytest.Captur
     assert "tokens/s" not in printed.err
     lines = [line.split() for line in printed.out.splitlines()]
     head = lines.index(["lr", "weight_decay", "selection_top1", "test_top1"])
-    rows = lines[head + 1 :]
-    assert len(rows) == 15 and {row[0] for row in rows} >= {"0.0003", "0.03"}
+    (said,) = (at for at, line in enumerate(lines) if line[:2] == ["*", "chosen:"])
+    rows = lines[head + 1 : said]
+    assert len(rows) == 18 and {row[0] for row in rows} >= {"0.0003", "0.03"}
     assert 1 <= sum(row[-1] == "*" for row in rows) <= 2  # the choice of each seed
     assert ["chosen", "layer", "last"] in [line[:3] for line in lines]
     for name in ("top1", "baseline:"):

@@ -72,6 +72,9 @@ def render_result(console: Console, result: dict[str, Any]) -> None:
         table.add_row(key, text)
     console.print(table)
     render_sweep(console, figures)
+    if figures.get("table") and (rule := result["protocol"].get("chosen_by")):
+        again = "; its row is from before it was trained anew with them" if "refit_on" in result["protocol"] else ""
+        console.print(f"* chosen: {rule} on the images that choose{again}", soft_wrap=False)
 
 
 def with_interval(figures: dict[str, Any], key: str, of: str = "") -> str:

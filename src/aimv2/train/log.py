@@ -142,6 +142,8 @@ SHOWN = {  # key: label, form of what is no fraction
     "val_contrastive_loss": ("val contrastive", ".3f"),
     "val_top1": ("val top-1", ""),
     "val_knn_top1": ("val kNN", ""),
+    "val_answer_loss": ("val answer", ".3f"),
+    "val_answer_accuracy": ("val answers right", ""),
     "val_image_to_text": ("val image to text", ""),
     "val_text_to_image": ("val text to image", ""),
     "grad_norm": ("norm", ".2f"),

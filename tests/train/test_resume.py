@@ -135,8 +135,7 @@ def test_half_written_checkpoint_is_never_read(data, tmp_path):
     assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
 def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number, workers):
     run = tmp_path / "run"
     long = {"train__steps": 4000, "data__workers": workers}

@@ -73,8 +73,9 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
                 notes = notes_of(model, world)
                 for name in found["results"] if found is not None else ():
                     note(scored[name], name, found or {}, shots, condition, notes)
-                if plainly and found is not None:
-                    check_some_fit(found, model, notes["too_long"])
+                if plainly:
+                    sizes = {name: size["effective"] for name, size in found["n-samples"].items()} if found else None
+                    check_some_fit(world.broadcast(sizes), model, notes["too_long"])
         figures: dict[str, Any] = {"tasks": scored}
         if set(names) >= {PREFIX + name for name in TABLE_8} and world.main:
             rows = [scored[PREFIX + name]["by_shots"] for name in TABLE_8]
@@ -186,9 +187,9 @@ def notes_of(model: Any, world: World) -> dict[str, dict[str, int]]:
     return {key: {name: len(rows) for name, rows in by_task.items()} for key, by_task in found.items()}
 
 
-def check_some_fit(found: dict[str, Any], model: Any, too_long: dict[str, int]) -> None:
-    """Raise UsageError where not one document of any task fits the context."""
-    if all(too_long.get(name) == found["n-samples"][name]["effective"] for name in found["results"]):
+def check_some_fit(sizes: dict[str, int], model: Any, too_long: dict[str, int]) -> None:
+    """Raise UsageError, on all ranks, where not one document of any task fits the context; ``sizes``: documents by task."""
+    if all(too_long.get(name) == size for name, size in sizes.items()):
         option = "--shots" if model.shots else "--tasks"
         given = f"--shots {model.shots}" if model.shots else f"--tasks {','.join(too_long)}"
         raise UsageError(f"{given}: not one document fits; {model.why}", option=option, code="limit")

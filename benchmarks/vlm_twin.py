@@ -159,7 +159,17 @@ class Twin:
         for name, data, split in (("seen", "learn", "val"), ("unseen", "unseen", "train")):
             file = self.home / f"score-{own}-{name}.json"
             if not file.is_file():
-                asked = ("--data", self.path(data), "--split", split, "--limit", str(self.budget.tested), "--json")
+                asked = (
+                    "--data",
+                    self.path(data),
+                    "--split",
+                    split,
+                    "--limit",
+                    str(self.budget.tested),
+                    "--json",
+                    "--earlier-turns",
+                    "false",
+                )
                 printed = self.command("vlm", "score", run, *asked, log=f"score-{own}")
                 file.write_text(printed)
             found[name] = json.loads(file.read_text())["figures"]

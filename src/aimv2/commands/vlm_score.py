@@ -15,6 +15,8 @@ aimv2 vlm score vlm --data scenes --out results/scenes
 aimv2 vlm score runs/vlm --data seen,unseen
 aimv2 vlm score runs/vlm --tasks gqa,textvqa,mme --out results/tables"""
 
+FIRST = "data split tasks shots controls limit earlier_turns device out"
+
 
 @dataclass(kw_only=True)
 class VlmScoreOptions:

@@ -117,6 +117,15 @@ def test_two_results_of_a_column_are_two_rows(tmp_path: Path) -> None:
     assert [cell["source"] for cell in cells if cell["kind"] == "result"] == files
 
 
+def test_baselines_of_two_models_say_whose(tmp_path: Path) -> None:
+    one = probed(tmp_path / "a")
+    assert [row[-1] for row in table_of(api.compare([one], format="markdown")["text"])[2:4]] == ["baseline", "baseline"]
+    file = Path(probed(tmp_path / "b")) / "result.json"
+    file.write_text(file.read_text().replace("runs/a", "runs/b"))
+    both = table_of(api.compare([one, str(file)], format="markdown")["text"])
+    assert [row[-1] for row in both[3:7]] == ["baseline of runs/a"] * 2 + ["baseline of runs/b"] * 2
+
+
 def test_every_kind_of_figure(tmp_path: Path) -> None:
     by_shots = [{"layer": "last", "shots": n, "top1": n / 10, "top1_interval": [None, None]} for n in (1, 5)]
     chosen = [{"layer": "last", "shots": 5}]

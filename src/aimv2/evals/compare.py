@@ -316,15 +316,18 @@ def words_of(cell: Cell | None, notes: Notes, between: str) -> str:
     return text + notes.mark(cell.notes)
 
 
-def _name_and_source(row: dict[tuple[str, str], Cell]) -> tuple[str, str]:
+def _name_and_source(row: dict[tuple[str, str], Cell], several: bool) -> tuple[str, str]:
+    """``several``: baselines of more than one model, which are then named."""
     first = next(iter(row.values()))
-    return first.model, {"result": "measured", "baseline": "baseline"}.get(
+    baseline = f"baseline of {first.of}" if several else "baseline"
+    return first.model, {"result": "measured", "baseline": baseline}.get(
         first.kind, first.source.removeprefix("AIMV2, ")
     )
 
 
 def tables_of(grid: Grid, notes: Notes, between: str, most: int) -> Iterator[TextTable]:
     """The table of a data set, with at most ``most`` columns of figures each; ``between``: how an interval follows a figure."""
+    several = len({cell.of for row in grid.rows for cell in row.values() if cell.kind == "baseline"}) > 1
     for start in range(0, len(grid.columns), most):
         columns = grid.columns[start : start + most]
         heads = {column: "\n".join(column) if between.startswith("\n") else ": ".join(column) for column in columns}
@@ -332,7 +335,7 @@ def tables_of(grid: Grid, notes: Notes, between: str, most: int) -> Iterator[Tex
         table = TextTable(["model", *right, "from"], right=right, widest=widest)
         for row in grid.rows:
             if any(column in row for column in columns):
-                name, source = _name_and_source(row)
+                name, source = _name_and_source(row, several)
                 table.rows.append([name, *(words_of(row.get(c), notes, between) for c in columns), source])
         yield table
 

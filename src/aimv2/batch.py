@@ -201,6 +201,20 @@ def _whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return found.to(torch.int64)
 
 
+def _padded_text(
+    captions: Sequence[Sequence[int]], width: int, answers: Sequence[Sequence[bool]] | None
+) -> tuple[Tensor, Tensor]:
+    """Texts as int64 [B, T], right-padded with 0, and the indices of their scored tokens; see :func:`make_batch`."""
+    import torch
+
+    text = torch.zeros(len(captions), width, dtype=torch.int64)
+    chosen = torch.zeros(len(captions), width, dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
+        chosen[row, : len(caption)] = True if answers is None else torch.tensor(answers[row], dtype=torch.bool)
+    return text, chosen.flatten().nonzero().flatten()
+
+
 def make_batch(
     images: Tensor | None,
     captions: Sequence[Sequence[int]],
@@ -255,13 +269,7 @@ def make_batch(
         f"prefix outside 1..{patches - 1}"
     )
     width = text_width or round_up(int(text_len.max()), TEXT_BUCKET)
-    text = torch.zeros(len(captions), width, dtype=torch.int64)
-    for row, caption in enumerate(captions):
-        text[row, : len(caption)] = torch.tensor(caption, dtype=torch.int64)
-    kept_tokens = torch.arange(width) < text_len[:, None]
-    for row, marks in enumerate(answers or ()):
-        kept_tokens[row, : len(marks)] = torch.tensor(marks, dtype=torch.bool)
-    real = kept_tokens.flatten().nonzero().flatten()
+    text, real = _padded_text(captions, width, answers)
     rows, targets = torch.zeros(0, dtype=torch.int64), None
     if prefix is not None:
         rows, targets = rows_and_targets(scored(prefix, patches, image_len), kept)

@@ -32,15 +32,7 @@ class VlmTrainOptions(PretrainOptions):
 
 
 def run(options: VlmTrainOptions) -> dict[str, Any]:
-    """
-    Returns:
-        the run's summary (also in ``summary.json``; of several processes on the first only, the others have ``run`` and ``step``), or
-        what ``dry_run`` or ``print_config`` found.
-
-    Raises:
-        UsageError: a mistake of input, in one line.
-        Interrupted: a signal came; the run has been saved.
-    """
+    """As :func:`aimv2.commands.pretrain.run`, whose run it is; another ``objective.name`` is a UsageError."""
     from aimv2.commands.pretrain import run as pretrain
 
     given = dict(options.options or {})

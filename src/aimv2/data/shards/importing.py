@@ -132,12 +132,14 @@ def import_data(
         **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
         "val_list": None,
         **image_options._asdict(),
-        # an import begun by an older version resumes
-        **({"class_folders": True} if class_folders else {}),
-        **({"image_root": _stable_name(image_root)} if image_root else {}),
-        **({"no_captions": True} if no_captions else {}),
-        **({"conversations": True} if conversations else {}),
     }
+    later = {
+        "class_folders": class_folders,
+        "image_root": image_root and _stable_name(image_root),
+        "no_captions": no_captions,
+    }
+    later |= {"conversations": conversations}
+    options |= {key: value for key, value in later.items() if value}  # an import begun by an older version resumes
     _check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None

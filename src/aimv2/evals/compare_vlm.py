@@ -7,7 +7,6 @@ from typing import Any
 
 from aimv2.evals.compare import Cell, paper
 from aimv2.evals.vlm.benchmarks import BENCHMARKS, PREFIX
-from aimv2.evals.vlm.questions import COLUMNS
 
 VLM = "vision-language"  # begins the protocols of these columns
 MEAN = "mean over eight"
@@ -56,6 +55,8 @@ def _notes(result: dict[str, Any], row: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_questions(model: str, result: dict[str, Any], path: str) -> Iterator[Cell]:
+    from aimv2.evals.vlm.questions import COLUMNS  # with torch, which tables of other results do not need
+
     figures, name = result["figures"], result["data"]["name"]
     for dataset, found in figures.get("sets", {name: figures}).items():
         for key, words in COLUMNS.items():

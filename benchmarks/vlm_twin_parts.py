@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,30 @@ def samples_of(data: Path) -> Iterator[dict[str, bytes]]:
         yield from (parts for _, parts in read_samples(tar))
 
 
-def cosine(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float) -> None:
-    """Sets the rate of a step: a rise over a twentieth of the steps, then a cosine down to 0."""
-    rise = min((step + 1) / max(steps // 20, 1), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = peak * rise * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[], Tensor],
+    steps: int,
+    peak: float,
+    title: str,
+) -> float:
+    """Steps with a rate that rises over a twentieth of them and falls to 0 on a cosine; the mean loss of their last tenth."""
+    losses = []
+    with progress_bar(f"{title}, steps", steps) as advance:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    peak * min((step + 1) / max(steps // 20, 1), 1.0) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+                )
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            advance(1)
+    return float(torch.stack(losses[-max(steps // 10, 1) :]).mean())
 
 
 def texts_of(data: Path) -> list[str]:
@@ -99,22 +118,16 @@ def language_model(data: Path, out: Path, steps: int, seed: int, batch: int = 32
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    losses = []
-    with progress_bar("language model, steps", steps) as advance:
-        for step in range(steps):
-            cosine(optimizer, step, steps, 2e-3)
-            starts = order.integers(0, len(ids) - length, batch)
-            rows = torch.stack([ids[at : at + length] for at in starts])
-            loss = model(input_ids=rows, labels=rows).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-            advance(1)
+
+    def loss() -> Tensor:
+        starts = order.integers(0, len(ids) - length, batch)
+        rows = torch.stack([ids[at : at + length] for at in starts])
+        return model(input_ids=rows, labels=rows).loss
+
+    last = train(model, optimizer, loss, steps, 2e-3, "language model")
     model.save_pretrained(out)
     words.save_pretrained(out)
-    return float(torch.stack(losses[-max(steps // 10, 1) :]).mean())
+    return last
 
 
 def word_tokenizer(texts: list[str]) -> Any:
@@ -188,20 +201,15 @@ def contrastive(data: Path, out: Path, steps: int, seed: int, batch: int = 128, 
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=peak, betas=(0.9, 0.95), fused=True
     )
-    order, losses = np.random.default_rng(seed), []
-    with progress_bar("contrastive encoder, steps", steps) as advance:
-        for step in range(steps):
-            cosine(optimizer, step, steps, peak)
-            chosen = torch.from_numpy(order.choice(len(rows), batch, replace=False))
-            loss = model.train()(images[chosen], text[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-            advance(1)
+    order = np.random.default_rng(seed)
+
+    def loss() -> Tensor:
+        chosen = torch.from_numpy(order.choice(len(rows), batch, replace=False))
+        return model.train()(images[chosen], text[chosen])
+
+    last = train(model, optimizer, loss, steps, peak, "contrastive encoder")
     aimv2.save_pretrained(model.encoder.eval(), out)
-    return float(torch.stack(losses[-max(steps // 10, 1) :]).mean())
+    return last
 
 
 @torch.no_grad()

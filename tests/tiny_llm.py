@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
 import aimv2
+from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 
 TEMPLATE = (
@@ -82,3 +84,19 @@ def inputs(processor: Any, *images: Image.Image, text: str = "What is this?") ->
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
+
+
+def vlm(root: Path, **llm: Any) -> Path:
+    """``eyes``, ``llm`` and, built of them, ``vlm``, in a folder; ``llm``: see :func:`language_model`."""
+    from aimv2 import api
+
+    api.vlm_build(encoder(root / "eyes"), language_model(root / "llm", **llm), root / "vlm")
+    return root / "vlm"
+
+
+def refused(command: Any, code: str, option: str, *words: Any, **options: Any) -> str:
+    """The sentence of the UsageError that a function of ``aimv2.api`` ends in."""
+    with pytest.raises(UsageError) as caught:
+        command(*words, **options)
+    assert (caught.value.code, caught.value.option) == (code, option), caught.value
+    return str(caught.value)

@@ -228,11 +228,12 @@ def test_no_conversations_there(images: Path, tmp_path: Path) -> None:
     out, captions = tmp_path / "out", [{"image": "1.png", "caption": "x"}]
     refused("mismatch", "SRC", listed(images / "captions", captions), out)
     refused("mismatch", "SRC", listed(images / "lines", captions, ".jsonl"), out)
-    refused("missing", "SRC", images, out)
+    assert str(images) in refused("missing", "SRC", images, out)
     refused("mismatch", "SRC", put(images / "captions.csv", "image,caption\n1.png,x\n"), out)
     pq.write_table(pa.table({"image": [picture(1)], "caption": ["x"]}), tmp_path / "t.parquet")
     refused("missing", "SRC", tmp_path / "t.parquet", out)
-    refused("not-found", "SRC", tmp_path / "nowhere", out)
+    assert "nowhere" in refused("not-found", "SRC", tmp_path / "nowhere", out)
+    assert not out.exists(), "nothing is left of them"
     for text, code in (('[{"conversations": []}, {"conver', "unreadable"), ("[1 2]", "unreadable"), ("{1", "mismatch")):
         file = put(tmp_path / "broken.json", text)
         refused(code, "" if code == "unreadable" else "SRC", file, out)

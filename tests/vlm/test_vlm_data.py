@@ -13,7 +13,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.vlm.benchmarks import INSTALL, cached, check_ready
 from aimv2.evals.vlm.run_tasks import render_tasks
 from aimv2.vlm.answer import Picture
-from tiny_llm import encoder, language_model, picture
+from tiny_llm import picture, vlm
 
 pytest.importorskip("lmms_eval", reason=INSTALL)
 ROWS = range(4)
@@ -51,9 +51,7 @@ generation_kwargs: {{max_new_tokens: 6}}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    encoder(root / "eyes")
-    language_model(root / "llm", max_position_embeddings=512)
-    api.vlm_build(root / "eyes", root / "llm", root / "vlm")
+    vlm(root, max_position_embeddings=512)
     return root
 
 

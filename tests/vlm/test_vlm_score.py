@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_llm
 from aimv2 import api
 from aimv2.data.shards.format import write_shard
 from aimv2.distributed import World
@@ -285,11 +287,7 @@ def test_what_is_too_long_is_wrong_and_what_is_kept_is_counted(place: Path, tmp_
 # ---- wrong use ----
 
 
-def refused(code: str, option: str, *words: Any, **options: Any) -> str:
-    with pytest.raises(UsageError) as caught:
-        api.vlm_score(*words, **options)
-    assert (caught.value.code, caught.value.option) == (code, option), caught.value
-    return str(caught.value)
+refused = partial(tiny_llm.refused, api.vlm_score)
 
 
 def test_wrong_use(place: Path, tmp_path: Path) -> None:

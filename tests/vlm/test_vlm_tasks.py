@@ -7,19 +7,21 @@ import math
 import shutil
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tiny_llm
 from aimv2 import api
 from aimv2.errors import UsageError
 from aimv2.evals.vlm.benchmarks import BENCHMARKS, INSTALL, TABLE_8, check_ready, task_names, write_tasks
 from aimv2.vlm.answer import Picture, answers, question
 from aimv2.vlm.model import open_vlm
 from forked import forked
-from tiny_llm import encoder, language_model, picture
+from tiny_llm import picture
 
 pytest.importorskip("lmms_eval", reason=INSTALL)
 QUESTIONS = [f"What is the small red square {n}?" for n in range(7)]
@@ -49,9 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import datasets
 
     root = tmp_path_factory.mktemp("tasks")
-    encoder(root / "eyes")
-    language_model(root / "llm", max_position_embeddings=512)
-    api.vlm_build(root / "eyes", root / "llm", root / "vlm")
+    tiny_llm.vlm(root, max_position_embeddings=512)
     images = [picture(20 + 3 * n, 30 - n) for n in range(16)]
     model, processor = open_vlm(root / "vlm")
     seen = answers(model, processor, [question(text, image) for text, image in zip(QUESTIONS, images)], 3)
@@ -310,11 +310,7 @@ def test_cider_is_lmms_evals(tmp_path: Path) -> None:
 # ---- wrong use ----
 
 
-def refused(code: str, option: str, *words: Any, **options: Any) -> str:
-    with pytest.raises(UsageError) as caught:
-        api.vlm_score(*words, **options)
-    assert (caught.value.code, caught.value.option) == (code, option), caught.value
-    return str(caught.value)
+refused = partial(tiny_llm.refused, api.vlm_score)
 
 
 def test_wrong_use(place: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from aimv2.evals.linear import logistic
 from aimv2.evals.probe import ProbeSettings, fresh_sweep, from_cache, predict
-from aimv2.evals.probe_start import averages, classifier, start_linear
+from aimv2.evals.probe_start import averages, classifier, start_linear, together
 from aimv2.features.extraction import Cached
 from aimv2.features.ragged import RaggedWriter, open_ragged
 
@@ -27,7 +27,7 @@ def features(classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def started(layers: list[Any], labels: np.ndarray, classes: int) -> Any:
     settings = ProbeSettings(layers=tuple(f"layer{n}" for n in range(len(layers))), rates=(0.1, 0.2), decays=(0.1,))
     sweep = fresh_sweep(WIDTH, classes, settings, 0, torch.device("cpu"))
-    start_linear(sweep, layers, labels, [0.1] * len(layers))
+    start_linear(sweep, [averages(layer) for layer in layers], labels, [0.1] * len(layers))
     return sweep
 
 
@@ -72,9 +72,16 @@ def test_averages_of_images_with_other_numbers_of_patches(tmp_path: Path) -> Non
     writer = RaggedWriter(tmp_path, ["last"], WIDTH, IMAGES, 0)
     writer.append([images])
     writer.flush()
-    means, mean, variance = averages(open_ragged(tmp_path, ["last"], WIDTH, IMAGES)[0])
+    found = averages(open_ragged(tmp_path, ["last"], WIDTH, IMAGES)[0])
     every = np.concatenate(images).astype(np.float64)
-    np.testing.assert_allclose(means, np.stack([one.astype(np.float32).mean(0) for one in images]), rtol=1e-5)
-    np.testing.assert_allclose([mean, variance], [every.mean(0), every.var(0)], rtol=1e-6)
-    dense = averages(layer, size=7)
-    np.testing.assert_allclose(dense[0], layer.astype(np.float32).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(found.means, np.stack([one.astype(np.float32).mean(0) for one in images]), rtol=1e-5)
+    assert found.patches == len(every)
+    np.testing.assert_allclose([found.total, found.squares], [every.sum(0), (every**2).sum(0)], rtol=1e-6)
+
+
+def test_averages_of_two_splits_are_those_of_both() -> None:
+    layer, _ = features(2)
+    one, both = averages(layer, size=7), together([averages(layer[:20]), averages(layer[20:])])
+    np.testing.assert_allclose(one.means, layer.astype(np.float32).mean(1), rtol=1e-5)
+    for name in one._fields:
+        np.testing.assert_allclose(getattr(both, name), getattr(one, name), rtol=1e-6)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aimv2.data.images.labelled import Labelled, joined
 from aimv2.evals.probe import ProbeSettings, fresh_sweep, from_cache, logits_of, train_sweep
-from aimv2.evals.probe_start import averages, start_linear, strength_of
+from aimv2.evals.probe_start import Averages, averages, start_linear, strength_of, together
 from aimv2.evals.probe_stream import FeatureStream, ImageStream, join_features
 from aimv2.features.extraction import Cached, cached_features, view_batches
 from aimv2.features.frozen import Frozen
@@ -100,6 +100,7 @@ class SweepPlan:
         batch: images at once in the trunk.
         layers: whose features are cached together; those of ``settings`` are among them.
         strengths: of each layer of ``settings``, where heads start as a linear classifier; see :meth:`with_strengths`.
+        averaged: by the ``id`` of a split and a layer, what :meth:`averages_of` has found.
     """
 
     frozen: Frozen
@@ -112,20 +113,29 @@ class SweepPlan:
     batch: int
     layers: tuple[str, ...]
     strengths: tuple[float, ...] = ()
+    averaged: dict[tuple[int, str], Averages] = field(default_factory=dict)
+
+    def averages_of(self, splits: Sequence[Labelled]) -> list[Averages]:
+        """Averages of the features of all ``splits``, for each layer of the heads; each split is read once."""
+        for split in splits:
+            if missing := [layer for layer in self.settings.layers if (id(split), layer) not in self.averaged]:
+                found = dict(zip(self.settings.layers, self.cached(split).features))
+                self.averaged |= {(id(split), layer): averages(found[layer]) for layer in missing}
+        return [together([self.averaged[id(split), layer] for split in splits]) for layer in self.settings.layers]
 
     def with_strengths(self, splits: SweepSplits) -> SweepPlan:
         """The plan with the strength of each layer's linear classifier; it is chosen once, as ``aimv2 linear`` does."""
-        known = [self.cached(part) for part in splits.parts or (splits.train,)]
-        val = None if splits.parts or splits.select is None else self.cached(splits.select)
-        labels = np.concatenate([part.labels for part in known])
+        known = splits.parts or (splits.train,)
+        val = None if splits.parts else splits.select
+        labels = np.concatenate([self.cached(part).labels for part in known])
+        chosen_on = None if val is None else (self.averages_of([val]), self.cached(val).labels)
         order = np.arange(len(labels))
         if splits.rows is not None and len(splits.rows) == len(labels):  # all could be read
             order = np.argsort(splits.rows)
         found = []
-        for number, layer in enumerate(self.settings.layers):
-            x = np.concatenate([averages(part.features[number])[0] for part in known])
-            select = None if val is None else (averages(val.features[number])[0], val.labels)
-            found.append(strength_of(x[order], labels[order], select, layer))
+        for number, (layer, own) in enumerate(zip(self.settings.layers, self.averages_of(known))):
+            select = None if chosen_on is None else (chosen_on[0][number].means, chosen_on[1])
+            found.append(strength_of(own.means[order], labels[order], select, layer))
         return dataclasses.replace(self, strengths=tuple(found))
 
     def cached(self, split: Labelled, flip: bool = False) -> Cached:
@@ -152,7 +162,7 @@ class SweepPlan:
             images = len(labels)
             layers = [[join_features(parts) for parts in zip(*(part.features for part in view))] for view in views]
             if settings.start == "linear":
-                start_linear(sweep, layers[0], labels, self.strengths)
+                start_linear(sweep, self.averages_of(splits), labels, self.strengths)
             stream = FeatureStream(layers, labels, min(settings.batch_size, images), self.seed)
         losses = train_sweep(
             sweep, stream, images, settings, self.seed, self.run, frozen.device, self.again, title=title

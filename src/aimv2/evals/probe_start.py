@@ -7,7 +7,7 @@ Legend: N images, I patches, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,26 +20,33 @@ from aimv2.models.probe_head import NORM_EPS, ProbeSweep
 ABSENT = -10.0  # bias of a class without images, below the lowest of the others
 
 
-def averages(features: Any, size: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean over the patches of each image, and mean and variance of all patches.
+class Averages(NamedTuple):
+    """Of a layer: the mean of each image's patches, float32 [N, D]; of all ``patches`` the sum and that of squares, float64 [D]."""
 
-    Args:
-        features: of one layer, [N, I, D] or a :class:`Ragged`.
-        size: images at once.
+    means: np.ndarray
+    patches: int
+    total: np.ndarray
+    squares: np.ndarray
 
-    Returns:
-        float32 [N, D], float64 [D], float64 [D].
-    """
-    total, squares, patches, means = 0.0, 0.0, 0, []
+
+def averages(features: Any, size: int = 256) -> Averages:
+    """One pass over the features of a layer, [N, I, D] or a :class:`Ragged`, ``size`` images at once."""
+    width = (features.rows if isinstance(features, Ragged) else features).shape[-1]
+    total, squares, patches, means = np.zeros(width), np.zeros(width), 0, []
     for at in range(0, len(features), size):
         rows = np.arange(at, min(at + size, len(features)))
         for x in [features[int(row)][None] for row in rows] if isinstance(features, Ragged) else [features[rows]]:
             x = np.asarray(x, np.float32)
             means.append(x.mean(1))
-            flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
+            flat = x.reshape(-1, width).astype(np.float64)
             total, squares, patches = total + flat.sum(0), squares + (flat**2).sum(0), patches + len(flat)
-    mean = np.asarray(total / patches)
-    return np.concatenate(means), mean, np.asarray(squares / patches) - mean**2
+    return Averages(np.concatenate(means), patches, total, squares)
+
+
+def together(parts: Sequence[Averages]) -> Averages:
+    """Of several splits, one after another."""
+    means, patches, total, squares = zip(*parts)
+    return Averages(np.concatenate(means), sum(patches), np.sum(total, axis=0), np.sum(squares, axis=0))
 
 
 def strength_of(x: np.ndarray, labels: np.ndarray, select: tuple[np.ndarray, np.ndarray] | None, layer: str) -> float:
@@ -87,7 +94,7 @@ def start_linear(sweep: ProbeSweep, layers: Sequence[Any], labels: np.ndarray, s
 
     Args:
         sweep: attentive heads.
-        layers: the features of each layer of the sweep, see :func:`averages`.
+        layers: of the features of each layer of the sweep.
         labels: int64 [N]; of one class the heads stay as they are.
         strengths: of each layer, see :func:`strength_of`.
     """
@@ -95,8 +102,9 @@ def start_linear(sweep: ProbeSweep, layers: Sequence[Any], labels: np.ndarray, s
         return
     norms: list[Any] = list(sweep.norms)
     heads: list[Any] = list(sweep.heads)
-    for name, norm, features, strength in zip(sweep.layers, norms, layers, strengths):
-        means, mean, variance = averages(features)
+    for name, norm, (means, patches, total, squares), strength in zip(sweep.layers, norms, layers, strengths):
+        mean = total / patches
+        variance = squares / patches - mean**2
         weight, bias = classifier(means, labels, sweep.classes, strength)
         norm.running_mean.copy_(torch.from_numpy(mean))
         norm.running_var.copy_(torch.from_numpy(variance))

@@ -295,13 +295,15 @@ def render_check(result: dict[str, Any]) -> RenderableType:
         rows |= {f"{key} of a conversation": talks[key] for key in ("answers", "images")}
         rows |= {f"conversation, {captions['unit']}": talks["length"]}
         facts += f"; {talks['number']:,} conversations, {talks['text_only']:,} of them without an image"
+        rows = {name: values for name, values in rows.items() if values}  # without what only pairs, or only images, have
     for name, values in rows.items():
         table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
 
     lines: list[RenderableType] = [head, Text(facts), Text(), table]
     over = captions[f"over_{MAX_TOKENS}"]
-    lines += [Text(f"captions over {MAX_TOKENS} {captions['unit']}: {percent(over)}"), Text(), *_findings(result)]
-    return Group(*lines)
+    if captions["length"] or not talks["number"]:
+        lines.append(Text(f"captions over {MAX_TOKENS} {captions['unit']}: {percent(over)}"))
+    return Group(*lines, Text(), *_findings(result))
 
 
 def _findings(result: dict[str, Any]) -> list[RenderableType]:

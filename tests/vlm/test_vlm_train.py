@@ -22,6 +22,7 @@ from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.conversations import RowMaker
 from aimv2.data.text.conversations import Conversation, Turn
 from aimv2.errors import UsageError
+from aimv2.tasks.instruct import Instruct
 from aimv2.vlm.model import open_vlm
 from runs import assert_refused, light_collections, metrics, torchrun
 from tiny_llm import encoder, inputs, language_model, picture
@@ -260,6 +261,12 @@ def test_recipes_hold_table_c1_and_their_twins_run(column: str, root: Path, tmp_
     assert summary["step"] == 3 and 0 <= summary["val_answer_accuracy"] <= 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "answer loss" in page.lower() and "vision-language" in page
+
+
+@pytest.mark.parametrize("name", ["vlm", "native", "tiles"])
+def test_the_shape_of_the_encoder_is_known_without_its_weights(name: str, root: Path) -> None:
+    config = parse({"objective.name": "instruct", "init": str(root / name), "data.train": str(root / "talks")})
+    assert Instruct(config).encoder_config(1) == open_vlm(root / name)[0].encoder.config
 
 
 def test_wrong_use_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

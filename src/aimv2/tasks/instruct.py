@@ -41,7 +41,7 @@ from aimv2.objectives.pretrain import text_targets
 from aimv2.tasks.held_out import HeldOut, evaluating
 from aimv2.tasks.task import CardText, Context, Task
 from aimv2.vlm.build import USE
-from aimv2.vlm.model import vlm_folder
+from aimv2.vlm.model import encoder_shape, vlm_folder
 from aimv2.vlm.tuned import FolderWriter, TunedVisionLanguage, linear_names
 
 VLM_HEAD = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [aimv2, vision]\n---\n\n"
@@ -92,7 +92,8 @@ class Instruct(Task):
         return False  # the tokenizer is the model's own
 
     def encoder_config(self, vocab_size: int) -> EncoderConfig:
-        return TunedVisionLanguage.opened(self.init()).encoder.config
+        about = self.writer.processor.image_processor.to_dict()
+        return encoder_shape(self.writer.config.vision_config, about, self.init())
 
     def defaults(self, pairs: int, kind: Any, given: set[str]) -> dict[str, Any]:
         """One epoch, in batches as those of Table C1 (LLaVA) where there are as many samples."""

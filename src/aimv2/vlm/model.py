@@ -203,16 +203,7 @@ def encoder_of(tower: Any, about: dict[str, Any], source: str) -> VisionEncoder:
         about: configuration of its image processor.
         source: for messages.
     """
-    given = tower.config
-    if given.rms_norm_eps != NORM_EPS:
-        raise UsageError(
-            f"VLM {source}: its encoder has rms_norm_eps {given.rms_norm_eps}, {NORM_EPS} expected", code="mismatch"
-        )
-    mean, std = normalization(about, source)
-    size = None if given.is_native else given.image_size
-    shape = given.hidden_size, given.num_hidden_layers, given.num_attention_heads, given.intermediate_size
-    any_grid = 1, 1 << 30  # what the processor gives, as in the tower
-    config = EncoderConfig("aimv2", *shape, given.patch_size, size, mean, std, *any_grid)
+    config = encoder_shape(tower.config, about, source)
     with torch.device("meta"):
         encoder = VisionEncoder(config)
     state, shapes = tower.state_dict(), {key: value.shape for key, value in encoder.state_dict().items()}
@@ -221,3 +212,20 @@ def encoder_of(tower: Any, about: dict[str, Any], source: str) -> VisionEncoder:
     encoder.to_empty(device="cpu").load_state_dict(filled, assign=True)
     encoder.fill_constants()
     return encoder.eval()
+
+
+def encoder_shape(given: Any, about: dict[str, Any], source: str) -> EncoderConfig:
+    """Shape of the encoder of an ``Aimv2VisionConfig``; the other arguments are those of :func:`encoder_of`.
+
+    Raises:
+        UsageError: norms of another epsilon.
+    """
+    if given.rms_norm_eps != NORM_EPS:
+        raise UsageError(
+            f"VLM {source}: its encoder has rms_norm_eps {given.rms_norm_eps}, {NORM_EPS} expected", code="mismatch"
+        )
+    mean, std = normalization(about, source)
+    size = None if given.is_native else given.image_size
+    shape = given.hidden_size, given.num_hidden_layers, given.num_attention_heads, given.intermediate_size
+    any_grid = 1, 1 << 30  # what the processor gives, as in the tower
+    return EncoderConfig("aimv2", *shape, given.patch_size, size, mean, std, *any_grid)

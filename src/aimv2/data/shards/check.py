@@ -295,7 +295,8 @@ def render_check(result: dict[str, Any]) -> RenderableType:
         rows |= {f"{key} of a conversation": talks[key] for key in ("answers", "images")}
         rows |= {f"conversation, {captions['unit']}": talks["length"]}
         facts += f"; {talks['number']:,} conversations, {talks['text_only']:,} of them without an image"
-        rows = {name: values for name, values in rows.items() if values}  # without what only pairs, or only images, have
+        # without what only pairs, or only images, have
+        rows = {name: values for name, values in rows.items() if values}
     for name, values in rows.items():
         table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
 

@@ -19,7 +19,10 @@ def read(objects: list, picture: tuple[int, int] = SIZE, **more: object) -> tupl
 def test_boxes_become_xyxy_with_their_classes() -> None:
     regions, faults = read(
         [{"box": [10, 5, 20, 10], "class": "dog"}, {"box": [0, 0, 100, 50], "class": "cat", "crowd": True}],
-        phrases=[{"phrase": "the dog", "box": [10, 5, 20, 10]}, {"phrase": "both", "boxes": [[0, 0, 5, 5], [9, 9, 1, 1]]}],
+        phrases=[
+            {"phrase": "the dog", "box": [10, 5, 20, 10]},
+            {"phrase": "both", "boxes": [[0, 0, 5, 5], [9, 9, 1, 1]]},
+        ],
         negative=["horse"],
         not_exhaustive=["cat"],
     )

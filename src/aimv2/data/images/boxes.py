@@ -24,7 +24,9 @@ BOX_FAULTS = {
     "duplicate": "boxes that repeat another of their class",
     "no-phrase": "phrases without text or without a box",
 }
-UNUSABLE = frozenset(("not-regions", "other-size"))  # faults of the whole sample: it must not be used, not even as an empty one
+UNUSABLE = frozenset(
+    ("not-regions", "other-size")
+)  # faults of the whole sample: it must not be used, not even as an empty one
 EDGE = 1.0  # pixels that a box may leave the picture by, as rounding does, without a fault
 PROPORTION = 0.02  # by which height / width of two sizes of one picture may differ
 

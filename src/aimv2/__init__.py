@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from aimv2.data.stream.transforms import image_transform as image_transform
     from aimv2.data.text.models import load_model as load_model
     from aimv2.data.text.models import save_pretrained as save_pretrained
+    from aimv2.interop.backbone import Aimv2Backbone as Aimv2Backbone
+    from aimv2.interop.backbone_config import Aimv2BackboneConfig as Aimv2BackboneConfig
     from aimv2.models.aimv2 import AIMv2 as AIMv2
     from aimv2.models.create import create_model as create_model
     from aimv2.models.decoder import MultimodalDecoder as MultimodalDecoder
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AIMv2": "aimv2.models.aimv2",
+    "Aimv2Backbone": "aimv2.interop.backbone",
+    "Aimv2BackboneConfig": "aimv2.interop.backbone_config",
     "LiT": "aimv2.models.lit",
     "MultimodalDecoder": "aimv2.models.decoder",
     "VisionEncoder": "aimv2.models.encoder",
@@ -40,6 +44,7 @@ _MODULES = {
 _ALIASES = {"fast_products": "fast_matmul"}  # earlier names
 
 __all__ = sorted([*_MODULES, *_ALIASES, "__version__"])
+importlib.import_module("aimv2.interop.registration").watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ from aimv2.io import POINTER, is_pointer
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
-from aimv2.models.sizes import MODELS
+from aimv2.models.sizes import MODELS, EncoderConfig
 
 BUILT = ("deepseek_vl", "llava", "llava_next")  # model types of `aimv2 vlm build`
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
@@ -406,6 +406,15 @@ def load_model(
     return model.eval()
 
 
+def encoder_shape(source: str | Path) -> EncoderConfig:
+    """Shape of the encoder of MODEL, as :func:`load_model` takes it, without reading its weights."""
+    at = locate(source)
+    with Weights(at.files) as weights:
+        model = plan(at, weights, detect(at, weights), decoder=False)[0]
+    config: EncoderConfig = getattr(model, "encoder", model).config
+    return config
+
+
 def widest(weights: Weights, rules: Rules) -> torch.dtype:
     """The dtype that holds every value of all tensors of the rules (bf16 with fp16 gives fp32).
 
@@ -465,7 +474,11 @@ def _plan_ours(
         if model is None:
             raise no_decoder(at, "lit" in stored)
         prefix = "encoder." if isinstance(model, VisionEncoder) else ""
-        return model, {key: (prefix + key,) for key in model.state_dict()}, ("decoder.", "probe.") if prefix else ()
+        return (
+            model,
+            {key: (prefix + key,) for key in model.state_dict()},
+            ("decoder.", "probe.", "pyramid.") if prefix else (),
+        )
     if decoder and not found.text:
         raise no_decoder(at, pair=False)
     if found.text:

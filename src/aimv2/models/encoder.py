@@ -45,11 +45,11 @@ class PatchEmbed(nn.Module):
         """[B, 3, H, W] -> [B, I, D]; ``places`` int64 [B, I, 2]: row and column of each patch, where images are strips."""
         x = self.proj(images).flatten(2).transpose(1, 2)
         x = self.norm(x.to(dtype_of(self)))  # under autocast the matmul is bf16, the residual stream is not
+        grid = images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
         if self.config.image_size is not None:
-            return x + self.position
+            return x + resize_positions(self.position, grid)
         if places is not None:
             return x + sincos_at(places, self.config.width).to(x.dtype)
-        grid = images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
         return x + sincos_positions(*grid, self.config.width, x.device).to(x.dtype)
 
 

@@ -14,9 +14,7 @@ from aimv2.models.lit import LiT, TextEncoder, TunedLiT
 from aimv2.models.pool import AttentionPool
 from aimv2.models.probe_head import AttentiveProbe
 
-SIGMOID_BIAS = (
-    -10.0
-)  # initial logit bias, so that the first steps do not only correct for the negatives (SigLIP, section 3.2)
+SIGMOID_BIAS = -10.0  # initial logit bias: the first steps do not only correct for the negatives (SigLIP, section 3.2)
 
 
 def _xavier(weight: torch.Tensor, parts: int, generator: torch.Generator | None) -> None:
@@ -117,8 +115,5 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             if isinstance(module, TunedLiT) and module.bias is not None:
                 nn.init.constant_(module.bias, SIGMOID_BIAS)
         else:
-            assert (
-                isinstance(module, AIMv2 | TextHead)
-                or not list(module.parameters(recurse=False))
-                or isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | nn.BatchNorm1d)
-            ), f"no initialisation for {type(module).__name__}"
+            known = isinstance(module, AIMv2 | TextHead | nn.Linear | nn.Conv2d | nn.Embedding | nn.BatchNorm1d)
+            assert known or not [*module.parameters(recurse=False)], f"no initialisation for {type(module).__name__}"

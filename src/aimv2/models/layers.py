@@ -180,14 +180,16 @@ class Attention(nn.Module):
 
         Args:
             qkv: [B, N, 3 * D].
-            mask: None = bidirectional; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask; or
-                Documents or Spans (B = 1).
+            mask: None = bidirectional; "causal"; int64 [B] prefix lengths; bool [B, 1, N, N]; a flex BlockMask;
+                Documents or Spans (B = 1); or one that attends itself, such as Windows.
 
         Returns:
             [B, N, D].
         """
         if isinstance(mask, Spans):
             return self.attend_spans(qkv[0], mask)[None]
+        if hasattr(mask, "attend"):
+            return mask.attend(self, qkv)
         q, k, v = self.split(qkv)
         if isinstance(mask, Documents):
             return self.attend_documents(q, k, v, mask)

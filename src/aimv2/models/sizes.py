@@ -75,15 +75,10 @@ class EncoderConfig:
     def check_pixels(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError for an image shape that this model does not support."""
         if len(shape) != 4 or shape[1] != 3:
-            last = len(shape) in (3, 4) and shape[-1] == 3 and 3 not in shape[-3:-1]
-            turn = ("permute(0, 3, 1, 2)" if len(shape) == 4 else "permute(2, 0, 1)[None]") if last else "[None]"
-            hint = (
-                f"; channels come first: images.{turn}"
-                if last
-                else "; one image: images[None]"
-                if len(shape) == 3
-                else ""
-            )
+            turn = "permute(0, 3, 1, 2)" if len(shape) == 4 else "permute(2, 0, 1)[None]"
+            hint = "; one image: images[None]" if len(shape) == 3 else ""
+            if len(shape) in (3, 4) and shape[-1] == 3 and 3 not in shape[-3:-1]:
+                hint = f"; channels come first: images.{turn}"
             raise ValueError(f"images must be [B, 3, H, W], got {list(shape)}{hint}")
         height, width = shape[2:]
         if self.image_size is not None and (height, width) != (self.image_size, self.image_size):

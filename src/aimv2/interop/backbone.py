@@ -47,8 +47,8 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
-    _keys_to_ignore_on_load_unexpected = (r"^pyramid\.",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^pyramid\."]  # noqa: RUF012
 
     def __init__(self, config: Aimv2BackboneConfig) -> None:
         super().__init__(config)

@@ -410,9 +410,8 @@ def encoder_shape(source: str | Path) -> EncoderConfig:
     """Shape of the encoder of MODEL, as :func:`load_model` takes it, without reading its weights."""
     at = locate(source)
     with Weights(at.files) as weights:
-        model = plan(at, weights, detect(at, weights), decoder=False)[0]
-    config: EncoderConfig = getattr(model, "encoder", model).config
-    return config
+        model: Any = plan(at, weights, detect(at, weights), decoder=False)[0]
+    return getattr(model, "encoder", model).config
 
 
 def widest(weights: Weights, rules: Rules) -> torch.dtype:

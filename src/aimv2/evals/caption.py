@@ -115,10 +115,7 @@ def ask_files(
         raise UsageError(f"--ask {text!r}: a question with one {IMAGE_TOKEN} at most is expected", option="--ask")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: 1 or more expected", option="--max-tokens")
-    try:
-        model, processor = open_vlm(source)
-    except UsageError as error:
-        raise UsageError(str(error).replace("VLM", "MODEL", 1), option="MODEL", code=error.code) from None
+    model, processor = open_vlm(source, "MODEL")
     model = model.to(default_device(device))
 
     def write(batch: list[Image.Image]) -> list[str]:

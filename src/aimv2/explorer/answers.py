@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,10 @@ from aimv2.explorer.study import ShownModel, Study
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.lit import LiT
 from aimv2.report.images import data_uri, to_png
+from aimv2.report.predictions import Word
+from aimv2.vlm.language import IMAGE_TOKEN
+
+CHAT_BYTES = 32_000  # of a conversation
 
 Query = Mapping[str, str]
 Answer = dict[str, Any]
@@ -52,7 +57,9 @@ class Answers:
 
     def _about_model(self, shown: ShownModel, name: str) -> Answer:
         config = shown.encoder.config
-        stored = "" if self.stored is None else self.stored.note(shown.encoder, isinstance(shown.model, LiT))
+        stored = ""
+        if self.stored is not None and shown.talker is None:  # which pads pictures, where embed crops them
+            stored = self.stored.note(shown.encoder, isinstance(shown.model, LiT))
         return {
             "name": name,
             "architecture": config.name,
@@ -66,9 +73,12 @@ class Answers:
             if isinstance(shown.model, AIMv2)
             else "image-text pair"
             if isinstance(shown.model, LiT)
-            else "encoder",
+            else "encoder"
+            if shown.talker is None
+            else "vision-language model",
             "cannot": shown.cannot,
             "stored": stored,
+            "chat": shown.talker is not None,
         }
 
     def images(self, query: Query) -> Answer:
@@ -133,18 +143,21 @@ class Answers:
         """The caption's tokens, with probabilities and the decoder's attention."""
         words = self.study.caption(*self._model_and_image(query))
         return {
-            "words": [
-                {
-                    "text": word.text,
-                    "probability": round(word.probability, 4),
-                    "alternatives": [[text, round(probability, 4)] for text, probability in word.alternatives],
-                    "attention": rows_of(word.attention, 5),
-                    "share": round(float(word.attention.sum()), 3),
-                }
-                for word in words
-            ],
+            "words": [as_word(word, word.attention) for word in words],
             "limit": self.study.longest_caption(whole(query, "model")),
         }
+
+    def chat(self, query: Query, content: bytes) -> Answer:
+        """The answer to the last of ``content``, a JSON list of questions and answers in turn; its tokens with probabilities and
+        attention in ``layer`` of the language model; ``all``: the mean over its layers.
+        """
+        reply = self.study.reply(*self._model_and_image(query), conversation(content))
+        count, layer = len(reply.layers), None if query.get("layer", "all") == "all" else whole(query, "layer")
+        if layer is not None and layer >= count:
+            raise RequestError(400, f"There is no layer {layer}; attention of {count} layers is known.")
+        maps = [word.attention for word in reply.words] if layer is None else reply.layers[layer]
+        words = [as_word(word, map) for word, map in zip(reply.words, maps)]
+        return {"answer": reply.text, "words": words, "limit": reply.limit, "layers": count}
 
     def painting(self, query: Query) -> Answer:
         """Predicted patches after a prefix."""
@@ -172,6 +185,24 @@ class Answers:
         return index, number
 
 
+def conversation(content: bytes) -> tuple[str, ...]:
+    """Questions and answers in turn, the last one a question.
+
+    Raises:
+        RequestError: anything else.
+    """
+    try:
+        texts = json.loads(content)
+        good = isinstance(texts, list) and len(texts) % 2 == 1 and "".join(texts).encode() is not None
+    except (ValueError, TypeError, RecursionError):  # no JSON, no texts, half a character, lists in lists in lists
+        good = False
+    if not good or not all(text.strip() for text in texts[::2]):
+        raise RequestError(400, "A list of texts is expected: questions and answers in turn, the last one a question.")
+    if any(IMAGE_TOKEN in text for text in texts):
+        raise RequestError(400, f"{IMAGE_TOKEN} can't be part of a question: the image comes first by itself.")
+    return tuple(texts)
+
+
 def page_names(sources: list[str]) -> list[str]:
     """Models' names on the page: no more of their paths than sets them apart."""
     parts = [source.rstrip("/").split("/") for source in sources]
@@ -196,6 +227,17 @@ def tab_of(query: Query) -> str:
 def as_dict(entry: Entry) -> Answer:
     """JSON form of an entry."""
     return {"image": entry.number, "name": entry.name, "kind": entry.kind, "says": entry.says}
+
+
+def as_word(word: Word, attention: np.ndarray) -> Answer:
+    """JSON form of a token with its attention [h, w]."""
+    return {
+        "text": word.text,
+        "probability": round(word.probability, 4),
+        "alternatives": [[text, round(probability, 4)] for text, probability in word.alternatives],
+        "attention": rows_of(attention, 7),
+        "share": round(float(attention.sum()), 3),
+    }
 
 
 def rows_of(map: np.ndarray, digits: int = 4) -> list[list[float]]:

@@ -23,10 +23,10 @@ from starlette.routing import Route
 
 from aimv2.errors import UsageError
 from aimv2.explorer.album import RequestError
-from aimv2.explorer.answers import Answers, as_dict, tab_of
+from aimv2.explorer.answers import CHAT_BYTES, Answers, as_dict, tab_of
 from aimv2.explorer.guard import App, Guard, is_loopback
 
-SCRIPTS = ("explorer", "address", "draw", "rove", "talk")
+SCRIPTS = ("explorer", "address", "chat", "draw", "rove", "talk", "words")
 PAGE = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/explorer.css": ("explorer.css", "text/css; charset=utf-8"),
@@ -76,7 +76,10 @@ def make_app(answers: Answers, host: str) -> App:
         return Response(png, media_type="image/png")
 
     async def upload(request: Request) -> Response:
-        content = await read_body(request, answers.upload_bytes)
+        limit = answers.upload_bytes
+        content = await read_body(
+            request, limit, f"The file is larger than the limit of {in_mb(limit)} MB (option upload-mb)."
+        )
         name, tab = request.query_params.get("name", ""), tab_of(request.query_params)
         return JSONResponse(as_dict(await work(images, album.upload, content, name, tab)))
 
@@ -86,9 +89,14 @@ def make_app(answers: Answers, host: str) -> App:
     async def remove(request: Request) -> Response:
         return JSONResponse(await work(images, answers.remove, request.query_params))
 
+    async def chat(request: Request) -> Response:
+        content = await read_body(request, CHAT_BYTES, "The conversation is too long; start over.")
+        return JSONResponse(await work(models, answers.chat, request.query_params, content))
+
     routes = [
         *(Route(path, static(*what), methods=["GET"]) for path, what in PAGE.items()),
         Route("/api/upload", upload, methods=["POST"]),
+        Route("/api/chat", chat, methods=["POST"]),
         Route("/api/example", example, methods=["POST"]),
         Route("/api/remove", remove, methods=["POST"]),
         Route("/api/thumbnail/{number:int}.png", thumbnail, methods=["GET"]),
@@ -126,11 +134,11 @@ async def internal_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "Internal error of the explorer; see the terminal."}, 500)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, why: str) -> bytes:
     """The body of a request.
 
     Raises:
-        RequestError: it is larger than ``limit`` bytes.
+        RequestError: it is larger than ``limit`` bytes; ``why`` is the sentence.
     """
     parts, size = [], 0
     async for part in request.stream():
@@ -140,7 +148,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         if size <= limit:
             parts.append(part)
     if size > limit:
-        raise RequestError(413, f"The file is larger than the limit of {in_mb(limit)} MB (option upload-mb).")
+        raise RequestError(413, why)
     return b"".join(parts)
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +29,22 @@ from aimv2.models.lit import LiT
 from aimv2.report.features import LAST, Map, attention_maps, patch_maps, pca_rgb, similarity
 from aimv2.report.predictions import PredictedImage, Word, caption_words, next_patches, rollout
 
+if TYPE_CHECKING:  # it opens transformers
+    from aimv2.explorer.chat import Reply, Talker
+    from aimv2.vlm.model import VisionLanguage
+
 BUDGET = 0.4  # seconds per request for images of the folder that are not in the cache
 AT_ONCE = 4  # images per batch
 CACHE_BYTES = 512 * 2**20  # features and answers
 HALF = CACHE_BYTES // 2  # limit for the folder's features of one layer, and for all layers of one image
 WORDS = 40  # tokens per caption at most
 SIMILAR = 6  # images of the folder shown with a similarity map
+
+TALKS = {
+    "caption": "This is a vision-language model: it answers questions, see above.",
+    "paint": "This is a vision-language model, without the decoder that predicts patches.",
+    "search": "This is a vision-language model, which answers questions on one image; it does not search.",
+}
 
 T = TypeVar("T")
 
@@ -49,13 +59,15 @@ class ShownModel:
         encoder: its encoder.
         transform: PIL image -> uint8 [3, H, W].
         cannot: unsupported function (attention, caption, paint, search) -> the reason, as a sentence.
+        talker: of a vision-language model, which answers questions.
     """
 
     name: str
-    model: VisionEncoder | LiT | AIMv2 | ForeignEncoder
+    model: VisionEncoder | LiT | AIMv2 | ForeignEncoder | VisionLanguage
     encoder: VisionEncoder | ForeignEncoder
     transform: Callable[[Image.Image], Tensor]
     cannot: dict[str, str]
+    talker: Talker | None = None
 
     @property
     def depth(self) -> int:
@@ -67,8 +79,8 @@ def open_shown(source: str, device: str, stats: Stats | None = None) -> ShownMod
     """Load a model for the page.
 
     Args:
-        source: anything that :func:`aimv2.load_model` takes; for features only, a folder or hub id of a ``transformers``
-            vision model, or ``timm:NAME`` if timm is installed.
+        source: anything that :func:`aimv2.load_model` takes; a vision-language model of ``aimv2 vlm build`` or ``train``; for
+            features only, a folder or hub id of a ``transformers`` vision model, or ``timm:NAME`` if timm is installed.
         device: the model's device.
         stats: mean and std for a transformers or timm model; None: those of its image processor.
 
@@ -79,7 +91,10 @@ def open_shown(source: str, device: str, stats: Stats | None = None) -> ShownMod
     from aimv2.features.foreign import is_foreign
     from aimv2.features.frozen import open_frozen
     from aimv2.interop import load
+    from aimv2.vlm.model import holds_vlm
 
+    if not source.startswith("timm:") and holds_vlm(load.locate(source).folder):
+        return open_talker(source, device)
     if source.startswith("timm:") or is_foreign(load.locate(source).folder):
         other = ForeignEncoder(open_frozen(source, device, stats=stats))
         return ShownModel(source, other, other, image_transform(other), CANNOT)
@@ -87,6 +102,16 @@ def open_shown(source: str, device: str, stats: Stats | None = None) -> ShownMod
     model = load_model(source, decoder=load.has_decoder(at), device=device)
     encoder = model if isinstance(model, VisionEncoder) else model.encoder
     return ShownModel(source, model, encoder, image_transform(encoder), cannot(model))
+
+
+def open_talker(source: str, device: str) -> ShownModel:
+    """A vision-language model for the page; the arguments are those of :func:`open_shown`."""
+    from aimv2.explorer.chat import Talker
+    from aimv2.vlm.model import open_vlm
+
+    model, processor = open_vlm(source, "MODEL")
+    talker = Talker(model.to(device), processor)
+    return ShownModel(source, model, model.encoder, talker.pixels, TALKS, talker)
 
 
 def cannot(model: VisionEncoder | LiT | AIMv2) -> dict[str, str]:
@@ -148,7 +173,7 @@ class Study:
         """``stored``: features of the album's folder on disk, if any."""
         self.models, self.album = models, album
         self.cache = AnswerCache()
-        self.stored = [stored.maps(shown.encoder) if stored else {} for shown in models]
+        self.stored = [stored.maps(shown.encoder) if stored and not shown.talker else {} for shown in models]
         self.unreadable: set[int] = set()  # images of the folder
 
     def model(self, index: int) -> ShownModel:
@@ -188,8 +213,10 @@ class Study:
 
     def box(self, index: int, number: int) -> list[float]:
         """The crop that a model uses: left, top, right, bottom as fractions of width and height."""
-        size = self.model(index).encoder.config.image_size
-        width, height = self.album.size(number)
+        shown, (width, height) = self.model(index), self.album.size(number)
+        if shown.talker is not None:
+            return shown.talker.box(width, height)
+        size = shown.encoder.config.image_size
         left, top, right, bottom = (0, 0, width, height) if size is None else resized_crop_box(width, height, size)
         return [left / width, top / height, right / width, bottom / height]
 
@@ -268,6 +295,18 @@ class Study:
         model = self.able(index, "caption").model
         assert isinstance(model, AIMv2)
         return min(WORDS, model.decoder.config.max_text)
+
+    def reply(self, index: int, number: int, texts: tuple[str, ...]) -> Reply:
+        """The answer to the last of ``texts`` on an image, see :meth:`aimv2.explorer.chat.Talker.reply`.
+
+        Raises:
+            RequestError: a model without a language model.
+        """
+        talker = self.model(index).talker
+        if talker is None:
+            raise RequestError(409, "This model has no language model that could answer.")
+        compute = partial(talker.reply, self.album.image(number), texts)
+        return self._cached(("reply", index, number, texts), compute, lambda reply: reply.layers.nbytes + 1000)
 
     def painting(self, index: int, number: int, fraction: float, rolled: bool) -> PredictedImage:
         """Predictions after a prefix, each from the true patches before it, or (``rolled``) from the generated ones."""

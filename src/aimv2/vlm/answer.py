@@ -258,16 +258,10 @@ def generate(
         ends: ids that end a row.
         max_tokens: of a continuation, its end included.
     """
-    x = model.language.get_input_embeddings()(ids)
-    if images:
-        here = (ids == model.image_id) & mask.bool()
-        x = x.masked_scatter(here[..., None], torch.cat(list(images)).to(x.dtype))
-    known = inspect.signature(model.language.forward).parameters
-    kept = "cache" if "cache" in known else "past_key_values"  # newer and older versions of transformers
+    x = embedded(model, ids, mask, images)
     done, written, cache = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), list[Tensor](), None
     while True:
-        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]} if "position_ids" in known else {}
-        out = model.language(inputs_embeds=x, attention_mask=mask, use_cache=True, **{kept: cache}, **more)
+        out, cache = advance(model, x, mask, cache)
         scores = model.head(out.last_hidden_state[:, -1])
         scores[:, model.image_id] = -torch.inf
         token = scores.argmax(-1)
@@ -275,5 +269,35 @@ def generate(
         written.append(torch.where(done, -1, token))
         if len(written) == max_tokens or bool(done.all()):
             return [[token for token in row if token >= 0] for row in torch.stack(written, 1).tolist()]
-        cache, mask = out[kept], torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         x = model.language.get_input_embeddings()(token[:, None])
+
+
+def embedded(model: VisionLanguage, ids: Tensor, mask: Tensor, images: Sequence[Tensor]) -> Tensor:
+    """What the language model reads, [B, T, L]; the arguments are those of :func:`generate`."""
+    x = model.language.get_input_embeddings()(ids)
+    if images:
+        here = (ids == model.image_id) & mask.bool()
+        x = x.masked_scatter(here[..., None], torch.cat(list(images)).to(x.dtype))
+    return x
+
+
+def advance(model: VisionLanguage, x: Tensor, mask: Tensor, cache: Any = None, **more: Any) -> tuple[Any, Any]:
+    """A forward pass of the language model over the positions that follow those in a cache.
+
+    Args:
+        model: as of :func:`generate`.
+        x: [B, T, L] of these positions.
+        mask: [B, positions so far], 0 for padding; these positions included.
+        cache: of the positions before; None: there are none.
+        more: further arguments of the language model.
+
+    Returns:
+        its output, and the cache, which holds these positions too.
+    """
+    known = inspect.signature(model.language.forward).parameters
+    kept = "cache" if "cache" in known else "past_key_values"  # newer and older versions of transformers
+    if "position_ids" in known:
+        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+    out = model.language(inputs_embeds=x, attention_mask=mask, use_cache=True, **{kept: cache}, **more)
+    return out, out[kept]

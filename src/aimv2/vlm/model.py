@@ -127,6 +127,13 @@ class VisionLanguage(nn.Module):
         return self.head(self.language(inputs_embeds=x, attention_mask=attention_mask).last_hidden_state)
 
 
+def holds_vlm(folder: Path) -> bool:
+    """Whether a folder holds a model of ``aimv2 vlm build``."""
+    config = read_json(folder / "config.json")
+    tower = config.get("vision_config")
+    return isinstance(tower, dict) and tower.get("model_type") == "aimv2_vision_model" and is_vlm(config)
+
+
 def vlm_folder(source: str | Path, option: str = "VLM") -> Path:
     """The folder of a vision-language model of ``aimv2 vlm build``, or of a run that trained one.
 
@@ -135,8 +142,8 @@ def vlm_folder(source: str | Path, option: str = "VLM") -> Path:
     """
     with named(option):
         at = load.locate(source)
-        config = read_json(at.folder / "config.json")
-        if not is_vlm(config) or config["vision_config"].get("model_type") != "aimv2_vision_model":
+        if not holds_vlm(at.folder):
+            config = read_json(at.folder / "config.json")
             kind = str(config.get("model_type", "an AIMV2" if config.get("format") == "aimv2" else "none"))
             kind = "an encoder" if "aimv2" in kind.lower() else f"model_type '{kind}'"
             raise UsageError(
@@ -145,7 +152,7 @@ def vlm_folder(source: str | Path, option: str = "VLM") -> Path:
     return at.folder
 
 
-def open_processor(folder: Path) -> Any:
+def open_processor(folder: Path, option: str = "VLM") -> Any:
     """The processor of a folder; it resizes with Pillow also where torchvision is installed, whose pixels differ by a grey level.
 
     Raises:
@@ -158,31 +165,31 @@ def open_processor(folder: Path) -> Any:
             return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True, backend="pil")
     except Exception as error:  # of the file system, of a configuration
         raise UsageError(
-            f"VLM {folder}: its processor can't be opened ({first_line(error)})", code="unreadable"
+            f"{option} {folder}: its processor can't be opened ({first_line(error)})", code="unreadable"
         ) from None
 
 
-def open_folder(source: str | Path) -> tuple[Any, Any]:
-    """The model and the processor of a folder of ``aimv2 vlm build``, both of transformers.
+def open_folder(source: str | Path, option: str = "VLM") -> tuple[Any, Any]:
+    """The model and the processor of a folder of ``aimv2 vlm build``, both of transformers; ``option``: for messages.
 
     Raises:
         UsageError: an encoder or another model, incomplete weights, a processor that can't be opened.
     """
-    folder = vlm_folder(source)
-    with named("VLM"):
+    folder = vlm_folder(source, option)
+    with named(option):
         model, missing = open_transformers(str(source), folder, "cpu", "AutoModelForImageTextToText")
     if missing:
-        raise UsageError(f"VLM {source}: its weights lack {', '.join(list(missing)[:3])}", code="mismatch")
-    return model, open_processor(folder)
+        raise UsageError(f"{option} {source}: its weights lack {', '.join(list(missing)[:3])}", code="mismatch")
+    return model, open_processor(folder, option)
 
 
-def open_vlm(source: str | Path) -> tuple[VisionLanguage, Any]:
-    """A folder of ``aimv2 vlm build`` with our own encoder in place of the tower, and its processor.
+def open_vlm(source: str | Path, option: str = "VLM") -> tuple[VisionLanguage, Any]:
+    """A folder of ``aimv2 vlm build`` with our own encoder in place of the tower, and its processor; ``option``: for messages.
 
     Raises:
         UsageError: see :func:`open_folder`.
     """
-    model, processor = open_folder(source)
+    model, processor = open_folder(source, option)
     inner = model.model
     tower = getattr(inner, "vision_tower", None) or inner.vision_model
     parts = connector_of(model), inner.language_model, model.lm_head

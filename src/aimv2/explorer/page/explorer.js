@@ -1,18 +1,19 @@
 // The explorer's page. Nothing is fetched from anywhere but the server that sent it.
 
 import {read, write} from '/address.js';
+import {Chat} from '/chat.js';
 import {drawCells, drawMap, drawPicture, edge, fade, firstPlace, frame, load, patchAt, placeAt, placeOf} from '/draw.js';
 import {fill, press, rove} from '/rove.js';
 import {ask, line, post, say, tab, track} from '/talk.js';
+import {drawChances, drawLooked, named, percent, wordButtons} from '/words.js';
 
 const $ = (query, within = document) => within.querySelector(query);
 const now = {        // current selection; the place is a fraction of the whole image's width and height
   picture: null, place: [0.5, 0.5], cursor: [0.5, 0.5], layer: 1, mode: 'similarity', head: 'mean', share: 0.5, text: '',
 };
-let about, album, views = [], blocks = {};
+let about, album, views = [], blocks = {}, chats = [];
 
 const layerOf = (model) => Math.round(now.layer * (model.depth - 1));
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const several = () => about.models.length > 1;
 const of = (at) => several() ? `, ${about.models[at].name}` : '';  // in labels, which stand in for what is seen above
 
@@ -142,17 +143,7 @@ function askWords(at) {
     const {words, limit} = await ask('caption', {model: at, image: picture});
     if (picture !== now.picture.image) return;
     block.words = words;
-    const buttons = words.map((word, place) => {
-      const button = document.createElement('button'), ends = word.text === '⏎';
-      button.type = 'button';
-      button.textContent = ends ? 'end' : word.text.trim() || '␣';
-      button.className = ends ? 'end spaced' : place && word.text.startsWith(' ') ? 'spaced' : '';
-      button.style.setProperty('--sure', `${100 * word.probability}%`);
-      button.setAttribute('aria-label', `${ends ? 'end of the caption' : word.text.trim() || 'space'}, ${percent(word.probability)}`);
-      button.onmouseenter = button.onfocus = button.onclick = () => drawWord(at, place);
-      return button;
-    });
-    fill($('.caption', block.node), buttons);
+    fill($('.caption', block.node), wordButtons(words, (place) => drawWord(at, place)));
     if (words.length === limit && words.at(-1).text !== '⏎') $('.caption', block.node).append(` … cut at ${limit} tokens`);
     const chances = words.map((word) => word.text === '⏎' ? 1 : word.probability);
     if (words.length) drawWord(at, chances.indexOf(Math.min(...chances)));  // the least certain one
@@ -160,23 +151,10 @@ function askWords(at) {
 }
 
 function drawWord(at, place) {
-  const {node, words} = blocks.words[at], word = words[place], view = views[at], canvas = $('.looked canvas', node);
+  const {node, words} = blocks.words[at], word = words[place];
   press($('.caption', node), $('.caption', node).children[place]);
-  drawMap(canvas, view, word.attention, 0, Math.max(...word.attention.flat()), true);
-  const shown = (text) => text === '⏎' ? 'end of the caption' : text.trim() ? `“${text.trim()}”` : 'a space';
-  canvas.setAttribute('aria-label', `Attention of the decoder at ${shown(word.text)}${of(at)}`);
-  $('.looked figcaption', node).textContent = `Attention of the decoder at ${shown(word.text)}: ${percent(word.share)} of its attention is on the image, the rest on earlier tokens.`;
-  const list = document.createElement('ul');
-  for (const [text, chance] of word.alternatives) {
-    const item = document.createElement('li'), [name, bar, number] = ['span', 'i', 'span'].map((kind) => document.createElement(kind));
-    name.textContent = shown(text);
-    bar.style.setProperty('--sure', `${100 * chance}%`);
-    number.textContent = percent(chance);
-    item.className = text === word.text ? 'chosen' : '';
-    item.append(name, bar, number);
-    list.append(item);
-  }
-  $('.word', node).replaceChildren(list);
+  drawLooked($('.looked', node), views[at], word, `Attention of the decoder at ${named(word.text)}`, of(at));
+  drawChances($('.word', node), word);
 }
 
 // ---- next patches ----
@@ -312,6 +290,7 @@ async function choose(number, at = null, what = 'image') {
   keep(what);
   press($('#strip'), [...document.querySelectorAll('#strip button')].find((one) => +one.dataset.image === number));
   $('#remove').hidden = !picture.own;
+  for (const chat of chats) chat.restart();
   $('#drawn-as').textContent = picture.says ? `Caption of this example: “${picture.says}”.` : '';
   views.forEach((view, at) => {
     $('.size', blocks.parts[at].node).textContent = `${view.width} × ${view.height} pixels, ${view.columns} × ${view.rows} patches.`;
@@ -427,6 +406,14 @@ function makeBlocks(section, what) {
   }
 }
 
+function makeChats() {  // none: no model answers, and the page has no such part
+  makeBlocks('chat', null);
+  chats = blocks.chat.flatMap((block, at) => about.models[at].chat
+    ? [new Chat(at, block, () => ({image: now.picture.image, view: views[at]}), of(at))] : []);
+  blocks.chat.forEach(({node}, at) => { if (!about.models[at].chat) node.remove(); });
+  $('#chat').hidden = !chats.length;
+}
+
 function sayLayer() {
   const said = about.models.map((model) => model.depth > 1 ? `layer ${layerOf(model)} of 0 to ${model.depth - 1}` : 'layer 0, the only one');
   const same = new Set(said).size === 1;
@@ -470,6 +457,14 @@ function watch() {
   $('#share').oninput = () => { readControls(); views.forEach((_, at) => askNext(at)); keep('given'); };
   $('#roll').onclick = roll;
   $('#ask').onsubmit = (event) => { event.preventDefault(); const text = $('#text').value.trim(); if (text) { now.text = text; keep('text'); search(text); } };
+  $('#talk').onsubmit = (event) => {
+    event.preventDefault();
+    const text = $('#question').value.trim();
+    if (!text || !now.picture) return;
+    $('#question').value = '';
+    for (const chat of chats) chat.put(text);
+  };
+  $('#restart').onclick = () => { for (const chat of chats) chat.restart(); };
   $('#text').placeholder = about.own_folder ? 'two dogs play in the snow' : 'a large red circle at the top left';
   let depth = 0;
   const shown = (by) => { depth = Math.max(0, depth + by); $('#drop').hidden = !depth; };
@@ -486,6 +481,7 @@ async function start() {
   document.body.className = several() ? 'several' : 'one';
   $('#facts').append(...about.models.map(facts));
   for (const [section, what] of [['parts', null], ['words', 'caption'], ['next', 'paint'], ['search', 'search']]) makeBlocks(section, what);
+  makeChats();
   blocks.parts.forEach(({node}, at) => watchPicker($('.pick canvas', node), at));
   const stored = about.models.filter((model) => model.stored), same = new Set(about.models.map((model) => model.stored)).size === 1;
   for (const model of same ? stored.slice(0, 1) : stored) $('#stored').append(` ${same ? '' : `${model.name}: `}${model.stored}`);

@@ -202,7 +202,7 @@ def test_page(page: str, lived_in: Path, monkeypatch: pytest.MonkeyPatch, shown:
                 check(given)
                 continue
             run([*twin(given), *more], line)
-    assert len(shown) == (3 if page == "explore.md" else 0)
+    assert len(shown) == {"explore.md": 3, "vlm.md": 1}.get(page, 0)
 
 
 def test_every_page_with_commands_is_run() -> None:

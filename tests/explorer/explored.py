@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -35,6 +38,8 @@ COLOURS = {
     "black": (10, 10, 10),
 }
 STEPS = 60
+PATCHES = 4  # a side
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 
 
 def sentence(colour: str) -> str:
@@ -126,3 +131,50 @@ def ask(
         return Reply(to.getresponse())
     finally:
         to.close()
+
+
+class Screen:
+    """A page and what is on it; mistakes of its scripts fail the test."""
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.mistakes = page, list[str]()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: self.mistakes.append(str(error)))
+        page.on("console", lambda line: self.mistakes.append(line.text) if self._bad(line) else None)
+        page.on("request", lambda asked: self.mistakes.append(asked.url) if "127.0.0.1" not in asked.url[:20] else None)
+
+    @staticmethod
+    def _bad(line: Any) -> bool:
+        """An answer that refuses is logged as an error by the browser itself, and is none of ours."""
+        return line.type == "error" and "Failed to load resource" not in line.text
+
+    def open(self, url: str) -> Screen:
+        self.page.goto(url)
+        self.settled()
+        return self
+
+    def settled(self) -> None:
+        """Until nothing is under way."""
+        self.page.wait_for_selector("main[aria-busy=false]")
+
+    def drawn(self, query: str) -> np.ndarray:
+        """What a canvas shows, uint8 [H, W, 3]."""
+        uri = self.page.eval_on_selector(query, "(x) => x.toDataURL()")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+
+    def upload(self, path: Path) -> None:
+        self.page.set_input_files("#file", path)
+        self.settled()
+
+    def click_patch(self, row: int, column: int, side: int = PATCHES, at: int = 0) -> None:
+        canvas = self.page.locator(".pick canvas").nth(at)
+        box = canvas.bounding_box()
+        canvas.click(position={"x": (column + 0.5) * box["width"] / side, "y": (row + 0.5) * box["height"] / side})
+        self.settled()
+
+    def text(self, query: str) -> str:
+        return self.page.inner_text(query)
+
+    def width(self) -> int:
+        """What is scrolled over, pixels."""
+        return self.page.evaluate("document.documentElement.scrollWidth")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from explored import Reply, ask, serving
+from explored import ARTIFACTS, Reply, ask, serving
 
 from aimv2 import api
 from aimv2.explorer import chat
@@ -67,7 +67,10 @@ def by_transformers(home: Path, kind: str, answers: Answers, image: int) -> tupl
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     processor = open_processor(folder)
     first = [{"type": "image", "image": answers.study.album.image(image)}, {"type": "text", "text": TALK[0]}]
-    turns = [{"role": "user", "content": first}, *({"role": r, "content": t} for r, t in zip(("assistant", "user"), TALK[1:]))]
+    turns = [
+        {"role": "user", "content": first},
+        *({"role": r, "content": t} for r, t in zip(("assistant", "user"), TALK[1:])),
+    ]
     given = processor.apply_chat_template(
         [turns], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -105,7 +108,9 @@ def test_the_shown_attention_is_that_of_transformers(home: Path, kind: str) -> N
     np.testing.assert_allclose([word["probability"] for word in found["words"]], chances, atol=1e-3)
     assert found["limit"] == len(found["words"]) == chat.TOKENS
     hidden = (wanted == 0).flatten(2).sum((0, 2)).tolist()
-    assert (0 < hidden[0] < hidden[-1]) == (kind == "window")  # the first patches are out of the window of the last tokens
+    assert (0 < hidden[0] < hidden[-1]) == (
+        kind == "window"
+    )  # the first patches are out of the window of the last tokens
 
 
 @pytest.mark.parametrize("image", [0, 1, 2])
@@ -134,7 +139,11 @@ def test_the_views_of_the_encoder_show_what_it_receives(home: Path) -> None:
     """The whole image, padded to a square; a place of it is found again in the view."""
     answers = opened(home, "plain")
     about = answers.about({})["models"][0]
-    assert about["chat"] and about["kind"] == "vision-language model" and set(about["cannot"]) == {"caption", "paint", "search"}
+    assert (
+        about["chat"]
+        and about["kind"] == "vision-language model"
+        and set(about["cannot"]) == {"caption", "paint", "search"}
+    )
     seen = answers.pixels({"model": "0", "image": "1"})
     assert (seen["rows"], seen["columns"], seen["box"]) == (4, 4, [-0.75, 0.0, 1.75, 1.0])
     pixels = answers.study.pixels(0, 1)
@@ -182,7 +191,9 @@ def url(home: Path) -> Any:
     ids=range(16),
 )
 def test_a_wrong_conversation_is_a_sentence(url: str, content: bytes, status: int, query: dict[str, Any]) -> None:
-    answer = post(url, content, **query) if "image" not in query else ask(url, "/api/chat?model=0&image=99", "POST", content)
+    answer = (
+        post(url, content, **query) if "image" not in query else ask(url, "/api/chat?model=0&image=99", "POST", content)
+    )
     assert answer.status == status and answer.error.endswith(".")
 
 
@@ -201,3 +212,62 @@ def test_other_models_do_not_answer(home: Path) -> None:
     assert not answers.about({})["models"][0]["chat"]
     with pytest.raises(RequestError, match="no language model"):
         reply(answers, 0)
+
+
+def test_a_conversation_in_the_browser(open_screen: Any, home: Path, url: str) -> None:
+    """Two turns; the whole answer, a token, a layer are each shown on the image; another image starts anew."""
+    screen = open_screen().open(url)
+    page = screen.page
+    texts = []
+    for turn, text in enumerate(("What is this?", "Which colour?")):
+        page.fill("#question", text)
+        page.press("#question", "Enter")
+        page.wait_for_selector(f".turns li:nth-child({turn + 1}) .caption button")
+        screen.settled()
+        assert page.input_value("#question") == "" and "over the whole answer" in screen.text(
+            "#chat .looked figcaption"
+        )
+        texts += [text, reply(opened(home, "plain"), 0, [*texts, text])["answer"]]
+    wanted = reply(opened(home, "plain"), 0, texts[:3])["words"]
+    whole = screen.drawn("#chat .looked canvas")
+    page.locator(".turns li:nth-child(2) .caption button").nth(1).hover()
+    token = screen.drawn("#chat .looked canvas")
+    maps = np.array([word["attention"] for word in wanted])
+    for drawn, map in ((whole, maps.mean(0)), (token, maps[1])):
+        cells = drawn[56::112, 56::112].astype(int)  # 448 pixels a side, in the middle of each of 4 x 4 patches
+        assert np.unravel_index(map.argmax(), map.shape) == np.unravel_index(yellow(cells).argmax(), map.shape)
+    assert f"{100 * wanted[1]['share']:.1f}% of its attention" in screen.text("#chat .looked figcaption")
+    page.select_option("#chat select", "1")
+    screen.settled()
+    assert "(layer 1, mean over heads)" in screen.text("#chat .looked figcaption")
+    assert not np.array_equal(screen.drawn("#chat .looked canvas"), token)
+    page.locator(".turns li:nth-child(1) .caption button").last.click()  # an earlier answer, in the same layer
+    screen.settled()
+    assert "over the whole answer" in screen.text("#chat .looked figcaption") and "(layer 1" in screen.text(
+        "#chat .looked figcaption"
+    )
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "explorer-chat.png", full_page=True)
+    page.fill("#question", "<image>?")
+    page.press("#question", "Enter")
+    screen.settled()
+    assert screen.text("#chat .status").startswith("<image> can't be part") and page.locator(".turns li").count() == 2
+    page.click("#strip [title='c-square.png']")
+    screen.settled()
+    assert (
+        page.locator(".turns li").count() == 0 and page.is_hidden("#chat .looked") and not screen.text("#chat .status")
+    )
+
+
+def yellow(cells: np.ndarray) -> np.ndarray:
+    """How near to the map's highest colour; the image under it is grey."""
+    return cells[..., 0] + cells[..., 1] - 2 * cells[..., 2]
+
+
+def test_a_page_without_a_language_model_has_no_chat(open_screen: Any, home: Path) -> None:
+    with serving(home / "plain" / "eyes", other=home / "plain" / "vlm") as url:
+        screen = open_screen().open(url)
+        assert screen.page.locator("#chat .model").count() == 1 and screen.page.is_visible("#question")
+    with serving(home / "plain" / "eyes") as url:
+        screen = open_screen().open(url)
+        assert screen.page.is_hidden("#chat") and screen.page.is_hidden("#question")

@@ -18,11 +18,12 @@ FIRST = "images other limit port open device"
 
 @dataclass(kw_only=True)
 class ExploreOptions(ModelOptions):
-    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text.
+    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text, questions.
 
     Args:
         model: released name, hub id, folder, .safetensors file, RUN or RUN@STEP; a decoder adds captions, painting and search,
-            a LiT pair search; of a vision model of transformers or timm:NAME its features
+            a LiT pair search; a VLM of `aimv2 vlm build` or `aimv2 vlm train` answers questions; of a vision model of
+            transformers or timm:NAME its features
         images: a folder of images, a text file with one path per line, shards, or a folder that embed wrote (pool attention for
             a pair, none for others: its pictures are then not encoded again); null: captioned scenes, drawn on the spot
         other: a second model, shown next to the first

@@ -19,8 +19,17 @@ from torch import Tensor
 from aimv2.explorer.album import RequestError
 from aimv2.report.predictions import ALTERNATIVES, Word, token_texts
 from aimv2.vlm.answer import (
-    Question, advance, context_of, embedded, ends_of, generate, padded, pixels_of, prepared, question,
-)  # fmt: skip
+    Question,
+    advance,
+    context_of,
+    embedded,
+    ends_of,
+    generate,
+    padded,
+    pixels_of,
+    prepared,
+    question,
+)
 from aimv2.vlm.model import VisionLanguage
 
 TOKENS = 64  # of an answer at most

@@ -76,7 +76,7 @@ def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 
     """Write features of many images, in files of equal parts; under torchrun several processes share the work."""
 
 def explore(model: str, images: str | None = None, other: str | None = None, limit: int = 200, host: str = '127.0.0.1', port: int = 8421, open: bool = False, upload_mb: float = 10.0, device: str | None = None, image_mean: str | None = None, image_std: str | None = None, image_root: str | None = None) -> dict[str, Any]:
-    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text."""
+    """Explore a model in the browser: features, similar patches, attention, captions, next patches, search by text, questions."""
 
 def models() -> dict[str, Any]:
     """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones."""

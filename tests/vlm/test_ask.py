@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,26 @@ def test_answers_are_those_of_the_model(home: Path, capsys: pytest.CaptureFixtur
     for file, text in zip(files, wanted):
         assert f"{file} " in shown.out and text in shown.out
     assert "broken.jpg" in shown.err
+
+
+def test_answers_are_scored_as_captions(home: Path, tmp_path: Path) -> None:
+    """Against references that are its own answers everything matches."""
+    photos = tmp_path / "images"
+    photos.mkdir()
+    for number in range(3):
+        picture(40, 20 + 9 * number).save(photos / f"{number}.png")
+    given: dict[str, Any] = {"ask": TEXT, "max_tokens": 6, "batch_size": 2}
+    own = api.caption(str(home / "vlm"), [str(photos)], **given)["answers"]
+    with open(tmp_path / "captions.txt", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *((Path(one["image"]).name, one["answer"]) for one in own)])
+    out = tmp_path / "out"
+    result = api.caption(str(home / "vlm"), [], data=str(tmp_path), score=True, out=str(out), **given)
+    assert result["figures"]["exact_match"] == 1 and result["data"]["test_images"] == 3
+    assert (result["model"]["kind"], result["protocol"]["prompt"]) == ("vlm", TEXT)
+    assert (out / "result.json").is_file()
+    with pytest.raises(UsageError) as refused:
+        api.caption(str(home / "vlm"), [], data=str(tmp_path), score=True, baselines="random", **given)
+    assert refused.value.code == "conflict"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from aimv2.errors import UsageError, need, shown
 EXAMPLES = """\
 aimv2 caption runs/mine photos
 aimv2 caption runs/mine --data shards/mine --score --out results/captions
-aimv2 caption VLM photo.jpg --ask "What is this?\""""
+aimv2 caption VLM photo.jpg --ask "What is this?"
+aimv2 caption VLM --data shards/mine --score --ask "Describe the image in one sentence.\""""
 FIRST = "beams temperature max_tokens repetition_penalty ask data score out device"
 
 
@@ -39,7 +40,7 @@ class CaptionOptions:
         device: cpu, cuda, ...; null: cuda where there is one
         repetition_penalty: more than 1 makes tokens that are written already less likely
         ask: a question, which a vision-language model (a folder of `aimv2 vlm build`, a RUN of `aimv2 vlm train`) answers for each image,
-            greedily and in 64 tokens at most
+            greedily and in 64 tokens at most; with score the answers are scored as captions
     """
 
     model: str
@@ -61,12 +62,14 @@ class CaptionOptions:
 
     def __post_init__(self) -> None:
         if self.ask is not None:
-            others = {"score": False, "beams": 1, "temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+            others = {"beams": 1, "temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
             if other := next((name for name, default in others.items() if getattr(self, name) != default), None):
                 name = f"--{other.replace('_', '-')}"
                 raise UsageError(
                     f"{name}: not with --ask, whose answers are greedy; leave one of them out", code="conflict"
                 )
+            if self.baselines:
+                raise UsageError("--baselines: not with --ask; leave one of them out", code="conflict")
         scoring = ("--data", self.data), ("--limit", self.limit), ("--baselines", self.baselines), ("--out", self.out)
         given = [option for option, value in scoring if value]
         if not self.score and given:
@@ -88,7 +91,13 @@ def run(options: CaptionOptions) -> dict[str, Any]:
 
     if options.ask is not None:
         most = 64 if options.max_tokens is None else options.max_tokens
-        return ask_files(options.model, options.images, options.ask, most, options.batch_size, options.device)
+        if options.data is None:
+            return ask_files(options.model, options.images, options.ask, most, options.batch_size, options.device)
+        from aimv2.evals.caption_score import evaluate_asked
+
+        return evaluate_asked(
+            options.model, options.ask, options.data, most, options.batch_size, options.limit, options.out, options.device
+        )
 
     loaded = load_model(options.model, decoder=True, device=default_device(options.device))
     writing = Writing(

@@ -88,6 +88,38 @@ def caption_files(model: nn.Module, images: Sequence[str], writing: Writing) -> 
     return texts_of_files(images, lambda path: transform(decode_image(path)), write, writing.batch_size, "caption")
 
 
+class Asker:
+    """A vision-language model with one question, which it answers greedily for each image."""
+
+    def __init__(self, model: Any, processor: Any, text: str, max_tokens: int, batch_size: int) -> None:
+        self.model, self.processor, self.text = model, processor, text
+        self.max_tokens, self.batch_size = max_tokens, batch_size
+
+    def see(self, image: Image.Image) -> Image.Image:
+        """As it is: the processor takes it."""
+        return image
+
+    def write(self, images: list[Image.Image], done: int = 0) -> list[str]:
+        """Answers; how many were written before (``done``) does not matter to greedy ones."""
+        from aimv2.vlm.answer import answers, question
+
+        asked = [question(self.text, image) for image in images]
+        return answers(self.model, self.processor, asked, self.max_tokens, self.batch_size)
+
+
+def asker(source: str, text: str, max_tokens: int, batch_size: int, device: str | None) -> Asker:
+    """The model of ``--ask``, on its device; see :func:`ask_files`."""
+    from aimv2.vlm.language import IMAGE_TOKEN
+    from aimv2.vlm.model import open_vlm
+
+    if not text.strip() or text.count(IMAGE_TOKEN) > 1:
+        raise UsageError(f"--ask {text!r}: a question with one {IMAGE_TOKEN} at most is expected", option="--ask")
+    if max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens}: 1 or more expected", option="--max-tokens")
+    model, processor = open_vlm(source, "MODEL")
+    return Asker(model.to(default_device(device)), processor, text, max_tokens, batch_size)
+
+
 def ask_files(
     source: str, images: Sequence[str], text: str, max_tokens: int = 64, batch_size: int = 64, device: str | None = None
 ) -> dict[str, Any]:
@@ -107,21 +139,8 @@ def ask_files(
     Raises:
         UsageError: no vision-language model, no image, a question that does not fit.
     """
-    from aimv2.vlm.answer import answers, question
-    from aimv2.vlm.language import IMAGE_TOKEN
-    from aimv2.vlm.model import open_vlm
-
-    if not text.strip() or text.count(IMAGE_TOKEN) > 1:
-        raise UsageError(f"--ask {text!r}: a question with one {IMAGE_TOKEN} at most is expected", option="--ask")
-    if max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens}: 1 or more expected", option="--max-tokens")
-    model, processor = open_vlm(source, "MODEL")
-    model = model.to(default_device(device))
-
-    def write(batch: list[Image.Image]) -> list[str]:
-        return answers(model, processor, [question(text, image) for image in batch], max_tokens, batch_size)
-
-    return {"question": text, **texts_of_files(images, decode_image, write, batch_size, "answer")}
+    one = asker(source, text, max_tokens, batch_size, device)
+    return {"question": text, **texts_of_files(images, decode_image, one.write, batch_size, "answer")}
 
 
 def texts_of_files(

@@ -8,20 +8,24 @@ Legend: N images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
 from aimv2.errors import UsageError, need
-from aimv2.evals.caption import Writing
+from aimv2.evals.caption import Writing, asker
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.ptb import tokenise
 from aimv2.evals.scores import wilson
@@ -77,8 +81,33 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
     }
 
 
+class Writer(Protocol):
+    """Writes captions of images that :attr:`see` made: ``write(images, done)``, ``done`` captions were written before."""
+
+    batch_size: int
+
+    def see(self, image: Image.Image, /) -> Any: ...
+
+    def write(self, images: list[Any], done: int, /) -> list[str]: ...
+
+
+class DecoderWriter:
+    """The decoder of a model of ours."""
+
+    def __init__(self, model: AIMv2, writing: Writing) -> None:
+        self.model, self.writing, self.batch_size, self.see = model, writing, writing.batch_size, image_transform(model)
+
+    def write(self, images: list[Any], done: int) -> list[str]:
+        """Of uint8 images [3, H, W]; runs of one size share a forward pass."""
+        alike = [list(group) for _, group in groupby(images, key=lambda image: image.shape)]  # native sizes differ
+        written = list[str]()
+        for group in alike:
+            written += self.writing(self.model, torch.stack(group), done + len(written))
+        return written
+
+
 def write_all(
-    model: AIMv2, items: Sequence[SourceEntry], writing: Writing, data: str
+    writer: Writer, items: Sequence[SourceEntry], data: str
 ) -> tuple[list[str], list[str], list[tuple[str, ...]], dict[str, int]]:
     """Captions of all images that have references and can be read.
 
@@ -86,18 +115,17 @@ def write_all(
         names, captions, references, and how many images were left out for which reason.
 
     Raises:
-        UsageError: options of writing out of range, a model without a text head.
+        UsageError: options of writing out of range, a model that can't write.
     """
-    see = image_transform(model)
     names: list[str] = []
     written: list[str] = []
     references: list[tuple[str, ...]] = []
     left_out = {"without_captions": 0, "unreadable": 0}
-    waiting: list[torch.Tensor] = []
+    waiting: list[Any] = []
 
     def write() -> None:
         if waiting:
-            written.extend(writing(model, torch.stack(waiting), len(written)))
+            written.extend(writer.write(waiting, len(written)))
             waiting.clear()
 
     for item in tracked(items, "captions", len(items)):
@@ -106,11 +134,11 @@ def write_all(
             if not texts:
                 left_out["without_captions"] += 1
                 continue
-            image = see(decode_image(encoded))
+            image = writer.see(decode_image(encoded))
         except ImageError:
             left_out["unreadable"] += 1
             continue
-        if len(waiting) >= writing.batch_size or (waiting and waiting[0].shape != image.shape):  # native sizes differ
+        if len(waiting) >= writer.batch_size:
             write()
         waiting.append(image)
         names.append(item.image)
@@ -120,6 +148,17 @@ def write_all(
         why = "no captions in the data" if left_out["without_captions"] else "no image could be read"
         raise UsageError(f"--data {data}: {why}; images with reference captions expected")
     return names, written, references, left_out
+
+
+def decoding_of(writing: Writing, most: int) -> dict[str, Any]:
+    """What a protocol says of how captions are written; ``most``: tokens that the model can write."""
+    sampled = bool(writing.temperature)
+    return {
+        "decoding": f"beam search, {writing.beams} beams" if writing.beams > 1 else "drawn" if sampled else "greedy",
+        "max_tokens": writing.max_tokens or most,
+        **({"temperature": writing.temperature, "top_p": writing.top_p} if sampled else {}),
+        **({} if writing.repetition_penalty == 1 else {"repetition_penalty": writing.repetition_penalty}),
+    }
 
 
 def evaluate_captions(
@@ -143,6 +182,52 @@ def evaluate_captions(
         raise UsageError(
             f"MODEL {name}: no tokenizer with its weights; a model that captions is expected", code="missing"
         )
+    config, protocol = model.encoder.config, decoding_of(writing, model.decoder.config.max_text)
+    about = {"name": name, "kind": "ours", "image_size": config.image_size, "width": config.width}
+    other = partial(with_untrained_encoder, model, writing.seed) if baseline else None
+    others = None if other is None else lambda: DecoderWriter(other(), writing)
+    return evaluate_writer(about, model, DecoderWriter(model, writing), protocol, data, limit, out, writing.seed, others)
+
+
+def evaluate_asked(
+    source: str, text: str, data: str, max_tokens: int = 64, batch_size: int = 64, limit: int = 0, out: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The command ``caption --score --ask``: answers of a vision-language model, scored as captions; see :func:`evaluate_captions`.
+
+    Args:
+        source: a folder of ``aimv2 vlm build``, or a RUN of ``aimv2 vlm train``.
+        text: the question.
+        data: images with reference captions.
+        max_tokens: of an answer, its end included.
+        batch_size: images per forward pass.
+        limit: number of images to sample; 0: all.
+        out: folder of the result.
+        device: None: cuda where there is one.
+
+    Raises:
+        UsageError: as :func:`aimv2.evals.caption.ask_files`; no captions in the data.
+    """
+    writer = asker(source, text, max_tokens, batch_size, device)
+    config, protocol = writer.model.encoder.config, decoding_of(Writing(max_tokens), max_tokens)
+    about = {"name": source, "kind": "vlm", "image_size": config.image_size, "width": config.width}
+    return evaluate_writer(about, writer.model, writer, protocol | {"prompt": text}, data, limit, out)
+
+
+def evaluate_writer(
+    ours: dict[str, Any], model: nn.Module, writer: Writer, decoding: dict[str, Any], data: str, limit: int = 0,
+    out: str | None = None, seed: int = 0, untrained: Callable[[], Writer] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Captions of whatever writes them, scored; see :func:`evaluate_captions`.
+
+    Args:
+        ours: what the result says of the model.
+        model: whose weights are to stay as they are.
+        writer: of the captions.
+        decoding: what the protocol says of the writing.
+        data, limit, out, seed: see there.
+        untrained: makes the writer of the baseline; None: no baseline.
+    """
     with Evaluation("caption", out) as evaluation:
         before = weights_hash(model)
         items, split = open_captioned(data)
@@ -151,11 +236,11 @@ def evaluate_captions(
         if 0 < limit < len(items):  # the same ones each time
             rows = np.sort(np.random.default_rng(0).choice(len(items), limit, replace=False)).tolist()
         drawn = [items[row] for row in rows]
-        names, written, references, left_out = write_all(model, drawn, writing, data)
+        names, written, references, left_out = write_all(writer, drawn, data)
         figures = score(written, references)
         tokenizer, by_image = figures.pop("tokenizer"), figures.pop("cider_by_image")
-        if baseline:
-            _, others, _, _ = write_all(with_untrained_encoder(model, writing.seed), drawn, writing, data)
+        if untrained is not None:
+            _, others, _, _ = write_all(untrained(), drawn, data)
             scored = score(others, references)
             figures["baselines"] = {BASELINE: {key: scored[key] for key in figures}}
         figures |= left_out
@@ -163,17 +248,9 @@ def evaluate_captions(
             {"image": names[n], "written": written[n], "references": references[n], "cider": by_image[n]}
             for n in range(min(SHOWN, len(names)))
         ]
-        sampled = bool(writing.temperature)
         protocol = {
             "name": "captions",
-            "decoding": f"beam search, {writing.beams} beams"
-            if writing.beams > 1
-            else "drawn"
-            if sampled
-            else "greedy",
-            "max_tokens": writing.max_tokens or model.decoder.config.max_text,
-            **({"temperature": writing.temperature, "top_p": writing.top_p} if sampled else {}),
-            **({} if writing.repetition_penalty == 1 else {"repetition_penalty": writing.repetition_penalty}),
+            **decoding,
             "tokenizer": tokenizer,
             "scorers": f"pycocoevalcap {version('pycocoevalcap')}",
             "cider": "word frequencies over the references of these images",
@@ -183,13 +260,8 @@ def evaluate_captions(
             "images_there": len(items), "references": sum(map(len, references)),
         }  # fmt: skip
         if weights_hash(model) != before:
-            raise RuntimeError(f"{name}: the weights changed during the evaluation")
-        config = model.encoder.config
-        ours = {
-            "name": name, "kind": "ours", "weights_sha256": before, "unchanged": True, "image_size": config.image_size,
-            "width": config.width,
-        }  # fmt: skip
-        return evaluation.result(protocol, ours, about, figures, writing.seed)
+            raise RuntimeError(f"{ours['name']}: the weights changed during the evaluation")
+        return evaluation.result(protocol, ours | {"weights_sha256": before, "unchanged": True}, about, figures, seed)
 
 
 def render_scores(result: dict[str, Any]) -> str:

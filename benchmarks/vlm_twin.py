@@ -43,7 +43,7 @@ class Budget:
     scenes: int = 20_000
     pairs: int = 1200
     language: int = 600
-    epochs: int = 2
+    epochs: int = 1
     tested: int = 1000
 
 
@@ -125,7 +125,7 @@ class Twin:
                 self.command(
                     *pretraining(where, self.path("learn"), TARGETS[name], steps, self.seed), log=f"eye-{name}"
                 )
-        elif not (where / "config.json").is_file():
+        elif name != "photos" and not (where / "config.json").is_file():
             learn, out = (f"Path({str(one)!r})" for one in (self.home / "learn", where))
             calls = {
                 "contrastive": f"contrastive({learn}, {out}, {steps}, {self.seed})",
@@ -137,42 +137,32 @@ class Twin:
 
     # ---- an eye under the language model ----
 
-    def answers(self, name: str, label: str = "", build: Sequence[str] = ()) -> dict[str, Any]:
-        """Builds, trains and scores; by test set the figures of ``aimv2 vlm score``."""
+    def tuned(
+        self, name: str, label: str = "", build: Sequence[str] = (), learn: str = "learn", llm: str = "llm", epochs: int | None = None,
+    ) -> str:  # fmt: skip
+        """Builds and trains; the run of ``aimv2 vlm train``."""
         own = f"{name}{label}"
         vlm, run = self.path(f"vlm-{own}"), self.path(f"run-{own}")
         if not Path(vlm, "config.json").is_file():
-            self.command(
-                "vlm",
-                "build",
-                self.eye(name),
-                self.path("llm"),
-                vlm,
-                "--seed",
-                str(self.seed),
-                *build,
-                log=f"run-{own}",
-            )
+            words = (self.eye(name), self.path(llm), vlm, "--seed", str(self.seed), *build)
+            self.command("vlm", "build", *words, log=f"run-{own}")
         if not Path(run, "summary.json").is_file():
-            self.command(*instruction(vlm, run, self.path("learn"), self.budget.epochs, self.seed), log=f"run-{own}")
-        found = {}
-        for name, data, split in (("seen", "learn", "val"), ("unseen", "unseen", "train")):
-            file = self.home / f"score-{own}-{name}.json"
+            words = instruction(vlm, run, self.path(learn), epochs or self.budget.epochs, self.seed)
+            self.command(*words, log=f"run-{own}")
+        return run
+
+    def answers(
+        self, name: str, label: str = "", build: Sequence[str] = (), learn: str = "learn", tests: dict[str, tuple[str, str]] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Builds, trains and scores; by test set (shards, split) the figures of ``aimv2 vlm score``."""
+        run, found = self.tuned(name, label, build, learn), {}
+        for test, (data, split) in (tests or {"seen": ("learn", "val"), "unseen": ("unseen", "train")}).items():
+            file = self.home / f"score-{name}{label}-{test}.json"
             if not file.is_file():
-                asked = (
-                    "--data",
-                    self.path(data),
-                    "--split",
-                    split,
-                    "--limit",
-                    str(self.budget.tested),
-                    "--json",
-                    "--earlier-turns",
-                    "false",
-                )
-                printed = self.command("vlm", "score", run, *asked, log=f"score-{own}")
-                file.write_text(printed)
-            found[name] = json.loads(file.read_text())["figures"]
+                words = ("--data", self.path(data), "--split", split, "--limit", str(self.budget.tested))
+                more = ("--json", "--earlier-turns", "false")
+                file.write_text(self.command("vlm", "score", run, *words, *more, log=f"score-{name}{label}"))
+            found[test] = json.loads(file.read_text())["figures"]
         return found
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import aimv2
-from aimv2.data.shards.format import find_shards, read_samples
+from aimv2.data.shards.format import find_shards, read_samples, write_manifest, write_shard
 from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.models.create import build
 from aimv2.models.encoder import VisionEncoder
@@ -79,25 +79,32 @@ def train(
 
 
 def texts_of(data: Path) -> list[str]:
-    """Captions and questions with their answers, as the language model reads them, without images."""
+    """Captions, and questions with their answers where there are some, as the language model reads them, without images."""
     found = []
     for parts in samples_of(data):
-        about = json.loads(parts["json"])
-        turns = [(one["question"], one["answer"]) for one in about["questions"]]
-        found.append(parts["txt"].decode() + "<end>")
-        found.append("".join(f"Q: {question}\nA: {answer}<end>" for question, answer in turns))
+        about = json.loads(parts.get("json", b"{}"))
+        captions = (
+            [parts["txt"].decode()] if "txt" in parts else [one for key in about["captions"].values() for one in key]
+        )
+        found += [f"{caption}<end>" for caption in captions]
+        if about.get("questions"):
+            turns = [(one["question"], one["answer"]) for one in about["questions"]]
+            found.append("".join(f"Q: {question}\nA: {answer}<end>" for question, answer in turns))
     return found
 
 
-def language_model(data: Path, out: Path, steps: int, seed: int, batch: int = 32, length: int = 128) -> float:
+def language_model(
+    data: Path, out: Path, steps: int, seed: int, batch: int = 32, length: int = 128, vocabulary: int = 512
+) -> float:
     """A small Llama, trained on the texts of scenes alone, with its tokenizer and chat template, in a folder.
 
     Args:
-        data: shards of scenes with questions.
+        data: shards with captions, of scenes with questions too.
         out: folder.
         steps: of ``batch`` rows of ``length`` tokens each, texts one after the other.
         seed: of weights and order.
         batch, length: see above.
+        vocabulary: most tokens.
 
     Returns:
         the loss of the last tenth of the steps, nats a token.
@@ -107,7 +114,9 @@ def language_model(data: Path, out: Path, steps: int, seed: int, batch: int = 32
     texts = texts_of(data)
     order = np.random.default_rng(seed)
     order.shuffle(texts)
-    words = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(texts), eos_token="<end>", pad_token="<pad>")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(texts, vocabulary), eos_token="<end>", pad_token="<pad>"
+    )
     words.chat_template = TEMPLATE
     ids = torch.tensor([token for text in texts for token in words(text)["input_ids"]])
     torch.manual_seed(seed)
@@ -130,7 +139,7 @@ def language_model(data: Path, out: Path, steps: int, seed: int, batch: int = 32
     return last
 
 
-def word_tokenizer(texts: list[str]) -> Any:
+def word_tokenizer(texts: list[str], vocabulary: int = 512) -> Any:
     """A byte-level BPE in which the words of scenes are single tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -140,7 +149,9 @@ def word_tokenizer(texts: list[str]) -> Any:
     special = ["<pad>", "<end>"]
     made.train_from_iterator(
         texts[:4000],
-        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return made
 
@@ -230,3 +241,82 @@ def raw_patches(out: Path) -> None:
 def untrained(out: Path, seed: int) -> None:
     """An encoder of random weights, in a folder."""
     aimv2.save_pretrained(build(encoder_shape(), None, seed).eval(), out)  # type: ignore[arg-type]
+
+
+# ---- rows of examples, whose question only they explain ----
+
+
+WHAT = "What is it?"
+HIDDEN = ("colour", "shape", "where")
+EXAMPLES = 8  # most of them before a question
+
+
+def hidden_answer(parts: dict[str, bytes], kind: str) -> str:
+    """What ``WHAT`` means in a row of that kind, of a scene of one object."""
+    (one,) = json.loads(parts["json"])["objects"]
+    return str(one["place" if kind == "where" else kind])
+
+
+def interleaved(data: Path, out: Path, seed: int) -> int:
+    """Shards of conversations with one to nine images, each with :data:`WHAT` and its answer; all of one kind, which is drawn.
+
+    Args:
+        data: shards of scenes of one object.
+        out: folder.
+        seed: of the kinds and lengths.
+
+    Returns:
+        how many conversations.
+    """
+    order = np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split in ("train", "val"):
+        scenes = [parts for tar in find_shards(data, split) for _, parts in read_samples(tar)]
+        rows, at = [], 0
+        while at < len(scenes):
+            kind, length = HIDDEN[order.integers(len(HIDDEN))], 1 + int(order.integers(EXAMPLES + 1))
+            row, at = scenes[at : at + length], at + length
+            turns = []
+            for parts in row:
+                turns += [
+                    {"from": "human", "value": f"<image>\n{WHAT}"},
+                    {"from": "gpt", "value": hidden_answer(parts, kind)},
+                ]
+            images = {"png" if n == 0 else f"{n}.png": parts["png"] for n, parts in enumerate(row)}
+            rows.append((f"{len(rows):06d}", {**images, "json": json.dumps({"conversations": turns}).encode()}))
+        counts[split] = write_shard(out / f"{split}-000000.tar", rows)
+    write_manifest(out, counts)
+    return sum(counts.values())
+
+
+def hidden_tasks(data: Path, out: Path, count: int) -> None:
+    """A task of lmms-eval for each kind, its examples from a training split of the same kind.
+
+    Args:
+        data: shards of scenes of one object, of which the validation split is tested.
+        out: folder of task files and tables.
+        count: of scenes of each table, at most.
+    """
+    from datasets import Dataset, Features, Image, Value
+
+    made = out.with_name(f".{out.name}")
+    made.mkdir(parents=True, exist_ok=True)
+    columns = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+    for kind in HIDDEN:
+        for split in ("train", "val"):
+            scenes = [parts for tar in find_shards(data, split) for _, parts in read_samples(tar)][:count]
+            rows = [
+                {"image": {"bytes": parts["png"]}, "question": WHAT, "answer": hidden_answer(parts, kind)}
+                for parts in scenes
+            ]
+            Dataset.from_list(rows, features=columns).to_parquet(made / f"{kind}-{split}.parquet")
+        files = {"train": f"{out}/{kind}-train.parquet", "test": f"{out}/{kind}-val.parquet"}
+        task = {
+            "task": f"hidden_{kind}", "dataset_path": "parquet", "dataset_kwargs": {"data_files": files},
+            "training_split": "train", "test_split": "test", "output_type": "generate_until", "doc_to_visual": "image",
+            "doc_to_text": "question", "doc_to_target": "answer", "generation_kwargs": {"max_new_tokens": 8},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        }  # fmt: skip
+        (made / f"{kind}.yaml").write_text(json.dumps(task))
+    made.rename(out)

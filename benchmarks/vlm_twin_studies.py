@@ -82,7 +82,8 @@ def shots(seeds: list[int], made: Callable[[int], Twin]) -> str:
                 "--seed",
                 str(seed),
             )
-            twin.command("data", "shapes", twin.path("single"), "--count", str(budget.scenes), *words, log="single")
+            count = str(max(budget.scenes, 160))  # five a row
+            twin.command("data", "shapes", twin.path("single"), "--count", count, *words, log="single")
         if not (home / "tasks").is_dir():
             twin.part(f"interleaved(Path({twin.path('single')!r}), Path({twin.path('rows')!r}), {seed})")
             twin.part(f"hidden_tasks(Path({twin.path('single')!r}), Path({twin.path('tasks')!r}), {budget.tested})")

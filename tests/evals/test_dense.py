@@ -30,6 +30,7 @@ from aimv2.evals.dense_heads import (
 from aimv2.features.fingerprint import weights_hash
 from aimv2.interop.convert import convert
 from aimv2.models.create import build
+from aimv2.models.dpt_head import DptHead
 from aimv2.models.sizes import EncoderConfig
 
 CPU = torch.device("cpu")
@@ -323,6 +324,49 @@ def test_layers_seeds_and_a_native_model(tmp_path: Path) -> None:
     assert result["protocol"]["layers"] == ("0", "last")
     assert figures["miou"] == pytest.approx(np.mean(figures["miou_by_seed"])) and figures["miou"] > 0.5
     assert figures["miou_by_seed"][0] != figures["miou_by_seed"][1]
+
+
+def test_a_dpt_head_on_four_layers(tmp_path: Path) -> None:
+    """Four layers by default; it learns, and the same command gives the same figures."""
+    model_at(tmp_path / "m")
+    root = draw(tmp_path / "data", *SPLIT)
+    quick: dict[str, Any] = {"epochs": 12, "batch_size": 8, "rates": "1e-5,3e-3"}
+    found = api.segment(str(tmp_path / "m"), str(root), head="dpt", **quick)
+    assert found["protocol"]["layers"] == ("0", "1", "2", "last") and found["protocol"]["name"] == "DPT segment probe"
+    assert found["figures"]["chosen"] == [3e-3] and found["figures"]["miou"] > 0.6, found["figures"]
+    again = api.segment(str(tmp_path / "m"), str(root), head="dpt", **quick)
+    assert again["figures"] == found["figures"]
+
+
+def test_dpt_heads_see_their_own_layers() -> None:
+    """Scale k of four is made of layer ``k * layers // 4``; outputs are four times as fine as the patches."""
+    head = DptHead((6, 4), 5, channels=8)
+    assert head.layer_of == [0, 0, 1, 1]
+    x = torch.randn(2, 9, 10, generator=torch.Generator().manual_seed(0))
+    out = head(x)
+    assert out.shape == (2, 5, 12, 12)
+    for parts, scales in ((slice(0, 6), (0, 1)), (slice(6, 10), (2, 3))):
+        leaf = x.clone().requires_grad_()
+        head(leaf).square().sum().backward()
+        assert leaf.grad is not None and (leaf.grad[..., parts] != 0).all()
+        for scale in scales:
+            assert head.project[scale].in_channels == parts.stop - parts.start
+    with pytest.raises(ValueError, match="5 layers: 1 to 4"):
+        DptHead((4,) * 5, 2)
+
+
+def test_dpt_heads_at_once_are_heads_one_by_one() -> None:
+    features, ids = separable(8)
+    rates = (1e-4, 1e-2)
+
+    def heads_of(chosen: tuple[float, ...]) -> Any:
+        settings = DenseSettings(rates=chosen, epochs=2, batch_size=4, weight_decay=0.1, head="dpt")
+        return train_heads(Segmentation(3), [features], lambda rows: ids[rows], np.arange(8), settings, 7, CPU)
+
+    together = heads_of(rates)
+    for place, rate in enumerate(rates):
+        for one, other in zip(together.heads[place].parameters(), heads_of((rate,)).heads[0].parameters()):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_depth(tmp_path: Path) -> None:

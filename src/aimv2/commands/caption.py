@@ -96,7 +96,14 @@ def run(options: CaptionOptions) -> dict[str, Any]:
         from aimv2.evals.caption_score import evaluate_asked
 
         return evaluate_asked(
-            options.model, options.ask, options.data, most, options.batch_size, options.limit, options.out, options.device
+            options.model,
+            options.ask,
+            options.data,
+            most,
+            options.batch_size,
+            options.limit,
+            options.out,
+            options.device,
         )
 
     loaded = load_model(options.model, decoder=True, device=default_device(options.device))

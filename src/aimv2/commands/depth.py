@@ -11,12 +11,12 @@ from aimv2.evals.options import DenseOptions
 EXAMPLES = """\
 aimv2 depth aimv2-large-patch14-224 --data rooms
 aimv2 depth runs/mine --data rooms --baselines random --out results/depth"""
-FIRST = "data depth_scale invalid val_fraction epochs baselines device out"
+FIRST = "data dataset head depth_scale invalid val_fraction epochs baselines device out"
 
 
 @dataclass(kw_only=True)
 class DepthOptions(DenseOptions):
-    """Estimate depth by a linear probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
+    """Estimate depth by a probe on frozen patch features: RMSE in metres, abs-rel, delta1 (ratio below 1.25).
 
     The probe is a linear regression of metres by least squares, kept within the range of the training depths.
 
@@ -30,7 +30,7 @@ class DepthOptions(DenseOptions):
 
     ORDER = (
         "model data depth_scale val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines image_size "
-        "trunk_batch device out image_mean image_std invalid"
+        "trunk_batch device out image_mean image_std invalid dataset head"
     )
     depth_scale: Annotated[float | None, Bounds(0, above=True)] = None
     invalid: ValueList = text(None)

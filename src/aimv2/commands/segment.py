@@ -11,12 +11,12 @@ from aimv2.evals.options import DenseOptions
 EXAMPLES = """\
 aimv2 segment aimv2-large-patch14-224 --data scenes
 aimv2 segment runs/mine --data scenes --baselines random --out results/segment"""
-FIRST = "data classes ignore values val_fraction epochs baselines device out"
+FIRST = "data dataset head classes ignore values val_fraction epochs baselines device out"
 
 
 @dataclass(kw_only=True)
 class SegmentOptions(DenseOptions):
-    """Segment by a linear probe on frozen patch features: mIoU, 0 to 1.
+    """Segment by a probe on frozen patch features: mIoU, 0 to 1.
 
     Classes that neither occur nor are predicted are left out of the mean.
 
@@ -31,7 +31,7 @@ class SegmentOptions(DenseOptions):
 
     ORDER = (
         "model data classes ignore reduce_zero val_list val_fraction layers rates weight_decay epochs batch_size seeds baselines "
-        "image_size trunk_batch device out image_mean image_std values"
+        "image_size trunk_batch device out image_mean image_std values dataset head"
     )
     classes: Annotated[int | None, Bounds(2)] = None
     ignore: int = 255

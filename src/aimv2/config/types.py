@@ -121,7 +121,7 @@ if TYPE_CHECKING:  # what convert() makes of the text
     FloatList = tuple[float, ...]
     AutoRateList = tuple[float, ...] | None
     AutoFloatList = tuple[float, ...] | None
-    UnitRateList = tuple[float, ...]
+    UnitRateList = tuple[float, ...] | None
     BaselineList = tuple[str, ...]
     UntrainedOnly = tuple[str, ...]
     ValueList = tuple[int, ...] | None
@@ -131,7 +131,7 @@ else:
     SeedList = Annotated[str, Numbers(int, 0, distinct=True)]
     ShotList = Annotated[str, Numbers(int, 0, 1000, distinct=True)]
     RateList = Annotated[str, Numbers(float, 0, above=True)]
-    UnitRateList = Annotated[str, Numbers(float, 0, 1, above=True)]
+    UnitRateList = Annotated[str | None, Numbers(float, 0, 1, above=True)]
     FloatList = Annotated[str, Numbers(float, 0)]
     AutoRateList = Annotated[str | None, Numbers(float, 0, above=True)]
     AutoFloatList = Annotated[str | None, Numbers(float, 0)]

@@ -186,7 +186,9 @@ def evaluate_captions(
     about = {"name": name, "kind": "ours", "image_size": config.image_size, "width": config.width}
     other = partial(with_untrained_encoder, model, writing.seed) if baseline else None
     others = None if other is None else lambda: DecoderWriter(other(), writing)
-    return evaluate_writer(about, model, DecoderWriter(model, writing), protocol, data, limit, out, writing.seed, others)
+    return evaluate_writer(
+        about, model, DecoderWriter(model, writing), protocol, data, limit, out, writing.seed, others
+    )
 
 
 def evaluate_asked(

@@ -1,4 +1,4 @@
-"""Linear probes of a frozen encoder for segmentation (mIoU) and depth (RMSE): from folders to a result.
+"""Probes of a frozen encoder for segmentation (mIoU) and depth (RMSE): from folders to a result.
 
 Legend: I patches, S side of what the encoder sees, N images of a split.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from aimv2.data.datasets.dense import DenseSet, Pairs, dense_pairs, dense_set
 from aimv2.data.images.maps import MILLIMETRES, MapKind, MappedImage, depths, masks, open_pairs, scan_maps, whole_images
 from aimv2.data.images.readers import contents_of_files
 from aimv2.errors import UsageError
@@ -24,6 +25,7 @@ from aimv2.evals.options import DenseOptions
 from aimv2.evals.result import about_model
 from aimv2.features.extraction import Cached, cached_features
 from aimv2.features.frozen import LAST, Frozen
+from aimv2.models.dpt_head import SCALES
 from aimv2.models.sizes import EncoderConfig
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,11 @@ log = logging.getLogger(__name__)
 NEAR, FAR = 0.3, 200.0  # metres: a data set all below or all above has another unit
 BLURRED, MOST = 16, 0.9  # more mask values than this, two of them with most pixels: edges between two classes
 APART, OFTEN = 0.5, 0.01  # a largest depth with this share of pixels, and no other near it: a mark for no depth
+HEADS = {
+    "linear": "batch norm without affine, 1x1 linear, bilinear upsampling",
+    "dpt": "batch norm without affine, DPT's reassembly and fusion of four scales, bilinear upsampling from 4 times the patch grid",
+}
+RATES = {"linear": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "dpt": (1e-4, 1e-3)}
 HELD_OUT = 0.1  # of the training images: where the learning rate is chosen
 
 
@@ -42,7 +49,7 @@ class DenseWork:
         train, test: pairs.
         split: name of the test split.
         maps: of the training images, [N, S, S].
-        kind: of the maps.
+        kind: of the test maps.
         task: of the heads.
         empty: training and test images whose maps say nothing.
     """
@@ -75,16 +82,51 @@ def check_view(frozen: Frozen, image_size: int | None) -> None:
         raise UsageError(f"--image-size {size}: {error}") from None
 
 
+def pairs_of(options: DenseOptions, data: str, kind: MapKind, one: DenseSet | None) -> Pairs:
+    """Training pairs, test pairs, and the name of the test split; a registered set's own, and a line where its numbers differ.
+
+    Raises:
+        UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.datasets.dense.dense_pairs`.
+    """
+    if one is None:
+        return open_pairs(data, kind, options.val_list, options.val_fraction)
+    train, test, split = dense_pairs(one, data)
+    for name, found, wanted in (("training", train, one.train), ("test", test, one.test)):
+        if len(found) != wanted:
+            log.warning("%s: %s %s images, %s has %s", data, f"{len(found):,}", name, one.name, f"{wanted:,}")
+    return train, test, split
+
+
+def dataset_of(command: str, options: DenseOptions, others: dict[str, bool]) -> DenseSet | None:
+    """The registered set that ``--dataset`` names.
+
+    Args:
+        command: segment or depth.
+        options: of the command.
+        others: options that say what a registered set knows -> whether they were given.
+
+    Raises:
+        UsageError: an unknown name, or one of the others is given too.
+    """
+    if options.dataset is None:
+        return None
+    others = others | {"--val-list": options.val_list is not None, "--val-fraction": options.val_fraction > 0}
+    if given := next((option for option, used in others.items() if used), None):
+        raise UsageError(f"{given}: --dataset {options.dataset} knows it; leave {given} out", code="conflict")
+    return dense_set(options.dataset, command)
+
+
 def segmentation_work(
-    options: DenseOptions, data: str, kind: MapKind, size: int, classes: int | None, scratch: Path
-) -> DenseWork:
+    options: DenseOptions, data: str, kinds: tuple[MapKind, MapKind], size: int, classes: int | None, scratch: Path,
+    one: DenseSet | None = None,
+) -> DenseWork:  # fmt: skip
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; fewer than two classes, a
             mask value beyond the last class, a split where everything is ignored.
     """
-    train, test, split = open_pairs(data, kind, options.val_list, options.val_fraction)
-    scans = scan_maps(train, kind, size, scratch / "train-maps.npy"), scan_maps(test, kind)
+    train, test, split = pairs_of(options, data, kinds[0], one)
+    scans = scan_maps(train, kinds[0], size, scratch / "train-maps.npy"), scan_maps(test, kinds[1])
     top, where = max((scan.largest for scan in scans), key=lambda found: found[0])
     if classes is not None and top >= classes:
         raise UsageError(f"--classes {classes}: {where} holds class {top:.0f}, the last one is {classes - 1}")
@@ -118,16 +160,23 @@ def segmentation_work(
             len(found),
             100 * two,
         )
-    return DenseWork(train, test, split, maps, kind, Segmentation(count), (scans[0].empty, scans[1].empty))
+    return DenseWork(train, test, split, maps, kinds[1], Segmentation(count), (scans[0].empty, scans[1].empty))
 
 
-def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scratch: Path) -> DenseWork:
+def depth_work(
+    options: DenseOptions,
+    data: str,
+    kinds: tuple[MapKind, MapKind],
+    size: int,
+    scratch: Path,
+    one: DenseSet | None = None,
+) -> DenseWork:
     """
     Raises:
         UsageError: see :func:`aimv2.data.images.maps.open_pairs` and :func:`aimv2.data.images.maps.scan_maps`; a split without any depth.
     """
-    train, test, split = open_pairs(data, kind, options.val_list, options.val_fraction)
-    scans = scan_maps(train, kind, size, scratch / "train-maps.npy"), scan_maps(test, kind)
+    train, test, split = pairs_of(options, data, kinds[0], one)
+    scans = scan_maps(train, kinds[0], size, scratch / "train-maps.npy"), scan_maps(test, kinds[1])
     maps = scans[0].maps
     assert maps is not None
     task = depth_task(maps)
@@ -146,7 +195,7 @@ def depth_work(options: DenseOptions, data: str, kind: MapKind, size: int, scrat
         if task is None or scan.empty == len(pairs):
             raise UsageError(f"--data {data}: no depth in the {name} maps: every pixel is 0, which means no value")
     assert task is not None
-    return DenseWork(train, test, split, maps, kind, task, (scans[0].empty, scans[1].empty))
+    return DenseWork(train, test, split, maps, kinds[1], task, (scans[0].empty, scans[1].empty))
 
 
 def depth_task(maps: np.ndarray) -> Depth | None:
@@ -279,10 +328,15 @@ def evaluate_segmentation(
     if values is not None and (reduce_zero or classes not in (None, len(values))):
         other = "--reduce-zero" if reduce_zero else f"--classes {classes}"
         raise UsageError(f"--values: {len(values)} classes are listed; leave {other} out", code="conflict")
-    kind, classes = masks(ignore, reduce_zero, values), classes if values is None else len(values)
+    own = {"--classes": classes is not None, "--values": values is not None, "--ignore": ignore != 255}
+    one = dataset_of("segment", options, own | {"--reduce-zero": reduce_zero})
+    if one is None:
+        kinds, classes = (masks(ignore, reduce_zero, values),) * 2, classes if values is None else len(values)
+    else:
+        kinds, classes, reduce_zero = one.kinds(), one.classes, one.reduce_zero
 
     def make_work(data: str, side: int, scratch: Path) -> DenseWork:
-        return segmentation_work(options, data, kind, side, classes, scratch)
+        return segmentation_work(options, data, kinds, side, classes, scratch, one)
 
     def protocol(side: int) -> dict[str, Any]:
         return {
@@ -300,10 +354,13 @@ def evaluate_depth(
     options: DenseOptions, depth_scale: float | None, invalid: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
     """The command ``depth``; see :class:`aimv2.commands.depth.DepthOptions`."""
-    kind = depths(depth_scale, invalid)
+    one = dataset_of("depth", options, {"--depth-scale": depth_scale is not None, "--invalid": invalid is not None})
+    kinds = (depths(depth_scale, invalid),) * 2 if one is None else one.kinds()
+    depth_scale = depth_scale if one is None else one.scale
+    own = {} if one is None else {"deepest": one.deepest, "test_crop": one.crop}
 
     def make_work(data: str, side: int, scratch: Path) -> DenseWork:
-        return depth_work(options, data, kind, side, scratch)
+        return depth_work(options, data, kinds, side, scratch, one)
 
     def protocol(side: int) -> dict[str, Any]:
         return {
@@ -312,6 +369,7 @@ def evaluate_depth(
             "mean": "over all pixels with a depth of the test split",
             "depth_scale": MILLIMETRES if depth_scale is None else depth_scale,
             "invalid": [0] if invalid is None else list(invalid),
+            **own,
         }
 
     return evaluate_dense("depth", options, "depth maps", make_work, protocol)
@@ -350,7 +408,7 @@ def evaluate_dense(
 
         figures |= baseline_figures(others, baseline)
         data: dict[str, Any] = {
-            "name": Path(options.data or "").name, "source": options.data, "split": work.split,
+            "name": options.dataset or Path(options.data or "").name, "source": options.data, "split": work.split,
             "train_images": len(work.train), "test_images": len(work.test),
             "train_maps_without_values": work.empty[0], "test_maps_without_values": work.empty[1],
         }  # fmt: skip
@@ -359,12 +417,12 @@ def evaluate_dense(
         if isinstance(work.task, Depth):
             data["train_depths_metres"] = [work.task.low, work.task.high]
         about = {
-            "name": f"linear {command} probe",
-            "head": "batch norm without affine, 1x1 linear, bilinear upsampling",
+            "name": f"{'linear' if settings.head == 'linear' else 'DPT'} {command} probe",
             "view": f"the whole image resized to {side} x {side}",
             "metric_at": "each map's own size",
             **protocol(side),
             **asdict(settings),
+            "head": HEADS[settings.head],
         }
         return evaluation.result(about, about_model(frozen), data, figures, list(settings.seeds))
 
@@ -383,9 +441,19 @@ def open_dense(command: str, options: DenseOptions, maps: str) -> tuple[Frozen, 
         raise UsageError(f"--image-size {options.image_size}: maps are of one size here; pixels a side expected")
     frozen = options.open()
     check_view(frozen, options.image_size)
+    layers = frozen.layer_names(options.layers)
+    if options.head == "dpt" and layers == [LAST] and frozen.depth:
+        quarters = (-(-frozen.depth * quarter // SCALES) - 1 for quarter in range(1, SCALES))
+        layers = [*frozen.layer_names(",".join(map(str, quarters))), LAST]
+    layers = list(dict.fromkeys(layers))
+    if options.head == "dpt" and len(layers) > SCALES:
+        raise UsageError(
+            f"--layers {options.layers}: {len(layers)} layers; --head dpt takes {SCALES} at most", code="limit"
+        )
     settings = DenseSettings(
-        layers=tuple(dict.fromkeys(frozen.layer_names(options.layers))),
-        rates=tuple(dict.fromkeys(options.rates)),
+        head=options.head,
+        layers=tuple(layers),
+        rates=tuple(dict.fromkeys(options.rates or RATES[options.head])),
         weight_decay=options.weight_decay,
         epochs=options.epochs,
         batch_size=options.batch_size,

@@ -1,8 +1,8 @@
-"""Linear heads on the patch map of a frozen encoder, for segmentation and depth: many at once, and what they score.
+"""Heads on the patch map of a frozen encoder, for segmentation and depth: many at once, and what they score.
 
-The head is batch norm without affine and a 1x1 linear layer, upsampled bilinearly: DINOv2's linear heads (their batch norm
+The linear head is batch norm without affine and a 1x1 linear layer, upsampled bilinearly: DINOv2's linear heads (their batch norm
 has an affine part, which the linear layer after it makes superfluous). Depth is a plain linear regression in metres by
-least squares, where DINOv2 classifies into 256 bins of depth.
+least squares, where DINOv2 classifies into 256 bins of depth. The other head is DPT's (:mod:`aimv2.models.dpt_head`).
 
 Legend: B images, I = h * w patches, D width (all layers together), G heads of a sweep, C outputs (classes, or 1),
 S side of what the encoder sees, H x W size of a map, N images of a split, P pixels.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from aimv2.data.prefetch import prefetch_map
 from aimv2.features.frozen import LAST
+from aimv2.models.dpt_head import seeded_heads
 from aimv2.models.probe_head import NORM_EPS
 from aimv2.progress import tracked
 
@@ -40,6 +41,7 @@ class DenseSettings:
         epochs: over the training images, on a cosine down to 0.
         batch_size: images a step.
         seeds: of weights and order.
+        head: linear or dpt.
     """
 
     layers: tuple[str, ...] = (LAST,)
@@ -48,6 +50,7 @@ class DenseSettings:
     epochs: int = 20
     batch_size: int = 16
     seeds: tuple[int, ...] = (0,)
+    head: str = "linear"
 
 
 class DenseTask(Protocol):
@@ -184,7 +187,10 @@ def likeliest(low: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DenseHeads(nn.Module):
-    """G linear heads on one map after one batch norm (it has no weights, so all heads share it)."""
+    """G linear heads on one map after one batch norm (it has no weights, so all heads share it).
+
+    ``forward``: features [B, I, D], layers side by side -> [G, B, C, h, w].
+    """
 
     def __init__(self, width: int, outputs: int, count: int, seed: int) -> None:
         """All heads start from the same weights (normal, std 0.01), so that their rates are what differs."""
@@ -202,6 +208,33 @@ class DenseHeads(nn.Module):
         maps = F.linear(x, torch.cat(list(self.weights)), torch.cat(list(self.biases)))  # [BI, GC]
         return maps.view(batch, side, side, len(self.weights), -1).permute(3, 0, 4, 1, 2)
 
+    def decayed(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+        """Of each head the parameters that decay, and those that do not."""
+        return [([weight], [bias]) for weight, bias in zip(self.weights, self.biases)]
+
+
+class DptHeads(nn.Module):
+    """G DPT heads after one batch norm without weights, on up to four layers; outputs are four times as fine."""
+
+    def __init__(self, widths: Sequence[int], outputs: int, count: int, seed: int) -> None:
+        """All heads start from the same weights, so that their rates are what differs."""
+        super().__init__()
+        self.norm = nn.BatchNorm1d(sum(widths), affine=False, eps=NORM_EPS, momentum=None)
+        self.heads = seeded_heads(widths, outputs, count, seed)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, I, sum of D] -> [G, B, C, 4h, 4w]."""
+        x = self.norm(features.flatten(0, 1)).view_as(features)
+        return torch.stack([head(x) for head in self.heads])
+
+    def decayed(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+        """Of each head the parameters that decay, and those that do not."""
+        found = []
+        for head in self.heads:
+            parts = list(head.parameters())
+            found.append(([p for p in parts if p.ndim > 1], [p for p in parts if p.ndim <= 1]))
+        return found
+
 
 def take(layers: Sequence[np.ndarray], rows: np.ndarray, device: torch.device) -> Tensor:
     """Cached features of some images, layers side by side: float32 [B, I, D]."""
@@ -216,7 +249,7 @@ def train_heads(
     settings: DenseSettings,
     seed: int,
     device: torch.device,
-) -> DenseHeads:
+) -> DenseHeads | DptHeads:
     """One head a rate, all in one pass over the features.
 
     Args:
@@ -228,12 +261,17 @@ def train_heads(
         seed: of weights and order.
         device: where the heads are trained.
     """
-    width = sum(layer.shape[-1] for layer in layers)
-    heads = DenseHeads(width, task.outputs, len(settings.rates), seed).to(device).train()
+    widths, count = [layer.shape[-1] for layer in layers], len(settings.rates)
+    made: DenseHeads | DptHeads = (
+        DenseHeads(sum(widths), task.outputs, count, seed)
+        if settings.head == "linear"
+        else DptHeads(widths, task.outputs, count, seed)
+    )
+    heads = made.to(device).train()
     groups = [
-        {"params": [part], "lr": rate, "peak": rate, "weight_decay": decay}
-        for parts, decay in ((heads.weights, settings.weight_decay), (heads.biases, 0.0))
-        for part, rate in zip(parts, settings.rates)
+        {"params": part, "lr": rate, "peak": rate, "weight_decay": decay}
+        for parts, rate in zip(heads.decayed(), settings.rates)
+        for part, decay in zip(parts, (settings.weight_decay, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups)
     size = min(settings.batch_size, len(rows))
@@ -280,7 +318,7 @@ def output_gradient(task: DenseTask, low: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def sums_of(
     task: DenseTask,
-    heads: DenseHeads,
+    heads: DenseHeads | DptHeads,
     which: Sequence[int],
     layers: Sequence[np.ndarray],
     map_of: Callable[[int], np.ndarray],

@@ -139,30 +139,35 @@ class PooledOptions(ClassifierOptions):
 
 @dataclass(kw_only=True)
 class DenseOptions(EncoderOptions):
-    """Linear probes on the patch map.
+    """Probes on the patch map.
 
     Args:
         val_list: for data without a test split: a file with one image name per line; null: ROOT/val.txt if it exists
         val_fraction: for data without a test split: fraction of images sampled for it
-        layers: last, avg6, or block numbers with commas; several are concatenated
-        rates: peak learning rates; all are trained at once, one is chosen on a held-out tenth of the training images
+        layers: last, avg6, or block numbers with commas; several are concatenated; of a dpt head last stands for four, evenly spread
+        rates: peak learning rates; all are trained at once, one is chosen on a held-out tenth of the training images; null: five from
+            1e-4 to 1e-2, of a dpt head 1e-4 and 1e-3
         weight_decay: AdamW weight decay, 0 to 1
         epochs: passes over the training images
         batch_size: images per step
         seeds: random seeds of weights and order, with commas
         trunk_batch: images per forward pass of the encoder
         out: folder for result.json and the feature cache
+        dataset: registered name, which is read as its archives unpack and whose classes, depths and crops are known; null: any data set
+        head: linear, or dpt (four layers as maps of four scales, fused by convolutions)
     """
 
     data: str | None = None
     val_list: str | None = None
     val_fraction: float = 0.0
-    rates: UnitRateList = text("1e-4,3e-4,1e-3,3e-3,1e-2")
+    rates: UnitRateList = text(None)
     weight_decay: Fraction = 1e-4
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 16
     seeds: SeedList = text("0")
     trunk_batch: PositiveInt = 64
+    dataset: str | None = None
+    head: Literal["linear", "dpt"] = "linear"
 
 
 @dataclass(kw_only=True)

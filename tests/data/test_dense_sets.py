@@ -70,9 +70,17 @@ def kitti(root: Path) -> None:
         lines = []
         for n in range(count):
             drive = "2011_09_26_drive_0002_sync"
-            image, depth = f"2011_09_26/{drive}/image_02/data/{n:010}{split}.png", f"{drive}/proj_depth/{n:010}{split}.png"
+            image, depth = (
+                f"2011_09_26/{drive}/image_02/data/{n:010}{split}.png",
+                f"{drive}/proj_depth/{n:010}{split}.png",
+            )
             part = "train" if split == "train" else "val"
-            put(root, f"raw/{image}", f"data_depth_annotated/{part}/{depth}", np.full((SIZE[1], SIZE[0]), 2560, np.uint16))
+            put(
+                root,
+                f"raw/{image}",
+                f"data_depth_annotated/{part}/{depth}",
+                np.full((SIZE[1], SIZE[0]), 2560, np.uint16),
+            )
             lines.append(f"{image} {depth} 721.5377")
         more = ["2011_09_26/x/image_02/data/9.png None 721.5377"] if split == "test" else []
         (root / f"kitti_eigen_{split}_files_with_gt.txt").write_text("\n".join([*lines, *more]) + "\n")

@@ -14,7 +14,7 @@ EXAMPLES = """\
 aimv2 caption runs/mine photos
 aimv2 caption runs/mine --data shards/mine --score --out results/captions
 aimv2 caption VLM photo.jpg --ask "What is this?"
-aimv2 caption VLM --data shards/mine --score --ask "Describe the image in one sentence.\""""
+aimv2 caption VLM --data shards/mine --score --ask "Describe it.\""""
 FIRST = "beams temperature max_tokens repetition_penalty ask data score out device"
 
 

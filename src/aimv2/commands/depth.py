@@ -11,7 +11,7 @@ from aimv2.evals.options import DenseOptions
 EXAMPLES = """\
 aimv2 depth aimv2-large-patch14-224 --data rooms
 aimv2 depth runs/mine --data rooms --baselines random --out results/depth"""
-FIRST = "data dataset head depth_scale invalid val_fraction epochs baselines device out"
+FIRST = "data dataset head depth_scale invalid val_fraction baselines device out"
 
 
 @dataclass(kw_only=True)

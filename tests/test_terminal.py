@@ -31,7 +31,22 @@ from aimv2.tables import FRACTIONS
 from runs import TINY, command, read_terminal, scenes, train
 from tiny_llm import language_model
 
-EXTRAS = {"hub", "wandb", "onnx", "openvino", "jax", "caption", "faiss", "peft", "mlx", "ui", "docs", "heic", "vlm"}
+EXTRAS = {
+    "hub",
+    "wandb",
+    "onnx",
+    "openvino",
+    "jax",
+    "caption",
+    "faiss",
+    "peft",
+    "mlx",
+    "ui",
+    "docs",
+    "heic",
+    "vlm",
+    "detect",
+}
 LABELLED = {"red": (200, 30, 30), "blue": (30, 60, 230)}
 
 
@@ -98,6 +113,7 @@ WORDS = {
     "vlm train": [
         "--dry-run --init vlm --data.train scenes --data.workers 0 --train.steps 2 --train.batch_size 4 --train.precision fp32"
     ],
+    "detect score": ["--predictions found.json --data boxes"],
     "explore": [],  # serves until it is stopped: tests/explorer
     "doctor": ["--quick"],
     "push": [],  # wants the hub: tests/interop
@@ -144,6 +160,11 @@ def prepare(name: str, place: Path) -> None:
         api.data_shapes("questions", 8, objects=3, questions=3, size=32)
     if name in ("vlm score", "vlm train") and not (place / "vlm").exists():
         api.vlm_build("m", "llm", "vlm")
+    if name == "detect score":
+        api.data_shapes("boxes", 8, objects=3, size=32)
+        found = [{"image_id": "val00000000", "category_id": "red ring", "bbox": [1, 2, 9, 9], "score": 0.5}]
+        found.append({"image_id": "val00000000", "phrase": "the ring", "bbox": [1, 2, 9, 9], "score": 0.5})
+        Path("found.json").write_text(json.dumps(found))
     if name == "compare" and not (place / "knn").exists():
         api.knn("m", "data", out="knn")
 
@@ -215,6 +236,7 @@ MISSING = {
     "pycocoevalcap": ("caption", "caption run --data scenes --score --out new-scores"),
     "datasets": ("hub", "data import owner/name new-shards"),
     "lmms_eval": ("vlm", "vlm score m --tasks gqa --out new-scores"),
+    "faster_coco_eval": ("detect", "detect score --predictions found.json --data boxes --out new-scores"),
     "starlette": ("ui", "explore run"),
     "uvicorn": ("ui", "explore run"),
 }
@@ -286,6 +308,7 @@ NOWHERE = {
     "push": "/nowhere/model someone/something",
     "vlm build": "m /nowhere/llm new-out",
     "vlm score": "vlm --data /nowhere/questions --out new-scores",
+    "detect score": "--predictions /nowhere/found.json --data scenes",
     "vlm train": "--run new-out --init m --data.train /nowhere/shards",
     "pretrain": "--run new-out --data.train /nowhere/shards",
 }

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # names of figures that are fractions of what was right, found or used; a test holds them against the results of every command
-FRACTIONS = re.compile(r"top[15]|miou|_iou|accuracy|exact_match|mfu|image_to_text|text_to_image|R@|delta1|chance")
+FRACTIONS = re.compile(r"top[15]|[m_]iou|accuracy|exact_match|mfu|_to_text|_to_image|R@|delta1|chance|p_at_1|^A[PR]\b")
 
 
 def percent(fraction: float) -> str:

@@ -20,7 +20,8 @@ class DataBrowseOptions:
     """Write a page of the first samples of a run, as its model will see them: crop, prefix, caption tokens, mixture.
 
     Values are those of ``pretrain``; the samples are those that a run with the same values trains on first. Of conversations (shards
-    without captions, or objective.name=instruct) the page shows questions and answers with all their images.
+    without captions, or objective.name=instruct) the page shows questions and answers with all their images; of boxes (shards without
+    captions, or objective.name=detect) the pictures with their boxes, classes and phrases.
 
     Args:
         config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo's captioned scenes
@@ -41,7 +42,7 @@ def run(options: DataBrowseOptions) -> dict[str, Any]:
     """
     Returns:
         ``page``: its path; ``samples``, ``sources`` (weight, share, drawn), ``caption_tokens``, ``learning_rate``, ...; of
-        conversations ``samples``, ``images``, ``text_only``, ``bad``.
+        conversations ``samples``, ``images``, ``text_only``, ``bad``; of boxes ``samples``, ``objects``, ``phrases``, ``classes``, ``bad``.
 
     Raises:
         UsageError: what ``pretrain`` would refuse, or a page that can't be written.
@@ -54,11 +55,15 @@ def run(options: DataBrowseOptions) -> dict[str, Any]:
 
     from aimv2.report.browse.drawn import draw
     from aimv2.report.browse.page import write_page
-    from aimv2.report.browse.talks import conversation_sources, write_talks
+    from aimv2.report.browse.regions import region_sources, write_boxes
+    from aimv2.report.browse.talks import conversation_sources, run_sources, write_talks
 
     given = dict(options.options or {})
-    if sources := conversation_sources(options.config, given):
+    opened = run_sources(options.config, given)
+    if sources := conversation_sources(opened):
         result = write_talks(sources, options.count, page)
+    elif sources := region_sources(opened):
+        result = write_boxes(sources, options.count, page)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             result = write_page(draw(options.config, given, options.count, Path(scratch)), page)

@@ -1,4 +1,4 @@
-"""``aimv2 data import``: captioned images of any form to shards."""
+"""``aimv2 data import``: captioned images, conversations or boxes of any form to shards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from aimv2.config.types import PositiveInt
 EXAMPLES = """\
 aimv2 data import photos shards/photos
 aimv2 data import table.csv shards/mine --image-column file --val-fraction .05
-aimv2 data import llava.json OUT --image-root images --conversations true"""
-FIRST = "captions image_column caption_column val_fraction max_side class_folders no_captions conversations workers"
+aimv2 data import llava.json OUT --image-root images --conversations true
+aimv2 data import instances_val2017.json OUT --image-root val2017 --boxes true"""
+FIRST = (
+    "captions image_column caption_column val_fraction max_side class_folders no_captions conversations boxes workers"
+)
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,8 @@ class DataImportOptions:
         no_captions: take the images of a folder without captions (objective.targets=image trains on them)
         conversations: take whole conversations, about several images, one or none (`aimv2 vlm train` trains on them); by default the
             first answer is the caption
+        boxes: take boxes, classes and phrases: COCO's JSON of instances (LVIS, Objects365, MDETR's), refs(...).p of RefCOCO, Flickr30k
+            Entities, YOLO's data.yaml, ODVG, GQA's scene graphs (`aimv2 detect train` trains on them)
     """
 
     source: str
@@ -56,6 +61,7 @@ class DataImportOptions:
     image_root: str | None = None
     no_captions: bool = False
     conversations: bool = False
+    boxes: bool = False
 
 
 def run(options: DataImportOptions) -> dict[str, Any]:

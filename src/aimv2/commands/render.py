@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aimv2.commands.parse import module_of
+from aimv2.data.images.boxes import BOX_FAULTS
 from aimv2.data.passed import passed_lines
 from aimv2.data.text.conversations import bad_lines
 from aimv2.tables import TextTable, figure
@@ -154,7 +155,8 @@ def render_figures(console: Console, result: dict[str, Any]) -> None:
         console.print(f"left out: {section}: {why}")
     if isinstance(result.get("left_out"), list) and result["left_out"]:
         console.print(f"left out: {', '.join(result['left_out'])}")
-    for line in (*bad_lines(result.get("bad", {})), *passed_lines(result.get("passed_over", {}))):
+    bad = {BOX_FAULTS.get(code, code): about for code, about in result.get("bad", {}).items()}
+    for line in (*bad_lines(bad), *passed_lines(result.get("passed_over", {}))):
         console.print(line)
     if "report" in result:
         console.print(f"report: {result['report']}")

@@ -287,7 +287,7 @@ def write_scenes(
             write_shard(folder / f"{split}-{number:06d}.tar", samples)
             advance(len(indices))
     (folder / "classes.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
-    write_manifest(folder, counts, source="scenes", **about)
+    write_manifest(folder, counts, source="scenes", **about, classes=LABELS)
     return {"out": str(folder), **counts, "shards": len(shards), **about}
 
 

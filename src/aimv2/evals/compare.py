@@ -182,6 +182,11 @@ def _of_ours(result: dict[str, Any], path: str) -> Iterator[Cell]:
 
             yield from cells_of_vlm(result, path)
             return
+        if result["verb"] == "detect score":
+            from aimv2.evals.compare_detection import cells_of_detection
+
+            yield from cells_of_detection(result, path)
+            return
         data, figures, model = result["data"], result["figures"], str(result["model"]["name"])
         given = data.get("dataset") or data["name"]
         known = known_dataset(str(given))
@@ -287,9 +292,10 @@ def title_of(dataset: str) -> str:
     """A data set's heading: its sizes, or that the paper does not have it."""
     known = known_dataset(dataset)
     if known is None:
+        from aimv2.evals.compare_detection import title_of_detection
         from aimv2.evals.compare_vlm import title_of_benchmark
 
-        return title_of_benchmark(dataset) or f"{dataset} (not one of the paper's)"
+        return title_of_detection(dataset) or title_of_benchmark(dataset) or f"{dataset} (not one of the paper's)"
     name = "" if known["printed"].lower().replace("-", "") == known["name"] else f" ({known['printed']})"
     return f"{dataset}{name}: {known['test']:,} test images, {known['classes']:,} classes"
 
@@ -360,10 +366,10 @@ def _closing(grids: Sequence[Grid], notes: Notes) -> list[str]:
     if any(cell.interval for cell in cells):
         lines.append("Below or after a figure: its 95% interval.")
     papers = [cell for cell in cells if cell.kind == "paper" and cell.source.startswith("AIMV2")]
-    vlms = [cell for cell in papers if cell.protocol.startswith("vision-language")]
-    for part, note in ((vlms, paper()["vlm"]["note"]), ([cell for cell in papers if cell not in vlms], PAPER_NOTE)):
-        if part:
-            lines.append(f"Table N: of the AIMV2 paper (arXiv 2411.14402); {note}.")
+    notes_of = {"vision-language": paper()["vlm"]["note"], "detection": paper()["detection"]["note"]}
+    notes_of["referring expressions"] = notes_of["detection"]
+    used = (next((n for word, n in notes_of.items() if c.protocol.startswith(word)), PAPER_NOTE) for c in papers)
+    lines += [f"Table N: of the AIMV2 paper (arXiv 2411.14402); {note}." for note in dict.fromkeys(used)]
     board = paper()["leaderboard"]
     if any(cell.source == board["source"] for cell in cells):
         lines.append(f"{board['source']}: the public table of that repository (arXiv 2506.10178); {board['note']}.")
@@ -427,6 +433,10 @@ def compare_results(
             from aimv2.evals.compare_vlm import paper_cells_of_vlm
 
             printed = paper_cells_of_vlm(name)
+        if any(cell.protocol in ("detection", "referring expressions") for cell in mine):
+            from aimv2.evals.compare_detection import paper_cells_of_detection
+
+            printed = [*printed, *paper_cells_of_detection(name)]
         grids.append(make_grid(name, [*mine, *printed]))
     table = [asdict(cell) for grid in grids for row in grid.rows for cell in row.values()]
     text = json.dumps(table, indent=1, ensure_ascii=False) if format == "json" else FORMATS[format](grids)

@@ -5,9 +5,11 @@ Legend: N boxes of a picture; a box in KEY.json is COCO's [x, y, width, height],
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,9 @@ UNUSABLE = frozenset(
     ("not-regions", "other-size")
 )  # faults of the whole sample: it must not be used, not even as an empty one
 EDGE = 1.0  # pixels that a box may leave the picture by, as rounding does, without a fault
+MANIFEST = "aimv2.json"  # holds the data set's ``classes``, next to the shards
+WRONG_FORM = 0.1  # fraction of boxes that leave their pictures from which they are taken to be in another form
+SLACK = 0.05  # of a picture's side, by which boxes may leave it before they count there
 PROPORTION = 0.02  # by which height / width of two sizes of one picture may differ
 
 
@@ -186,3 +191,44 @@ def _scaled(segmentation: Any, scale: tuple[float, float]) -> Any:
         return None
     polygons = [part for part in segmentation if isinstance(part, list) and len(part) >= 6 and not len(part) % 2]
     return [[value * scale[at % 2] for at, value in enumerate(part)] for part in polygons] or None
+
+
+# ---- of a data set ----
+
+
+def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
+    """What aimv2.json next to shards says of the classes: ``classes`` (names in order of their ids), ``class_ids``, ``frequency``.
+
+    {} where it says nothing, or shards of several folders say different things.
+    """
+    found = []
+    for folder in dict.fromkeys(tar.parent for tar in tars):
+        try:
+            about = json.loads((folder / MANIFEST).read_text("utf-8"))
+        except (OSError, ValueError):
+            about = {}
+        names = about.get("classes") if isinstance(about, dict) else None
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        keys = ("classes", "class_ids", "frequency")
+        found.append({key: about[key] for key in keys if about.get(key)} if is_list else {})
+    return found[0] if found and all(one == found[0] for one in found) else {}
+
+
+def doubt_of_form(boxes: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> str:
+    """Why boxes do not seem to be COCO's [x, y, width, height] in pixels; "" where they do.
+
+    Args:
+        boxes: as they are given, of numbers.
+        sizes: (width, height) of the picture of each.
+    """
+    if not len(boxes):
+        return ""
+    given, of = np.asarray(boxes, np.float64), np.asarray(sizes, np.float64)
+    beyond = (given[:, :2] + given[:, 2:] > (1 + SLACK) * of + EDGE).any(1)
+    corners = (given[:, 2:] > given[:, :2]).all() and (given[:, 2:] <= (1 + SLACK) * of + EDGE).all()
+    if beyond.mean() > WRONG_FORM:
+        form = "; they look like [left, top, right, bottom]" if corners else ""
+        return f"{beyond.mean():.0%} of {len(given):,} boxes leave their pictures{form}"
+    if (of > 8).all() and (np.abs(given) <= 1.5).all(1).mean() > 1 - WRONG_FORM:
+        return f"{len(given):,} boxes are within 0 to 1: fractions of the picture's sides, not pixels"
+    return ""

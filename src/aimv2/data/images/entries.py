@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
     odd_label: str | None = None  # a label that is no number of a class, which is left out
     turns: list[dict[str, str]] | None = None  # of a conversation, as LLaVA's; then ``data`` is empty and
     images: tuple[bytes, ...] = ()  # are its images
+    noted: tuple[tuple[str, str], ...] = ()  # (kind, name) of what is counted and imported all the same
 
 
 class Reject(NamedTuple):
@@ -125,6 +126,7 @@ class PlannedSource:
         split: the only split that is read, of a source whose rows state theirs.
         is_val: which entries are validation data by what the source states.
         by_image: all entries of an image's name are of one split, whatever their keys.
+        manifest: what aimv2.json says of the data set besides, such as the names of its classes.
     """
 
     kind: str
@@ -138,6 +140,7 @@ class PlannedSource:
     split: str = ""
     is_val: Callable[[SourceEntry], bool] | None = None
     by_image: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def read_label(value: Any) -> tuple[str | None, str | None]:

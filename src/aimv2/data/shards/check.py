@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from aimv2.data.images.boxes import BOX_FAULTS, holds_regions, regions_of
 from aimv2.data.images.catalogue import list_files
 from aimv2.data.images.decode import ImageError, image_size
 from aimv2.data.images.entries import read_label
@@ -42,6 +43,7 @@ from aimv2.tables import percent
 MAX_TOKENS = 77  # of the released models' captions
 EXAMPLES = 5
 LINES = 4  # of what is passed over
+CLASSES = 6  # named on the screen: the most frequent and the rarest
 FURTHER = "images after the first of a sample without a conversation"
 OWN = {MANIFEST, "classes.txt", "rejected.jsonl"}
 QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -67,12 +69,16 @@ class ShardReport:
     shown: list[int] = field(default_factory=list)  # images of each conversation
     bad: PassedOver = field(default_factory=PassedOver)  # conversations, by the code of their fault
     passed: PassedOver = field(default_factory=PassedOver)
+    classes: Counter[str] = field(default_factory=Counter)  # objects of each
+    boxes: Counter[str] = field(default_factory=Counter)  # pictures, empty, crowds, phrases
+    faults: PassedOver = field(default_factory=PassedOver)  # of boxes, by code
 
     def add(self, other: "ShardReport") -> None:
         self.passed.update(other.passed)
         self.bad.update(other.bad)
+        self.faults.update(other.faults)
         for each in fields(self):  # in place: lists may be long
-            if each.name not in ("passed", "bad"):
+            if each.name not in ("passed", "bad", "faults"):
                 setattr(self, each.name, iadd(getattr(self, each.name), getattr(other, each.name)))
 
     def add_image(self, name: str, image: bytes, min_side: int) -> bool:
@@ -89,6 +95,15 @@ class ShardReport:
         if min(width, height) < min_side:
             self.tiny.append(f"{name} ({width} x {height})")
         return True
+
+    def add_regions(self, name: str, about: dict[str, Any]) -> None:
+        """Counts boxes, classes and phrases of a sample, whose image was the last to be added."""
+        found, faults = regions_of(about, (self.widths[-1], self.heights[-1]))
+        for code in faults:
+            self.faults.add(code, name)
+        self.classes.update(found.classes)
+        empty = isinstance(about.get("objects"), list) and not about["objects"] and not found.phrases
+        self.boxes.update(pictures=1, empty=int(empty), crowds=int(found.crowd.sum()), phrases=len(found.phrases))
 
 
 def check_data(
@@ -111,7 +126,8 @@ def check_data(
 
     Returns:
         source, samples, shards, bytes, splits, images {width, height, aspect, bytes}, captions {per_image, length,
-        unit, over_77, missing}, conversations {number, answers, images, length, text_only, bad}, labels, duplicates, unreadable, tiny,
+        unit, over_77, missing}, conversations {number, answers, images, length, text_only, bad}, boxes {pictures, empty,
+        objects, crowds, phrases, classes, faults}, labels, duplicates, unreadable, tiny,
         cut (each with number and examples), passed_over.
 
     Raises:
@@ -154,6 +170,12 @@ def check_data(
             "text_only": total.shown.count(0),
             "bad": total.bad.result(),
         },
+        "boxes": {
+            **{key: total.boxes[key] for key in ("pictures", "empty", "crowds", "phrases")},
+            "objects": total.classes.total(),
+            "classes": dict(total.classes.most_common()),
+            "faults": total.faults.result(),
+        },
         "min_side": min_side,
         "cut": _listed(total.cut),
         "passed_over": total.passed.result(),
@@ -185,14 +207,19 @@ def check_shard(tar: Path, min_side: int) -> ShardReport:
                 report.captions.pop()
             _add_conversation(report, name, parts, min_side)
             continue
-        if not report.captions[-1]:
+        boxed = holds_regions(json_of(parts))
+        if not report.captions[-1] and boxed:
+            report.captions.pop()
+        elif not report.captions[-1]:
             report.uncaptioned.append(name)
         image = image_of(parts)
         if image is None:
             report.unreadable.append(f"{name}: {why_no_image(parts)}")
         else:
             report.passed.add(FURTHER, *(f"{name}.{part}" for part in parts if image and NUMBERED.match(part)))
-            report.add_image(name, image[1], min_side)
+            intact = report.add_image(name, image[1], min_side)
+            if boxed and intact:
+                report.add_regions(name, json_of(parts))
     return report
 
 
@@ -301,10 +328,24 @@ def render_check(result: dict[str, Any]) -> RenderableType:
         table.add_row(name, *(f"{values[q]:,.6g}" if values else "-" for q in QUANTILES))
 
     lines: list[RenderableType] = [head, Text(facts), Text(), table]
-    over = captions[f"over_{MAX_TOKENS}"]
-    if captions["length"] or not talks["number"]:
+    over, boxes = captions[f"over_{MAX_TOKENS}"], result["boxes"]
+    if captions["length"] or not (talks["number"] or boxes["pictures"]):
         lines.append(Text(f"captions over {MAX_TOKENS} {captions['unit']}: {percent(over)}"))
+    lines += _box_lines(boxes) if boxes["pictures"] else []
     return Group(*lines, Text(), *_findings(result))
+
+
+def _box_lines(boxes: dict[str, Any]) -> list[RenderableType]:
+    """What there is of boxes, in two lines."""
+    head = f"boxes: {boxes['objects']:,} objects of {len(boxes['classes']):,} classes in {boxes['pictures']:,} images"
+    rest = f"{boxes['empty']:,} of them empty; {boxes['crowds']:,} crowds, {boxes['phrases']:,} phrases"
+    lines = [Text(f"{head}, {rest}")]
+    counted = list(boxes["classes"].items())
+    shown_ones = counted if len(counted) <= CLASSES else [*counted[: CLASSES - 1], counted[-1]]
+    named = [f"{name} {number:,}" for name, number in shown_ones]
+    if len(counted) > CLASSES:
+        named.insert(-1, "...")
+    return [*lines, Text(f"objects by class: {', '.join(named)}")] if named else [*lines]
 
 
 def _findings(result: dict[str, Any]) -> list[RenderableType]:
@@ -323,7 +364,8 @@ def _findings(result: dict[str, Any]) -> list[RenderableType]:
         for example in found["examples"][:2]:
             words = " = ".join(example) if isinstance(example, list) else example
             lines.append(Text(f"{'':11}{shown(words)}", style="dim", overflow="ellipsis", no_wrap=True))
-    bad = bad_lines(result["conversations"]["bad"])
+    faults = {BOX_FAULTS[code]: about for code, about in result["boxes"]["faults"].items()}
+    bad = [*bad_lines(result["conversations"]["bad"]), *passed_lines(faults, "boxes")]
     lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in bad]
     passed = passed_lines(result["passed_over"])
     lines += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in passed[:LINES]]

@@ -22,14 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aimv2.data.images.box_rows import open_boxes
 from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.conversation_rows import open_conversations
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
 from aimv2.data.images.entries import Loaded, PlannedSource, Reject, SourceEntry
 from aimv2.data.images.names import image_root_of
-from aimv2.data.images.sources import EXPECTED, TEMPLATE, SourceOptions, open_source
+from aimv2.data.images.sources import TEMPLATE, SourceOptions, open_source
 from aimv2.data.passed import ODD_LABELS, PassedOver, passed_lines
 from aimv2.data.shards.format import MANIFEST, Parts, write_manifest, write_shard
+from aimv2.data.shards.import_options import check_options
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.data.text.conversations import holds_conversation
 from aimv2.errors import UsageError, shown
@@ -91,6 +93,7 @@ def import_data(
     image_root: str | None = None,
     no_captions: bool = False,
     conversations: bool = False,
+    boxes: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write ``out/train-NNNNNN.tar`` and ``out/val-NNNNNN.tar`` from a source; started again, it resumes.
@@ -114,10 +117,11 @@ def import_data(
         image_root: A folder outside the source, below which tables and captions files may name images.
         no_captions: A folder's images, without captions.
         conversations: Whole conversations, about any number of images, instead of captions.
+        boxes: Boxes, classes and phrases, instead of captions.
 
     Returns:
-        out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), of conversations bad (likewise),
-        seconds.
+        out, train, val, rejected, shards (numbers of each), passed_over ({kind: {number, examples}}), of conversations and boxes bad
+        (likewise), seconds.
 
     Raises:
         UsageError: nothing to import, or no place for it.
@@ -138,16 +142,16 @@ def import_data(
         "image_root": image_root and _stable_name(image_root),
         "no_captions": no_captions,
     }
-    later |= {"conversations": conversations}
+    later |= {"conversations": conversations, "boxes": boxes}
     options |= {key: value for key, value in later.items() if value}  # an import begun by an older version resumes
-    _check_options(source, val_list, options)
+    check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
     root = image_root_of(image_root)
     about = SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
-    opened = (open_conversations if conversations else open_source)(source, about)
+    opened = (open_boxes if boxes else open_conversations if conversations else open_source)(source, about)
     chooser, is_val = choose_val(source, opened, val_fraction, val_list)
     plan = Plan(opened, is_val, shard_size)
     _prepare(out, options)
@@ -258,6 +262,8 @@ def write_job(
             else:
                 if isinstance(loaded, Loaded) and loaded.odd_label is not None:
                     passed.add(ODD_LABELS, loaded.odd_label)
+                for kind, name in loaded.noted if isinstance(loaded, Loaded) else ():
+                    passed.add(kind, name)
                 yield item.key, sample
 
     path = out / f"{job.name}.tar"
@@ -445,51 +451,19 @@ def _finish(
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
     kept = {split: number for split, number in counts.items() if number}
     about = {"rejected": len(rejects), "options": {k: v for k, v in options.items() if k != "source"}}
-    write_manifest(out, kept, source=options["source"], kind=source.kind, **about)
+    write_manifest(out, kept, source=options["source"], kind=source.kind, **about, **source.manifest)
     shutil.rmtree(out / WORK)
     shards = sum(note.written > 0 for note in notes.values())
     result = {**counts, "rejected": len(rejects), "shards": shards, "passed_over": source.passed.result()}
-    return result | ({"bad": bad_rows(rejects)} if options.get("conversations") else {})
+    return result | ({"bad": bad_rows(rejects)} if options.get("conversations") or options.get("boxes") else {})
 
 
 def bad_rows(rejects: list[Reject]) -> dict[str, dict[str, Any]]:
-    """{kind: {number, examples}} of rejected conversations, as of `PassedOver.result`."""
+    """{kind: {number, examples}} of rejected conversations or pictures with boxes, as of `PassedOver.result`."""
     bad = PassedOver()
     for reject in rejects:
         bad.add(reject.kind or "other", reject.image)
     return bad.result()
-
-
-# ---- options ----
-
-
-def _check_options(source: str, val_list: str | None, options: dict[str, Any]) -> None:
-    if not source:
-        raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
-    val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
-    others = {"--captions": options["captions"], "--class-folders": options.get("class_folders")}
-    unread = {"caption_column": None, "class_folders": None, "no_captions": None, "template": TEMPLATE}
-    if useless := [key for key, no in unread.items() if options.get("conversations") and options.get(key, no) != no]:
-        name = f"--{useless[0].replace('_', '-')}"
-        raise UsageError(f"{name}: conversations have no use for it; leave it out", option=name, code="conflict")
-    if options.get("no_captions") and (given := next((name for name, value in others.items() if value), None)):
-        raise UsageError(f"--no-captions: got {given} too; one of them expected", code="conflict")
-    if "{}" not in template:
-        raise UsageError(f"--template {template!r}: expected {{}} where the class goes")
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: expected 0 or more and below 1")
-    if val_fraction and val_list:
-        raise UsageError("--val-fraction and --val-list exclude each other; give one", code="conflict")
-    if val_list is not None and not Path(val_list).expanduser().is_file():
-        raise UsageError(
-            f"--val-list {val_list}: no such file; expected one key or image name a line", code="not-found"
-        )
-    if max_side is not None and max_side < 16:
-        raise UsageError(f"--max-side {max_side}: expected 16 pixels or more")
-    if options["shard_size"] < 1:
-        raise UsageError(f"--shard-size {options['shard_size']}: expected 1 sample or more")
-    if not 1 <= options["quality"] <= 100:
-        raise UsageError(f"--quality {options['quality']}: expected 1 to 100")
 
 
 def _stable_name(source: str) -> str:

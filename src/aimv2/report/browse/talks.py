@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from aimv2.config.load import check_keys, parse, read_recipe
 from aimv2.config.schema import Source
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver
-from aimv2.data.shards.format import captions_of, json_of, read_samples
+from aimv2.data.shards.format import Parts, captions_of, json_of, read_samples
 from aimv2.data.stream.samples import training_shards, training_sources
 from aimv2.data.text.conversations import ConversationError, Turn, bad_lines, holds_conversation, read_conversation
 from aimv2.errors import UsageError
@@ -38,8 +39,8 @@ class ShownTalk:
     turns: tuple[Turn, ...]
 
 
-def conversation_sources(recipe: str | None, given: dict[str, Any]) -> Sources | None:
-    """The sources of a run on conversations, each with its tars; None for other runs and for what can't be read.
+def run_sources(recipe: str | None, given: dict[str, Any]) -> tuple[str, Sources, Parts] | None:
+    """(``objective.name``, the sources of a run, each with its tars, members of the first sample); None for what can't be read.
 
     Args:
         recipe, given: as in :func:`aimv2.api.pretrain`.
@@ -52,10 +53,49 @@ def conversation_sources(recipe: str | None, given: dict[str, Any]) -> Sources |
         found = list(zip(training_sources(config.data), training_shards(config.data)))
     except UsageError:  # the run's own error comes of the run's own check
         return None
-    if config.objective.name == "instruct":
-        return found
     first = next((parts for _, tars in found for tar in tars for _, parts in read_samples(tar)), {})
-    return found if holds_conversation(json_of(first)) and not captions_of(first) else None
+    return config.objective.name, found, first
+
+
+def conversation_sources(opened: tuple[str, Sources, Parts] | None) -> Sources | None:
+    """The sources of a run on conversations, of :func:`run_sources`; None for other runs."""
+    if opened is None:
+        return None
+    objective, found, first = opened
+    return found if objective == "instruct" or (holds_conversation(json_of(first)) and not captions_of(first)) else None
+
+
+def first_samples(sources: Sources, count: int) -> Iterator[tuple[int, str, Parts]]:
+    """(number of the source, key, members) of the first samples of each source, ``count`` in all."""
+    for number, (_, tars) in enumerate(sources):
+        wanted = count // len(sources) + (number < count % len(sources))
+        for key, parts in islice((sample for tar in tars for sample in read_samples(tar)), wanted):
+            yield number, key, parts
+
+
+def save_page(template: str, context: dict[str, Any], sources: Sources, out: Path) -> dict[str, Any]:
+    """Fill a template on samples of ``sources`` and write the page.
+
+    Returns:
+        ``page``: its path; ``bytes``.
+
+    Raises:
+        UsageError: it can't be written.
+    """
+    names = [source.name or Path(source.path).name for source, _ in sources]
+    context |= {
+        "title": title_of([source for source, _ in sources]),
+        "names": names,
+        "colours": COLOURS,
+        "made": date_of(),
+    }
+    html = render_template("aimv2.report.browse/templates", template, context, QUALITIES)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, html)
+    except OSError as error:
+        raise UsageError(f"--out {out} can't be written: {error.strerror}") from None
+    return {"page": str(out), "bytes": len(html.encode())}
 
 
 def write_talks(sources: Sources, count: int, out: Path) -> dict[str, Any]:
@@ -65,37 +105,20 @@ def write_talks(sources: Sources, count: int, out: Path) -> dict[str, Any]:
         UsageError: no conversation, or a page that can't be written.
     """
     bad, talks = PassedOver(), list[ShownTalk]()
-    for number, (_, tars) in enumerate(sources):
-        wanted = count // len(sources) + (number < count % len(sources))
-        for key, parts in islice((sample for tar in tars for sample in read_samples(tar)), wanted):
-            try:
-                talk, images = read_conversation(parts)
-                talks.append(ShownTalk(key, number, list(map(_small, images)), talk.turns))
-            except ConversationError as error:
-                bad.add(error.code, f"{key}: {error}")
-            except ImageError as error:
-                bad.add("image-unreadable", f"{key}: {error}")
+    for number, key, parts in first_samples(sources, count):
+        try:
+            talk, images = read_conversation(parts)
+            talks.append(ShownTalk(key, number, list(map(small, images)), talk.turns))
+        except ConversationError as error:
+            bad.add(error.code, f"{key}: {error}")
+        except ImageError as error:
+            bad.add("image-unreadable", f"{key}: {error}")
     if not talks:
         why = "; ".join(bad_lines(bad.result()))
         raise UsageError(f"data.train: no conversation among its first {count} samples; {why}", code="missing")
-    names = [source.name or Path(source.path).name for source, _ in sources]
-    context = {
-        "title": title_of([source for source, _ in sources]),
-        "talks": talks,
-        "names": names,
-        "colours": COLOURS,
-        "bad": bad_lines(bad.result()),
-        "made": date_of(),
-    }
-    html = render_template("aimv2.report.browse/templates", "talks.html", context, QUALITIES)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(out, html)
-    except OSError as error:
-        raise UsageError(f"--out {out} can't be written: {error.strerror}") from None
+    page = save_page("talks.html", {"talks": talks, "bad": bad_lines(bad.result())}, sources, out)
     return {
-        "page": str(out),
-        "bytes": len(html.encode()),
+        **page,
         "samples": len(talks),
         "images": sum(len(talk.images) for talk in talks),
         "text_only": sum(not talk.images for talk in talks),
@@ -103,7 +126,8 @@ def write_talks(sources: Sources, count: int, out: Path) -> dict[str, Any]:
     }
 
 
-def _small(data: bytes) -> NDArray[np.uint8]:
+def small(data: bytes) -> NDArray[np.uint8]:
+    """An encoded image for a page, uint8 [H, W, 3], its longer side :data:`SIDE` at most."""
     image = decode_image(data)
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)

@@ -1,0 +1,254 @@
+"""Boxes that come as a folder: RefCOCO's refs with their instances, Flickr30k Entities, YOLO's labels."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+
+from aimv2.data.images.box_rows import BoxedPicture, BoxReader, load_json, plan_boxes
+from aimv2.data.images.catalogue import is_image
+from aimv2.data.images.entries import PlannedSource, RowError
+from aimv2.data.images.sources import SourceOptions
+from aimv2.data.text.encoding import text_lines
+from aimv2.errors import UsageError, first_line, nearest
+
+# ---- RefCOCO ----
+
+REFS = ("image_id", "ann_id", "sentences", "split")
+
+
+class RefsUnpickler(pickle.Unpickler):
+    """Builds numbers, texts, lists and dictionaries, of which refs(...).p is made, and refuses every name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}; only numbers, texts, lists and dictionaries are read")
+
+
+def open_refs(path: Path, options: SourceOptions) -> PlannedSource:
+    """RefCOCO, RefCOCO+ or RefCOCOg: refs(unc).p, refs(google).p or refs(umd).p, and instances.json next to it.
+
+    A picture has a phrase for every sentence. Splits are train, val and test; testA and testB only with ``--split``.
+
+    Raises:
+        UsageError: an unsafe or broken pickle, no instances.json, a reference to what is not there.
+    """
+    try:
+        with path.open("rb") as file:
+            refs = RefsUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise UsageError(f"SRC: {path} is not read: {first_line(error)}", code="unreadable") from None
+    if not isinstance(refs, list) or not all(isinstance(one, dict) and set(REFS) <= one.keys() for one in refs):
+        raise UsageError(f"SRC: {path}: a list of references with {', '.join(REFS)} expected", code="mismatch")
+    if not (file_of := path.parent / "instances.json").is_file():
+        raise UsageError(f"SRC: no instances.json next to {path.name}, which has the boxes", code="missing")
+    record = load_json(file_of)
+    images, boxes = ({one["id"]: one for one in record[key]} for key in ("images", "annotations"))
+    words = {one["split"] for one in refs}
+    chosen, kept = options.split, {"train", "val"}
+    if chosen is not None:
+        if chosen not in words:
+            has = ", ".join(sorted(words))
+            raise UsageError(
+                f"--split {chosen}: {path.name} has the splits {has}{nearest(chosen, words)}", code="unknown"
+            )
+        kept = {chosen}
+    pictures: dict[Any, BoxedPicture] = {}
+    for one in refs:
+        if one["split"] not in kept:
+            continue
+        image, annotation = images.get(one["image_id"]), boxes.get(one["ann_id"])
+        if image is None or annotation is None:
+            what = f"image {one['image_id']}" if image is None else f"annotation {one['ann_id']}"
+            raise UsageError(f"SRC: {path.name} refers to the {what}, which instances.json lacks", code="mismatch")
+        # RefCOCOg has pictures whose objects are in several splits: a sample for each
+        place = one["image_id"], one["split"]
+        if place not in pictures:
+            name = image["file_name"]
+            about = {"size": [image["width"], image["height"]], "image_id": image["id"], "phrases": []}
+            pictures[place] = BoxedPicture((name, "train2014/" + name), about, "" if chosen else one["split"])
+        for sentence in one["sentences"]:
+            phrase = sentence.get("sent") or sentence.get("raw")
+            pictures[place].about["phrases"].append(
+                {"phrase": phrase, "box": annotation["bbox"], "ref": one.get("ref_id")}
+            )
+    inner = SourceOptions(image_root=options.image_root)
+    planned = plan_boxes("references", list(pictures.values()), path.parent, inner, {})
+    if passed := sorted(words - kept):
+        planned.passed.add("references of other splits; see --split", *passed)
+    return planned
+
+
+# ---- Flickr30k Entities ----
+
+MARKED = re.compile(r"\[/EN#(\d+)((?:/\w+)*) ([^\]]*)\]")
+
+
+def open_flickr(folder: Path, options: SourceOptions) -> PlannedSource:
+    """Flickr30k Entities: Annotations/ID.xml, Sentences/ID.txt, images ID.jpg, and train.txt, val.txt, test.txt where they are there.
+
+    Raises:
+        UsageError: no sentence, a split that is not stated.
+    """
+    splits = {
+        name.strip(): split
+        for split in ("train", "val", "test")
+        if (folder / f"{split}.txt").is_file()
+        for name in text_lines(folder / f"{split}.txt")
+    }
+    files = sorted((folder / "Sentences").glob("*.txt"))
+    if not files:
+        raise UsageError(f"SRC: no Sentences/*.txt in {folder}", code="missing")
+    pictures = [_flickr_picture(folder, file, splits.get(file.stem, "")) for file in files]
+    return plan_boxes("Flickr30k Entities", pictures, folder, options, {})
+
+
+def _flickr_picture(folder: Path, file: Path, split: str) -> BoxedPicture:
+    """A picture; a phrase without a box (of a scene, or of what is not drawn) is left out."""
+    file_of = folder / "Annotations" / f"{file.stem}.xml"
+    try:
+        tree = ElementTree.parse(file_of).getroot()
+        size = [int(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
+        boxes = defaultdict[str, list[list[int]]](list)
+        for thing in tree.iter("object"):
+            if (drawn := thing.find("bndbox")) is None:
+                continue
+            # counted from 1
+            left, top, right, bottom = (int(drawn.findtext(key, "")) - 1 for key in ("xmin", "ymin", "xmax", "ymax"))
+            for name in thing.iter("name"):
+                boxes[str(name.text)].append([left, top, right - left, bottom - top])
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        raise UsageError(f"SRC: {file_of} can't be read: {first_line(error)}", code="unreadable") from None
+    phrases, captions = [], []
+    for number, line in enumerate(text_lines(file)):
+        captions.append(MARKED.sub(lambda found: found[3], line).strip())
+        for found in MARKED.finditer(line):
+            if found[1] in boxes:
+                phrases.append({"phrase": found[3], "boxes": boxes[found[1]], "sentence": number})
+    about = {"size": size, "phrases": phrases}
+    names = (f"{file.stem}.jpg", f"flickr30k-images/{file.stem}.jpg", f"flickr30k_images/{file.stem}.jpg")
+    return BoxedPicture(names, about, split, {"caption": [text for text in captions if text]})
+
+
+# ---- YOLO ----
+
+
+def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
+    """YOLO: data.yaml with `names` and folders or lists of images as `train`, `val`, `test`; labels in .../labels/... .txt.
+
+    A picture without a label file has no objects.
+
+    Raises:
+        UsageError: no class names, no images, labels of pixels.
+    """
+    try:
+        record = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"SRC: {path} can't be read as YAML: {first_line(error)}", code="unreadable") from None
+    names = record.get("names") if isinstance(record, dict) else None
+    if isinstance(names, dict):
+        names = [names[number] for number in sorted(names)] if sorted(names) == list(range(len(names))) else None
+    if not isinstance(names, list) or not names:
+        raise UsageError(
+            f"SRC: {path}: class names missing: `names`, a list in order of the classes, expected", code="missing"
+        )
+    pictures = []
+    for split in ("train", "val", "test"):
+        given = record.get(split)
+        for part in given if isinstance(given, list) else [given] if given else ():
+            pictures += list(_yolo_pictures(path.parent, str(record.get("path") or ""), str(part), split))
+    if not pictures:
+        raise UsageError(f"SRC: {path}: no image in the folders of train, val and test", code="not-found")
+    _check_labels([Path(one.about["labels"]) for one in pictures if one.about["labels"]])
+    reader = BoxReader(tuple(map(str, names)))
+    manifest = {"classes": list(map(str, names)), "class_ids": list(range(len(names)))}
+    return plan_boxes("YOLO labels", pictures, path.parent, options, manifest, reader)
+
+
+def _yolo_pictures(home: Path, root: str, part: str, split: str) -> Iterator[BoxedPicture]:
+    """The images of a folder or of a list, below the folder of data.yaml."""
+    place = next((place for base in (home / root, home) if (place := base / part).exists()), None)
+    # exports name their folders as seen from elsewhere: ../train/images
+    place = place or next(
+        (place for place in [home / part.replace("../", "").removeprefix("./")] if place.exists()), None
+    )
+    if place is None:
+        return
+    if place.is_file():
+        files = [
+            path if path.is_absolute() else place.parent / path
+            for line in text_lines(place)
+            if (path := Path(line.strip())).name
+        ]
+    else:
+        files = sorted(path for path in place.rglob("*") if is_image(path.name))
+    for file in files:
+        folders = list(file.parts)
+        at = max((number for number, folder in enumerate(folders) if folder == "images"), default=None)
+        if at is not None:
+            folders[at] = "labels"
+        labels = Path(*folders).with_suffix(".txt")
+        try:
+            name = file.resolve().relative_to(home.resolve()).as_posix()
+        except ValueError:
+            raise UsageError(
+                f"SRC: {file} is outside {home}, the folder of data.yaml; move data.yaml above its images",
+                code="mismatch",
+            ) from None
+        yield BoxedPicture((name,), {"objects": [], "labels": str(labels) if labels.is_file() else ""}, split)
+
+
+def _check_labels(files: list[Path], most: int = 200) -> None:
+    """Refuse labels that are no fractions of the picture's sides.
+
+    Raises:
+        UsageError: more than a tenth of the numbers are above 1.
+    """
+    sides = [side for file in files[:most] for line in text_lines(file) for side in _numbers(line)[1:]]
+    if sides and sum(side > 1.5 for side in sides) > 0.1 * len(sides):
+        raise UsageError(
+            f"SRC: labels such as {files[0].name} are not fractions: YOLO's are class, x and y of the centre, width, height, all of the"
+            " picture's sides, 0 to 1",
+            code="mismatch",
+        )
+
+
+def _numbers(line: str) -> list[float]:
+    try:
+        return [float(word) for word in line.split()]
+    except ValueError:
+        return []
+
+
+def yolo_objects(file: Path, classes: tuple[str, ...], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The objects of a label file, in pixels of a picture of ``size`` (width, height); a polygon's box is the one around it.
+
+    Raises:
+        RowError: a line of another form, a class without a name.
+    """
+    objects = []
+    for number, line in enumerate(text_lines(file), 1):
+        if not line.strip():
+            continue
+        row = _numbers(line)
+        polygon = len(row) >= 7 and len(row) % 2 == 1
+        if not (len(row) == 5 or polygon) or row[0] != int(row[0]):
+            raise RowError("not-a-box", f"{file.name} line {number}: class and four fractions, or a polygon, expected")
+        if not 0 <= row[0] < len(classes):
+            raise RowError("no-class", f"{file.name} line {number}: class {row[0]:g}, of {len(classes)} names")
+        thing: dict[str, Any] = {"class": classes[int(row[0])]}
+        if polygon:
+            points = [value * size[at % 2] for at, value in enumerate(row[1:])]
+            left, top = min(points[::2]), min(points[1::2])
+            thing |= {"box": [left, top, max(points[::2]) - left, max(points[1::2]) - top], "segmentation": [points]}
+        else:
+            x, y, width, height = (value * size[at % 2] for at, value in enumerate(row[1:]))
+            thing |= {"box": [x - width / 2, y - height / 2, width, height]}
+        objects.append(thing)
+    return objects

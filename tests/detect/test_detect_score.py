@@ -101,6 +101,13 @@ def test_boxes_of_another_form_are_noticed(
     assert (refusal.value.code, refusal.value.option) == ("mismatch", "--predictions")
 
 
+@pytest.mark.parametrize("given", [{"data": "x"}, {"predictions": "x"}])
+def test_both_sides_are_needed(given: dict[str, str]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        api.detect_score(**given)
+    assert refusal.value.code == "missing" and refusal.value.option.removeprefix("--") not in given
+
+
 @pytest.mark.parametrize("content", ["{", "3", '{"a": 1}'])
 def test_a_file_that_holds_no_list(content: str, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "found.json").write_text(content)

@@ -11,7 +11,7 @@ from aimv2.errors import UsageError
 
 EXAMPLES = """\
 aimv2 detect score --predictions found.json --data instances_val2017.json
-aimv2 detect score --predictions found.json --data shards/refcoco --dataset refcoco --out results/refcoco"""
+aimv2 detect score --predictions found.json --data boxes --dataset refcoco"""
 FIRST = "predictions data split dataset name out"
 
 
@@ -29,16 +29,19 @@ class DetectScoreOptions:
         out: folder for result.json
     """
 
-    data: str
     predictions: str | None = None
+    data: str | None = None
     split: Literal["train", "val", "test"] = "val"
     dataset: Literal["coco2017", "lvis", "refcoco", "refcoco+", "refcocog"] | None = None
     name: str | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
-        if self.predictions is None:
-            raise UsageError("--predictions: needed, a JSON file of detections", option="--predictions", code="missing")
+        needed = {"--predictions": (self.predictions, "a JSON file of detections")}
+        needed["--data"] = (self.data, "shards with boxes, or a COCO JSON")
+        for option, (value, what) in needed.items():
+            if value is None:
+                raise UsageError(f"{option}: needed, {what}", option=option, code="missing")
 
 
 def run(options: DetectScoreOptions) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def evaluate_predictions(options: DetectScoreOptions) -> dict[str, Any]:
     Raises:
         UsageError: see :func:`aimv2.evals.detection.predictions.read_predictions`.
     """
-    assert options.predictions is not None
+    assert options.predictions is not None and options.data is not None
     with Evaluation("detect score", options.out) as evaluation:
         if not (file := Path(options.predictions).expanduser()).is_file():
             raise UsageError(f"--predictions {options.predictions}: no such file", code="not-found")

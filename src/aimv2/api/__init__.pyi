@@ -20,7 +20,7 @@ def recipes(names: str | list[str] | None = None) -> dict[str, Any]:
 def report(runs: list[str], out: str | None = None, images: int = 6, device: str | None = None, watch: float | None = None) -> dict[str, Any]:
     """Write a page of what a run has learned; for several runs their curves, figures and differences."""
 
-def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False, conversations: bool = False) -> dict[str, Any]:
+def data_import(source: str, out: str, captions: str | None = None, image_column: str | None = None, caption_column: list[str] | str | None = None, template: str = 'a photo of a {}.', split: str | None = None, val_fraction: float = 0.0, val_list: str | None = None, max_side: int | None = None, shard_size: int = 1000, workers: int | None = None, class_folders: bool = False, image_root: str | None = None, no_captions: bool = False, conversations: bool = False, boxes: bool = False) -> dict[str, Any]:
     """Convert captioned images, in whatever form they are, to WebDataset shards."""
 
 def data_check(source: str, tokenizer: str | None = None, min_side: int = 16) -> dict[str, Any]:
@@ -65,6 +65,9 @@ def depth(model: str, data: str | None = None, depth_scale: float | None = None,
 
 def vlm_score(vlm: str, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', controls: bool = True, limit: int = 0, max_tokens: int | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, out: str | None = None, tasks: str | None = None, shots: str = '0', include: str | None = None, earlier_turns: bool = True) -> dict[str, Any]:
     """Score the answers of a vision-language model: questions of shards by exact match, or benchmarks of lmms-eval."""
+
+def detect_score(predictions: str | None = None, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', dataset: Literal['coco2017', 'lvis', 'refcoco', 'refcoco+', 'refcocog'] | None = None, name: str | None = None, out: str | None = None) -> dict[str, Any]:
+    """Score detections: COCO's average precision of boxes and masks, LVIS's on federated annotations, P@1 of phrases."""
 
 def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:
     """Compare results with one another and with the paper's figures on the same data sets."""

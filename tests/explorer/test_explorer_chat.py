@@ -252,6 +252,7 @@ def test_a_conversation_in_the_browser(open_screen: Any, home: Path, url: str) -
     page.press("#question", "Enter")
     screen.settled()
     assert screen.text("#chat .status").startswith("<image> can't be part") and page.locator(".turns li").count() == 2
+    assert page.input_value("#question") == "<image>?"
     page.click("#strip [title='c-square.png']")
     screen.settled()
     assert (

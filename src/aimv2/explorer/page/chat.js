@@ -11,7 +11,8 @@ export class Chat {
   constructor(at, block, shown, of) {
     Object.assign(this, {at, shown, of, node: block.node, line: block.line});
     this.layer = $('select', this.node);
-    this.layer.onchange = () => this.line(() => this.look());
+    this.busy = false;
+    this.layer.onchange = () => this.relook();
     this.restart();
   }
 
@@ -24,19 +25,22 @@ export class Chat {
     say($('.status', this.node), '');
   }
 
-  send(turns, text) {
-    const texts = [...turns.flatMap((one) => [one.question, one.answer]), text];
-    return post('chat', {model: this.at, image: this.shown().image, layer: this.layer.value || 'all'}, JSON.stringify(texts));
+  async send(turns, text) {
+    const texts = [...turns.flatMap((one) => [one.question, one.answer]), text], layer = this.layer.value;
+    return {...await post('chat', {model: this.at, image: this.shown().image, layer}, JSON.stringify(texts)), at: layer};
   }
 
-  put(text) {
+  // `failed` is called where there is no answer
+  put(text, failed) {
     const {turns} = this;
+    this.busy = true;
     this.line(async () => {
-      if (turns !== this.turns) return;  // another image, or started over
-      const found = await this.send(turns, text);
-      if (turns !== this.turns) return;
-      turns.push({question: text, ...found});
-      this.write(turns.at(-1));
+      try {
+        const found = turns === this.turns && await this.send(turns, text);
+        if (turns !== this.turns) return;  // another image, or started over
+        turns.push({question: text, ...found});
+        this.write(turns.at(-1));
+      } catch (error) { failed(); throw error; } finally { this.busy = false; }
     });
   }
 
@@ -67,18 +71,19 @@ export class Chat {
 
   choose(turn, place) {
     this.chosen = {turn, place};
-    if (turn.at !== undefined && turn.at !== this.layer.value) this.line(() => this.look());
-    turn.at ??= this.layer.value;
+    if (turn.at !== this.layer.value) this.relook();
     this.draw();
   }
 
+  relook() { if (!this.busy) this.line(() => this.look()); }  // a question that waits is not replaced
+
   // the chosen answer's attention in the chosen layer
   async look() {
-    const {turns, chosen} = this, layer = this.layer.value;
+    const {turns, chosen} = this;
     if (!chosen) return;
     const found = await this.send(turns.slice(0, turns.indexOf(chosen.turn)), chosen.turn.question);
     if (turns !== this.turns) return;
-    Object.assign(chosen.turn, {words: found.words, at: layer});
+    Object.assign(chosen.turn, found);
     this.draw();
   }
 

@@ -460,9 +460,9 @@ function watch() {
   $('#talk').onsubmit = (event) => {
     event.preventDefault();
     const text = $('#question').value.trim();
-    if (!text || !now.picture) return;
+    if (!text || !now.picture || chats.some((chat) => chat.busy)) return;  // an answer at a time; the text stays
     $('#question').value = '';
-    for (const chat of chats) chat.put(text);
+    for (const chat of chats) chat.put(text, () => { $('#question').value ||= text; });
   };
   $('#restart').onclick = () => { for (const chat of chats) chat.restart(); };
   $('#text').placeholder = about.own_folder ? 'two dogs play in the snow' : 'a large red circle at the top left';

@@ -100,8 +100,14 @@ def test_bad_rows_are_counted_and_named(images: Path, tmp_path: Path) -> None:
     assert {kind: about["number"] for kind, about in result["bad"].items()} == dict.fromkeys(BAD_ROWS, 1)
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {*BAD_ROWS} and all(line["reason"] for line in lines)
-    assert result["bad"]["image-missing"]["examples"] == ["none.jpg"]
-    assert result["bad"]["token-without-image"]["examples"] == ["llava.json entry 8"]
+    assert result["bad"]["image-missing"]["examples"] == ["none.jpg (entry 6)"]
+    assert result["bad"]["image-unreadable"]["examples"] == ["broken.jpg (entry 7)"]
+    assert result["bad"]["token-without-image"]["examples"] == ["llava.json entry 8 (id t)"]
+    rows = {line["kind"]: (line["image"], line.get("row")) for line in lines}
+    assert (rows["image-missing"], rows["token-without-image"]) == (
+        ("none.jpg", "entry 6"),
+        ("llava.json entry 8", "id t"),
+    )
 
 
 def test_rows_of_one_image_are_of_one_split(tmp_path: Path) -> None:

@@ -241,10 +241,13 @@ def _json_source(file: Path, root: Path, options: SourceOptions) -> PlannedSourc
             named = first if isinstance(first, str) and len(first) < HEAD else None
             image = named or place
             key = safe_key(named or str(row.get("id") or f"{file.stem}-{number:08d}"))
+            name = ", ".join(
+                ([f"entry {number}"] if named else []) + ([f"id {row['id']}"] if row.get("id") is not None else [])
+            )
             if why := splits.refusal(row.get("split")):
-                yield Reject(key, image, why)
+                yield Reject(key, image, why, row=name)
             else:
-                yield SourceEntry(key, image, (str(root), row), UNREAD, None, UNREAD, reader)
+                yield SourceEntry(key, image, (str(root), row), UNREAD, None, UNREAD, reader, name)
 
     has_val = any(map(splits.is_val, words))
     return PlannedSource(

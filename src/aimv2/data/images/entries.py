@@ -54,12 +54,23 @@ class Loaded(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """An entry that cannot be used, and why, in words; ``kind``: of a conversation's fault, under which it is counted."""
+    """An entry that cannot be used, and why, in words.
+
+    Attributes:
+        kind: of a conversation's fault, under which it is counted.
+        row: see :class:`SourceEntry`.
+    """
 
     key: str
     image: str
     reason: str
     kind: str = ""
+    row: str = ""
+
+    @property
+    def place(self) -> str:
+        """What names it in a message."""
+        return f"{self.image} ({self.row})" if self.row else self.image
 
 
 class RowError(ImageError):
@@ -91,7 +102,7 @@ def loaded_or_reject(entry: SourceEntry, read: Callable[[], Loaded]) -> Loaded |
     try:
         return read()
     except ImageError as error:
-        return Reject(entry.key, entry.image, str(error), getattr(error, "kind", ""))
+        return Reject(entry.key, entry.image, str(error), getattr(error, "kind", ""), entry.row)
 
 
 class SourceEntry(NamedTuple):
@@ -101,6 +112,7 @@ class SourceEntry(NamedTuple):
         image: its name as the source gives it, for messages.
         where: what the reader needs to find it.
         reader: finds it.
+        row: number and id of its row, for messages, where its image's name can be that of several.
     """
 
     key: str
@@ -110,6 +122,7 @@ class SourceEntry(NamedTuple):
     label: str | None
     about: dict[str, Any]
     reader: Reader
+    row: str = ""
 
 
 @dataclass

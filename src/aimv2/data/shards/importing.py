@@ -288,7 +288,7 @@ def _sample(item: SourceEntry, loaded: Loaded, options: ImageOptions) -> Parts |
             parts[f"{number}.{image.extension}" if number else image.extension] = image.data
             about |= {"width": image.width, "height": image.height} if not number else {}
     except ImageError as error:
-        return Reject(item.key, item.image, str(error), "image-unreadable" if talk else "")
+        return Reject(item.key, item.image, str(error), "image-unreadable" if talk else "", item.row)
     about |= {"conversations": loaded.turns} if talk else {}
     about |= {"captions": loaded.captions} if loaded.captions or not talk else {}
     if loaded.captions:
@@ -435,17 +435,18 @@ def _finish(
             source.passed.add(kind, *about["examples"], number=about["number"])
     if rejects:
         records = [
-            {key: value for key, value in reject._asdict().items() if value or key != "kind"} for reject in rejects
+            {key: value for key, value in reject._asdict().items() if value or key not in ("kind", "row")}
+            for reject in rejects
         ]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))
     if not any(counts.values()):
         shutil.rmtree(out / WORK)
-        why = f"; the first: {shown(rejects[0].image, 200)}: {rejects[0].reason}" if rejects else ""
+        why = f"; the first: {shown(rejects[0].place, 200)}: {rejects[0].reason}" if rejects else ""
         why += "; ".join(("", *passed_lines(source.passed.result())))
         raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
     if rejects:
-        first = f"{shown(rejects[0].image, 200)}: {rejects[0].reason}"
+        first = f"{shown(rejects[0].place, 200)}: {rejects[0].reason}"
         log.warning("%d rejected, the first %s; all of them in %s", len(rejects), first, out / "rejected.jsonl")
     if source.classes:
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
@@ -462,7 +463,7 @@ def bad_rows(rejects: list[Reject]) -> dict[str, dict[str, Any]]:
     """{kind: {number, examples}} of rejected conversations or pictures with boxes, as of `PassedOver.result`."""
     bad = PassedOver()
     for reject in rejects:
-        bad.add(reject.kind or "other", reject.image)
+        bad.add(reject.kind or "other", reject.place)
     return bad.result()
 
 

@@ -116,6 +116,6 @@ def test_every_task_file_runs(place: Path, tmp_path: Path, monkeypatch: pytest.M
         written = json.loads((tmp_path / "out" / "submissions" / f"{name}_test_for_submission.json").read_text())
         assert [one["questionId"] for one in written] == list(ROWS) and all("answer" in one for one in written)
     shots = api.vlm_score(
-        place / "vlm", tasks="textvqa,textcaps", include=place / "own", shots="0,2", out=tmp_path / "out"
+        place / "vlm", tasks="textvqa,textcaps", include=place / "own", shots="0,2", out=tmp_path / "shots"
     )
     assert all(list(row["by_shots"]) == ["0", "2"] for row in shots["figures"]["tasks"].values())

@@ -166,6 +166,12 @@ def test_a_result_and_its_second_start(place: Path, tmp_path: Path) -> None:
     again = api.vlm_score(place / "post", **options, out=out)["figures"]
     assert again["accuracy"] == figures["accuracy"] + 1 / 48, "kept answers are read, not written again"
     assert again["sets"]["others"] == figures["sets"]["others"], "what was cut is answered anew"
+    others = ({"max_tokens": 4}, {"data": str(place / "scenes")}, {"earlier_turns": False}, {"limit": 3})
+    for other in others:
+        refused("exists", "--out", place / "post", **{**options, **other}, out=out)
+    refused("exists", "--out", place / "tiles", **options, out=out)
+    assert json.loads((out / "result.json").read_text())["figures"] == again
+    (out / "result.json").unlink()
     longer = api.vlm_score(place / "post", **{**options, "max_tokens": 4}, out=out)["figures"]
     assert longer["accuracy"] != again["accuracy"], "an answer of another length is another answer"
 

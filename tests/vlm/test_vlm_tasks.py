@@ -88,10 +88,15 @@ def test_scores_are_those_of_our_answers(place: Path, tmp_path: Path) -> None:
     assert row["prompt"] == QUESTIONS[0] and row["max_tokens"] == 3
     kept = list((tmp_path / "out" / "answers").iterdir())
     before = [file.read_text() for file in kept]
-    again = scored(place, shots="0,2", out=tmp_path / "out")
+    (tmp_path / "out" / "result.json").write_text(
+        json.dumps({**result, "protocol": result["protocol"] | {"shots": [0]}})
+    )
+    again = scored(place, shots="0,2", out=tmp_path / "out")  # which adds a number of shots
     assert again["figures"] == result["figures"] and [file.read_text() for file in kept] == before, (
         "nothing is answered twice"
     )
+    for other in ({"shots": "0"}, {"shots": "0,2", "controls": False}, {"shots": "0,2", "limit": 1}):
+        tiny_llm.refused(scored, "exists", "--out", place, **other, out=tmp_path / "out")
 
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:

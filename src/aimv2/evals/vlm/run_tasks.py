@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from aimv2.config.types import split_words
 from aimv2.distributed import World
 from aimv2.errors import UsageError, first_line
 from aimv2.evals.harness import Evaluation
@@ -26,7 +27,7 @@ from aimv2.evals.vlm.benchmarks import (
     task_names,
     write_tasks,
 )  # fmt: skip
-from aimv2.evals.vlm.score import about_vlm, lines_of, opened, processes
+from aimv2.evals.vlm.score import about_vlm, lines_of, opened, processes, refuse_other_result
 from aimv2.interop.hub import offline_if_unreachable
 from aimv2.tables import TextTable
 
@@ -53,6 +54,12 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
             for name, config in configs.items():
                 check_ready(name, config, why)
             evaluation.open_folder()
+            protocol = {
+                "name": "lmms-eval", "lmms_eval": version("lmms-eval"), "shots": list(options.shots), "decoding": "greedy",
+                "examples": "turns of the conversation, of the training split" if max(options.shots) else None,
+                "limit": options.limit or None, "controls": options.shots[0] if options.controls else None,
+            }  # fmt: skip
+            refuse_other_result(evaluation.out, options.vlm, protocol, "name", split_words(options.tasks))
             answerer = opened(options.vlm, options.device, options.batch_size, None, evaluation.out, world.rank)
             tasks = {name: loaded(manager, name, configs[name], bool(why)) for name in names}
         from aimv2.evals.vlm.lmms import CONDITIONS, Aimv2Vlm, check_shots
@@ -80,11 +87,6 @@ def evaluate_tasks(options: VlmScoreOptions) -> dict[str, Any]:
         if set(names) >= {PREFIX + name for name in TABLE_8} and world.main:
             rows = [scored[PREFIX + name]["by_shots"] for name in TABLE_8]
             figures["mean_over_eight"] = {shots: sum(row[shots] for row in rows) / len(rows) for shots in rows[0]}
-        protocol = {
-            "name": "lmms-eval", "lmms_eval": version("lmms-eval"), "shots": list(options.shots), "decoding": "greedy",
-            "examples": "turns of the conversation, of the training split" if max(options.shots) else None,
-            "limit": options.limit or None, "controls": options.shots[0] if options.controls else None,
-        }  # fmt: skip
         if any(row["unit"] == "CIDEr" for row in scored.values()):
             from aimv2.evals.ptb import tokenise
 

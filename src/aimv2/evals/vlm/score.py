@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from aimv2.config.types import split_words
 from aimv2.distributed import World, default_device, join_world, leave_world, usable_device
+from aimv2.errors import UsageError, shown
 from aimv2.evals.harness import Evaluation
+from aimv2.evals.result import FILE, read_result
 from aimv2.evals.vlm.answered import Answerer, AnswerStore
 from aimv2.evals.vlm.questions import CHANCE, QuestionSet, answered, figures_of, read_documents, table_of
 from aimv2.features.fingerprint import weights_hash
@@ -76,6 +79,39 @@ def sources_of(given: str) -> list[str]:
     return [given] if "{" in given or Path(given).expanduser().exists() else split_words(given)
 
 
+def refuse_other_result(
+    out: Path | None, vlm: str, protocol: dict[str, Any], key: str, names: list[str], split: str | None = None
+) -> None:
+    """Raise UsageError where a folder holds a result that this one would replace: of another model, protocol or other data.
+
+    Args:
+        out: the folder; None: there is none.
+        vlm: the name of the model.
+        protocol: what of it is known before the model is opened.
+        key: what holds ``names`` in a result's ``data``.
+        names: of what is scored; further ones replace nothing, nor do further numbers of shots.
+        split: of it.
+    """
+    if out is None or not (out / FILE).is_file():
+        return
+    stored = read_result(out)
+    pairs: dict[str, tuple[Any, Any]] = {"VLM": (stored["model"]["name"], str(vlm))}
+    pairs |= {name: (stored["protocol"].get(name), value) for name, value in json.loads(json.dumps(protocol)).items()}
+    before, now = pairs.pop("shots", ([], []))
+    pairs.pop("examples", None)  # follow from the shots
+    if not set(before) <= set(now):
+        pairs["shots"] = before, now
+    pairs["split"] = stored["data"]["split"], split
+    if lost := set(sources_of(stored["data"][key] or "")) - set(names):
+        pairs["data"] = ", ".join(sorted(lost)), ", ".join(names)
+    if why := [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]:
+        raise UsageError(
+            f"--out {out}: holds another result ({shown(why[0], 200)}), which would be replaced; give another folder, or remove its "
+            f"{FILE} and keep the answers",
+            code="exists",
+        )
+
+
 def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
     """Questions of one or several sources of shards; the first is the headline.
 
@@ -91,6 +127,14 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
         named = {one.name if len({s.name for s in sets}) == len(sets) else one.source: one for one in sets}
         evaluation.open_folder()
         max_tokens = options.max_tokens or MAX_TOKENS
+        protocol = {
+            "name": "questions, exact match" if options.earlier_turns else "single questions, exact match",
+            "before_a_question": "earlier turns with right answers" if options.earlier_turns else None,
+            "max_tokens": max_tokens, "decoding": "greedy", "chance": CHANCE,
+            "exact_match": "lower case, single spaces, without a full stop at the end",
+            "interval": "95%, Wilson, questions taken as independent", "limit": options.limit or None,
+        }  # fmt: skip
+        refuse_other_result(evaluation.out, options.vlm, protocol, "source", sources, options.split)
         answerer = opened(options.vlm, options.device, options.batch_size, world, evaluation.out, world.rank)
         answerer = replace(answerer, max_tokens=max_tokens)
         scored: dict[str, dict[str, Any]] = {}
@@ -99,13 +143,6 @@ def evaluate_questions(options: VlmScoreOptions) -> dict[str, Any]:
             scored[name] = {**figures_of(one.documents, answers), "samples": samples_of(one, answers)}
             scored[name] |= {"unreadable": one.unreadable, "without_questions": one.bad, "kept_images": kept}
         figures = {**next(iter(scored.values())), **({"sets": scored} if len(scored) > 1 else {})}
-        protocol = {
-            "name": "questions, exact match" if options.earlier_turns else "single questions, exact match",
-            "before_a_question": "earlier turns with right answers" if options.earlier_turns else None,
-            "max_tokens": max_tokens, "decoding": "greedy", "chance": CHANCE,
-            "exact_match": "lower case, single spaces, without a full stop at the end",
-            "interval": "95%, Wilson, questions taken as independent",
-        }  # fmt: skip
         first = sets[0]
         data = {
             "name": first.name, "dataset": None, "source": options.data, "split": options.split,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from brought import picture, put, run
 
@@ -190,6 +192,54 @@ def test_refcoco_of_a_pickle_and_instances(protocol: int, images: Path, tmp_path
     assert refusal.value.option == "--split"
 
 
+def test_one_picture_in_two_splits_becomes_two_samples(images: Path, tmp_path: Path) -> None:
+    rows = [one | {"split": split, "image_id": 10, "ann_id": 0} for one, split in zip(refs(), ("train", "val"))]
+    put(tmp_path / "r" / "instances.json", json.dumps(coco()))
+    put(tmp_path / "r" / "refs(google).p", pickle.dumps(rows, 2))
+    run(tmp_path / "r", tmp_path / "out", boxes=True, image_root=str(images))
+    found = {
+        split: [one["phrases"][0]["phrase"] for one in samples(tmp_path / "out", split).values()]
+        for split in ("train", "val")
+    }
+    assert found == {"train": ["the ring"], "val": ["all of it"]}
+
+
+def test_references_of_parquet(images: Path, tmp_path: Path) -> None:
+    info = [json.dumps(one) for one in coco()["images"]]
+    rows = {
+        "sentences": [[{"sent": "the ring", "raw": "The ring"}], [{"sent": "x", "raw": "x"}]], "split": ["train", "testB"],
+        "raw_image_info": info[:2], "raw_anns": [json.dumps({"bbox": [4, 4, 10, 8]})] * 2, "bbox": [[4.0, 4.0, 14.0, 12.0]] * 2,
+    }  # fmt: skip
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "table" / "train.parquet")
+    result = run(tmp_path / "table", tmp_path / "out", boxes=True, image_root=str(images))
+    (about,) = samples(tmp_path / "out").values()
+    assert about["phrases"] == [{"phrase": "the ring", "box": [4, 4, 10, 8]}]
+    assert [one["examples"] for one in result["passed_over"].values()] == [["testB"]]
+    pq.write_table(pa.table({"bbox": rows["bbox"]}), tmp_path / "table" / "train.parquet")
+    with pytest.raises(UsageError) as refusal:
+        run(tmp_path / "table", tmp_path / "other", boxes=True, image_root=str(images))
+    assert refusal.value.code == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("a.json", {"1": {"width": 40, "height": 30, "objects": {"5": 3}}}),
+        ("a.json", {"images": [{"id": 1, "file_name": "1.jpg", "caption": "a"}], "annotations": [
+            {"image_id": 1, "bbox": [1, 1, 2, 2], "tokens_positive": [3]}]}),
+        ("a.json", [1, 2]),
+        ("a.jsonl", {"filename": "1.jpg"}),
+        ("a.jsonl", {"filename": "1.jpg", "detection": {"instances": [3]}}),
+        ("a.jsonl", {"filename": "1.jpg", "grounding": {"regions": [{"bbox": 3, "phrase": "x"}]}}),
+        ("a.jsonl", "text"),
+        ("a.txt", {}),
+    ],
+)  # fmt: skip
+def test_records_of_another_form_are_one_line(name: str, record: Any, images: Path) -> None:
+    assert refused(json.dumps(record), images, name=name) == ("SRC", "mismatch")
+
+
 class Planted:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("planted"),)
@@ -277,13 +327,16 @@ def yolo(tmp_path: Path) -> Path:
         put(home / split / "images" / f"{number}.jpg", picture(number, (40, 30)))
     put(home / "train" / "labels" / "1.txt", "1 0.5 0.5 0.25 0.4\n0 0.1 0.1 0.3 0.1 0.3 0.4\n")
     put(home / "val" / "labels" / "3.txt", "7 0.5 0.5 0.25 0.4\n")
+    put(home / "val" / "images" / "4.jpg", picture(4, (40, 30)))
+    put(home / "val" / "labels" / "4.txt", "nan 0.5 0.5 0.25 0.4\n")
     put(home / "data.yaml", "train: ../train/images\nval: val/images\nnames: {0: ring, 1: cross}\n")
     return home
 
 
 def test_yolo_labels(yolo: Path, tmp_path: Path) -> None:
     result = run(yolo, tmp_path / "out", boxes=True)
-    assert (result["train"], result["bad"]["no-class"]["number"]) == (2, 1)  # class 7 of two
+    bad = {code: about["number"] for code, about in result["bad"].items()}
+    assert (result["train"], bad) == (2, {"no-class": 1, "not-a-box": 1})  # class 7 of two, and no number
     found = {key.rpartition("/")[2]: about for key, about in samples(tmp_path / "out").items()}
     boxes = {key.rpartition("_")[2]: about["objects"] for key, about in found.items()}
     (one,) = [objects for objects in boxes.values() if objects]

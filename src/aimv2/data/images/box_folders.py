@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import yaml
 
-from aimv2.data.images.box_rows import BoxedPicture, BoxReader, load_json, plan_boxes
+from aimv2.data.images.box_rows import (
+    MALFORMED,
+    BoxedPicture,
+    BoxReader,
+    load_json,
+    malformed,
+    plan_boxes,
+    stated_size,
+)
 from aimv2.data.images.catalogue import is_image
 from aimv2.data.images.entries import PlannedSource, RowError
 from aimv2.data.images.sources import SourceOptions
@@ -49,37 +60,70 @@ def open_refs(path: Path, options: SourceOptions) -> PlannedSource:
     if not (file_of := path.parent / "instances.json").is_file():
         raise UsageError(f"SRC: no instances.json next to {path.name}, which has the boxes", code="missing")
     record = load_json(file_of)
-    images, boxes = ({one["id"]: one for one in record[key]} for key in ("images", "annotations"))
-    words = {one["split"] for one in refs}
-    chosen, kept = options.split, {"train", "val"}
-    if chosen is not None:
-        if chosen not in words:
-            has = ", ".join(sorted(words))
+    try:
+        images, boxes = ({one["id"]: one for one in record[key]} for key in ("images", "annotations"))
+        rows = [Reference(images[one["image_id"]], boxes[one["ann_id"]]["bbox"], one) for one in refs]
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"SRC: {path.name} refers to {first_line(error)}, which instances.json lacks", code="mismatch"
+        ) from None
+    return _plan_references(rows, path, options)
+
+
+def open_ref_tables(files: list[Path], options: SourceOptions) -> PlannedSource:
+    """References as Parquet of the hub: a row has `sentences`, `split`, and `raw_image_info` and `raw_anns` as JSON.
+
+    Raises:
+        UsageError: other columns.
+    """
+    from pyarrow import parquet
+
+    columns, rows = ["sentences", "split", "raw_image_info", "raw_anns"], []
+    for file in files:
+        if missing := [name for name in columns if name not in parquet.read_schema(file).names]:
             raise UsageError(
-                f"--split {chosen}: {path.name} has the splits {has}{nearest(chosen, words)}", code="unknown"
+                f"SRC: {file} has no column {', '.join(missing)}; tables of references have {', '.join(columns)}",
+                code="missing",
             )
-        kept = {chosen}
+        for row in parquet.read_table(file, columns=columns).to_pylist():
+            try:
+                # their `bbox` is corners, that of `raw_anns` is COCO's
+                rows.append(Reference(json.loads(row["raw_image_info"]), json.loads(row["raw_anns"])["bbox"], row))
+            except MALFORMED as error:
+                raise malformed(file, error) from None
+    return _plan_references(rows, files[0], options)
+
+
+class Reference(NamedTuple):
+    """COCO's record of the image, the box, and `split` and `sentences` of a reference."""
+
+    image: dict[str, Any]
+    box: Any
+    about: dict[str, Any]
+
+
+def _plan_references(rows: list[Reference], path: Path, options: SourceOptions) -> PlannedSource:
+    """A sample for each picture and split: RefCOCOg has pictures whose objects are in several."""
+    words = {str(row.about["split"]) for row in rows}
+    chosen = options.split
+    if chosen is not None and chosen not in words:
+        has = ", ".join(sorted(words))
+        raise UsageError(f"--split {chosen}: {path.name} has the splits {has}{nearest(chosen, words)}", code="unknown")
+    kept = {"train", "val", "validation"} if chosen is None else {chosen}
     pictures: dict[Any, BoxedPicture] = {}
-    for one in refs:
-        if one["split"] not in kept:
-            continue
-        image, annotation = images.get(one["image_id"]), boxes.get(one["ann_id"])
-        if image is None or annotation is None:
-            what = f"image {one['image_id']}" if image is None else f"annotation {one['ann_id']}"
-            raise UsageError(f"SRC: {path.name} refers to the {what}, which instances.json lacks", code="mismatch")
-        # RefCOCOg has pictures whose objects are in several splits: a sample for each
-        place = one["image_id"], one["split"]
-        if place not in pictures:
-            name = image["file_name"]
-            about = {"size": [image["width"], image["height"]], "image_id": image["id"], "phrases": []}
-            pictures[place] = BoxedPicture((name, "train2014/" + name), about, "" if chosen else one["split"])
-        for sentence in one["sentences"]:
-            phrase = sentence.get("sent") or sentence.get("raw")
-            pictures[place].about["phrases"].append(
-                {"phrase": phrase, "box": annotation["bbox"], "ref": one.get("ref_id")}
-            )
-    inner = SourceOptions(image_root=options.image_root)
-    planned = plan_boxes("references", list(pictures.values()), path.parent, inner, {})
+    try:
+        for image, box, about in rows:
+            if about["split"] in kept:
+                place = str(image["file_name"]), str(about["split"])
+                own = {**stated_size(image), "image_id": image.get("id", place[0]), "phrases": []}
+                names = place[0], f"train2014/{place[0]}"
+                picture = pictures.setdefault(place, BoxedPicture(names, own, "" if chosen else place[1]))
+                for sentence in about["sentences"]:
+                    phrase = sentence if isinstance(sentence, str) else sentence.get("sent") or sentence.get("raw")
+                    picture.about["phrases"].append({"phrase": phrase, "box": box})
+    except MALFORMED as error:
+        raise malformed(path, error) from None
+    planned = plan_boxes("references", pictures.values(), path.parent, replace(options, split=None), {})
     if passed := sorted(words - kept):
         planned.passed.add("references of other splits; see --split", *passed)
     return planned
@@ -238,7 +282,7 @@ def yolo_objects(file: Path, classes: tuple[str, ...], size: tuple[int, int]) ->
             continue
         row = _numbers(line)
         polygon = len(row) >= 7 and len(row) % 2 == 1
-        if not (len(row) == 5 or polygon) or row[0] != int(row[0]):
+        if not (len(row) == 5 or polygon) or not all(map(math.isfinite, row)) or row[0] != int(row[0]):
             raise RowError("not-a-box", f"{file.name} line {number}: class and four fractions, or a polygon, expected")
         if not 0 <= row[0] < len(classes):
             raise RowError("no-class", f"{file.name} line {number}: class {row[0]:g}, of {len(classes)} names")

@@ -29,6 +29,7 @@ EXPECTED = (
     "instances.json, Flickr30k Entities (Annotations and Sentences), or YOLO's data.yaml"
 )
 FIRST = 1000  # pictures of which one has to be there
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)  # what a record of another form raises
 SCALED = "pictures of another size than annotated, their boxes scaled"
 FEDERATED = {"neg_category_ids": "negative", "not_exhaustive_category_ids": "not_exhaustive"}
 
@@ -51,13 +52,13 @@ class BoxedPicture:
 
 @dataclass(frozen=True)
 class BoxReader(Reader):
-    """Reads a picture and holds its boxes against its size; ``where`` is (path, label file of YOLO or "")."""
+    """Reads a picture and holds its boxes against its size; ``where`` is (path, label file of YOLO or "", split)."""
 
     classes: tuple[str, ...] = ()  # of YOLO's labels
     images_only: bool = True  # captions are not needed
 
     def read(self, entry: SourceEntry) -> Loaded:
-        path, labels = entry.where
+        path, labels, _ = entry.where
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -97,8 +98,12 @@ def open_boxes(source: str, options: SourceOptions) -> PlannedSource:
     if path.is_dir():
         if (path / "Annotations").is_dir() and (path / "Sentences").is_dir():
             return box_folders.open_flickr(path, options)
+        if options.captions is None and (tables := sorted(path.glob("**/*.parquet"))):
+            return box_folders.open_ref_tables(tables, options)
         path = _file_in(path, options.captions)
     kind = path.suffix.lower()
+    if kind == ".parquet":
+        return box_folders.open_ref_tables([path], options)
     if kind in (".p", ".pkl", ".pickle"):
         return box_folders.open_refs(path, options)
     if kind in (".yaml", ".yml"):
@@ -160,7 +165,7 @@ def plan_boxes(
     _check_form(pictures)
     splits = StatedSplits(kind, {one.split for one in pictures}, options.split)
     items: list[SourceEntry | Reject] = []
-    words, found, missed = dict[str, str](), 0, ""
+    found, missed = 0, ""
     for one in pictures:
         if not splits.is_read(one.split):
             continue
@@ -175,8 +180,7 @@ def plan_boxes(
             items.append(Reject(key, name, why, "split"))
         else:
             labels = one.about.pop("labels", "")
-            items.append(SourceEntry(key, name, (str(path), labels), one.captions, None, one.about, reader))
-            words[name] = one.split
+            items.append(SourceEntry(key, name, (str(path), labels, one.split), one.captions, None, one.about, reader))
     if not found:
         where = " or ".join(str(folder) for folder in (home, options.image_root) if folder)
         first = f" (the first: {missed})" if missed else ""
@@ -186,7 +190,8 @@ def plan_boxes(
             option="--image-root",
             code="not-found" if pictures else "missing",
         )
-    is_val = (lambda entry: splits.is_val(words.get(entry.image))) if any(map(splits.is_val, words.values())) else None
+    has_val = any(splits.is_val(one.split) for one in pictures)
+    is_val = (lambda entry: splits.is_val(entry.where[2])) if has_val else None
     return PlannedSource(kind, items, len(items), is_val=is_val, manifest=manifest)
 
 
@@ -241,21 +246,22 @@ def load_json(path: Path) -> Any:
 
 def _open_json(path: Path, options: SourceOptions) -> PlannedSource:
     record = load_json(path)
-    if (
-        isinstance(record, dict)
-        and isinstance(record.get("annotations"), list)
-        and isinstance(record.get("images"), list)
-    ):
-        try:
+    try:
+        if isinstance(record, dict) and all(isinstance(record.get(key), list) for key in ("images", "annotations")):
             return _open_coco(path, record, options)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"SRC: {path}: a record of COCO's JSON lacks {first_line(error)}", code="mismatch"
-            ) from None
-    first = next(iter(record.values()), None) if isinstance(record, dict) and record else None
-    if isinstance(first, dict) and {"width", "height", "objects"} <= first.keys():
-        return plan_boxes("scene graphs", _scene_graphs(record), path.parent, options, {})
+        first = next(iter(record.values()), None) if isinstance(record, dict) else None
+        if isinstance(first, dict) and {"width", "height", "objects"} <= first.keys():
+            return plan_boxes("scene graphs", list(_scene_graphs(record)), path.parent, options, {})
+    except UsageError:
+        raise
+    except MALFORMED as error:
+        raise malformed(path, error) from None
     raise UsageError(f"SRC: {path} holds no boxes that are known; {EXPECTED} expected", code="mismatch")
+
+
+def malformed(path: Path, error: Exception) -> UsageError:
+    """That a record has another form than its kind; ``error`` is one of :data:`MALFORMED`."""
+    return UsageError(f"SRC: {path}: a record lacks or misnames {first_line(error)}", code="mismatch")
 
 
 def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> PlannedSource:
@@ -267,9 +273,8 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     phrase_at: dict[tuple[Any, str], dict[str, Any]] = {}
     for image in record["images"]:
         called = _names_of(image)
-        size = [image["width"], image["height"]] if image.get("width") and image.get("height") else None
         about: dict[str, Any] = {"phrases": []} if grounded else {"objects": [], "image_id": image["id"]}
-        about |= {"size": size} if size else {}
+        about |= stated_size(image)
         for key, ours in FEDERATED.items():
             if key in image:
                 about[ours] = [names[number] for number in image[key]]
@@ -301,6 +306,12 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     return plan_boxes(
         "phrases of MDETR" if grounded else "COCO boxes", pictures.values(), path.parent, options, manifest
     )
+
+
+def stated_size(record: dict[str, Any]) -> dict[str, Any]:
+    """{"size": [width, height]} of a record that states both as numbers, else {}."""
+    size = [record.get("width"), record.get("height")]
+    return {"size": size} if all(isinstance(side, int | float) and side > 0 for side in size) else {}
 
 
 def category_names(categories: Any, path: Path) -> dict[Any, str]:
@@ -336,9 +347,7 @@ def _scene_graphs(record: dict[str, Any]) -> Iterator[BoxedPicture]:
     for name, graph in record.items():
         things = graph["objects"].values() if isinstance(graph.get("objects"), dict) else ()
         objects = [{"box": [one.get(side) for side in "xywh"], "class": one.get("name")} for one in things]
-        yield BoxedPicture(
-            (f"{name}.jpg", name), {"size": [graph["width"], graph["height"]], "objects": objects, "image_id": name}
-        )
+        yield BoxedPicture((f"{name}.jpg", name), {**stated_size(graph), "objects": objects, "image_id": name})
 
 
 # ---- ODVG ----
@@ -348,24 +357,25 @@ def _open_odvg(path: Path, options: SourceOptions) -> PlannedSource:
     """JSON lines of detection (`instances`) and grounding (`regions`), whose boxes are [left, top, right, bottom]."""
     pictures: dict[str, BoxedPicture] = {}
     for number, row in read_json_lines(path):
-        name = row.get("filename", row.get("file_name")) if isinstance(row, dict) else None
-        if not isinstance(name, str) or not ("detection" in row or "grounding" in row):
-            raise UsageError(
-                f"SRC: {path} line {number}: `filename` and `detection` or `grounding` expected", code="mismatch"
-            )
-        about = {"size": [row["width"], row["height"]]} if row.get("width") and row.get("height") else {}
-        picture = pictures.setdefault(name, BoxedPicture((name, name.rpartition("/")[2]), about))
-        for one in (row.get("detection") or {}).get("instances") or ():
-            picture.about.setdefault("objects", []).append(
-                {"box": from_corners(one.get("bbox")), "class": one.get("category")}
-            )
-        for one in (row.get("grounding") or {}).get("regions") or ():
-            several = one["bbox"] if one.get("bbox") and isinstance(one["bbox"][0], list) else [one.get("bbox")]
-            picture.about.setdefault("phrases", []).append(
-                {"phrase": one.get("phrase"), "boxes": [from_corners(box) for box in several]}
-            )
-        picture.about.setdefault("phrases" if "grounding" in row else "objects", [])
+        try:
+            _add_odvg(pictures, row)
+        except MALFORMED as error:
+            raise malformed(Path(f"{path} line {number}"), error) from None
     return plan_boxes("ODVG", pictures.values(), path.parent, options, {})
+
+
+def _add_odvg(pictures: dict[str, BoxedPicture], row: Any) -> None:
+    name = str(row["filename"] if "filename" in row else row["file_name"])
+    about = pictures.setdefault(name, BoxedPicture((name, name.rpartition("/")[2]), stated_size(row))).about
+    if "grounding" in row:
+        phrases = about.setdefault("phrases", [])
+        for one in row["grounding"].get("regions") or ():
+            several = one["bbox"] if isinstance(one["bbox"][0], list) else [one["bbox"]]
+            phrases.append({"phrase": one["phrase"], "boxes": [from_corners(box) for box in several]})
+    else:
+        objects = about.setdefault("objects", [])
+        for one in row["detection"].get("instances") or ():
+            objects.append({"box": from_corners(one["bbox"]), "class": one["category"]})
 
 
 def from_corners(box: Any) -> Any:

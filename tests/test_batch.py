@@ -16,7 +16,7 @@ from aimv2.batch import (
     join_batches,
     make_batch,
     round_up,
-    scored_rows,
+    scored,
     split_batch,
 )
 
@@ -40,7 +40,7 @@ def same(left: Batch, right: Batch) -> None:
 
 def test_scored_rows_by_hand() -> None:
     # I = 5; prefix 1 leaves patches 1..4 to predict, from positions 0..3; prefix 4 leaves patch 4, from position 3
-    assert scored_rows(torch.tensor([1, 4, 3]), 5).tolist() == [0, 1, 2, 3, 8, 12, 13]
+    assert scored(torch.tensor([1, 4, 3]), 5).flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 8, 12, 13]
 
 
 def test_batch_by_hand() -> None:

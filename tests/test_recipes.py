@@ -185,7 +185,7 @@ def test_recipe_says_how_it_is_run(recipe: Path) -> None:
     head = head_of(recipe)
     for word in ("command", "source", "data", "hardware", "hours", "score"):
         assert re.search(rf"^\s*{word}\b\s+\S", head, re.MULTILINE), f"{recipe.name}: no '{word}' in its head"
-    command = re.search(r"(?:pretrain|vlm train) (.*?)\n\s+source", head, re.DOTALL)
+    command = re.search(r"(?:pretrain|vlm train|detect train) (.*?)\n\s+source", head, re.DOTALL)
     assert command, f"{recipe.name}: no command"
     named, given, _ = read_options(command[1].split())
     assert named == recipe.stem and recipe_file(named, "--config") == recipe

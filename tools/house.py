@@ -19,13 +19,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = "aimv2"
 # the road of a pair, in order: a folder imports those before it; in lines, docstrings included
 BUDGETS = {
-    ".": 700, "config": 560, "models": 2_200, "interop": 2_000, "data": 5_300, "features": 1_600, "vlm": 800,
+    ".": 700, "config": 560, "models": 2_200, "interop": 2_000, "data": 5_300, "features": 1_600, "vlm": 800, "detect": 900,
     "objectives": 400, "tasks": 900, "train": 2_250, "evals": 3_950, "report": 2_500, "doctor": 730, "explorer": 1_200,
     "commands": 1_300, "api": 60, "pipeline": 720, "cli": 420,
 }  # fmt: skip
 # limits: as it stands
 CLOSURES = {"train/loop.py": ("aimv2.train.loop", 8_500), "aimv2 pretrain": ("aimv2.train.launch", 10_000)}
-LINES, CIRCLES, TWICE, UP = 48_400, 0, 0, 0
+LINES, CIRCLES, TWICE, UP = 50_500, 0, 0, 0
 FILE_LINES = 500
 # arrows that run up, each inside a function: a task's final evaluation, a run's closing report, the command that runs chains
 NAMED = {("tasks", "evals"), ("train", "report"), ("commands", "pipeline")}

@@ -81,6 +81,7 @@ class Batch:
         positions: int64 [B, T] of conversations that share rows: the place of each token in its own; ``image_count`` still has an
             entry for each. None: one a row.
         long: conversations longer than the limit since the last batch.
+        targets: boxes of the images (:class:`aimv2.data.stream.regions.RegionTargets`), moved and split with the rest; None: none.
     """
 
     images: Tensor
@@ -108,6 +109,7 @@ class Batch:
     positions: Tensor | None = None
     long: int = 0
     kinds: list[str] = field(default_factory=list)
+    targets: Any = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; to an accelerator through pinned memory, so that the copy is asynchronous."""
@@ -115,16 +117,17 @@ class Batch:
         if str(device).startswith("cuda"):  # a stream's batches are pinned already, off the training thread
             tensors = {name: value if value.is_pinned() else value.pin_memory() for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, **moved, layout=self.layout.to(device) if self.layout else None, targets=targets)
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned memory; PyTorch's DataLoader calls this in its pinning thread."""
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return replace(self, **pinned)
+        return replace(self, **pinned, targets=None if self.targets is None else self.targets.pin_memory())
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors by name, except those of the layout."""
-        others = ("keys", "bad", "kinds", "layout", "sources", "sizes", "long")
+        others = ("keys", "bad", "kinds", "layout", "sources", "sizes", "long", "targets")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
     def real_tokens(self) -> Tensor:
@@ -156,11 +159,6 @@ def scored(prefix_len: Tensor, patches: int, image_len: Tensor | None = None) ->
     position = torch.arange(patches)
     last = patches if image_len is None else image_len[:, None]
     return (position >= prefix_len[:, None] - 1) & (position < last - 1)
-
-
-def scored_rows(prefix_len: Tensor, patches: int) -> Tensor:
-    """:func:`scored` as int64 [sum(I - M)], indices into [B * I]."""
-    return scored(prefix_len, patches).flatten().nonzero().flatten()
 
 
 def rows_and_targets(keep: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -355,6 +353,7 @@ def join_batches(batches: Sequence[Batch], patches: int) -> Batch:
         features=optional("features"),
         image_count=optional("image_count"),
         sizes=[size for batch in batches for size in batch.sizes],
+        targets=None if first.targets is None else first.targets.joined([batch.targets for batch in batches]),
     )
 
 
@@ -407,6 +406,7 @@ def split_batch(batch: Batch, parts: int, patches: int) -> list[Batch]:
                 features=None if batch.features is None else batch.features[held],
                 image_count=None if batch.image_count is None else batch.image_count[own],
                 sizes=batch.sizes[held],
+                targets=None if batch.targets is None else batch.targets.part(at, at + size),
             )
         )
     return found

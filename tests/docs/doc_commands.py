@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimv2.cli.dispatch import read_options, read_words
+from aimv2.cli.dispatch import is_file, read_options, read_words
 from aimv2.commands.parse import read
-from aimv2.commands.table import COMMANDS, GROUPS
+from aimv2.commands.table import COMMANDS, FILES, GROUPS
 from aimv2.config.load import parse, read_recipe
 from aimv2.errors import UsageError
 
@@ -115,13 +115,15 @@ def check_verb(words: list[str], inline: bool) -> None:
         return
     name = words.pop(0)
     if name in GROUPS:
+        if words and name in FILES and is_file(words[0]):
+            words.insert(0, FILES[name].split()[1])
         name = f"{name} {words.pop(0)}" if words else next(other for other in COMMANDS if other.startswith(name + " "))
     assert name in COMMANDS, f"no command {name!r}"
     if {"--help", "--help-all"} & set(words) or (inline and not words):
         return
-    if name in ("pretrain", "vlm train"):
+    if name in ("pretrain", "vlm train", "detect train"):
         recipe, given, _ = read_options(words)
-        given |= {} if name == "pretrain" else {"objective.name": "instruct"}
+        given |= {} if name == "pretrain" else {"objective.name": COMMANDS[name].task}
         parse({**(read_recipe(recipe) if recipe and recipe != "R.yaml" else {}), **given})
         return
     for missing in range(len(COMMANDS[name].words) + 1 if inline else 1):

@@ -9,11 +9,12 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from aimv2 import __version__
 from aimv2.commands.parse import module_of, option_fields, plain_hints, read, spelled
-from aimv2.commands.table import COMMANDS, GROUPS, PARTS
+from aimv2.commands.table import COMMANDS, FILES, GROUPS, PARTS
 from aimv2.errors import RankError, UsageError, nearest, one_line, shown
 
 HELP = ("-h", "--help", "--help-all")
@@ -124,6 +125,8 @@ def dispatch(words: list[str]) -> int:
         if not words or words[0] in HELP:
             print(overview(name))
             return 0
+        if words[0] not in inner and name in FILES and is_file(words[0]):
+            words.insert(0, FILES[name].split()[1])
         if words[0] not in inner:
             known = f"{nearest(words[0], inner)} (there: {', '.join(inner)})"
             raise UsageError(f"unknown command '{name} {words[0]}'{known}", code="unknown")
@@ -155,6 +158,11 @@ def dispatch(words: list[str]) -> int:
         render(name, result)
     exit_code = getattr(module_of(name), "exit_code", None)
     return exit_code(result) if exit_code is not None else 0
+
+
+def is_file(word: str) -> bool:
+    """Whether a word is a path rather than a command: it is there, or has an ending or a folder."""
+    return not word.startswith("-") and (Path(word).exists() or bool(Path(word).suffix) or "/" in word)
 
 
 def overview(group: str | None = None) -> str:

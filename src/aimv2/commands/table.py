@@ -30,6 +30,9 @@ COMMANDS = {
     "vlm train": Command(
         (), "tune a vision-language model on conversations", "train", configured=True, task="instruct"
     ),
+    "detect train": Command(
+        (), "train a detector of classes or phrases on an encoder", "train", configured=True, task="detect"
+    ),
     "run": Command(("chain",), "run a chain of stages: what is not done yet, and one report", "train"),
     "recipes": Command(("names*",), "list the recipes and chains by name, or print one", "train"),
     "report": Command(("runs*",), "write a page of one run, or a comparison of several", "train"),
@@ -51,6 +54,7 @@ COMMANDS = {
     "detect score": Command((), "score detections: COCO and LVIS AP, P@1 of phrases", "evaluate"),
     "compare": Command(("results*",), "compare results with the paper's tables; text, JSON, a plot", "evaluate"),
     "caption": Command(("model", "images*"), "write captions of images, or score them against references"),
+    "detect photo": Command(("images*",), "find things in pictures by words, and draw their boxes"),
     "embed": Command(("model", "images", "out"), "write features of images as arrays or Parquet"),
     "explore": Command(("model",), "explore a model in the browser: features, captions, search"),
     "models": Command((), "list every model: parameters, GFLOPs, input size, licence"),
@@ -60,6 +64,7 @@ COMMANDS = {
     "doctor": Command((), "check this machine and train a tiny model"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
+FILES = {"detect": "detect photo"}  # what a group does with a file that stands where its command would
 
 
 def function_name(name: str) -> str:

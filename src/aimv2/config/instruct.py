@@ -82,3 +82,6 @@ class InstructTaskOptions:
                 option=name.split()[0],
                 code="conflict",
             )
+
+
+OPTIONS = InstructTaskOptions

@@ -157,9 +157,7 @@ BUILT_IN: dict[str, type[Any]] = {
     "contrastive": ContrastiveTaskOptions,
     "distill": DistillTaskOptions,
 }
-APART = {
-    "instruct": "aimv2.config.instruct.InstructTaskOptions"
-}  # built-in too; only their own runs hold these options
+APART = ("instruct", "detect")  # built-in too; only their own runs hold these options: OPTIONS of aimv2.config.NAME
 MODULES = {"probe": "classify"}  # of tasks whose file has another name
 
 
@@ -274,8 +272,7 @@ def options_of(name: str) -> type[Any]:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name in APART:
-        module, _, last = APART[name].rpartition(".")
-        return getattr(importlib.import_module(module), last)
+        return importlib.import_module(f"aimv2.config.{name}").OPTIONS
     task = find_task(name)
     if task is None:
         raise UsageError(f"objective.name {name}: one of {', '.join([*BUILT_IN, *APART])} expected", code="unknown")

@@ -1,0 +1,1 @@
+"""Detectors: heads of transformers on an AIMV2 backbone."""

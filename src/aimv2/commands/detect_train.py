@@ -11,12 +11,9 @@ from aimv2.errors import UsageError
 EXAMPLES = """\
 aimv2 detect train --init runs/mine --data.train boxes --dry-run
 aimv2 detect train --init runs/mine --data.train boxes --run runs/detector
-aimv2 detect train --init M --data.train D --objective.head closed --run R
+aimv2 detect train --config detect-grounding --init M --run R
 aimv2 detect train --run runs/detector --resume"""
-FIRST = (
-    "config run data.train init objective.head objective.freeze objective.image_size objective.window optim.lr train.steps train.epochs "
-    "train.batch_size resume overwrite dry_run print_config"
-)
+FIRST = "config run data.train init objective.head objective.freeze train.steps train.batch_size resume overwrite dry_run"
 NAME = "objective.name"
 
 

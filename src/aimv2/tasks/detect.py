@@ -308,7 +308,7 @@ class Detect(Task):
             ``val_ap`` and ``val_ap50`` (COCO, of boxes; of a head of masks ``val_mask_ap`` too), ``val_p_at_1``; those that there is
             something to score for, 0..1.
         """
-        from aimv2.evals.held_boxes import HeldTruth, score_held
+        from aimv2.evals.detection.held import HeldTruth, score_held
 
         assert isinstance(data, HeldPictures) and isinstance(model, Detector)
         prompts = Prompts(self.tokenizer, TEXT_LIMIT) if self.own.head == "grounding" else None

@@ -5,7 +5,6 @@ Legend: B pictures, N boxes of a batch, S side of the square, T tokens; a target
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch import Tensor
 from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config.detect import DetectTaskOptions
 from aimv2.config.schema import DataConfig
-from aimv2.data.images.boxes import BOX_FAULTS, UNUSABLE, Regions, class_of, regions_of
+from aimv2.data.images.boxes import BOX_FAULTS, UNUSABLE, Regions, class_of, regions_of, stated_classes
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver
-from aimv2.data.shards.format import MANIFEST, Parts, json_of, read_samples
+from aimv2.data.shards.format import Parts, json_of, read_samples
 from aimv2.data.stream.samples import PairEncoder, TrainStream, View, image_bytes
 from aimv2.data.stream.transforms import crop_resize, to_pixels
 from aimv2.data.text.phrases import Prompts, mirrored
@@ -363,10 +362,8 @@ def held_out_regions(
 
 def class_names(shards: Sequence[Path]) -> list[str]:
     """Class names of shards: as their manifest states them, else all that occur, sorted."""
-    manifests = dict.fromkeys(shard.parent / MANIFEST for shard in shards)
-    stated = [json.loads(path.read_text("utf-8")).get("classes") for path in manifests if path.is_file()]
-    if stated and stated[0] and all(names == stated[0] for names in stated):
-        return list(stated[0])
+    if stated := stated_classes(shards).get("classes"):
+        return list(stated)
     pairs = tracked((pair for shard in shards for pair in read_samples(shard)), "reading class names, samples", None)
     return sorted({name for _, parts in pairs for name in names_in(json_of(parts))})
 

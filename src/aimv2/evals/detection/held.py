@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +12,9 @@ from aimv2.data.text.phrases import Prompts
 from aimv2.detect.find import find_objects, find_phrases
 from aimv2.detect.model import Detector
 from aimv2.distributed import World, gather_rows
-from aimv2.errors import need
-from aimv2.objectives.detect import overlap
+from aimv2.evals.detection.precision import average_precision
+from aimv2.evals.detection.referring import IOU, box_iou
+from aimv2.evals.detection.truth import DetectionTruth
 
 BATCH = 16
 PER_PICTURE = 100  # detections, as COCO counts them
@@ -33,19 +31,19 @@ class HeldTruth:
         """(picture, phrase) of all phrases."""
         return [(at, number) for at, one in enumerate(self.pictures) for number in range(len(one.regions.phrases))]
 
-    def records(self) -> dict[str, list[dict[str, Any]]]:
-        """What boxes are scored against, as COCO has it; ids are numbers from 1."""
+    def as_truth(self) -> DetectionTruth:
+        """What boxes are scored against; ids are numbers from 1."""
+        truth = DetectionTruth("held out")
         numbers = {name: number for number, name in enumerate(self.names, 1)}
-        images, boxes = list[dict[str, Any]](), list[dict[str, Any]]()
+        truth.categories = [{"id": number, "name": name} for name, number in numbers.items()]
         for image, one in enumerate(self.pictures, 1):
             regions = one.regions
-            images.append({"id": image, "width": regions.size[0], "height": regions.size[1]})
+            truth.images.append({"id": image, "width": regions.size[0], "height": regions.size[1]})
             for row, box in enumerate(xywh(regions.boxes.astype(np.float64)).tolist()):
                 if (number := numbers.get(regions.classes[row])) is not None:
-                    about = {"id": len(boxes) + 1, "image_id": image, "category_id": number, "bbox": box}
-                    boxes.append({**about, "area": box[2] * box[3], "iscrowd": int(regions.crowd[row])})
-        categories = [{"id": number, "name": name} for name, number in numbers.items()]
-        return {"images": images, "annotations": boxes, "categories": categories}
+                    about = {"id": len(truth.annotations) + 1, "image_id": image, "category_id": number, "bbox": box}
+                    truth.annotations.append({**about, "area": box[2] * box[3], "iscrowd": int(regions.crowd[row])})
+        return truth
 
 
 def xywh(boxes: np.ndarray) -> np.ndarray:
@@ -94,23 +92,8 @@ def objects_found(model: Detector, prompts: Prompts | None, truth: HeldTruth, wo
         {"image_id": int(at) + 1, "category_id": int(label) + 1, "bbox": box, "score": score}
         for at, label, *box, score in gather_rows(table, world).tolist()
     ]
-    return {f"val_{name}": value for name, value in average_precision(truth.records(), records).items()}
-
-
-def average_precision(truth: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's ``ap`` (mean over IoU 0.50 to 0.95) and ``ap50`` of boxes, 0..1."""
-    need("faster_coco_eval", "detect", "average precision")
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    if not found:
-        return {"ap": 0.0, "ap50": 0.0}
-    with contextlib.redirect_stdout(io.StringIO()):
-        given = COCO(truth)
-        judge = COCOeval_faster(given, given.loadRes(found), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return {"ap": max(float(judge.stats[0]), 0.0), "ap50": max(float(judge.stats[1]), 0.0)}
+    figures = average_precision(truth.as_truth(), records) if records else {}
+    return {f"val_{name}": figures.get(name, 0.0) for name in ("ap", "ap50")}
 
 
 def phrases_found(model: Detector, prompts: Prompts, truth: HeldTruth, world: World) -> dict[str, float]:
@@ -126,9 +109,8 @@ def phrases_found(model: Detector, prompts: Prompts, truth: HeldTruth, world: Wo
         for (at, number), (_, counts), box in zip(places, batch, boxes.double().numpy()):
             if counts:
                 one = truth.pictures[at]
-                back = torch.from_numpy(one.place.back(box[None], one.regions.size))
-                iou, _ = overlap(back, torch.from_numpy(one.regions.phrases[number][1].astype(np.float64)))
-                sums += torch.tensor([float((iou >= 0.5).any()), 1.0])
+                (back,), means = xywh(one.place.back(box[None], one.regions.size)), one.regions.phrases[number][1]
+                sums += torch.tensor([float((box_iou(back, xywh(means)) >= IOU).any()), 1.0])
     right, count = world.sum(sums.to(world.device)).tolist()
     return {"val_p_at_1": right / max(count, 1)}
 

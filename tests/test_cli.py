@@ -152,7 +152,10 @@ def test_short_help_is_short_and_its_examples_parse(name: str, shell: Shell) -> 
     if hasattr(module_of(name), "FIRST"):
         assert max(map(len, lines)) <= 80 and len(lines) < 50
         assert f"`aimv2 {name} --help-all` shows every option." in out
-        assert set(module_of(name).FIRST.split()) <= {*leaf_keys(config_class(COMMANDS[name].task)), *option_fields(name)}
+        assert set(module_of(name).FIRST.split()) <= {
+            *leaf_keys(config_class(COMMANDS[name].task)),
+            *option_fields(name),
+        }
     for example in module_of(name).EXAMPLES.splitlines():
         words = [word for word in shlex.split(example, comments=True) if word != "--json"]
         assert words[: 1 + len(name.split())] == ["aimv2", *name.split()]

@@ -11,6 +11,9 @@ def pretrain(config: str | None = None, run: str | None = None, options: dict[st
 def vlm_train(config: str | None = None, run: str | None = None, options: dict[str, Any] | None = None, dry_run: bool = False, print_config: bool = False) -> dict[str, Any]:
     """Tune a vision-language model of `aimv2 vlm build` on conversations about images."""
 
+def detect_train(config: str | None = None, run: str | None = None, options: dict[str, Any] | None = None, dry_run: bool = False, print_config: bool = False) -> dict[str, Any]:
+    """Train a detector of classes, phrases or masks on the feature pyramid of an encoder."""
+
 def run(chain: str, out: str | None = None, data: str | None = None, only: str | None = None, redo: bool = False, status: bool = False) -> dict[str, Any]:
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 
@@ -74,6 +77,9 @@ def compare(results: list[str], dataset: str | None = None, format: Literal['tex
 
 def caption(model: str, images: list[str], max_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, seed: int = 0, batch_size: int = 64, data: str | None = None, score: bool = False, limit: int = 0, baselines: str | list[str] | None = None, out: str | None = None, device: str | None = None, repetition_penalty: float = 1.0, ask: str | None = None) -> dict[str, Any]:
     """Write captions of images: greedy, sampled, or by beam search; or score such captions against references; or answer a question."""
+
+def detect_photo(images: list[str], words: str | None = None, model: str | None = None, threshold: float | None = None, out: str | None = None, device: str | None = None) -> dict[str, Any]:
+    """Find things in pictures with a detector of aimv2 detect train: print their boxes and draw them."""
 
 def embed(model: str, images: str, out: str, pool: Literal['mean', 'attention', 'none'] = 'mean', layers: str = 'last', format: Literal['npy', 'parquet'] = 'npy', shard_size: int | None = None, batch_size: int = 16, device: str | None = None, precision: Literal['fp32', 'bf16'] = 'fp32', image_root: str | None = None) -> dict[str, Any]:
     """Write features of many images, in files of equal parts; under torchrun several processes share the work."""

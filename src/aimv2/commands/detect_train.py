@@ -13,7 +13,9 @@ aimv2 detect train --init runs/mine --data.train boxes --dry-run
 aimv2 detect train --init runs/mine --data.train boxes --run runs/detector
 aimv2 detect train --config detect-grounding --init M --run R
 aimv2 detect train --run runs/detector --resume"""
-FIRST = "config run data.train init objective.head objective.freeze train.steps train.batch_size resume overwrite dry_run"
+FIRST = (
+    "config run data.train init objective.head objective.freeze train.steps train.batch_size resume overwrite dry_run"
+)
 NAME = "objective.name"
 
 

@@ -98,6 +98,14 @@ def test_coco_average_precision_equals_pycocotools(kind: Any, seed: int, tmp_pat
     assert 0.05 < figures["ap"] < 0.95 and set(figures["per_class"]) == {"a", "b", "c"}
 
 
+def test_classes_scored_in_parts_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, found = random_set(6)
+    truth = of(record, tmp_path)
+    whole = average_precision(truth, matched_predictions(found, truth).objects)
+    monkeypatch.setattr("aimv2.evals.detection.precision.CHUNK", 1)
+    assert average_precision(truth, matched_predictions(found, truth).objects) == whole
+
+
 def test_an_annotation_of_id_0_counts_as_any_other(tmp_path: Path) -> None:
     zero, found = random_set(5, first_id=0)
     truths = [of(zero, tmp_path), of(random_set(5)[0], tmp_path)]

@@ -17,6 +17,7 @@ from aimv2.errors import UsageError, first_line, need
 from aimv2.evals.detection.truth import FREQUENCIES, DetectionTruth
 
 Kind = Literal["bbox", "segm"]
+CHUNK = 128  # classes that are scored at a time: the evaluator keeps a list for each picture and class, 24 million in LVIS val
 PER_IMAGE = 300  # detections of a picture that count in LVIS, over all classes
 # of a result -> (IoU, area) of COCO's summary; AP is the mean over IoU 0.50 to 0.95
 AP_FIGURES = {
@@ -62,12 +63,19 @@ def average_precision(
     )
     rows = [_record(one, kind, sizes) for one in (best_of_images(predictions) if lvis else predictions)]
     found = given.loadRes(rows)
-    judge = COCOeval_faster(given, found, kind, lvis_style=lvis, rle_iou_max_workers=1)
-    if lvis:
-        judge.params.maxDets = [PER_IMAGE]
-    judge.evaluate()
-    judge.accumulate()
-    precision, recall = judge.eval["precision"], judge.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
+    precisions, recalls, ids = list[np.ndarray](), list[np.ndarray](), [one["id"] for one in truth.categories]
+    for start in range(0, len(ids), CHUNK):  # classes do not depend on one another
+        judge = COCOeval_faster(given, found, kind, lvis_style=lvis, rle_iou_max_workers=1)
+        judge.params.catIds = ids[start : start + CHUNK]
+        if lvis:
+            judge.params.maxDets = [PER_IMAGE]
+        judge.evaluate()
+        judge.accumulate()
+        precisions.append(
+            judge.eval["precision"]
+        )  # [T, R, K, A, M]: IoUs, recalls, classes, areas, numbers of detections
+        recalls.append(judge.eval["recall"])  # [T, K, A, M]
+    precision, recall = np.concatenate(precisions, 2), np.concatenate(recalls, 1)
     areas, last = list(judge.params.areaRngLbl), len(judge.params.maxDets) - 1
     figures = {}
     for name, (iou, area) in AP_FIGURES.items():

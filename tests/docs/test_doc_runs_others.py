@@ -154,6 +154,7 @@ PAGES = {  # page -> what stands for a word of it
         **{"table.parquet": "talks/train-000000.tar", "tars/{000..099}.tar": "talks/train-000000.tar"},
         **{"VLM": "vlm.md-0", "D": "talks", "photo.jpg": "photos/0001.jpg"},
     },
+    "localise.md": {"MODEL": "runs/photos"},
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},

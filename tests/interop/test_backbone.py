@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 
 import aimv2
+from aimv2 import api
 from aimv2.errors import UsageError
-from aimv2.interop.backbone import Aimv2Backbone
+from aimv2.interop.backbone import Aimv2Backbone, optimizer_groups
 from aimv2.interop.backbone_config import Aimv2BackboneConfig, check_head, scales_of
 from aimv2.models.layers import Block
 from aimv2.models.pyramid import run_blocks, spread, windows
@@ -129,6 +130,8 @@ def test_refusals():
         (dict(scales=[4, 1]), "scales"),
         (dict(window=16, image_size=32), "window"),
         (dict(window=-1), "window"),
+        (dict(window=4, global_blocks=5), "global_blocks"),
+        (dict(window=4, global_blocks=[4]), "global_blocks"),
         (dict(encoder="aimv2-tiny"), "model.name"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -157,3 +160,70 @@ def test_every_weight_is_initialised():
     for module in model.modules():
         model._init_weights(module)
     assert all(parameter.isfinite().all() for parameter in model.parameters()) and model.encoder.mean.isfinite().all()
+
+
+def test_convert_and_export(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    source = aimv2.create_model("aimv2-tiny-patch8-32", seed=0, depth=2)
+    aimv2.save_pretrained(source, tmp_path / "model")
+    made = api.convert(str(tmp_path / "model"), str(tmp_path / "backbone"), to="backbone")
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == made["files"].keys()
+    model, images = AutoBackbone.from_pretrained(tmp_path / "backbone", image_size=[40, 64]), torch.randn(3, 3, 40, 64)
+    assert torch.equal(model.encoder.blocks[1].mlp.down.weight, source.blocks[1].mlp.down.weight)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "backbone")
+    assert tuple(processor.image_mean) == source.config.mean and type(processor).__name__.startswith(
+        "DetrImageProcessor"
+    )
+    model.save_pretrained(tmp_path / "wide")
+    api.convert(str(tmp_path / "wide"), str(tmp_path / "onnx"), to="onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    assert [one.name for one in session.get_outputs()] == ["stage1", "stage2", "stage3", "stage4"]
+    with torch.no_grad():
+        expected = model(images).feature_maps
+    for one, other in zip(session.run(None, {"pixel_values": images.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), other, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_lora_and_layer_wise_decay(tmp_path):
+    model, images = backbone().train(), torch.randn(1, 3, 32, 32)
+    groups = optimizer_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    learned = {id(one): group for group in groups for one in group["params"]}
+    assert len(learned) == sum(len(group["params"]) for group in groups) == len([*model.parameters()])
+    rates = {name: learned[id(one)]["lr"] for name, one in model.named_parameters()}
+    assert rates["encoder.patch_embed.position"] == 0.5**5 and rates["encoder.blocks.3.mlp.down.weight"] == 0.5
+    assert rates["encoder.norm.weight"] == rates["pyramid.stage1.0.weight"] == 1
+    assert (
+        learned[id(model.encoder.norm.weight)]["weight_decay"] == 0
+        and learned[id(model.pyramid.stage1[0].weight)]["weight_decay"] == 0.1
+    )
+    model.freeze_encoder()
+    model(images).feature_maps[0].sum().backward()
+    assert (
+        not any(one.grad is not None for one in model.encoder.parameters())
+        and model.pyramid.stage1[0].weight.grad is not None
+    )
+    pytest.importorskip("peft")
+    before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
+    model.add_lora(2)
+    for name, one in model.encoder.named_parameters():
+        assert one.requires_grad == ("lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(one)
+    expected = model.eval()(images).feature_maps
+    model.merge_lora()
+    assert before.keys() == model.encoder.state_dict().keys()
+    assert not torch.equal(before["blocks.0.attn.qkv.weight"], model.encoder.blocks[0].attn.qkv.weight)
+    torch.testing.assert_close(model(images).feature_maps, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    found = []
+    for checkpointed in (False, True):
+        model = backbone(window=4, global_blocks=1).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+            assert model.gradient_checkpointing
+        torch.manual_seed(1)
+        model(torch.randn(1, 3, 36, 36)).feature_maps[0].square().mean().backward()
+        found.append([one.grad for one in model.encoder.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

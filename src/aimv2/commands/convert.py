@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from aimv2.errors import UsageError
 
-Target = Literal["released", "transformers", "timm", "onnx", "openvino", "safetensors"]
+Target = Literal["released", "transformers", "timm", "onnx", "openvino", "safetensors", "backbone"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 EXAMPLES = """\
 aimv2 convert runs/mine exported --to timm
@@ -23,7 +23,7 @@ class ConvertOptions:
     Args:
         source: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
         out: a new or empty folder
-        to: released, transformers, timm, onnx, openvino or safetensors (ours, with the decoder)
+        to: released, transformers, timm, onnx, openvino, safetensors (ours, with the decoder) or backbone (for detectors of transformers)
         revision: of a hub id
         precision: of openvino: fp32, bf16 or int8
         images: for int8: a folder of images like those that the model will see
@@ -55,8 +55,14 @@ def run(options: ConvertOptions) -> dict[str, Any]:
     out_of.check_out(out)
     at = load.locate(options.source, options.revision)
     whole = load.has_decoder(at)
-    model = load.load_model(at, decoder=whole and to == "safetensors")
+    model: Any = load.load_model(at, decoder=whole and to == "safetensors")
     encoder = encoder_in(model)
+    if to == "onnx" and load.read_json(at.folder / "config.json").get("model_type") == "aimv2_backbone":
+        from aimv2.features.pixels import quiet
+        from aimv2.interop.backbone import Aimv2Backbone
+
+        with quiet():
+            model = Aimv2Backbone.from_pretrained(at.folder)
     more: dict[str, Any] = {}
     if to == "openvino":
         more["precision"] = options.precision or "fp32"

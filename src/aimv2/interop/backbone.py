@@ -20,8 +20,10 @@ from aimv2.interop.backbone_config import MODEL_TYPE, Aimv2BackboneConfig
 from aimv2.interop.model_folder import CONFIG
 from aimv2.interop.shapes import read_json
 from aimv2.models.encoder import VisionEncoder
+from aimv2.models.groups import layer_of, parameter_groups
 from aimv2.models.init import init_weights
-from aimv2.models.layers import dtype_of
+from aimv2.models.layers import WRAPPER, dtype_of
+from aimv2.models.lora import add_lora, merge_lora
 from aimv2.models.pyramid import SimplePyramid, init_pyramid, run_blocks, spread
 
 
@@ -52,9 +54,9 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: Aimv2BackboneConfig) -> None:
         super().__init__(config)
-        shape, count = config.shape, config.global_blocks
+        shape = config.shape
         self.encoder = VisionEncoder(shape)
-        self.global_blocks = spread(count, shape.depth) if isinstance(count, int) else count
+        self.global_blocks = spread(config.global_blocks, shape.depth) if config.window else []
         self.pyramid: SimplePyramid | None = None
         self.num_features = [shape.width for _ in config.stage_names]
         if config.feature_form == "pyramid":
@@ -77,7 +79,11 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
         from aimv2.interop.card import encoder_in
         from aimv2.interop.load import load_model
 
-        state = encoder_in(load_model(source)).state_dict()
+        self.fill_encoder(encoder_in(load_model(source)))
+
+    def fill_encoder(self, encoder: VisionEncoder) -> None:
+        """Copy the weights of an encoder of the same shape; its pooling head, if any, is left out."""
+        state = encoder.state_dict()
         self.encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,6 +95,21 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
     def freeze_encoder(self) -> None:
         """Freeze the encoder; the pyramid still learns."""
         self.encoder.requires_grad_(False)
+
+    def add_lora(self, rank: int, seed: int = 0) -> None:
+        """Freeze the encoder but for LoRA of this rank on every linear of its blocks; see :func:`aimv2.models.lora.add_lora`.
+
+        Raises:
+            UsageError: peft is not installed.
+        """
+        self.freeze_encoder()
+        add_lora(self.encoder, rank, seed)
+
+    def merge_lora(self) -> None:
+        """Add what LoRA learned to the encoder's own weights, in place; to be called before the model is saved."""
+        merged = VisionEncoder(self.encoder.config)
+        merged.load_state_dict(merge_lora(self.encoder.state_dict()))
+        self.encoder = merged.to(self.encoder.norm.weight.device, dtype_of(self.encoder)).train(self.training)
 
     def forward(
         self,
@@ -144,3 +165,31 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
         if self.config.feature_form == "tokens":
             return F.pad(x, (0, 0, 1, 0))
         return x if self.config.feature_form == "patches" else x.transpose(1, 2).unflatten(2, grid)
+
+
+def optimizer_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for torch's AdamW of a model with an Aimv2Backbone in it: learning rates that fall from the last block to the patches.
+
+    Args:
+        model: a detector of transformers, or the backbone itself.
+        lr: of everything after the blocks: norm, pyramid, head.
+        weight_decay: of matrices and kernels; norms, biases and positions have none.
+        layer_decay: each block's learning rate as a fraction of the next one's.
+
+    Returns:
+        groups with ``params``, ``lr`` and ``weight_decay``, every parameter that learns once.
+    """
+    scale: dict[int, float] = {}
+    for module in model.modules():
+        if isinstance(module, Aimv2Backbone):
+            depth = len(module.encoder.blocks)
+            for name, parameter in module.named_parameters():
+                scale[id(parameter)] = layer_decay ** (depth + 1 - layer_of(WRAPPER.sub("", name), depth))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for kind, decay in zip(parameter_groups(model), (weight_decay, 0.0)):
+        for parameter in kind["params"]:
+            if parameter.requires_grad:
+                groups.setdefault((lr * scale.get(id(parameter), 1.0), decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

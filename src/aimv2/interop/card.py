@@ -28,6 +28,9 @@ USE = {
     "transformers": "from transformers import AutoImageProcessor, AutoModel\n\n"
     "model = AutoModel.from_pretrained({name!r})\nprocessor = AutoImageProcessor.from_pretrained({name!r})",
     "timm": "import timm\n\nmodel = timm.create_model({timm!r}, checkpoint_path='{name}/model.safetensors')",
+    "backbone": "import aimv2\nfrom transformers import AutoBackbone, AutoImageProcessor\n\n"
+    "backbone = AutoBackbone.from_pretrained({name!r})  # or aimv2.Aimv2Backbone.from_pretrained\n"
+    "processor = AutoImageProcessor.from_pretrained({name!r})",
     "onnx": "import onnxruntime\n\n"
     "session = onnxruntime.InferenceSession('{name}/model.onnx')  # pixel_values -> features",
     "openvino": "from aimv2.interop.openvino import OpenVINOEncoder\n\nencoder = OpenVINOEncoder({name!r})",
@@ -47,6 +50,8 @@ def left_out(model: nn.Module, to: str) -> list[str]:
         parts += ["text tower", "image and text projections"]
         if to == "timm":
             parts.append("pooling head")
+    if to == "backbone" and encoder_in(model).head is not None:
+        parts.append("pooling head")
     return parts
 
 
@@ -211,8 +216,8 @@ def _what(source: ModelSource | None, model: nn.Module, to: str) -> list[str]:
     elif isinstance(model, AIMv2) and to == "safetensors":
         kind = "vision encoder with its multimodal decoder"
         parts["decoder"] = _count(model.decoder)
-    if to == "timm" and isinstance(model, LiT) and model.encoder.head is not None:
-        parts["image encoder"] -= _count(model.encoder.head)
+    if "pooling head" in missing and isinstance(model, VisionEncoder | LiT):
+        parts["image encoder"] -= _count(encoder_in(model).head)
     origin = source.given if source else "a model in memory"
     lines = [f"AIMV2 {kind}, in the {to} layout; written by aimv2 {aimv2.__version__} from {origin}."]
     if missing:

@@ -26,7 +26,7 @@ from aimv2.models.layers import NORM_EPS
 from aimv2.models.lit import LiT
 from aimv2.models.sizes import EncoderConfig
 
-FORMATS = ("released", "transformers", "timm", "onnx", "openvino", "safetensors")
+FORMATS = ("released", "transformers", "timm", "onnx", "openvino", "safetensors", "backbone")
 
 
 def renamed(model: nn.Module | dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
@@ -219,6 +219,35 @@ def to_timm(model: nn.Module, out: Path) -> None:
     _write_json(out / CONFIG, about)
 
 
+def to_backbone(model: nn.Module, out: Path) -> None:
+    """Write an ``aimv2.Aimv2Backbone``, its pyramid untrained, which ``AutoBackbone.from_pretrained`` opens after ``import aimv2``.
+
+    The image processor is DETR's: with boxes, shorter sides of 800 px, longer of at most 1,333.
+    """
+    from aimv2.interop.backbone import Aimv2Backbone
+    from aimv2.interop.backbone_config import Aimv2BackboneConfig
+
+    image = image_part(model)
+    dtype = next(image.parameters()).dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = Aimv2Backbone(Aimv2BackboneConfig(image.config, dtype=dtype, architectures=["Aimv2Backbone"])).to(
+            dtype
+        )
+    backbone.fill_encoder(image)
+    save_file(backbone.state_dict(), out / WEIGHTS, {"format": "pt"})
+    backbone.config.save_pretrained(out)
+    about = preprocessor(image.config) | {
+        "image_processor_type": "DetrImageProcessor",
+        "do_resize": True,
+        "do_pad": True,
+    }
+    about |= {"size": {"shortest_edge": 800, "longest_edge": 1333}}
+    for key in ("do_center_crop", "crop_size"):
+        about.pop(key, None)
+    _write_json(out / "preprocessor_config.json", about)
+
+
 def check_format(to: str) -> None:
     """Raise UsageError for an unknown format."""
     if to not in FORMATS:
@@ -269,7 +298,7 @@ def convert(
     """Write a model in another layout; on failure nothing of it is left, folders included.
 
     Args:
-        model: VisionEncoder, LiT or AIMv2 (only ``safetensors`` keeps its decoder).
+        model: VisionEncoder, LiT or AIMv2 (only ``safetensors`` keeps its decoder); with ``onnx`` an Aimv2Backbone too.
         out: a new or empty folder.
         to: one of FORMATS.
         card: contents of README.md; none is written if empty.
@@ -293,6 +322,7 @@ def convert(
         "onnx": to_onnx,
         "openvino": to_openvino,
         "safetensors": save_model,
+        "backbone": to_backbone,
     }
     with new_folder(out) as folder:
         writers[to](model if to == "safetensors" else encoder_of(model), folder, **options)

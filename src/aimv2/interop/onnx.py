@@ -15,6 +15,7 @@ from aimv2.errors import UsageError, need
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import dtype_of
 from aimv2.models.lit import LiT
+from aimv2.models.positions import resize_positions
 
 FILE = "model.onnx"
 INPUT, FEATURES, POOLED = "pixel_values", "features", "pooled"
@@ -35,6 +36,35 @@ class Exported(nn.Module):
         x = self.encoder.patch_embed(pixel_values)
         features, _ = self.encoder._trunk(x, None, ())
         return features if self.encoder.head is None else (features, self.encoder.head(features))
+
+
+class Placed(nn.Module):
+    """A patch embedding whose positions are those of one grid."""
+
+    def __init__(self, embed: nn.Module, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.proj, self.norm = embed.proj, embed.norm
+        self.position = nn.Parameter(resize_positions(embed.position, grid))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, I, D]."""
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2)) + self.position
+
+
+class ExportedBackbone(nn.Module):
+    """The exported function of a backbone at its configuration's image size: normalised float pixels to its feature maps."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone).eval().float()
+        encoder, sides = self.backbone.encoder, self.backbone.config.sides
+        self.pixels = torch.zeros(2, 3, *sides)
+        if encoder.config.image_size is not None:
+            encoder.patch_embed = Placed(encoder.patch_embed, self.backbone.embed(self.pixels)[1])
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """[B, 3, H, W] -> the maps or tokens of each stage."""
+        return self.backbone(pixel_values).feature_maps
 
 
 def image_encoder(model: nn.Module, to: str) -> VisionEncoder:
@@ -61,14 +91,25 @@ def example(encoder: VisionEncoder) -> tuple[Tensor, dict[str, Any]]:
 def to_onnx(model: nn.Module, out: Path) -> None:
     """Write ``model.onnx`` into ``out`` (large models: weights in a separate file next to it).
 
+    Args:
+        model: VisionEncoder or LiT: ``features`` and with a pooling head ``pooled``; Aimv2Backbone: its ``out_features``, for images of
+            its configuration's size.
+        out: an existing folder.
+
     Raises:
         UsageError: no image encoder, or the extra is not installed.
     """
     need("onnx", "onnx", "--to onnx")
     need("onnxscript", "onnx", "--to onnx")
-    encoder = image_encoder(model, "onnx")
-    pixels, dynamic = example(encoder)
-    wrapped = Exported(encoder)
+    wrapped: nn.Module
+    if hasattr(model, "out_features"):
+        wrapped = ExportedBackbone(model)
+        pixels, names = wrapped.pixels, list(model.out_features)  # type: ignore[call-overload]
+        dynamic: dict[str, Any] = {INPUT: {0: torch.export.Dim.DYNAMIC}}
+    else:
+        encoder = image_encoder(model, "onnx")
+        pixels, dynamic = example(encoder)
+        wrapped, names = Exported(encoder), [FEATURES] + ([POOLED] if encoder.head is not None else [])
     logger = logging.getLogger("torch.onnx")  # logs every optional library that is not installed
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -82,9 +123,9 @@ def to_onnx(model: nn.Module, out: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
-                output_names=[FEATURES] + ([POOLED] if encoder.head is not None else []),
+                output_names=names,
                 dynamic_shapes=dynamic,
-                external_data=sum(p.numel() for p in encoder.parameters()) * 4 > 1.5e9,
+                external_data=sum(p.numel() for p in wrapped.parameters()) * 4 > 1.5e9,
             )
     finally:
         logger.setLevel(before)

@@ -8,7 +8,12 @@ from torch import nn
 
 from aimv2.config.schema import OptimConfig
 
-DECAYED = (nn.Linear, nn.Conv2d, nn.Embedding)  # their matrices; norms, biases, positions and [BOS] are not decayed
+DECAYED = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.Embedding,
+)  # their matrices; not norms, biases, positions, [BOS]
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig | None = None) -> list[dict[str, Any]]:
@@ -33,3 +38,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig | None = None) -> lis
         strength = config.weight_decay / (config.lr if config.decay == "full" else 1)
         groups[0]["weight_decay"], groups[1]["weight_decay"] = strength, 0.0
     return groups
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Depth of a parameter: 0 for the patch embedding, i + 1 for block i, depth + 1 for everything after them.
+
+    Args:
+        name: in the whole model.
+        depth: blocks of the encoder.
+    """
+    parts = name.split(".")
+    if parts[0] != "encoder" or parts[1] in ("norm", "head"):
+        return depth + 1
+    return int(parts[2]) + 1 if parts[1] == "blocks" else 0

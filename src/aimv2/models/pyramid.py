@@ -77,15 +77,23 @@ def check_window(side: int, grid: Sequence[int]) -> None:
         )
 
 
-def spread(count: int, depth: int) -> list[int]:
-    """Indices of ``count`` blocks with global attention, evenly spread, the last block among them (ViTDet, section 3).
+def spread(blocks: int | Sequence[int], depth: int) -> list[int]:
+    """Indices of the blocks with global attention: a number of them evenly spread, the last among them (ViTDet, section 3), or as given.
 
     Raises:
-        UsageError: more than there are blocks.
+        UsageError: more than there are blocks, or an index that no block has.
     """
-    if not 0 <= count <= depth:
-        raise UsageError(f"global_blocks {count}: 0 to {depth}, the number of blocks, expected")
-    return [(index + 1) * depth // count - 1 for index in range(count)]
+    if not isinstance(blocks, int):
+        if blocks and not 0 <= min(blocks) <= max(blocks) < depth:
+            raise UsageError(
+                f"global_blocks {[*blocks]}: indices of blocks, 0 to {depth - 1}, expected", option="global_blocks"
+            )
+        return [*blocks]
+    if not 0 <= blocks <= depth:
+        raise UsageError(
+            f"global_blocks {blocks}: 0 to {depth}, the number of blocks, expected", option="global_blocks"
+        )
+    return [(index + 1) * depth // blocks - 1 for index in range(blocks)]
 
 
 def run_blocks(

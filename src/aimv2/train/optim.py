@@ -9,20 +9,7 @@ import torch
 from torch import nn
 
 from aimv2.config.schema import OptimConfig
-from aimv2.models.groups import parameter_groups
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter: 0 for the patch embedding, i + 1 for block i, depth + 1 for everything after them.
-
-    Args:
-        name: in the whole model.
-        depth: blocks of the encoder.
-    """
-    parts = name.split(".")
-    if parts[0] != "encoder" or parts[1] in ("norm", "head"):
-        return depth + 1
-    return int(parts[2]) + 1 if parts[1] == "blocks" else 0
+from aimv2.models.groups import layer_of, parameter_groups
 
 
 def make_optimizer(

@@ -111,7 +111,7 @@ def save_pretrained(
         model: VisionEncoder, LiT or AIMv2, also compiled, or wrapped for training; of sharded ones (FSDP2) every rank calls,
             each with an ``out`` of its own.
         out: a new or empty folder.
-        to: released, transformers, timm, onnx, openvino or safetensors (ours, with the decoder).
+        to: released, transformers, timm, onnx, openvino, safetensors (ours, with the decoder) or backbone.
         licence: of the weights, for the card.
         precision: of openvino: fp32, bf16 or int8.
         pixels: for int8: a list of image batches [B, 3, H, W], uint8 or normalised, like those that the model will see.

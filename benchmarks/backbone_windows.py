@@ -1,4 +1,4 @@
-"""Attention in windows beside attention over the whole map: seconds, peak memory and their ratios, as one JSON object.
+"""Attention in windows compared with attention over the whole map: seconds, peak memory and their ratios, as one JSON object.
 
     python benchmarks/backbone_windows.py [--model aimv2-large-patch14-224] [--depth 4] [--side 1024] [--windows 16 24 32]
         [--global-blocks 1] [--rounds 3] [--train] [--threads 1] [--device cpu]

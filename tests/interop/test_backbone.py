@@ -216,6 +216,7 @@ def test_frozen_lora_and_layer_wise_decay(tmp_path):
     torch.testing.assert_close(model(images).feature_maps, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_checkpointed_blocks_give_the_same_gradients():
     found = []
     for checkpointed in (False, True):

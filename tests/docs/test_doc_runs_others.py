@@ -154,7 +154,7 @@ PAGES = {  # page -> what stands for a word of it
         **{"table.parquet": "talks/train-000000.tar", "tars/{000..099}.tar": "talks/train-000000.tar"},
         **{"VLM": "vlm.md-0", "D": "talks", "photo.jpg": "photos/0001.jpg"},
     },
-    "localise.md": {"MODEL": "runs/photos"},
+    "localise.md": {"MODEL": "runs/photos", "val2017": "photos"},
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},
@@ -184,11 +184,26 @@ TOY = {
 }
 
 
+def write_boxes() -> None:
+    """COCO's annotations of the photographs, and detections of them."""
+    names = sorted(path.name for path in Path("photos").glob("*.jpg"))[:8]
+    images = [{"id": at, "file_name": name, "width": 64, "height": 64} for at, name in enumerate(names)]
+    for image in images:
+        image["width"], image["height"] = Image.open(f"photos/{image['file_name']}").size
+    boxes = [{"image_id": image["id"], "category_id": 1, "bbox": [4, 4, 20, 16]} for image in images]
+    whole = [{**box, "id": at, "area": 320, "iscrowd": 0} for at, box in enumerate(boxes)]
+    about = {"images": images, "annotations": whole, "categories": [{"id": 1, "name": "dog"}]}
+    Path("instances_val2017.json").write_text(json.dumps(about))
+    Path("found.json").write_text(json.dumps([{**box, "score": 0.9} for box in boxes]))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page: str, lived_in: Path, monkeypatch: pytest.MonkeyPatch, shown: list[Any]) -> None:
     monkeypatch.chdir(lived_in)
     if page == "faq.md":
         assert main(["data", "import", "labelled/train", "shards/labelled"]) == 0
+    if page == "localise.md":
+        write_boxes()
     lines = [one.text for one in commands(DOCS / page) if not one.inline]
     assert lines
     for number, line in enumerate(lines):

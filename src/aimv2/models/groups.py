@@ -8,12 +8,7 @@ from torch import nn
 
 from aimv2.config.schema import OptimConfig
 
-DECAYED = (
-    nn.Linear,
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.Embedding,
-)  # their matrices; not norms, biases, positions, [BOS]
+DECAYED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)  # their matrices; not norms, biases, positions
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig | None = None) -> list[dict[str, Any]]:

@@ -90,10 +90,10 @@ def explore(model: str, images: str | None = None, other: str | None = None, lim
 def models() -> dict[str, Any]:
     """List every model: parameters, GFLOPs per image, input size; licence and revision of released ones."""
 
-def convert(source: str, out: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', revision: str | None = None, precision: Literal['fp32', 'bf16', 'int8'] | None = None, images: str | None = None, samples: int = 300, licence: str | None = None) -> dict[str, Any]:
+def convert(source: str, out: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors', 'backbone'] = 'transformers', revision: str | None = None, precision: Literal['fp32', 'bf16', 'int8'] | None = None, images: str | None = None, samples: int = 300, licence: str | None = None) -> dict[str, Any]:
     """Write a model in the layout of the tool that will open it."""
 
-def push(model: str, repository: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors'] = 'transformers', private: bool = False, licence: str | None = None, message: str = 'Upload an AIMV2 encoder') -> dict[str, Any]:
+def push(model: str, repository: str, to: Literal['released', 'transformers', 'timm', 'onnx', 'openvino', 'safetensors', 'backbone'] = 'transformers', private: bool = False, licence: str | None = None, message: str = 'Upload an AIMV2 encoder') -> dict[str, Any]:
     """Upload a model to the hub, with its card."""
 
 def vlm_build(encoder: str, llm: str, out: str, features: Literal['post-norm', 'pre-norm'] | None = None, tiles: int = 1, chat_template: str | None = None, image_size: int | None = None, dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto', seed: int = 0) -> dict[str, Any]:

@@ -216,8 +216,8 @@ def _what(source: ModelSource | None, model: nn.Module, to: str) -> list[str]:
     elif isinstance(model, AIMv2) and to == "safetensors":
         kind = "vision encoder with its multimodal decoder"
         parts["decoder"] = _count(model.decoder)
-    if "pooling head" in missing and isinstance(model, VisionEncoder | LiT):
-        parts["image encoder"] -= _count(encoder_in(model).head)
+    if "pooling head" in missing:
+        parts["image encoder"] -= sum(_count(part) for part in [encoder_in(model).head] if part is not None)
     origin = source.given if source else "a model in memory"
     lines = [f"AIMV2 {kind}, in the {to} layout; written by aimv2 {aimv2.__version__} from {origin}."]
     if missing:

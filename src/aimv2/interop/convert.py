@@ -231,9 +231,8 @@ def to_backbone(model: nn.Module, out: Path) -> None:
     dtype = next(image.parameters()).dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = Aimv2Backbone(Aimv2BackboneConfig(image.config, dtype=dtype, architectures=["Aimv2Backbone"])).to(
-            dtype
-        )
+        backbone: Any = Aimv2Backbone(Aimv2BackboneConfig(image.config, architectures=["Aimv2Backbone"]))
+    backbone.to(dtype).config.dtype = dtype
     backbone.fill_encoder(image)
     save_file(backbone.state_dict(), out / WEIGHTS, {"format": "pt"})
     backbone.config.save_pretrained(out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError, need
-from aimv2.models.encoder import VisionEncoder
+from aimv2.models.encoder import PatchEmbed, VisionEncoder
 from aimv2.models.layers import dtype_of
 from aimv2.models.lit import LiT
 from aimv2.models.positions import resize_positions
@@ -41,14 +41,15 @@ class Exported(nn.Module):
 class Placed(nn.Module):
     """A patch embedding whose positions are those of one grid."""
 
-    def __init__(self, embed: nn.Module, grid: tuple[int, int]) -> None:
+    def __init__(self, embed: PatchEmbed, grid: tuple[int, int]) -> None:
         super().__init__()
         self.proj, self.norm = embed.proj, embed.norm
-        self.position = nn.Parameter(resize_positions(embed.position, grid))  # type: ignore[arg-type]
+        self.position = nn.Parameter(resize_positions(embed.position, grid))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, I, D]."""
-        return self.norm(self.proj(images).flatten(2).transpose(1, 2)) + self.position
+        x: Tensor = self.norm(self.proj(images).flatten(2).transpose(1, 2))
+        return x + self.position
 
 
 class ExportedBackbone(nn.Module):
@@ -104,7 +105,7 @@ def to_onnx(model: nn.Module, out: Path) -> None:
     wrapped: nn.Module
     if hasattr(model, "out_features"):
         wrapped = ExportedBackbone(model)
-        pixels, names = wrapped.pixels, list(model.out_features)  # type: ignore[call-overload]
+        pixels, names = wrapped.pixels, wrapped.backbone.out_features
         dynamic: dict[str, Any] = {INPUT: {0: torch.export.Dim.DYNAMIC}}
     else:
         encoder = image_encoder(model, "onnx")

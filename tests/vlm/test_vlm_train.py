@@ -22,6 +22,7 @@ from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.conversations import RowMaker
 from aimv2.data.text.conversations import Conversation, Turn
 from aimv2.errors import UsageError
+from aimv2.explorer.study import open_shown
 from aimv2.tasks.instruct import Instruct
 from aimv2.vlm.model import open_vlm
 from runs import assert_refused, light_collections, metrics, torchrun
@@ -261,6 +262,7 @@ def test_recipes_hold_table_c1_and_their_twins_run(column: str, root: Path, tmp_
     assert summary["step"] == 3 and 0 <= summary["val_answer_accuracy"] <= 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "answer loss" in page.lower() and "vision-language" in page
+    assert open_shown(str(tmp_path / "run"), "cpu").talker is not None, "the explorer takes the run"
 
 
 @pytest.mark.parametrize("name", ["vlm", "native", "tiles"])

@@ -140,6 +140,14 @@ def test_corners_and_fractions_in_the_place_of_boxes_are_noticed(images: Path) -
         assert refused(coco(annotations=wrong), images) == ("SRC", "mismatch")
 
 
+def test_a_file_is_one_picture_only(images: Path) -> None:
+    record = coco()
+    for image, name in zip(record["images"], ("a/1.jpg", "b/1.jpg", "c/2.jpg")):
+        image["file_name"] = name  # none of the folders is there
+    result, out = brought(record, images)
+    assert result["bad"] == {"image-missing": {"number": 1, "examples": ["b/1.jpg"]}} and len(samples(out)) == 2
+
+
 def test_options_without_a_use_are_refused(images: Path) -> None:
     assert refused(coco(), images, no_captions=True) == ("--no-captions", "conflict")
     assert refused(coco(), images, conversations=True) == ("--conversations", "conflict")

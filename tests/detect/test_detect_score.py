@@ -71,7 +71,7 @@ def test_a_wrong_class_and_a_missing_phrase_cost(scenes: Path, found: list[dict[
     [
         ({"image_id": "elsewhere"}, "mismatch"),
         ({"category_id": "dog"}, "mismatch"),
-        ({"category_id": 49}, "mismatch"),
+        ({"category_id": 1}, "mismatch"),  # scenes name their classes and state no ids
         ({"score": float("nan")}, "non-finite"),
         ({"bbox": [1, 2, 3]}, "mismatch"),
         ({"bbox": [1, 2, 3, float("inf")]}, "mismatch"),
@@ -86,6 +86,35 @@ def test_predictions_that_do_not_fit_are_refused(
     with pytest.raises(UsageError) as refusal:
         score([found[0] | change, *found[1:]], scenes, tmp_path)
     assert (refusal.value.code, refusal.value.option) == (code, "--predictions")
+
+
+def test_phrases_of_other_words_are_refused(scenes: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
+    phrases = [row for row in found if "phrase" in row]
+    with pytest.raises(UsageError) as refusal:
+        score([phrases[0] | {"phrase": "The Ring"}, *phrases[1:]], scenes, tmp_path)
+    assert (refusal.value.code, refusal.value.option) == ("mismatch", "--predictions")
+
+
+def test_names_that_mean_several_are_no_names(tmp_path: Path) -> None:
+    box = {"category_id": 1, "bbox": [1, 1, 9, 9], "area": 81}
+    record = {
+        "images": [
+            {"id": n, "width": 40, "height": 30, "file_name": name}
+            for n, name in enumerate(("a.jpg", "a.jpg", "b.jpg"))
+        ],
+        "categories": [{"id": 1, "name": "ring"}, {"id": 2, "name": "ring"}, {"id": 3, "name": "cross"}],
+        "annotations": [{**box, "id": n, "image_id": n} for n in range(3)],
+    }
+    (tmp_path / "t.json").write_text(json.dumps(record))
+    truth = read_truth(str(tmp_path / "t.json"))
+    assert truth.images_by_name == {0: 1, 1: 2, 2: 3, "b.jpg": 3}
+    assert truth.categories_by_name == {1: 1, 2: 2, 3: 3, "cross": 3}
+    for one in record["annotations"]:
+        one["bbox"] = [20, 15, 38, 28]  # corners
+    (tmp_path / "t.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError) as refusal:
+        read_truth(str(tmp_path / "t.json"))
+    assert (refusal.value.code, refusal.value.option) == ("mismatch", "--data")
 
 
 def as_corners(box: list[float]) -> list[float]:

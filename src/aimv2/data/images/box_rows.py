@@ -165,7 +165,7 @@ def plan_boxes(
     _check_form(pictures)
     splits = StatedSplits(kind, {one.split for one in pictures}, options.split)
     items: list[SourceEntry | Reject] = []
-    found, missed = 0, ""
+    found, missed, taken = 0, "", dict[Path, str]()
     for one in pictures:
         if not splits.is_read(one.split):
             continue
@@ -176,6 +176,8 @@ def plan_boxes(
             break
         if path is None:
             items.append(Reject(key, name, "no such image", "image-missing"))
+        elif taken.setdefault(path, name) != name:
+            items.append(Reject(key, name, f"no such image; {path.name} is {taken[path]}", "image-missing"))
         elif why := splits.refusal(one.split):
             items.append(Reject(key, name, why, "split"))
         else:

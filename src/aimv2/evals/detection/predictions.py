@@ -74,6 +74,14 @@ def matched_predictions(
         place = f"{given}: entry {number:,}"
         one = _checked(row, truth, place)
         (found.phrases if "phrase" in one else found.objects).append(one)
+    known = {(image, phrase) for image, phrase, _ in truth.phrases}
+    strange = [one for one in found.phrases if (one["image_id"], one["phrase"].strip()) not in known]
+    if strange and known:
+        raise UsageError(
+            f"{given}: {len(strange):,} phrases that their images do not have, such as '{strange[0]['phrase']}'; write them as the data do",
+            option="--predictions",
+            code="mismatch",
+        )
     both = [one for one in (*found.objects, *found.phrases) if one.get("bbox")]
     if doubt := doubt_of_form([one["bbox"] for one in both], [sizes[one["image_id"]] for one in both]):
         raise UsageError(

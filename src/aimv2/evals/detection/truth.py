@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aimv2.data.images.boxes import BOX_FAULTS, UNUSABLE, Regions, regions_of, scale_between, stated_classes
+from aimv2.data.images.boxes import (
+    BOX_FAULTS,
+    UNUSABLE,
+    Regions,
+    doubt_of_form,
+    regions_of,
+    scale_between,
+    stated_classes,
+)
 from aimv2.data.images.decode import ImageError, image_size
 from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import find_shards, image_of, json_of, read_samples
@@ -34,7 +42,7 @@ class DetectionTruth:
         annotations: {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation" where there is one}.
         phrases: (image id, phrase, boxes float64 [K, 4] xywh).
         images_by_name: id of an image by what predictions may call it: its key, its file name, its id in the source.
-        categories_by_name: id of a category by its id in the source, and by its name.
+        categories_by_name: id of a category by its id in the source, where it states ids, and by its name.
         federated: of LVIS's form, in which a picture's classes are checked only in part.
         faults: counts of what was left out, by code of :data:`aimv2.data.images.boxes.BOX_FAULTS`.
     """
@@ -68,28 +76,43 @@ def read_truth(source: str, split: Literal["train", "val", "test"] = "val", opti
     """
     path = Path(source).expanduser()
     if path.suffix.lower() == ".json" and path.is_file():
-        return _of_json(path, option)
-    tars = find_shards(source, split, option=option)
-    if not tars:
-        raise UsageError(f"{option} {source}: no {split}-*.tar in it; --split train is what it has", code="missing")
-    return _of_shards(tars, Path(source).name, source, option)
+        truth = _of_json(path, option)
+    else:
+        tars = find_shards(source, split, option=option)
+        if not tars:
+            raise UsageError(f"{option} {source}: no {split}-*.tar in it; --split train is what it has", code="missing")
+        truth = _of_shards(tars, Path(source).name, source, option)
+    sizes = {one["id"]: (one["width"], one["height"]) for one in truth.images}
+    boxes = [(one["bbox"], sizes[one["image_id"]]) for one in truth.annotations]
+    if doubt := doubt_of_form([box for box, _ in boxes], [size for _, size in boxes]):
+        raise UsageError(
+            f"{option} {source}: {doubt}; [x, y, width, height] in pixels expected", option=option, code="mismatch"
+        )
+    return truth
+
+
+def _add_names(known: dict[str | int, int], names: list[tuple[str | int, int]]) -> None:
+    """Adds further names of images or categories; what is known stays, and what would mean several is left out."""
+    meant: dict[str | int, set[int]] = {}
+    for name, number in names:
+        meant.setdefault(name, set()).add(number)
+    known |= {name: next(iter(numbers)) for name, numbers in meant.items() if len(numbers) == 1 and name not in known}
 
 
 def _add_categories(truth: DetectionTruth, names: list[str], ids: list[Any], frequency: list[str] | None) -> None:
-    """Categories in the order given; a name twice is told apart by its id only."""
+    """Categories in the order given; ``ids`` of the source, [] where it states none: then only names are taken."""
     for number, name in enumerate(names, 1):
         more = {"frequency": frequency[number - 1]} if frequency else {}
         truth.categories.append({"id": number, "name": name, **more})
-        truth.categories_by_name.setdefault(name, number)
-    for number, given in enumerate(ids, 1):
-        truth.categories_by_name[given] = number
+    truth.categories_by_name.update({given: number for number, given in enumerate(ids, 1)})
+    _add_names(truth.categories_by_name, [(name, number) for number, name in enumerate(names, 1)])
 
 
 # ---- shards ----
 
 
 def _of_shards(tars: list[Path], name: str, source: str, option: str) -> DetectionTruth:
-    truth, found = DetectionTruth(name), list[tuple[int, Regions]]()
+    truth, found, further = DetectionTruth(name), list[tuple[int, Regions]](), list[tuple[str | int, int]]()
     for key, parts in tracked((pair for tar in tars for pair in read_samples(tar)), f"reading {name}, samples", None):
         about, image = json_of(parts), image_of(parts)
         try:
@@ -110,16 +133,14 @@ def _of_shards(tars: list[Path], name: str, source: str, option: str) -> Detecti
         if UNUSABLE & set(faults):
             continue
         number = len(truth.images) + 1
-        truth.images.append({"id": number, "width": regions.size[0], "height": regions.size[1], "size": size})
-        called = dict.fromkeys(
-            (key, *(about[word] for word in ("image_id", "source") if isinstance(about.get(word), str | int)))
-        )
-        for word in called:
-            if truth.images_by_name.setdefault(word, number) != number and word == key:
-                raise UsageError(
-                    f"{option} {source}: the key {key} occurs twice; keys of scored samples must differ",
-                    code="conflict",
-                )
+        truth.images.append({"id": number, "width": regions.size[0], "height": regions.size[1]})
+        if truth.images_by_name.setdefault(key, number) != number:
+            raise UsageError(
+                f"{option} {source}: the key {key} occurs twice; keys of scored samples must differ",
+                option=option,
+                code="conflict",
+            )
+        further += [(about[word], number) for word in ("image_id", "source") if isinstance(about.get(word), str | int)]
         found.append((number, regions))
     if not found:
         why = "; ".join(
@@ -128,6 +149,7 @@ def _of_shards(tars: list[Path], name: str, source: str, option: str) -> Detecti
         raise UsageError(
             f"{option} {source}: no sample with boxes{'; ' * bool(why)}{why}", option=option, code="missing"
         )
+    _add_names(truth.images_by_name, further)
     stated = stated_classes(tars)
     present = {word for _, one in found for word in (*one.classes, *one.negative, *one.not_exhaustive)}
     names: list[str] = stated.get("classes") or sorted(present)
@@ -137,7 +159,7 @@ def _of_shards(tars: list[Path], name: str, source: str, option: str) -> Detecti
             option=option,
             code="mismatch",
         )
-    _add_categories(truth, names, stated.get("class_ids") or list(range(1, len(names) + 1)), stated.get("frequency"))
+    _add_categories(truth, names, stated.get("class_ids") or [], stated.get("frequency"))
     truth.federated = any(one.negative for _, one in found) or "frequency" in stated
     for number, regions in found:
         _add_regions(truth, number, regions)
@@ -231,9 +253,12 @@ def _of_json(path: Path, option: str) -> DetectionTruth:
             option=option,
             code="mismatch",
         ) from None
-    for one in record["images"]:  # file names after ids: an id of one image is never the name of another
-        if isinstance(one.get("file_name"), str):
-            truth.images_by_name.setdefault(one["file_name"], truth.images_by_name[one["id"]])
+    files = [
+        (one["file_name"], number)
+        for number, one in enumerate(record["images"], 1)
+        if isinstance(one.get("file_name"), str)
+    ]
+    _add_names(truth.images_by_name, files)
     if not truth.annotations:
         raise UsageError(f"{option} {path}: no annotations", option=option, code="missing")
     return truth

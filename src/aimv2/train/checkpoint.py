@@ -1,7 +1,8 @@
 """Checkpoints: complete, written aside, then renamed.
 
 ``checkpoints/step-NNNNNNN/state/`` holds what only ``--resume`` reads (sharded weights and optimizer, data position,
-RNG); ``model/`` is what everything else reads: JSON and safetensors.
+RNG); ``model/`` is what everything else reads: JSON and safetensors. ``files.json`` lists both with hashes; see
+:mod:`aimv2.train.sealing`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from aimv2.interop.model_folder import checkpoints, read_best
 from aimv2.train.ema import Ema
 
 ASIDE = ".aside-"
+RANK = "rank-{:05d}"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -62,7 +64,7 @@ def save_checkpoint(
         step: optimizer steps done.
         model, optimizer: sharded or not.
         about: JSON of the trainer, the same on every rank.
-        private: picklable state of this rank (data position, RNG).
+        private: state of this rank, of :mod:`aimv2.train.plain_state`'s types (data position, RNG).
         write_model: writes the model folder from full CPU weights; called on rank 0.
         world: the ranks.
         keep: newest checkpoints to keep, 0 for all; the best one stays too.
@@ -71,6 +73,9 @@ def save_checkpoint(
     Raises:
         UsageError: the disk refused; what was there before is untouched.
     """
+    from aimv2.train.plain_state import write_state
+    from aimv2.train.sealing import flush, seal, seal_part, written_by
+
     final = step_folder(run, step)
     aside = final.with_name(ASIDE + final.name)
     # the weights are gathered by all ranks before any of them can fail on its disk
@@ -89,20 +94,27 @@ def save_checkpoint(
         raise cannot_save(run, step, failure)
     try:
         dcp.save(state, checkpoint_id=aside / "state")
-        _write(aside / "state" / f"rank-{world.rank:05d}.pt", private)
+        write_state(aside / "state" / RANK.format(world.rank), private)
         if world.main:
             write_model(aside / "model", full)  # type: ignore[arg-type]  # every value is a tensor
             (aside / "state" / "trainer.json").write_text(json.dumps(about))
-            _flush(aside)
+        seal_part(aside, world.rank, written_by(aside, world.rank))
     except (Exception, CheckpointException) as error:  # DCP wraps what the disk said; its error is no Exception
         failure = _reason(error)
-    if any_failed(failure, world):
+    failed = any_failed(failure, world)
+    if world.main and not failed:
+        try:
+            seal(aside, world.size)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            flush(final.parent)
+        except OSError as error:
+            failure = _reason(error)
+    if failed or any_failed(failure, world):
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
         raise cannot_save(run, step, failure)
     if world.main:
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
         best = read_best(run).get("step")
         for number, folder in checkpoints(run)[: -keep or None] if keep else []:
             if number != best:
@@ -133,22 +145,6 @@ def cannot_save(run: Path, step: int, failure: str | None) -> UsageError:
     )
 
 
-def _write(path: Path, value: Any) -> None:
-    with path.open("wb") as file:
-        torch.save(value, file)
-
-
-def _flush(folder: Path) -> None:
-    """Everything in ``folder`` reaches the disk before the rename does."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def _reason(error: BaseException) -> str:
     """The disk's own words, dug out of what wraps them."""
     chain: BaseException | None = error
@@ -174,8 +170,25 @@ def read_about(folder: Path) -> dict[str, Any]:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, ema: Ema | None = None
 ) -> Any:
-    """Fills model, optimizer and average in place and returns this rank's private state."""
+    """Fills model, optimizer and average in place and returns this rank's private state; no pickle of the folder is run.
+
+    Raises:
+        UsageError: files that can't be read, or hold something else.
+    """
+    from aimv2.train.plain_reader import PlainPlanner, PlainReader
+    from aimv2.train.plain_state import read_state
+
     state = state_of(model, optimizer, ema)
-    dcp.load(state, checkpoint_id=folder / "state")
+    private, failure = None, None
+    try:
+        private = read_state(folder / "state" / RANK.format(world.rank))
+        dcp.load(state, storage_reader=PlainReader(folder / "state"), planner=PlainPlanner())
+    except (Exception, CheckpointException) as error:  # whatever a damaged file makes of it
+        failure = _reason(error)
+    if any_failed(failure, world):
+        advice = "remove that folder to go on from the checkpoint before it"
+        raise UsageError(
+            f"--resume: {folder} can't be read ({failure or 'on another rank'}); {advice}", code="unreadable"
+        )
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
-    return torch.load(folder / "state" / f"rank-{world.rank:05d}.pt", weights_only=False)
+    return private

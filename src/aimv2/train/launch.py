@@ -254,6 +254,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         say(f"the run in {run} is finished")
         return summary
     world = join_world()
+    prepare.drop_damaged(run, world)
     trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
     found = prepare.find_resume(run, config, trainer.tokenizer, world)
     if found is not None:

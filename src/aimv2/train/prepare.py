@@ -365,15 +365,32 @@ def _plain(value: Any) -> Any:
     )
 
 
+def drop_damaged(run: Path, world: World) -> None:
+    """Keeps damaged checkpoints aside before anything is read of them; see :mod:`aimv2.train.sealing`.
+
+    Raises:
+        UsageError: on all ranks, where none is good.
+    """
+    from aimv2.train.sealing import set_aside_damaged
+
+    problem = None
+    if world.main:
+        remove_unfinished(run)
+        try:
+            set_aside_damaged(run, say)
+        except UsageError as error:
+            problem = str(error)
+    problem = world.broadcast(problem)
+    if problem is not None:
+        raise UsageError(problem, option="--resume", code="unreadable")
+
+
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:
     """The newest checkpoint, if it belongs to this model, tokenizer and product of ranks and workers.
 
     Returns:
         its folder, or None where the run was stopped before its first one.
     """
-    if world.main:
-        remove_unfinished(run)
-    world.barrier()
     found = checkpoints(run)
     if not found:
         return None

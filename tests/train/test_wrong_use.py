@@ -3,6 +3,7 @@
 import io
 import json
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -158,9 +159,9 @@ def test_loss_that_is_not_finite(data, tmp_path, capsys):
     train(data, run, train__stop_at=2)
     words = ["pretrain", "--run", str(run), "--resume"]
     before = exact(run)
-    model = next((run / "checkpoints").iterdir()) / "model" / "model.safetensors"
-    spoil(model, "decoder.pixel_head.weight")
-    other = [*options(data, tmp_path / "other"), "--init", str(model.parent)]
+    model = shutil.copytree(next((run / "checkpoints").iterdir()) / "model", tmp_path / "spoiled")
+    spoil(model / "model.safetensors", "decoder.pixel_head.weight")
+    other = [*options(data, tmp_path / "other"), "--init", str(model)]
     line = assert_refused(capsys, other, "step 1", "non-finite", "pixel", "gradient")
     assert "text" not in line.split(";")[0]
     assert not list((tmp_path / "other").glob("checkpoints/step-*")), "nothing broken is saved"

@@ -22,6 +22,7 @@ from aimv2 import api
 from aimv2.cli import main
 from aimv2.commands.render import render as show
 from aimv2.commands.table import COMMANDS
+from aimv2.data.shards.format import json_of, read_samples
 from aimv2.doctor.packages import requirements
 from aimv2.errors import UsageError
 from aimv2.interop.convert import convert
@@ -162,8 +163,9 @@ def prepare(name: str, place: Path) -> None:
         api.vlm_build("m", "llm", "vlm")
     if name == "detect score":
         api.data_shapes("boxes", 8, objects=3, size=32)
-        found = [{"image_id": "val00000000", "category_id": "red ring", "bbox": [1, 2, 9, 9], "score": 0.5}]
-        found.append({"image_id": "val00000000", "phrase": "the ring", "bbox": [1, 2, 9, 9], "score": 0.5})
+        key, parts = next(read_samples(Path("boxes/val-000000.tar")))
+        found = [{"category_id": "red ring"}, {"phrase": json_of(parts)["phrases"][0]["phrase"]}]
+        found = [one | {"image_id": key, "bbox": [1, 2, 9, 9], "score": 0.5} for one in found]
         Path("found.json").write_text(json.dumps(found))
     if name == "compare" and not (place / "knn").exists():
         api.knn("m", "data", out="knn")

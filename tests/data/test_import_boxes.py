@@ -285,17 +285,35 @@ def test_phrases_of_mdetr(images: Path) -> None:
     assert "objects" not in about
 
 
+def test_the_whole_caption_refers_in_refcoco_of_mdetr(images: Path) -> None:
+    shown = [
+        {
+            "id": 0,
+            "file_name": "1.jpg",
+            "width": 40,
+            "height": 30,
+            "caption": "ring on the left",
+            "dataset_name": "refcoco+",
+        }
+    ]
+    notes = [{"id": 0, "image_id": 0, "category_id": 7, "bbox": [4, 4, 10, 8], "tokens_positive": [[0, 4]]}]
+    _, out = brought({"images": shown, "annotations": notes, "categories": []}, images)
+    assert [one["phrase"] for one in samples(out)["1"]["phrases"]] == ["ring on the left"]
+
+
 def test_odvg_lines(images: Path) -> None:
     rows = [
         {"filename": "1.jpg", "height": 30, "width": 40, "detection": {"instances": [
             {"bbox": [4, 4, 14, 12], "label": 0, "category": "ring"}]}},
         {"filename": "2.jpg", "height": 30, "width": 40, "grounding": {"caption": "a ring", "regions": [
             {"bbox": [[4, 4, 14, 12], [20, 4, 28, 12]], "phrase": "a ring"}, {"bbox": [1, 1, 5, 5], "phrase": "it"}]}},
+        {"filename": "3.jpg", "height": 15, "width": 20, "referring": [{"bbox": [4, 4, 14, 12], "phrase": ["one", "two"]}]},
     ]  # fmt: skip
     _, out = brought("\n".join(map(json.dumps, rows)), images, "odvg.jsonl")
     found = samples(out)
     assert found["1"]["objects"] == [{"box": [4, 4, 10, 8], "class": "ring"}]
     assert [len(one["boxes"]) for one in found["2"]["phrases"]] == [2, 1]
+    assert found["3"]["phrases"] == [{"phrase": name, "box": [4, 4, 10, 8]} for name in ("one", "two")]
 
 
 def test_scene_graphs(images: Path) -> None:

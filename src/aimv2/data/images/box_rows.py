@@ -289,6 +289,8 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
         picture, image = of_image[one["image_id"]]
         if grounded:
             words = " ".join(image["caption"][start:end] for start, end in one["tokens_positive"])
+            if str(image.get("dataset_name", "")).startswith("refcoco"):
+                words = image["caption"]  # all of it refers; `tokens_positive` is its head noun only
             place = image["id"], str(one["tokens_positive"])
             if place not in phrase_at:  # one place of one caption is one phrase, whatever the number of its boxes
                 phrase_at[place] = {"phrase": words or image["caption"], "boxes": []}
@@ -356,7 +358,7 @@ def _scene_graphs(record: dict[str, Any]) -> Iterator[BoxedPicture]:
 
 
 def _open_odvg(path: Path, options: SourceOptions) -> PlannedSource:
-    """JSON lines of detection (`instances`) and grounding (`regions`), whose boxes are [left, top, right, bottom]."""
+    """JSON lines of `detection`, `grounding` and `referring`, whose boxes are [left, top, right, bottom]."""
     pictures: dict[str, BoxedPicture] = {}
     for number, row in read_json_lines(path):
         try:
@@ -374,6 +376,11 @@ def _add_odvg(pictures: dict[str, BoxedPicture], row: Any) -> None:
         for one in row["grounding"].get("regions") or ():
             several = one["bbox"] if isinstance(one["bbox"][0], list) else [one["bbox"]]
             phrases.append({"phrase": one["phrase"], "boxes": [from_corners(box) for box in several]})
+    elif "referring" in row:
+        for one in row["referring"]:
+            several = [one["phrase"]] if isinstance(one["phrase"], str) else one["phrase"]
+            box = from_corners(one["bbox"])
+            about.setdefault("phrases", []).extend({"phrase": phrase, "box": box} for phrase in several)
     else:
         objects = about.setdefault("objects", [])
         for one in row["detection"].get("instances") or ():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.initialization import no_init_weights
 
+from aimv2.config.load import parse, read_recipe
+from aimv2.config.recipes import recipe_file
 from aimv2.interop.backbone import optimizer_groups
 from aimv2.interop.backbone_config import Aimv2BackboneConfig, check_head
 
@@ -36,3 +40,19 @@ def test_d2_with_mask2former() -> None:
         assert len(rates) == len([*model.parameters()])
         assert rates[id(encoder.patch_embed.position)] == pytest.approx(LR * LAYER_DECAY**25)
         assert rates[id(encoder.blocks[23].attn.qkv.weight)] == pytest.approx(LR * LAYER_DECAY)
+
+
+def test_the_recipe_holds_what_d2_says() -> None:
+    file = recipe_file("detect-masks", "--config")
+    config = parse(read_recipe(file))
+    assert (config.train.batch_size, config.objective.image_size, config.objective.window) == (BATCH, SIDE, WINDOW)
+    assert (config.optim.layer_decay, config.optim.lr, config.optim.weight_decay) == (LAYER_DECAY, LR, WEIGHT_DECAY)
+    assert config.optim.schedule == "cosine" and config.objective.freeze is False
+    assert round(config.train.steps * BATCH / 118_287) == 100  # epochs of COCO's training pictures
+    for line in file.read_text().splitlines():
+        assert (
+            line.startswith("#")
+            or line.endswith(":")
+            or "name: detect" in line
+            or re.search("# .*(ours|section D.2)", line)
+        ), line

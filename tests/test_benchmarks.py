@@ -92,3 +92,19 @@ def test_probe_sweep_benchmark_runs() -> None:
     assert set(seconds) == {"cached_1", "cached_14", "cached_14_plain", "augmented_1", "augmented_14"}
     assert result["ratios"]["augmented_14_to_1"] == pytest.approx(seconds["augmented_14"] / seconds["augmented_1"])
     assert result["ratios"]["cached_14_to_1"] == pytest.approx(seconds["cached_14"] / seconds["cached_1"])
+
+
+@pytest.mark.long
+def test_windows_benchmark_runs() -> None:
+    words = ["--model", "aimv2-tiny-patch8-32", "--depth", "2", "--side", "128", "--windows", "8", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "backbone_windows.py"), *words, "--train"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    whole, windowed = result["whole_map"], result["window_8"]
+    assert result["grid"] == 16 and whole["times_faster"] == whole["times_less_memory"] == 1
+    assert windowed["times_faster"] == pytest.approx(whole["seconds"] / windowed["seconds"], rel=0.2)

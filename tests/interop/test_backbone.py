@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ def test_save_and_open(tmp_path):
     other = backbone(seed=1, encoder=None, weights=tmp_path)
     assert torch.equal(other.encoder.norm.weight, model.encoder.norm.weight)
     assert torch.equal(other.encoder.patch_embed.position, model.encoder.patch_embed.position)
+    with pytest.raises(UsageError) as caught:
+        backbone(encoder=replace(TINY, depth=3), weights=tmp_path)
+    assert (caught.value.option, caught.value.code) == ("weights", "mismatch")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "model.safetensors").unlink()  # what it was made from is not read again
+    assert torch.equal(AutoBackbone.from_pretrained(tmp_path / "other").encoder.norm.weight, other.encoder.norm.weight)
 
 
 def masked(block: Block, x: torch.Tensor, height: int, width: int, side: int) -> torch.Tensor:
@@ -130,6 +137,7 @@ def test_refusals():
         (dict(scales=[4, 1]), "scales"),
         (dict(window=16, image_size=32), "window"),
         (dict(window=-1), "window"),
+        (dict(windows=4), "windows"),
         (dict(window=4, global_blocks=5), "global_blocks"),
         (dict(window=4, global_blocks=[4]), "global_blocks"),
         (dict(encoder="aimv2-tiny"), "model.name"),

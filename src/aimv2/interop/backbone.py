@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
+from aimv2.errors import UsageError
 from aimv2.interop.backbone_config import MODEL_TYPE, Aimv2BackboneConfig
 from aimv2.interop.model_folder import CONFIG
 from aimv2.interop.shapes import read_json
@@ -82,7 +83,19 @@ class Aimv2Backbone(BackboneMixin, PreTrainedModel):
         self.fill_encoder(encoder_in(load_model(source)))
 
     def fill_encoder(self, encoder: VisionEncoder) -> None:
-        """Copy the weights of an encoder of the same shape; its pooling head, if any, is left out."""
+        """Copy the weights of an encoder; its pooling head, if any, is left out.
+
+        Raises:
+            UsageError: an encoder of another shape.
+        """
+        for key in ("width", "depth", "heads", "hidden", "patch_size", "image_size"):
+            given, own = (getattr(one.config, key) for one in (encoder, self.encoder))
+            if given != own:
+                raise UsageError(
+                    f"weights: an encoder of {key} {given}, and the configuration has {own}; leave out its encoder",
+                    option="weights",
+                    code="mismatch",
+                )
         state = encoder.state_dict()
         self.encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ class Aimv2BackboneConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices = [*range(len(self.scales))]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         kwargs.pop("format", None)
+        for key in kwargs:  # transformers keeps whatever it does not know
+            if close := difflib.get_close_matches(
+                key, inspect.signature(Aimv2BackboneConfig.__init__).parameters, 1, 0.8
+            ):
+                raise UsageError(f"{key}: no such key; did you mean '{close[0]}'?", option=key, code="unknown")
         super().__init__(**kwargs)
 
     def _check(self) -> None:

@@ -152,6 +152,8 @@ def test_options_without_a_use_are_refused(images: Path) -> None:
     assert refused(coco(), images, no_captions=True) == ("--no-captions", "conflict")
     assert refused(coco(), images, conversations=True) == ("--conversations", "conflict")
     assert refused("{", images)[1] == "unreadable"
+    with pytest.raises(UsageError, match="--boxes true"):
+        brought(coco(), images, boxes=False)
 
 
 def test_lvis_keeps_what_was_looked_for(images: Path) -> None:

@@ -289,8 +289,10 @@ def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
             field = key if len(keys) > 1 else "caption"
             texts[annotation.get("image_id")].setdefault(field, []).append(annotation[key])
     if record["annotations"] and not texts:
+        boxed = ", or take its boxes with --boxes true" * any("bbox" in one for one in record["annotations"])
+        keys_of = "`, `".join(keys)
         raise UsageError(
-            f"{file}: captions missing: its annotations have no `{'`, `'.join(keys)}`; choose with --captions FILE"
+            f"{file}: captions missing: its annotations have no `{keys_of}`; choose with --captions FILE{boxed}"
         )
     _check_stated(file, columns, {key for annotation in record["annotations"] for key in annotation})
     known = {image.get("id") for image in record["images"]}

@@ -39,8 +39,9 @@ class Aimv2BackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         window: side in patches of the windows that attention stays in, such as 16, 24 or 32 (AIMV2, Table D2); 0: the whole map.
         global_blocks: with a window, how many blocks attend to the whole map, evenly spread, or their indices.
         image_size: side of the images, or [height, width], for heads and exports that need a fixed one; None: the encoder's own.
-        out_features, out_indices: stages to return: of the pyramid ``stage1``, the finest, to ``stage4`` (default: all), otherwise
-            ``stem`` and ``stage1`` to ``stageN``, the outputs of the blocks (default: the last).
+        out_features: stages to return: of the pyramid ``stage1``, the finest, to ``stage4`` (default: all), otherwise ``stem`` and
+            ``stage1`` to ``stageN``, the outputs of the blocks (default: the last).
+        out_indices: the same stages by number.
 
     Raises:
         UsageError: an unknown encoder or form, scales that do not halve, a window larger than the map of ``image_size``.

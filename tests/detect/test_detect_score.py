@@ -17,6 +17,7 @@ from aimv2.errors import UsageError
 from aimv2.evals.compare import compare_results
 from aimv2.evals.compare_detection import PRINTED, paper_cells_of_detection
 from aimv2.evals.detection.referring import box_iou, precision_at_1
+from aimv2.evals.detection.score import render_detection
 from aimv2.evals.detection.truth import DetectionTruth, read_truth
 
 pytest.importorskip("faster_coco_eval")
@@ -54,6 +55,13 @@ def test_perfect_predictions_of_scenes(scenes: Path, found: list[dict[str, Any]]
     assert result["data"]["classes"] == 48 and result["data"]["test_images"] == 16
     assert result["protocol"]["metric"] == "coco" and "mask" not in figures
     assert figures["predictions"]["images_without"] == 0 and result["data"]["left_out"] == {}
+
+
+def test_masks_need_masks_on_both_sides(scenes: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = [{**row, "segmentation": [[1, 1, 5, 1, 5, 5]]} for row in found if "phrase" not in row]
+    result = score(rows, scenes, tmp_path)
+    assert "mask" not in result["figures"] and result["figures"]["predictions"]["masks_not_scored"] == len(rows)
+    assert "masks not scored" in render_detection(result)
 
 
 def test_a_wrong_class_and_a_missing_phrase_cost(scenes: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def detection_figures(truth: DetectionTruth, predictions: DetectionPredictions) 
         "phrases": len(predictions.phrases),
         "without_area": predictions.without_area,
     }
+    counts |= {"masks_not_scored": len(predictions.objects)} if predictions.has_masks and "mask" not in figures else {}
     return figures | {"predictions": {**counts, "images_without": len(truth.images) - len(seen)}}
 
 
@@ -129,6 +130,8 @@ def render_detection(result: dict[str, Any]) -> str:
             f" {found['answered']:,} of them with a box"
         )
     counts = figures["predictions"]
+    if counts.get("masks_not_scored"):
+        lines.append("masks not scored: objects of the data have no segmentation")
     if counts["images_without"]:
         lines.append(f"images without a prediction: {counts['images_without']:,} of {data['test_images']:,}")
     if counts["without_area"]:

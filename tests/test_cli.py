@@ -192,14 +192,14 @@ def test_every_verb_is_a_function_of_the_same_options() -> None:
     assert set(api.__all__) - {"load_model", "save_pretrained"} == set(map(function_name, COMMANDS))
     for name, command in COMMANDS.items():
         signature = inspect.signature(getattr(api, function_name(name)))
-        if name in ("pretrain", "vlm train"):
+        if name in ("pretrain", "vlm train", "detect train"):
             assert list(signature.parameters) == ["config", "run", "options", "dry_run", "print_config"]
             continue
         if name == "data browse":
             assert list(signature.parameters)[:2] == ["config", "options"]
         words = [word.rstrip("*") for word in command.words]
         required = [key for key, p in signature.parameters.items() if p.default is p.empty]
-        if name == "recipes":  # all of them, without a word
+        if name in ("recipes", "detect score"):  # all of them, or predictions, without a word
             words = []
         assert required == words, f"{name}: what has no default is a word of the command line, in this order"
 

@@ -114,11 +114,19 @@ WORDS = {
     "vlm train": [
         "--dry-run --init vlm --data.train scenes --data.workers 0 --train.steps 2 --train.batch_size 4 --train.precision fp32"
     ],
-    "detect score": ["--predictions found.json --data boxes"],
+    "detect score": ["--predictions found.json --data boxes", "detector --data boxes"],
+    "detect photo": ["photos --model detector --out new/found"],
+    "detect train": ["--dry-run {detect}"],
     "explore": [],  # serves until it is stopped: tests/explorer
     "doctor": ["--quick"],
     "push": [],  # wants the hub: tests/interop
 }
+
+DETECT = (  # a tiny detector
+    "init=m data.train=boxes data.workers=0 train.steps=1 train.batch_size=4 train.precision=fp32 objective.width=32 log.report=false "
+    "objective.encoder_layers=1 objective.decoder_layers=2 objective.queries=8 objective.pyramid=[1,0.5] eval.samples=1 "
+    "log.tensorboard=false"
+)
 
 # what may take longer than ten seconds and counts its images, batches or fits
 WAITED = {
@@ -135,9 +143,10 @@ def test_json_is_one_object_and_its_table_fits(
     prepare(name, place)
     monkeypatch.setattr("aimv2.progress.EVERY", 0.0)
     tiny = " ".join(f"--{key} {value}" for key, value in {**TINY, "data.train": "scenes"}.items())
+    detect = " ".join(f"--{word.replace('=', ' ')}" for word in DETECT.split())
     for line in WORDS[name]:
         capsys.readouterr()
-        assert main([*name.split(), *line.format(tiny=tiny).split(), "--json"]) == 0
+        assert main([*name.split(), *line.format(tiny=tiny, detect=detect).split(), "--json"]) == 0
         out, err = capsys.readouterr()
         assert out.endswith("\n") and out.count("\n") == 1, "one object on one line, and nothing else"
         result = json.loads(out)
@@ -161,8 +170,12 @@ def prepare(name: str, place: Path) -> None:
         api.data_shapes("questions", 8, objects=3, questions=3, size=32)
     if name in ("vlm score", "vlm train") and not (place / "vlm").exists():
         api.vlm_build("m", "llm", "vlm")
-    if name == "detect score":
+    if name.startswith("detect") and not (place / "boxes").exists():
         api.data_shapes("boxes", 8, objects=3, size=32)
+    if name in ("detect score", "detect photo") and not (place / "detector").exists():
+        given = {key: value for key, value in (word.split("=") for word in DETECT.split())}
+        api.detect_train(run="detector", options=given)
+    if name == "detect score":
         key, parts = next(read_samples(Path("boxes/val-000000.tar")))
         found = [{"category_id": "red ring"}, {"phrase": json_of(parts)["phrases"][0]["phrase"]}]
         found = [one | {"image_id": key, "bbox": [1, 2, 9, 9], "score": 0.5} for one in found]
@@ -311,6 +324,8 @@ NOWHERE = {
     "vlm build": "m /nowhere/llm new-out",
     "vlm score": "vlm --data /nowhere/questions --out new-scores",
     "detect score": "--predictions /nowhere/found.json --data scenes",
+    "detect photo": "/nowhere/a.png --model m",
+    "detect train": "--run new-out --init m --data.train /nowhere/shards",
     "vlm train": "--run new-out --init m --data.train /nowhere/shards",
     "pretrain": "--run new-out --data.train /nowhere/shards",
 }

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from aimv2.config.types import PositiveInt
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
+aimv2 detect score runs/detector --data boxes --out results/detector
 aimv2 detect score --predictions found.json --data instances_val2017.json
 aimv2 detect score --predictions found.json --data boxes --dataset refcoco"""
-FIRST = "predictions data split dataset name out"
+FIRST = "predictions data split dataset name out batch_size device"
 
 
 @dataclass(kw_only=True)
@@ -26,7 +28,10 @@ class DetectScoreOptions:
         split: of a folder of shards: train, val or test
         dataset: coco2017, lvis, refcoco, refcoco+ or refcocog: the column of the paper's tables for aimv2 compare; null: by the data's name
         name: of what made the predictions, in the result; null: the file's name
-        out: folder for result.json
+        out: folder for result.json, and of a detector for what it found, predictions.json
+        model: RUN or RUN@STEP of aimv2 detect train, or its model folder, in place of predictions
+        batch_size: pictures, or phrases, per forward pass
+        device: cpu, cuda, ...; null: cuda where there is one
     """
 
     predictions: str | None = None
@@ -35,16 +40,37 @@ class DetectScoreOptions:
     dataset: Literal["coco2017", "lvis", "refcoco", "refcoco+", "refcocog"] | None = None
     name: str | None = None
     out: str | None = None
+    model: str | list[str] | None = None
+    batch_size: PositiveInt = 16
+    device: str | None = None
 
     def __post_init__(self) -> None:
-        needed = {"--predictions": (self.predictions, "a JSON file of detections")}
+        models = self.models()
+        if models and (self.predictions is not None or len(models) > 1):
+            given = "--predictions" if self.predictions is not None else models[1]
+            raise UsageError(
+                f"MODEL {models[0]} and {given}: one detector, or one file of predictions, is expected",
+                option="MODEL",
+                code="conflict",
+            )
+        needed: dict[str, tuple[Any, str]] = {
+            "--predictions": (self.predictions or models, "a JSON file of detections; or MODEL, a detector")
+        }
         needed["--data"] = (self.data, "shards with boxes, or a COCO JSON")
         for option, (value, what) in needed.items():
-            if value is None:
+            if not value:
                 raise UsageError(f"{option}: needed, {what}", option=option, code="missing")
+
+    def models(self) -> list[str]:
+        """The detectors that were given, one at most."""
+        return [self.model] if isinstance(self.model, str) else self.model or []
 
 
 def run(options: DetectScoreOptions) -> dict[str, Any]:
+    if options.models():
+        from aimv2.evals.detection.model_score import evaluate_detector
+
+        return evaluate_detector(options)
     from aimv2.evals.detection.score import evaluate_predictions
 
     return evaluate_predictions(options)

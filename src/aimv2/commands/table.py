@@ -51,7 +51,7 @@ COMMANDS = {
     "segment": Command(("model",), "segmentation by a linear probe on frozen patch features", "evaluate"),
     "depth": Command(("model",), "depth by a linear probe on frozen patch features", "evaluate"),
     "vlm score": Command(("vlm",), "score answers to questions on images", "evaluate"),
-    "detect score": Command((), "score detections: COCO and LVIS AP, P@1 of phrases", "evaluate"),
+    "detect score": Command(("model*",), "score detections: COCO and LVIS AP, P@1 of phrases", "evaluate"),
     "compare": Command(("results*",), "compare results with the paper's tables; text, JSON, a plot", "evaluate"),
     "caption": Command(("model", "images*"), "write captions of images, or score them against references"),
     "detect photo": Command(("images*",), "find things in pictures by words, and draw their boxes"),

@@ -164,7 +164,7 @@ def first_weights(net: nn.Module) -> None:
     The classes of transformers are made for trained weights: RT-DETR's begin with a standard deviation of 0.01, its batch norms around 0.
     """
     for name, module in net.named_modules():
-        if KEPT.search(name):
+        if KEPT.search(name) or (isinstance(weight := getattr(module, "weight", None), Tensor) and weight.is_meta):
             continue
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():
             nn.init.xavier_uniform_(module.weight)

@@ -165,7 +165,10 @@ def open_detector(source: str | Path, device: str | torch.device = "cpu", option
     """
     import transformers
 
-    folder = find_model(source)
+    try:
+        folder = find_model(source)
+    except UsageError as error:
+        raise UsageError(str(error).replace("MODEL", option, 1), option=option, code=error.code) from None
     if not (folder / ABOUT).is_file():
         raise UsageError(
             f"{option} {source}: no detector ({ABOUT} is missing); a run of `aimv2 detect train` or its model folder is expected",

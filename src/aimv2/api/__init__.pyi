@@ -69,7 +69,7 @@ def depth(model: str, data: str | None = None, depth_scale: float | None = None,
 def vlm_score(vlm: str, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', controls: bool = True, limit: int = 0, max_tokens: int | None = None, batch_size: int = 64, seed: int = 0, device: str | None = None, out: str | None = None, tasks: str | None = None, shots: str = '0', include: str | None = None, earlier_turns: bool = True) -> dict[str, Any]:
     """Score the answers of a vision-language model: questions of shards by exact match, or benchmarks of lmms-eval."""
 
-def detect_score(predictions: str | None = None, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', dataset: Literal['coco2017', 'lvis', 'refcoco', 'refcoco+', 'refcocog'] | None = None, name: str | None = None, out: str | None = None) -> dict[str, Any]:
+def detect_score(predictions: str | None = None, data: str | None = None, split: Literal['train', 'val', 'test'] = 'val', dataset: Literal['coco2017', 'lvis', 'refcoco', 'refcoco+', 'refcocog'] | None = None, name: str | None = None, out: str | None = None, model: str | list[str] | None = None, batch_size: int = 16, device: str | None = None) -> dict[str, Any]:
     """Score detections: COCO's average precision of boxes and masks, LVIS's on federated annotations, P@1 of phrases."""
 
 def compare(results: list[str], dataset: str | None = None, format: Literal['text', 'markdown', 'json'] = 'text', plot: str | None = None) -> dict[str, Any]:

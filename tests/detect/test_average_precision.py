@@ -98,6 +98,29 @@ def test_coco_average_precision_equals_pycocotools(kind: Any, seed: int, tmp_pat
     assert 0.05 < figures["ap"] < 0.95 and set(figures["per_class"]) == {"a", "b", "c"}
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"size": [300, 400], "counts": "zz~~garbage"},
+        {"size": [300, 400], "counts": [5, 5]},
+        {"size": [400, 300], "counts": [120000]},
+        "x",
+        [[1, 2]],
+    ],
+    ids=str,
+)
+def test_masks_that_are_none_are_refused(mask: Any, tmp_path: Path) -> None:
+    record, found = random_set(7)
+    for option in ("--predictions", "--data"):
+        truth = of(record, tmp_path)
+        with pytest.raises(UsageError) as refusal:
+            rows = matched_predictions([found[0] | {"segmentation": mask}, *found[1:]], truth).objects
+            if option == "--data":
+                rows, truth.annotations[0]["segmentation"] = matched_predictions(found, truth).objects, mask
+            average_precision(truth, rows, "segm")
+        assert (refusal.value.code, refusal.value.option) == ("mismatch", option)
+
+
 def test_classes_scored_in_parts_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record, found = random_set(6)
     truth = of(record, tmp_path)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aimv2.errors import UsageError, first_line, need
+from aimv2.errors import UsageError, need
 from aimv2.evals.detection.truth import FREQUENCIES, DetectionTruth
 
 Kind = Literal["bbox", "segm"]
@@ -58,9 +58,10 @@ def average_precision(
             option="--data",
             code="missing",
         )
-    given = COCO(
-        {"images": truth.images, "categories": truth.categories, "annotations": copy.deepcopy(truth.annotations)}
-    )
+    objects = copy.deepcopy(truth.annotations)
+    for one in objects if kind == "segm" else ():
+        one["segmentation"] = run_lengths(one["segmentation"], sizes[one["image_id"]], "--data")
+    given = COCO({"images": truth.images, "categories": truth.categories, "annotations": objects})
     rows = [_record(one, kind, sizes) for one in (best_of_images(predictions) if lvis else predictions)]
     found = given.loadRes(rows)
     precisions, recalls, ids = list[np.ndarray](), list[np.ndarray](), [one["id"] for one in truth.categories]
@@ -106,24 +107,33 @@ def _record(one: dict[str, Any], kind: Kind, sizes: dict[int, tuple[int, int]]) 
     """A prediction as the evaluator takes it: of masks without its box, whose area would else stand for the mask's."""
     if kind == "bbox":
         return {key: one[key] for key in ("image_id", "category_id", "bbox", "score")}
-    from faster_coco_eval.core.mask import segmToRle
-
-    mask, (width, height) = one["segmentation"], sizes[one["image_id"]]
-    if isinstance(mask, dict) and list(mask.get("size") or ()) != [height, width]:
-        raise UsageError(
-            f"--predictions: a mask of size {mask.get('size')} for a picture of height and width {[height, width]}",
-            option="--predictions",
-            code="mismatch",
-        )
-    try:
-        mask = segmToRle(mask, width, height)
-    except Exception as error:  # of the C++ module: any type, also of its own
-        raise UsageError(
-            f"--predictions: a segmentation that is neither polygons nor RLE: {first_line(error)}",
-            option="--predictions",
-            code="mismatch",
-        ) from None
+    mask = run_lengths(one["segmentation"], sizes[one["image_id"]], "--predictions")
     return {"image_id": one["image_id"], "category_id": one["category_id"], "segmentation": mask, "score": one["score"]}
+
+
+def run_lengths(mask: Any, size: tuple[int, int], option: str) -> dict[str, Any]:
+    """A segmentation (COCO's polygons or RLE) as compressed RLE of a picture of ``size`` (width, height).
+
+    Raises:
+        UsageError: it is neither, or of another size; ``option`` is named.
+    """
+    from faster_coco_eval.core.mask import area, segmToRle
+
+    width, height = size
+    counts = mask.get("counts") if isinstance(mask, dict) else None
+    if isinstance(mask, dict) and list(mask.get("size") or ()) != [height, width]:
+        why = f"of size {mask.get('size')} for a picture of height and width {[height, width]}"
+    elif isinstance(counts, list) and sum(counts) != width * height:
+        why = f"whose counts cover {sum(counts):,} of {width * height:,} pixels"
+    else:
+        try:
+            assert isinstance(mask, dict) or (isinstance(mask, list) and all(len(part) >= 6 for part in mask))
+            found = segmToRle(mask, width, height)
+            assert area([found])[0] <= width * height  # reads the runs
+            return found
+        except Exception:  # of the C++ module: any type, also of its own
+            why = "that is neither polygons nor RLE"
+    raise UsageError(f"{option}: a segmentation {why}", option=option, code="mismatch")
 
 
 def _mean(values: np.ndarray) -> float | None:

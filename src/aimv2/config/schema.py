@@ -267,6 +267,7 @@ class Config:
         seed: random seed for weights, data order, crops and prefix lengths
         resume: continue the run in the folder
         overwrite: remove the run in the folder first
+        take_over: write a run folder that a process on another machine seems to write
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -281,6 +282,7 @@ class Config:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    take_over: bool = False
 
 
 @cache

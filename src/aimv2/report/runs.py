@@ -17,7 +17,14 @@ from aimv2.interop.model_folder import checkpoints
 from aimv2.io import git_state
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
-NOT_COMPARED = {"run", "resume", "overwrite", "train.stop_at", "train.max_hours"}  # differ between any two runs
+NOT_COMPARED = {
+    "run",
+    "resume",
+    "overwrite",
+    "take_over",
+    "train.stop_at",
+    "train.max_hours",
+}  # differ between any two runs
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")  # whatever the locale
 DEEP = 3  # levels of folders below the run in which results are searched
 NO_RESULTS = {"checkpoints", "data", "tensorboard", "wandb", "tokenizer", "report"}

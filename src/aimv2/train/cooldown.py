@@ -33,6 +33,7 @@ OWN = (
     "init",
     "resume",
     "overwrite",
+    "take_over",
     "train.stop_at",
     "train.max_hours",
 )  # of the run itself, not of what it does

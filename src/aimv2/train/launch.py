@@ -218,6 +218,7 @@ def start(
     config: Config, run: Path, started: float, keep_warmup: bool = False, most: int | None = None
 ) -> dict[str, Any]:
     """A new run; ``keep_warmup``: the user has given optim.warmup; ``most`` visits of a pair, beyond which a line says so."""
+    from aimv2.train.lock import one_writer
     from aimv2.train.outlook import beyond, expected_step
 
     world = join_world()
@@ -228,12 +229,13 @@ def start(
     for line in (*visits, *beyond(config, trainer.model, flops, world.device, world.size)):
         say(line)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
-    if world.main:
-        if config.overwrite:
-            prepare.clear_run(run)
-        prepare.open_run(run, config, trainer.tokenizer)
-    world.barrier()
-    return finish(trainer, started, 0.0)
+    with one_writer(run, world, config.take_over):
+        if world.main:
+            if config.overwrite:
+                prepare.clear_run(run)
+            prepare.open_run(run, config, trainer.tokenizer)
+        world.barrier()
+        return finish(trainer, started, 0.0)
 
 
 def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         raise UsageError("--resume continues a run and --overwrite removes it; give one of them", code="conflict")
     run = Path(options.run)
     config = prepare.resumed_values(run, given)
-    config.run, config.resume = str(run), False
+    config.run, config.resume, config.take_over = str(run), False, False
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
     summary = read_summary(run)
@@ -254,16 +256,19 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         say(f"the run in {run} is finished")
         return summary
     world = join_world()
-    prepare.drop_damaged(run, world)
-    trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
-    found = prepare.find_resume(run, config, trainer.tokenizer, world)
-    if found is not None:
-        trainer.restore(found)
-        say(f"going on from step {trainer.step}")
-    else:
-        say(f"no checkpoint in {run}: starting again at step 0")
-        carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
-    return finish(trainer, started, trainer.seconds)
+    from aimv2.train.lock import one_writer
+
+    with one_writer(run, world, options.take_over):
+        prepare.drop_damaged(run, world)
+        trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
+        found = prepare.find_resume(run, config, trainer.tokenizer, world)
+        if found is not None:
+            trainer.restore(found)
+            say(f"going on from step {trainer.step}")
+        else:
+            say(f"no checkpoint in {run}: starting again at step 0")
+            carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
+        return finish(trainer, started, trainer.seconds)
 
 
 def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:

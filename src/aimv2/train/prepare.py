@@ -44,7 +44,8 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokenizer is trained on
 
 # what may differ from the run's own configuration when it resumes
 MAY_CHANGE = {
-    "run", "resume", "overwrite", "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
+    "run", "resume", "overwrite", "take_over",
+    "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
@@ -304,7 +305,9 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and config.data.tokenizer == "auto":
             tokenizer.save(run / "tokenizer")
-        stored = {key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite")}
+        stored = {
+            key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite", "take_over")
+        }
         stored["train"] |= {"stop_at": None, "max_hours": None}  # of this start, not of the run
         write_aside(run / CONFIG, yaml.safe_dump(stored, sort_keys=False))
     except OSError as error:

@@ -1,7 +1,8 @@
 """One writer of a run folder: a lock that its process holds, with a heartbeat where file systems have no locks.
 
 ``RUN/.lock`` is locked by rank 0 with POSIX's ``lockf``, which a child of the process does not inherit and the system releases when
-the process ends, however it ends. The file says who holds it. Between machines locks may not be shared, so its time is renewed while the run lasts.
+the process ends, however it ends. The file says who holds it. Between machines locks may not be
+shared, so its time is renewed while the run lasts.
 """
 
 from __future__ import annotations

@@ -48,6 +48,13 @@ def test_maps_are_the_encoders():
     assert torch.equal(model(images, return_dict=False)[0][1], found[1])
 
 
+def test_positions_are_interpolated_to_the_images():
+    model, images = backbone(feature_form="maps"), torch.randn(1, 3, 64, 64)
+    found = model(images).feature_maps[0]
+    model.encoder.set_image_size(64)
+    assert torch.equal(found, model.encoder.encode(images, as_map=True))
+
+
 def test_tokens_lose_no_patch():
     model = backbone(feature_form="tokens")
     images = torch.randn(2, 3, 32, 32)

@@ -13,6 +13,7 @@ from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 import aimv2
 from aimv2 import api
 from aimv2.errors import UsageError
+from aimv2.interop import registration
 from aimv2.interop.backbone import Aimv2Backbone, optimizer_groups
 from aimv2.interop.backbone_config import Aimv2BackboneConfig, check_head, scales_of
 from aimv2.models.layers import Block
@@ -34,6 +35,16 @@ def test_import_loads_nothing_and_auto_classes_know_it():
         "from transformers import AutoBackbone; assert type(AutoBackbone.from_config(c)) is aimv2.Aimv2Backbone"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_older_transformers_is_left_alone(monkeypatch):
+    def lacking(auto):
+        raise ImportError("no backbone_utils")
+
+    (name, *_) = registration.WATCHED
+    monkeypatch.setitem(registration.WATCHED, name, lacking)
+    registration.watch()  # no error, though the module is imported already
+    assert sum(isinstance(finder, registration.AfterImport) for finder in sys.meta_path) == 1
 
 
 def test_maps_are_the_encoders():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -34,6 +35,12 @@ WATCHED = {
 }
 
 
+def registered(name: str, auto: Any) -> None:
+    """Register with a module; a transformers without what the backbone needs goes on without it."""
+    with suppress(ImportError):
+        WATCHED[name](auto)
+
+
 class AfterImport:
     """Finds the watched modules as the other finders do, and registers once they are executed."""
 
@@ -47,7 +54,7 @@ class AfterImport:
 
             def execute(module: Any) -> None:
                 plain(module)
-                WATCHED[name](module)
+                registered(name, module)
 
             setattr(spec.loader, "exec_module", execute)  # noqa: B010
         return spec
@@ -55,8 +62,8 @@ class AfterImport:
 
 def watch() -> None:
     """Register now what is imported already, the rest when it is."""
-    for name, register in WATCHED.items():
+    for name in WATCHED:
         if name in sys.modules:
-            register(sys.modules[name])
+            registered(name, sys.modules[name])
     if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, AfterImport())

@@ -14,6 +14,7 @@ from aimv2 import api
 from aimv2.config.load import parse
 from aimv2.data.scene_objects import SceneLayout
 from aimv2.data.scenes import write_scenes
+from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.detect.find import open_detector
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -40,6 +41,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(aimv2.create_model("aimv2-tiny-patch14-112", seed=0, **shape), root / "eyes")
     write_scenes(str(root / "scenes"), 40, val_count=8, size=64, layout=SceneLayout(3, (12, 28)))
     write_scenes(str(root / "captions"), 16, val_count=4, size=64)
+    (root / "unnamed").mkdir()
+    pairs = [(key, {"png": parts["png"], "json": b'{"objects": [{"box": [1, 1, 9, 9]}]}'}) for key, parts in
+             read_samples(root / "captions" / "val-000000.tar")]  # fmt: skip
+    write_shard(root / "unnamed" / "train-000000.tar", pairs)
     return root
 
 
@@ -162,6 +167,7 @@ def refused(root: Path, **options: Any) -> UsageError:
 def test_wrong_use(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(root, data="captions")
     assert (error.code, error.option) == ("missing", "data.train")
+    assert "class names" in str(refused(root, data="unnamed"))
     assert refused(root, init=None).code == "missing"
     error = refused(root, objective__window=9)
     assert (error.code, error.option) == ("mismatch", "objective.window")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aimv2.config.detect import DetectTaskOptions
 from aimv2.config.schema import OptimConfig
+from aimv2.data.images.boxes import regions_of
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import Parts, json_of, read_samples
 from aimv2.data.stream.regions import (
@@ -128,26 +129,27 @@ class Detect(Task):
 
     def check_samples(self, samples: Sequence[Parts]) -> None:
         """Raises UsageError where none of the first samples has a box, or class names are missing."""
-        options, found, said = self.own, 0, ""
+        options, found, said, unnamed = self.own, 0, "", 0
         maker = RegionMaker(options, 64, 64, (0, 0, 0), [[]], None, 0.0, self.config.data.max_pixels)
         for number, parts in enumerate(samples):
             try:
-                _, regions = maker.read(parts)
+                image, regions = maker.read(parts)
             except ImageError as error:
                 said = said or f" (the first: sample {number + 1}, {error})"
                 continue
             phrases = regions.phrases if options.head == "grounding" else []
             found += len(regions.boxes) + len(phrases)
+            unnamed += regions_of(json_of(parts), image.size)[1].count("no-class")
+        if not found and unnamed:
+            raise UsageError(
+                f"data.train: class names are missing: none of {unnamed} objects of the first {len(samples)} samples has a `class`",
+                option="data.train",
+                code="missing",
+            )
         if not found:
             raise UsageError(
                 f"data.train: none of the first {len(samples)} samples has a box that objective.head={options.head} can learn{said}; "
                 "KEY.json with `objects` or `phrases` is expected: `aimv2 data import` makes such shards of annotations",
-                option="data.train",
-                code="missing",
-            )
-        if options.head != "grounding" and not self.names:
-            raise UsageError(
-                f"data.train: class names are missing: objective.head={options.head} needs a `class` of every object",
                 option="data.train",
                 code="missing",
             )

@@ -166,7 +166,9 @@ class Twin:
         return found
 
 
-def pretraining(run: Path, data: str, targets: str, steps: int, seed: int) -> list[str]:
+def pretraining(
+    run: Path, data: str, targets: str, steps: int, seed: int, model: str = "aimv2-tiny-patch8-32"
+) -> list[str]:
     """The command that trains an encoder: the demo's model at the twin's budget."""
     resume = ["--resume"] if (run / "config.yaml").is_file() else []
     if resume:
@@ -178,7 +180,7 @@ def pretraining(run: Path, data: str, targets: str, steps: int, seed: int) -> li
         "data.crop_scale": 1.0,
         "data.crop_ratio": "[1.0, 1.0]",
         "data.flip": 0.0,
-        "model.name": "aimv2-tiny-patch8-32",
+        "model.name": model,
         "objective.targets": targets,
         "optim.lr": 2e-3,
         "optim.warmup": max(steps // 12, 1),

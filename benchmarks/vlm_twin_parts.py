@@ -238,9 +238,9 @@ def raw_patches(out: Path) -> None:
     aimv2.save_pretrained(made.eval(), out)
 
 
-def untrained(out: Path, seed: int) -> None:
-    """An encoder of random weights, in a folder."""
-    aimv2.save_pretrained(build(encoder_shape(), None, seed).eval(), out)  # type: ignore[arg-type]
+def untrained(out: Path, seed: int, name: str = "aimv2-tiny-patch8-32") -> None:
+    """An encoder of random weights, of that name's shape, in a folder."""
+    aimv2.save_pretrained(build(encoder_shape(name), None, seed).eval(), out)  # type: ignore[arg-type]
 
 
 # ---- rows of examples, whose question only they explain ----

@@ -166,9 +166,7 @@ class Twin:
         return found
 
 
-def pretraining(
-    run: Path, data: str, targets: str, steps: int, seed: int, model: str = "aimv2-tiny-patch8-32"
-) -> list[str]:
+def pretraining(run: Path, data: str, targets: str, steps: int, seed: int, side: int = 32) -> list[str]:
     """The command that trains an encoder: the demo's model at the twin's budget."""
     resume = ["--resume"] if (run / "config.yaml").is_file() else []
     if resume:
@@ -180,7 +178,8 @@ def pretraining(
         "data.crop_scale": 1.0,
         "data.crop_ratio": "[1.0, 1.0]",
         "data.flip": 0.0,
-        "model.name": model,
+        "model.name": "aimv2-tiny-patch8-32",
+        "model.image_size": side,
         "objective.targets": targets,
         "optim.lr": 2e-3,
         "optim.warmup": max(steps // 12, 1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +239,10 @@ def raw_patches(out: Path) -> None:
     aimv2.save_pretrained(made.eval(), out)
 
 
-def untrained(out: Path, seed: int, name: str = "aimv2-tiny-patch8-32") -> None:
-    """An encoder of random weights, of that name's shape, in a folder."""
-    aimv2.save_pretrained(build(encoder_shape(name), None, seed).eval(), out)  # type: ignore[arg-type]
+def untrained(out: Path, seed: int, side: int = SIDE) -> None:
+    """An encoder of random weights for images of ``side`` pixels, in a folder."""
+    shape = replace(encoder_shape(), image_size=side)
+    aimv2.save_pretrained(build(shape, None, seed).eval(), out)  # type: ignore[arg-type]
 
 
 # ---- rows of examples, whose question only they explain ----

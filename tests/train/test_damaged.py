@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from aimv2 import api
+from aimv2.cli import main
 from aimv2.errors import UsageError
 from aimv2.train.checkpoint import RANK
 from aimv2.train.plain_reader import PlainUnpickler
@@ -195,3 +197,20 @@ def test_state_without_a_pickle(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             read_state(tmp_path / "rank-00000")
     assert "SliceState" in table()["megatron.energon.flavors.webdataset.sample_loader"]
+
+
+def test_doctor_verifies_a_run(stopped: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped[1], run)
+    assert main(["doctor", str(run), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["status"]) for one in about["checks"]] == [("step 2", "ok"), ("step 4", "ok")]
+    flip_bit(newest(run) / "model" / "model.safetensors")
+    assert main(["doctor", str(run), "--json"]) == 1
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert last["status"] == "fail" and last["found"].startswith("model/model.safetensors was changed")
+    assert newest(run).name == "step-0000004"  # nothing is changed
+    for wrong in (tmp_path / "none", tmp_path):
+        with pytest.raises(UsageError) as refused:
+            api.doctor(runs=[str(wrong)])
+        assert (refused.value.option, refused.value.code) == ("RUNS", "not-found")

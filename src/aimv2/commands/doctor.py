@@ -1,4 +1,4 @@
-"""``aimv2 doctor``: what works on this machine."""
+"""``aimv2 doctor``: what works on this machine, and whether a run's checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Any
 
 from rich.console import Console
 
-EXAMPLES = "aimv2 doctor --quick"
+EXAMPLES = """\
+aimv2 doctor --quick
+aimv2 doctor runs/mine"""
 
 
 @dataclass(kw_only=True)
 class DoctorOptions:
     """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing.
 
+    With run folders check these instead: every file of every checkpoint against its list of sizes and hashes; nothing is changed.
     The command ends with exit code 0 if nothing failed, else with 1.
 
     Args:
         quick: leave out the tiny run, which trains, saves and loads a model
+        runs: run folders whose checkpoints are verified; none: this machine
     """
 
     quick: bool = False
+    runs: list[str] | None = None
 
 
 def run(options: DoctorOptions) -> dict[str, Any]:
@@ -30,9 +35,11 @@ def run(options: DoctorOptions) -> dict[str, Any]:
         ``failed`` and ``warned``: how many.
     """
     from aimv2.doctor.examine import examine
+    from aimv2.doctor.run_folder import checkpoints_of
     from aimv2.train.log import say
 
-    return examine(options.quick, say)
+    runs = [options.runs] if isinstance(options.runs, str) else options.runs
+    return examine(options.quick, say, [(f"the checkpoints of {run}", checkpoints_of(run)) for run in runs or ()])
 
 
 def render(result: dict[str, Any], console: Console) -> None:

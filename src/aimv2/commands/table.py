@@ -61,7 +61,7 @@ COMMANDS = {
     "convert": Command(("source", "out"), "write a model for transformers, timm, ONNX or OpenVINO"),
     "push": Command(("model", "repository"), "upload a model to the hub, with its card"),
     "vlm build": Command(("encoder", "llm", "out"), "put an encoder under a language model, as one folder"),
-    "doctor": Command((), "check this machine and train a tiny model"),
+    "doctor": Command(("runs*",), "check this machine, or the checkpoints of runs"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 FILES = {"detect": "detect photo"}  # what a group does with a file that stands where its command would

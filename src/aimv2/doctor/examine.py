@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,15 +17,17 @@ from aimv2.doctor.check import Check
 STYLES = {"ok": "green", "off": "dim", "warn": "yellow", "fail": "bold red"}
 
 
-def examine(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run every check; ``quick`` skips the self-test.
+def examine(
+    quick: bool, say: Callable[[str], None], others: Sequence[tuple[str, Callable[[], list[Check]]]] = ()
+) -> dict[str, Any]:
+    """Run every check; ``quick`` skips the self-test, ``others`` (description, function) take the place of all.
 
     Returns:
         ``checks`` (group, name, status, found, advice, seconds), ``failed``, ``warned``, ``seconds``.
     """
     began = time.perf_counter()
     checks: list[Check] = []
-    for what, found in parts(quick):
+    for what, found in others or parts(quick):
         say(f"checking {what}")
         checks += found()
     return {

@@ -99,5 +99,5 @@ def push(model: str, repository: str, to: Literal['released', 'transformers', 't
 def vlm_build(encoder: str, llm: str, out: str, features: Literal['post-norm', 'pre-norm'] | None = None, tiles: int = 1, chat_template: str | None = None, image_size: int | None = None, dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto', seed: int = 0) -> dict[str, Any]:
     """Put an encoder under a causal language model, as one folder that transformers opens."""
 
-def doctor(quick: bool = False) -> dict[str, Any]:
+def doctor(quick: bool = False, runs: list[str] | None = None) -> dict[str, Any]:
     """Check this machine: versions, devices, kernels, hub, disk, process groups, and a tiny run with timing."""

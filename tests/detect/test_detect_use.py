@@ -201,3 +201,27 @@ def test_the_recipe_of_table_4_at_full_size(monkeypatch: pytest.MonkeyPatch) -> 
         torch.stack([layer.boxes.sum() for layer in layers if layer.boxes is not None]).sum().backward()
     assert model.encoder.blocks[0].attn.qkv.weight.grad.shape == (3 * 1024, 1024)
     assert model.backbone.config.window == 16 and model.backbone.global_blocks == [5, 11, 17, 23]
+
+
+def test_the_recipe_of_section_d2_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe_file("detect-masks", "--config")
+    config, text = parse(read_recipe(path)), path.read_text()
+    for line in text.splitlines():
+        own = line.startswith("#") or line.endswith(":") or line.strip() == "name: detect" or "# ours" in line
+        assert own or "section D.2" in line, line
+    options, train = config.objective, config.train
+    assert (options.image_size, options.window, config.optim.schedule, train.batch_size) == (1024, 16, "cosine", 64)
+    assert config.optim.layer_decay < 1 and 0 <= train.steps * 64 - 100 * 118_287 < 64
+    encoder, _ = model_config("aimv2-large-patch14-224")
+    side = square_side(options, encoder)
+    whole = head_config(options, encoder, [str(number) for number in range(80)], None)
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    with torch.device("meta"):
+        model = build_detector(options, whole).to("meta").eval()
+        found = model.net(torch.zeros(1, 3, side, side), output_auxiliary_logits=True)
+        found.masks_queries_logits.sum().backward()
+    assert (
+        found.masks_queries_logits.shape == (1, 100, 4 * side // 14, 4 * side // 14)
+        and len(found.auxiliary_logits) == 9
+    )
+    assert model.encoder.blocks[0].attn.qkv.weight.grad.shape == (3 * 1024, 1024)

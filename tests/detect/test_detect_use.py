@@ -176,7 +176,8 @@ def test_first_weights_are_those_of_detr() -> None:
     bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
     assert bound * 0.9 < float(linear.weight.abs().max()) <= bound
     first_weights(net)
-    assert float(net.model.decoder.bbox_embed[0].layers[-1].weight.abs().max()) == 0
+    for last in (net.model.decoder.bbox_embed[0].layers[-1], net.model.enc_bbox_head.layers[-1]):
+        assert not last.weight.any()
 
 
 def test_the_recipe_of_table_4_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,8 @@ def first_weights(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
+        elif name.endswith("enc_bbox_head"):  # proposals begin as their anchors
+            nn.init.zeros_(module.layers[-1].weight)
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ def test_boxes_of_another_size_are_scaled_only_in_proportion() -> None:
     regions, faults = read([thing], (50, 100), size=[100, 50])  # turned by 90 degrees
     assert faults == ["other-size"] and len(regions.boxes) == 0 and set(faults) <= UNUSABLE
     assert scale_between((640, 427), (320, 214)) and not scale_between((640, 0), (640, 480))
+    assert read([thing], size=12345)[1] == ["other-size"]  # no size at all
 
 
 def test_scenes_are_read_with_classes_of_colour_and_shape() -> None:

@@ -45,6 +45,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [(key, {"png": parts["png"], "json": b'{"objects": [{"box": [1, 1, 9, 9]}]}'}) for key, parts in
              read_samples(root / "captions" / "val-000000.tar")]  # fmt: skip
     write_shard(root / "unnamed" / "train-000000.tar", pairs)
+    (root / "corners").mkdir()
+    corners = b'{"objects": [{"box": [20, 30, 60, 62], "class": "ring"}]}'
+    write_shard(root / "corners" / "train-000000.tar", [(key, {**parts, "json": corners}) for key, parts in pairs])
     return root
 
 
@@ -177,6 +180,10 @@ def test_wrong_use(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(root, objective__queries=1000).code == "limit"
     assert refused(root, optim__layer_decay=0.9).option == "optim.layer_decay"
     assert refused(root, objective__zoom=[2, 1]).option == "objective.zoom"
+    assert refused(root, objective__keep_area=1.5).option == "objective.keep_area"
+    assert refused(root, objective__threshold=30.0).option == "objective.threshold"
+    error = refused(root, data="corners")
+    assert (error.code, error.option) == ("mismatch", "data.train") and "leave their pictures" in str(error)
     words = [
         "detect",
         "train",

@@ -16,12 +16,14 @@ from aimv2.config.load import parse, read_recipe
 from aimv2.config.recipes import recipe_file
 from aimv2.data.scene_objects import SceneLayout
 from aimv2.data.scenes import write_scenes
-from aimv2.data.text.phrases import small_tokenizer
+from aimv2.data.stream.regions import RegionRow, rows_to_batch
+from aimv2.data.text.phrases import Prompts, small_tokenizer
 from aimv2.detect.build import build_detector, first_weights, head_config, square_side, write_detector
 from aimv2.detect.find import Found, cover
 from aimv2.detect.model import Detector, Predictions
 from aimv2.errors import UsageError
 from aimv2.models.sizes import EncoderConfig, model_config
+from aimv2.objectives.detect import DetectObjective
 from runs import assert_refused
 
 SHAPE = EncoderConfig("eye", 64, 1, 2, 64, 8, 32)
@@ -87,6 +89,34 @@ def test_words_are_found_and_drawn(root: Path, tmp_path: Path, monkeypatch: pyte
     ][0]["found"]
     result = api.detect_photo([str(root / "photo.png")], model=str(root / "closed"), out=str(tmp_path))
     assert [row["words"] for row in result["images"][0]["found"]] == ["blue cross"]
+
+
+@pytest.mark.usefixtures("known")
+def test_photos_of_one_name_are_drawn_apart(root: Path, tmp_path: Path) -> None:
+    photos = [tmp_path / folder / "photo.png" for folder in "ab"]
+    for photo in photos:
+        photo.parent.mkdir()
+        Image.new("RGB", (60, 40)).save(photo)
+    result = api.detect_photo([str(photo) for photo in photos], "red ring", str(root / "grounding"), out=str(tmp_path))
+    assert [Path(one["drawn"]).name for one in result["images"]] == ["photo-found.png", "photo-found-2.png"]
+    assert all(Path(one["drawn"]).is_file() for one in result["images"])
+
+
+def test_a_text_without_words_has_finite_gradients() -> None:
+    options = parse({"objective.name": "detect", **TINY}).objective
+    tokenizer = small_tokenizer(["red", "ring"])
+    model = build_detector(options, head_config(options, SHAPE, NAMES, tokenizer)).train()
+    prompts, pixels = Prompts(tokenizer, 16), np.full((3, 32, 32), 9, np.uint8)
+    box = np.array([[0.5, 0.5, 0.4, 0.4]], np.float32)
+    rows = [
+        RegionRow("one", pixels, box, [0], prompts.encode(["red ring"])),
+        RegionRow("none", pixels, box[:0], [], prompts.encode([])),
+    ]
+    for given in (rows, rows[1:]):
+        model.zero_grad()
+        terms = DetectObjective("grounding", 0)(model, rows_to_batch(given))
+        sum(total for total, _ in terms.values()).backward()
+        assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
 
 
 def test_a_photo_stands_where_a_command_would(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

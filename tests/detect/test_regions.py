@@ -25,6 +25,7 @@ from aimv2.data.text.phrases import (
     phrase_numbers,
     plain_phrase,
     small_tokenizer,
+    words_of,
 )
 from aimv2.detect.model import Predictions
 from aimv2.errors import UsageError
@@ -115,6 +116,24 @@ def test_the_words_of_a_picture(tokenizer: Any) -> None:
         assert not {"blue", "shoe"} & {*tokenizer.decode(row.tokens).split()}
     with pytest.raises(ImageError, match="without `objects`"):
         maker(prompts)("k", {**sample(), "json": b"{}"}, np.random.default_rng(0), 0)
+
+
+def test_a_picture_without_objects_has_words_or_an_empty_text(tokenizer: Any) -> None:
+    """A text of no tokens gives gradients that are not finite."""
+    prompts, parts = Prompts(tokenizer, 64), sample()
+    empty = {**parts, "json": b'{"objects": []}'}
+    for seed in range(40):
+        row = maker(prompts, negatives=1)("k", empty, np.random.default_rng(seed), 0)
+        assert row.labels == [] and len(row.tokens) > 3  # one absent class
+    assert maker(prompts, negatives=0)("k", empty, np.random.default_rng(0), 0).tokens == [101, 102]
+
+
+def test_words_of_other_scripts_are_known() -> None:
+    """As BERT's tokenizer splits them: without accents, Chinese by character; their letters spell further words."""
+    phrases = ["自行车", "красный йогурт", "crème brûlée", "it's a bat_(animal)", "20°"]
+    prompts = Prompts(small_tokenizer(words_of(phrases)), 64)
+    assert all(100 not in prompts.tokens(phrase) for phrase in [*phrases, "车行", "кот"])
+    assert prompts.tokens("自行车") != prompts.tokens("车行自") and words_of(["Café. It's?"]) == ["'", "cafe", "it", "s"]
 
 
 def test_phrases_are_found_by_the_ids_of_delimiters(tokenizer: Any) -> None:

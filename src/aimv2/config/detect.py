@@ -80,7 +80,7 @@ class DetectTaskOptions:
         objective = cast(DetectTaskOptions, config.objective)
         low = {
             "image_size": 1, "window": 0, "global_blocks": 0, "width": 8, "encoder_layers": 1, "decoder_layers": 1, "queries": 1,
-            "text_layers": 1, "text_scale": 0.0, "phrases": 0.0, "negatives": 0, "encoder_scale": 0.0, "keep_area": 0.0,
+            "text_layers": 1, "text_scale": 0.0, "negatives": 0, "encoder_scale": 0.0,
         }  # fmt: skip
         for key, least in low.items():
             value = getattr(objective, key)
@@ -88,6 +88,9 @@ class DetectTaskOptions:
                 raise UsageError(
                     f"objective.{key} must be at least {least:g}, got {value:g}", option=f"objective.{key}"
                 )
+        for key in ("phrases", "keep_area", "threshold"):
+            if not 0 <= (value := getattr(objective, key)) <= 1:
+                raise UsageError(f"objective.{key} must be between 0 and 1, got {value:g}", option=f"objective.{key}")
         small, large = objective.zoom
         if not 0.1 <= small <= large <= 4:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def find_in_images(options: DetectPhotoOptions) -> dict[str, Any]:
                 {"words": name, "score": float(found.scores[at]), "box": [left, top, right - left, bottom - top]}
             )
         labels = [f"{row['words']} {row['score']:.2f}" for row in rows]
-        drawn = out / f"{file.stem}-found.png"
+        drawn = new_name(out, file.stem, {one["drawn"] for one in images})
         draw_boxes(image, boxes, labels, [words.index(row["words"]) for row in rows]).save(drawn)
         images.append({"image": str(file), "size": list(image.size), "found": rows, "drawn": str(drawn)})
     if not images:
@@ -67,6 +68,12 @@ def find_in_images(options: DetectPhotoOptions) -> dict[str, Any]:
             code="unreadable",
         )
     return {"model": options.model, "words": words, "threshold": threshold, "images": images, "rejected": rejected}
+
+
+def new_name(out: Path, stem: str, taken: set[str]) -> Path:
+    """Where a picture is drawn: STEM-found.png, with a number where another picture of this call has that name."""
+    names = (out / f"{stem}-found{f'-{number}' if number > 1 else ''}.png" for number in count(1))
+    return next(name for name in names if str(name) not in taken)
 
 
 def words_of(given: str | None, detector: OpenDetector) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aimv2.config.detect import DetectTaskOptions
 from aimv2.config.schema import OptimConfig
-from aimv2.data.images.boxes import regions_of
+from aimv2.data.images.boxes import boxes_in, doubt_of_form, regions_of
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import Parts, json_of, read_samples
 from aimv2.data.stream.regions import (
@@ -71,7 +71,7 @@ class Detect(Task):
 
     options: ClassVar[type[Any]] = DetectTaskOptions
     reads: ClassVar[tuple[str, ...]] = ("init", "optim.lora")
-    figures: ClassVar[tuple[str, ...]] = ("val_ap", "val_ap50", "val_p_at_1", "val_mask_ap")
+    figures: ClassVar[tuple[str, ...]] = ("val_ap", "val_ap50", "val_p_at_1")
     may_change: ClassVar[tuple[str, ...]] = ("objective.threshold",)
     compiles = False
     demo = False
@@ -128,8 +128,9 @@ class Detect(Task):
         }  # fmt: skip
 
     def check_samples(self, samples: Sequence[Parts]) -> None:
-        """Raises UsageError where none of the first samples has a box, or class names are missing."""
+        """Raises UsageError where none of the first samples has a box, class names are missing, or boxes are in another form."""
         options, found, said, unnamed = self.own, 0, "", 0
+        given, sizes = list[Any](), list[Any]()
         maker = RegionMaker(options, 64, 64, (0, 0, 0), [[]], None, 0.0, self.config.data.max_pixels)
         for number, parts in enumerate(samples):
             try:
@@ -139,7 +140,14 @@ class Detect(Task):
                 continue
             phrases = regions.phrases if options.head == "grounding" else []
             found += len(regions.boxes) + len(phrases)
-            unnamed += regions_of(json_of(parts), image.size)[1].count("no-class")
+            about = json_of(parts)
+            own = boxes_in(about)
+            given, sizes = given + own, sizes + [about.get("size") or image.size] * len(own)
+            unnamed += regions_of(about, image.size)[1].count("no-class")
+        if doubt := doubt_of_form(given, sizes):
+            raise UsageError(
+                f"data.train: {doubt}; KEY.json has [x, y, width, height] in pixels", option="data.train", code="mismatch"
+            )
         if not found and unnamed:
             raise UsageError(
                 f"data.train: class names are missing: none of {unnamed} objects of the first {len(samples)} samples has a `class`",
@@ -307,8 +315,8 @@ class Detect(Task):
         """Average precision of the classes and precision at 1 of the phrases of held-out pictures, in fp32.
 
         Returns:
-            ``val_ap`` and ``val_ap50`` (COCO, of boxes; of a head of masks ``val_mask_ap`` too), ``val_p_at_1``; those that there is
-            something to score for, 0..1.
+            ``val_ap`` and ``val_ap50`` (COCO, of boxes; of a head of masks those around its masks), ``val_p_at_1``; those that there
+            is something to score for, 0..1.
         """
         from aimv2.evals.detection.held import HeldTruth, score_held
 

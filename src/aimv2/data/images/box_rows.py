@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.boxes import BOX_FAULTS, doubt_of_form, regions_of, scale_between
+from aimv2.data.images.boxes import BOX_FAULTS, boxes_in, doubt_of_form, regions_of, scale_between
 from aimv2.data.images.decode import ImageError, image_size
 from aimv2.data.images.entries import Captions, Loaded, PlannedSource, Reader, Reject, RowError, SourceEntry
 from aimv2.data.images.names import locate_inside
@@ -215,15 +215,9 @@ def _check_form(pictures: list[BoxedPicture]) -> None:
     boxes, sizes = list[Any](), list[Any]()
     for one in pictures:
         size = one.about.get("size")
-        for thing in one.about.get("objects") or one.about.get("phrases") or () if size else ():
-            for box in thing.get("boxes") or [thing.get("box")]:
-                if (
-                    isinstance(box, list | tuple)
-                    and len(box) == 4
-                    and all(isinstance(side, int | float) for side in box)
-                ):
-                    boxes.append(box)
-                    sizes.append(size)
+        own = boxes_in(one.about) if size else []
+        boxes += own
+        sizes += [size] * len(own)
     if doubt := doubt_of_form(boxes, sizes):
         raise UsageError(
             f"SRC: {doubt}; COCO's boxes are [x, y, width, height] in pixels", option="SRC", code="mismatch"

@@ -85,7 +85,9 @@ def scale_between(of: Sequence[float], to: Sequence[float]) -> tuple[float, floa
 
     Sides that differ by a pixel only are the same picture.
     """
-    if any(not isinstance(side, int | float) or not math.isfinite(side) or side <= 0 for side in of) or len(of) != 2:
+    if not isinstance(of, list | tuple) or len(of) != 2:
+        return None
+    if any(not isinstance(side, int | float) or not math.isfinite(side) or side <= 0 for side in of):
         return None
     across, down = to[0] / of[0], to[1] / of[1]
     rounded = 1.0 / min(*of, *to)  # a side is a whole number of pixels
@@ -212,6 +214,14 @@ def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
         keys = ("classes", "class_ids", "frequency")
         found.append({key: about[key] for key in keys if about.get(key)} if is_list else {})
     return found[0] if found and all(one == found[0] for one in found) else {}
+
+
+def boxes_in(about: Mapping[str, Any]) -> list[Any]:
+    """The boxes of four numbers of a KEY.json, of its objects, else of its phrases, as they are given."""
+    things = [one for one in about.get("objects") or about.get("phrases") or () if isinstance(one, Mapping)]
+    several = [one["boxes"] if isinstance(one.get("boxes"), list) else [one.get("box")] for one in things]
+    boxes = [box for part in several for box in part]
+    return [box for box in boxes if isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))]
 
 
 def doubt_of_form(boxes: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> str:

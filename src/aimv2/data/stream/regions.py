@@ -204,7 +204,7 @@ class RegionMaker:
     ) -> RegionRow:
         pixels = to_pixels(place.square(image, self.square, self.fill))
         centred = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1) / self.square
-        tokens = self.prompts.encode(phrases) if self.prompts is not None and phrases else []
+        tokens = self.prompts.encode(phrases) if self.prompts is not None else []
         return RegionRow(key, pixels, centred.astype(np.float32), labels, tokens)
 
     def spoken(
@@ -255,13 +255,13 @@ class RegionMaker:
     def words(
         self, shown: list[str], there: set[str], regions: Regions, rng: np.random.Generator, source: int
     ) -> list[str]:
-        """The shown classes and absent ones, as many as fit, in random order."""
+        """The shown classes and absent ones, as many as fit, in random order; of a picture that shows none at least one absent class."""
         assert self.prompts is not None
         known = regions.negative if regions.negative or regions.not_exhaustive else self.classes[source]
         absent = [name for name in known if name not in there and name not in regions.not_exhaustive]
         count = min(len(absent), self.options.negatives)
         if rng.random() < 0.5:
-            count = int(rng.integers(0, count + 1))
+            count = int(rng.integers(0 if shown else min(1, count), count + 1))
         drawn = rng.permutation(len(absent))[:count].tolist()
         words = [shown[at] for at in rng.permutation(len(shown)).tolist()] + [absent[at] for at in drawn]
         words = words[: self.prompts.fitting(words)] if words else words

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 DELIMITERS = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}  # of bert-base-uncased
 PAD, UNKNOWN = 0, 100
 CLS, SEP, STOP = DELIMITERS["[CLS]"], DELIMITERS["[SEP]"], DELIMITERS["."]
-WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 SIDES = {"left": "right", "right": "left"}
 SIDED = re.compile(r"(?<![^\W\d_])(left|right)(?=(?:most|hand|ward|wards|side)?(?![^\W\d_]))", re.IGNORECASE)
 
@@ -60,21 +59,28 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
 
 
 def words_of(phrases: Iterable[str]) -> list[str]:
-    """The different words and signs of phrases, sorted."""
-    return sorted({word for phrase in phrases for word in WORD.findall(plain_phrase(phrase))})
+    """The different words and signs of phrases as BERT's tokenizer splits them (accents removed, Chinese by character), sorted."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    plain, split = BertNormalizer(lowercase=True), BertPreTokenizer()
+    whole = {plain.normalize_str(plain_phrase(phrase)) for phrase in phrases}
+    return sorted({word for phrase in whole for word, _ in split.pre_tokenize_str(phrase)})
 
 
 def small_tokenizer(words: Iterable[str]) -> Any:
     """A BERT tokenizer of these words, whose delimiters have the ids that MM-Grounding-DINO expects; letters spell other words.
 
     Args:
-        words: lower case, without spaces.
+        words: of :func:`words_of`.
     """
     from transformers import BertTokenizer
 
     fixed = {PAD: "[PAD]", UNKNOWN: "[UNK]", 103: "[MASK]", **{number: token for token, number in DELIMITERS.items()}}
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    known = dict.fromkeys([*sorted({*words}), *letters, *(f"##{letter}" for letter in letters), ",", "-", "'"])
+    words = sorted({*words})
+    letters += "".join(sorted({letter for word in words for letter in word if letter.isalnum()} - {*letters}))
+    known = dict.fromkeys([*words, *letters, *(f"##{letter}" for letter in letters), ",", "-", "'"])
     rest = iter(token for token in known if token not in fixed.values())
     vocabulary, number = dict[str, int](), 0
     while (token := fixed.get(number) or next(rest, None)) is not None or number <= max(fixed):

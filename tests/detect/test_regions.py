@@ -133,7 +133,12 @@ def test_words_of_other_scripts_are_known() -> None:
     phrases = ["自行车", "красный йогурт", "crème brûlée", "it's a bat_(animal)", "20°"]
     prompts = Prompts(small_tokenizer(words_of(phrases)), 64)
     assert all(100 not in prompts.tokens(phrase) for phrase in [*phrases, "车行", "кот"])
-    assert prompts.tokens("自行车") != prompts.tokens("车行自") and words_of(["Café. It's?"]) == ["'", "cafe", "it", "s"]
+    assert prompts.tokens("自行车") != prompts.tokens("车行自") and words_of(["Café. It's?"]) == [
+        "'",
+        "cafe",
+        "it",
+        "s",
+    ]
 
 
 def test_phrases_are_found_by_the_ids_of_delimiters(tokenizer: Any) -> None:

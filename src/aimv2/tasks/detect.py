@@ -146,7 +146,9 @@ class Detect(Task):
             unnamed += regions_of(about, image.size)[1].count("no-class")
         if doubt := doubt_of_form(given, sizes):
             raise UsageError(
-                f"data.train: {doubt}; KEY.json has [x, y, width, height] in pixels", option="data.train", code="mismatch"
+                f"data.train: {doubt}; KEY.json has [x, y, width, height] in pixels",
+                option="data.train",
+                code="mismatch",
             )
         if not found and unnamed:
             raise UsageError(

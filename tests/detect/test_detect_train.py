@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import aimv2
 from aimv2 import api
 from aimv2.config.load import parse
-from aimv2.data.scene_objects import SceneLayout
+from aimv2.data.scene_objects import SceneLayout, make_layout
 from aimv2.data.scenes import write_scenes
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.detect.find import open_detector
@@ -20,6 +21,7 @@ from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import save_model
 from aimv2.tasks import task_of
+from aimv2.tasks.detect import Detect
 from aimv2.tasks.task import Context
 from runs import assert_refused, light_collections, metrics, torchrun
 
@@ -85,6 +87,21 @@ def test_boxes_are_learned_and_the_encoder_stays(root: Path, run: Path) -> None:
     assert last["loss"] < first["loss"] - 1
     assert {"val_ap", "val_ap50", "val_p_at_1"} <= metrics(run)[-1].keys()
     assert frozen(root, run)
+
+
+def test_held_out_combinations_are_no_absent_words(root: Path, tmp_path: Path) -> None:
+    """They would be learned to be nowhere, and figures of unseen combinations be wrong."""
+    layout = make_layout(64, 3, (12, 28), hold_out=0.2)
+    assert layout is not None
+    write_scenes(str(tmp_path / "held"), 8, val_count=2, size=64, layout=layout)
+    task = task_of(parse({"objective.name": "detect", **given(root), "data.train": str(tmp_path / "held")}))
+    assert isinstance(task, Detect)
+    held_out, maker = {f"{colour} {shape}" for colour, shape in layout.held_out}, task.maker(task.shape())
+    assert held_out and held_out <= {*task.names} and {*maker.classes[0]} == {*task.names} - held_out
+    (key, parts), *_ = read_samples(tmp_path / "held" / "train-000000.tar")
+    texts = [maker(key, parts, np.random.default_rng(seed), 0).tokens for seed in range(8)]
+    words = task.tokenizer.batch_decode(texts)
+    assert max(map(len, words)) > 100 and not any(name in text for name in held_out for text in words)
 
 
 def test_transformers_opens_the_runs_folder(run: Path) -> None:

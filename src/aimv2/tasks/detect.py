@@ -24,6 +24,7 @@ from aimv2.data.stream.regions import (
     RegionStream,
     class_names,
     held_out_regions,
+    learned_names,
     phrases_in,
 )
 from aimv2.data.stream.samples import View, training_shards
@@ -202,10 +203,13 @@ class Detect(Task):
     def maker(self, encoder: EncoderConfig) -> RegionMaker:
         """Samples to rows, as the options want them."""
         options, data = self.own, self.config.data
-        prompts = Prompts(self.tokenizer, TEXT_LIMIT) if options.head == "grounding" else None
+        prompts, classes = None, self.classes
+        if options.head == "grounding":
+            prompts = Prompts(self.tokenizer, TEXT_LIMIT)
+            classes = [learned_names(*one) for one in zip(training_shards(data), classes, strict=True)]
         fill = tuple(round(255 * value) for value in encoder.mean)
         sides = picture_side(options, encoder), square_side(options, encoder)
-        return RegionMaker(options, *sides, fill, self.classes, prompts, data.flip, data.max_pixels)
+        return RegionMaker(options, *sides, fill, classes, prompts, data.flip, data.max_pixels)
 
     # ---- model and data ----
 

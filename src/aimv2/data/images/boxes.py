@@ -199,7 +199,8 @@ def _scaled(segmentation: Any, scale: tuple[float, float]) -> Any:
 
 
 def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
-    """What aimv2.json next to shards says of the classes: ``classes`` (names in order of their ids), ``class_ids``, ``frequency``.
+    """What aimv2.json next to shards says of the classes: ``classes`` (names in order of their ids), ``class_ids``, ``frequency``, of scenes
+    ``held_out`` and ``only_held_out``.
 
     {} where it says nothing, or shards of several folders say different things.
     """
@@ -211,7 +212,7 @@ def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
             about = {}
         names = about.get("classes") if isinstance(about, dict) else None
         is_list = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-        keys = ("classes", "class_ids", "frequency")
+        keys = ("classes", "class_ids", "frequency", "held_out", "only_held_out")
         found.append({key: about[key] for key in keys if about.get(key)} if is_list else {})
     return found[0] if found and all(one == found[0] for one in found) else {}
 

@@ -161,7 +161,7 @@ class RegionMaker:
         side: of a picture's longer side, pixels.
         square: S, at least ``side``.
         fill: colour around a picture, 0..255.
-        classes: names of each source of the mixture.
+        classes: names of each source of the mixture; of a head that reads words those that may be absent ones.
         prompts: of a head that reads words; None: labels are numbers of ``classes`` of all sources.
     """
 
@@ -366,6 +366,13 @@ def class_names(shards: Sequence[Path]) -> list[str]:
         return list(stated)
     pairs = tracked((pair for shard in shards for pair in read_samples(shard)), "reading class names, samples", None)
     return sorted({name for _, parts in pairs for name in names_in(json_of(parts))})
+
+
+def learned_names(shards: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """Class names without those that the data hold out: as absent words they would be learned to be nowhere."""
+    stated = stated_classes(shards)
+    held_out = () if stated.get("only_held_out") else stated.get("held_out", ())
+    return [name for name in names if name not in held_out]
 
 
 def names_in(about: dict[str, Any]) -> set[str]:

@@ -67,6 +67,13 @@ def test_faults_of_a_box(thing: object, code: str, kept: int) -> None:
         assert regions.boxes[0, 2] <= SIZE[0]
 
 
+def test_values_of_another_type_are_none() -> None:
+    thing = {"box": [1, 1, 5, 5], "class": "a", "segmentation": [["a", 1, 2, 3, 4, 5], [1, 1, 5, 1, 5, 5]]}
+    regions, faults = read([thing], negative=5, not_exhaustive="a", phrases=3)
+    assert faults == [] and (regions.negative, regions.not_exhaustive, regions.phrases) == ([], [], [])
+    assert regions.segmentations == [[[1, 1, 5, 1, 5, 5]]]
+
+
 def test_a_box_that_repeats_is_counted_and_kept() -> None:
     same = {"box": [1, 1, 5, 5], "class": "a"}
     regions, faults = read([same, same, same | {"class": "b"}])

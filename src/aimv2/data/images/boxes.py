@@ -116,7 +116,7 @@ def regions_of(about: Mapping[str, Any], size: tuple[int, int]) -> tuple[Regions
     faults: list[str] = []
     boxes, crowd = [], []
     met = set[tuple[Any, ...]]()
-    for thing in about.get("objects") or ():
+    for thing in listed(about, "objects"):
         box = _box(thing.get("box") if isinstance(thing, Mapping) else None, scale, size, faults)
         if box is None:
             continue
@@ -134,11 +134,17 @@ def regions_of(about: Mapping[str, Any], size: tuple[int, int]) -> tuple[Regions
         found.objects.append(dict(thing))
     found.boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     found.crowd = np.asarray(crowd, bool)
-    found.phrases = [phrase for one in about.get("phrases") or () if (phrase := _phrase(one, scale, size, faults))]
+    found.phrases = [phrase for one in listed(about, "phrases") if (phrase := _phrase(one, scale, size, faults))]
     found.negative, found.not_exhaustive = (
-        [name for name in about.get(key) or () if isinstance(name, str)] for key in ("negative", "not_exhaustive")
+        [name for name in listed(about, key) if isinstance(name, str)] for key in ("negative", "not_exhaustive")
     )
     return found, faults
+
+
+def listed(about: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under a key of KEY.json; anything else is none."""
+    value = about.get(key)
+    return [*value] if isinstance(value, list | tuple) else []
 
 
 def fault_of_box(box: Any, size: Sequence[float]) -> str:
@@ -191,7 +197,11 @@ def _scaled(segmentation: Any, scale: tuple[float, float]) -> Any:
         return dict(segmentation) if {"size", "counts"} <= set(segmentation) else None
     if not isinstance(segmentation, list) or not segmentation:
         return None
-    polygons = [part for part in segmentation if isinstance(part, list) and len(part) >= 6 and not len(part) % 2]
+    polygons = [
+        part
+        for part in segmentation
+        if isinstance(part, list) and len(part) >= 6 and not len(part) % 2 and all(map(_is_number, part))
+    ]
     return [[value * scale[at % 2] for at, value in enumerate(part)] for part in polygons] or None
 
 
@@ -199,8 +209,9 @@ def _scaled(segmentation: Any, scale: tuple[float, float]) -> Any:
 
 
 def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
-    """What aimv2.json next to shards says of the classes: ``classes`` (names in order of their ids), ``class_ids``, ``frequency``, of scenes
-    ``held_out`` and ``only_held_out``.
+    """What aimv2.json next to shards says of the classes.
+
+    That is ``classes`` (names in order of their ids), ``class_ids``, ``frequency``, and of scenes ``held_out`` and ``only_held_out``.
 
     {} where it says nothing, or shards of several folders say different things.
     """
@@ -219,7 +230,7 @@ def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
 
 def boxes_in(about: Mapping[str, Any]) -> list[Any]:
     """The boxes of four numbers of a KEY.json, of its objects, else of its phrases, as they are given."""
-    things = [one for one in about.get("objects") or about.get("phrases") or () if isinstance(one, Mapping)]
+    things = [one for one in listed(about, "objects") or listed(about, "phrases") if isinstance(one, Mapping)]
     several = [one["boxes"] if isinstance(one.get("boxes"), list) else [one.get("box")] for one in things]
     boxes = [box for part in several for box in part]
     return [box for box in boxes if isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))]

@@ -19,7 +19,7 @@ from torch import Tensor
 from aimv2.batch import Batch, make_batch, split_batch
 from aimv2.config.detect import DetectTaskOptions
 from aimv2.config.schema import DataConfig
-from aimv2.data.images.boxes import BOX_FAULTS, UNUSABLE, Regions, class_of, regions_of, stated_classes
+from aimv2.data.images.boxes import BOX_FAULTS, UNUSABLE, Regions, class_of, listed, regions_of, stated_classes
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import Parts, json_of, read_samples
@@ -377,14 +377,11 @@ def learned_names(shards: Sequence[Path], names: Sequence[str]) -> list[str]:
 
 def names_in(about: dict[str, Any]) -> set[str]:
     """Classes of a KEY.json, of objects and of what was checked to be absent."""
-    things = about.get("objects") if isinstance(about.get("objects"), list) else []
-    assert things is not None
-    found = {class_of(thing) for thing in things if isinstance(thing, dict)}
-    return (found | {name for name in about.get("negative") or () if isinstance(name, str)}) - {""}
+    found = {class_of(thing) for thing in listed(about, "objects") if isinstance(thing, dict)}
+    return (found | {name for name in listed(about, "negative") if isinstance(name, str)}) - {""}
 
 
 def phrases_in(about: dict[str, Any]) -> list[str]:
     """Phrases of a KEY.json."""
-    given = about.get("phrases") if isinstance(about.get("phrases"), list) else []
-    assert given is not None
+    given = listed(about, "phrases")
     return [one["phrase"] for one in given if isinstance(one, dict) and isinstance(one.get("phrase"), str)]

@@ -118,6 +118,21 @@ def test_transformers_opens_the_runs_folder(run: Path) -> None:
     torch.testing.assert_close(ours.boxes, theirs.pred_boxes)
 
 
+def test_a_detector_goes_on(root: Path, run: Path, tmp_path: Path) -> None:
+    """From its own weights and words; its form can't be changed."""
+    config = {"objective.name": "detect", **given(root, init=str(run))}
+    task = task_of(parse(config))
+    model, opened = task.build(Context(None, ALONE)), open_detector(run)
+    stored = opened.model.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert isinstance(task, Detect) and opened.prompts is not None
+    assert task.tokenizer.get_vocab() == opened.prompts.tokenizer.get_vocab()
+    for key, value in (("window", 4), ("queries", 7), ("decoder_layers", 3), ("pyramid", [2, 1])):
+        with pytest.raises(UsageError) as error:
+            task_of(parse(config | {f"objective.{key}": value})).build(Context(None, ALONE))
+        assert (error.value.option, error.value.code) == (f"objective.{key}", "mismatch")
+
+
 def test_a_stop_changes_nothing(root: Path, run: Path, tmp_path: Path) -> None:
     train(root, tmp_path / "run", train__stop_at=2)
     with light_collections():

@@ -40,7 +40,7 @@ class DetectTaskOptions:
         text_scale: learning rate of the text tower relative to the head's
         phrases: of pictures with classes and phrases, the fraction of visits that learn phrases
         negatives: most absent classes next to those of a picture in its words; half of the visits have as many as there are
-        encoder_scale: learning rate of the encoder relative to the head's, with objective.freeze=false
+        encoder_scale: learning rate of the encoder relative to the head's, with objective.freeze=false or optim.lora
         zoom: smallest and largest size of a picture in training, relative to image_size; what is larger is cropped, unless phrases
             are learned
         keep_area: smallest part of a box that a crop must leave for the box to count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,30 @@ def head_config(options: DetectTaskOptions, encoder: EncoderConfig, names: list[
         encoder_layers=options.encoder_layers or 6, decoder_layers=options.decoder_layers + 1, encoder_feedforward_dim=4 * width,
         dim_feedforward=8 * width, num_attention_heads=heads(width), feature_strides=[4, 8, 16, 32], **labels,
     )  # fmt: skip
+
+
+def check_same_form(options: DetectTaskOptions, model: Detector, names: list[str], tokenizer: Any, source: str) -> None:
+    """Raises UsageError where a stored detector has another form than the options: its weights hold the form, not the options."""
+    wanted = head_config(replace(options, text=None), model.encoder.config, names, tokenizer)
+    stored = model.net.config
+    one, other = wanted.backbone_config, stored.backbone_config
+    less = int(options.head == "masks")  # Mask2Former counts its first predictions as a layer
+    forms = {
+        "window": (one.window, other.window),
+        "global_blocks": (one.global_blocks, other.global_blocks) if one.window else (0, 0),
+        "pyramid": (one.scales, other.scales),
+        "width": (one.pyramid_channels, other.pyramid_channels),
+        "queries": (wanted.num_queries, stored.num_queries),
+        "encoder_layers": (wanted.encoder_layers, stored.encoder_layers),
+        "decoder_layers": (wanted.decoder_layers - less, stored.decoder_layers - less),
+    }
+    for key, (given, there) in forms.items():
+        if given != there:
+            raise UsageError(
+                f"objective.{key} {given}: the detector of init {source} has {there}; give that",
+                option=f"objective.{key}",
+                code="mismatch",
+            )
 
 
 def build_detector(options: DetectTaskOptions, config: Any) -> Detector:

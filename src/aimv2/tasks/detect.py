@@ -33,6 +33,7 @@ from aimv2.detect.build import (
     ABOUT,
     TEXT_LIMIT,
     build_detector,
+    check_same_form,
     get_tokenizer,
     head_config,
     picture_side,
@@ -235,6 +236,7 @@ class Detect(Task):
                 option="init",
                 code="mismatch",
             )
+        check_same_form(self.own, given.model, given.names, self.tokenizer, source)
         return given.model
 
     def fresh(self, resuming: bool) -> Detector:

@@ -160,6 +160,27 @@ def test_data_without_boxes(tmp_path: Path) -> None:
     assert (refusal.value.code, refusal.value.option) == ("missing", "--data")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"annotations": [{"image_id": 1, "category_id": 1, "bbox": ["a", 1, 2, 3]}]},
+        {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, float("nan"), 3]}]},
+        {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 3], "area": "6"}]},
+        {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]},
+        {"categories": [3]},
+        {"categories": [{"id": None, "name": "b"}, {"id": 1, "name": "a"}]},
+    ],
+    ids=str,
+)
+def test_a_coco_json_of_another_form(change: dict[str, Any], tmp_path: Path) -> None:
+    box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 3]}
+    record = {"images": [{"id": 1, "width": 9, "height": 9}], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "t.json").write_text(json.dumps({**record, "annotations": [box], **change}))
+    with pytest.raises(UsageError) as refusal:
+        read_truth(str(tmp_path / "t.json"))
+    assert (refusal.value.code, refusal.value.option) == ("mismatch", "--data")
+
+
 def test_a_coco_json_without_categories(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"images": [], "annotations": []}))
     with pytest.raises(UsageError) as refusal:

@@ -186,6 +186,7 @@ def test_the_encoder_is_fine_tuned_by_layer_or_low_rank(root: Path) -> None:
     model = task.build(Context(None, ALONE))
     learning = {name for name, one in model.encoder.named_parameters() if one.requires_grad}
     assert learning and all("lora_" in name for name in learning)
+    assert "LoRA of rank 2" in " ".join(task.card())
     names = task.exported(model, dict(model.state_dict())).keys()
     assert (
         names

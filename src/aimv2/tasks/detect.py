@@ -348,7 +348,9 @@ class Detect(Task):
 
     def card(self) -> CardText:
         options = self.own
-        eyes = "frozen" if options.freeze else f"trained at {options.encoder_scale:g} times the learning rate"
+        how = f"LoRA of rank {self.config.optim.lora} merged in, trained" if self.config.optim.lora else "trained"
+        learns = not options.freeze or self.config.optim.lora
+        eyes = f"{how} at {options.encoder_scale:g} times the learning rate" if learns else "frozen"
         rule = {
             "grounding": "a phrase's score is the mean probability of its tokens (sigmoid), its boxes those of the queries",
             "closed": "a class's score is the sigmoid of its logit",

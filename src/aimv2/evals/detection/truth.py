@@ -6,6 +6,7 @@ Legend: N objects, P phrases, K boxes of a phrase. Boxes are COCO's [x, y, width
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -219,13 +220,10 @@ def load_coco(path: Path, option: str) -> dict[str, Any]:
 def _of_json(path: Path, option: str) -> DetectionTruth:
     """As pycocotools reads it: every annotation counts, whatever its box."""
     record, truth = load_coco(path, option), DetectionTruth(path.stem)
-    cats = sorted(record["categories"], key=lambda one: one["id"])
-    frequency = (
-        [str(one.get("frequency")) for one in cats]
-        if all(one.get("frequency") in FREQUENCIES for one in cats)
-        else None
-    )
     try:
+        cats = sorted(record["categories"], key=lambda one: one["id"])
+        known = all(one.get("frequency") in FREQUENCIES for one in cats)
+        frequency = [str(one["frequency"]) for one in cats] if known else None
         _add_categories(truth, [str(one["name"]) for one in cats], [one["id"] for one in cats], frequency)
         for number, one in enumerate(record["images"], 1):
             about = {"id": number, "width": one["width"], "height": one["height"]}
@@ -238,6 +236,9 @@ def _of_json(path: Path, option: str) -> DetectionTruth:
                     f"{option} {path}: the image id {one['id']} occurs twice", option=option, code="conflict"
                 )
         for one in record["annotations"]:
+            numbers = [*one["bbox"], one["area"] if one.get("area") is not None else 0]
+            if len(numbers) != 5 or not all(isinstance(side, int | float) and math.isfinite(side) for side in numbers):
+                raise ValueError(f"bbox {one['bbox']}, area {one.get('area')}")
             width, height = one["bbox"][2:]
             kept = {key: one[key] for key in ("segmentation",) if one.get(key)}
             truth.annotations.append({
@@ -247,7 +248,7 @@ def _of_json(path: Path, option: str) -> DetectionTruth:
             })  # fmt: skip
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{option} {path}: a record lacks or misnames {first_line(error)}; COCO's ids and boxes of four numbers expected",
             option=option,

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import pytest
 from aimv2.errors import UsageError
 from aimv2.train import lock
 from aimv2.train.lock import LOCK, SILENT, RunLock
-from runs import resume, train
+from aimv2.train.sealing import faults, step_folders
+from runs import need_ranks, options, resume, train
 
 HOLD = """
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from aimv2.train.lock import RunLock
 held = RunLock(Path(sys.argv[1]))
@@ -107,3 +112,32 @@ def test_a_file_system_without_locks(
     gone = {"host": lock.socket.gethostname(), "pid": 2**22 + 5, "started": "today"}
     (tmp_path / LOCK).write_text(json.dumps(gone))
     RunLock(tmp_path).release()
+
+
+def test_ranks_end_with_a_killed_launcher(world: Any, tmp_path: Path) -> None:
+    """They save, say how to go on, and give the run up; a second start is refused until then."""
+    need_ranks(2)
+    run, said = tmp_path / "run", tmp_path / "said.txt"
+    words = options(world.scenes, run, train__steps=5000, eval__captions=0)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "aimv2", "--"]
+    with said.open("w") as file:
+        launcher = subprocess.Popen([*start, *words], stderr=file, stdout=file)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size > 0)
+        with pytest.raises(UsageError, match="is written by process"):
+            RunLock(run)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_for(lambda: (run / LOCK).read_bytes() == b"")
+    assert "stopping after this step, and saving" in said.read_text()
+    (_, folder), *_ = step_folders(run)
+    assert faults(folder) == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Until it holds; a machine under load may take long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.1)

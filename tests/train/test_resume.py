@@ -19,6 +19,7 @@ from aimv2.data.stream.samples import TrainStream, View
 from aimv2.data.text.captions import read_captions
 from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
+from aimv2.train.interrupt import StopFlag
 from aimv2.train.parallel import can_compile
 from forked import forked
 from runs import command, exact, metrics, options, resume, train
@@ -135,7 +136,7 @@ def test_half_written_checkpoint_is_never_read(data, tmp_path):
     assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
 def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number, workers):
     run = tmp_path / "run"
     long = {"train__steps": 4000, "data__workers": workers}
@@ -158,7 +159,7 @@ def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number,
     process.wait(timeout=60)
     stderr = said.read_text()
     assert stderr.count("stopping after this step, and saving") == 1
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], stderr
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number], stderr
     assert f"aimv2 pretrain --run {run} --resume" in stderr and "Traceback" not in stderr
     (folder,) = (run / "checkpoints").iterdir()
     stopped = int(folder.name.removeprefix("step-"))
@@ -166,6 +167,22 @@ def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number,
     resume(run, train__stop_at=stopped + 2)
     train(data, tmp_path / "whole", **long, train__stop_at=stopped + 2)
     assert exact(run) == exact(tmp_path / "whole")
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        flag = StopFlag()
+        os.kill(os.getpid(), signal.SIGHUP)
+        flag.restore()
+        assert flag.code == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        flag = StopFlag()
+        os.kill(os.getpid(), signal.SIGHUP)
+        flag.restore()
+        assert flag.code == 129
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def metrics_safely(run):

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        the exit code: 0, 1 where doctor found a failure, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM.
+        the exit code: 0, 1 where doctor found a failure, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -96,7 +96,7 @@ def run() -> None:
 
         complete()
     code = main()
-    if code in (130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code in (129, 130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -187,5 +187,5 @@ def _batch(images: torch.Tensor | None, labels: np.ndarray, features: torch.Tens
 def _ignore_signals(number: int) -> None:
     """A terminal's Ctrl-C reaches workers too; they must live until the state is saved."""
     torch.set_num_threads(1)
-    for caught in (signal.SIGINT, signal.SIGTERM):
+    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(caught, signal.SIG_IGN)

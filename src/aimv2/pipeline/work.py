@@ -37,7 +37,7 @@ from aimv2.train.interrupt import Interrupted
 
 # commands that resume in a folder where they were interrupted; others start again in an empty one
 GO_ON = ("pretrain", "data_import", "data_teach", "embed", "probe", "knn", "linear", "fewshot")
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 def run_chain(

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C only raise a flag; the loop saves and leaves at the next step's end."""
+"""Ctrl-C, SIGTERM and SIGHUP only raise a flag; the loop saves and leaves at the next step's end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 PATIENCE = 10.0  # seconds in which another Ctrl-C is taken for impatience
 
 
@@ -17,12 +17,17 @@ class Interrupted(Exception):
     """A signal stopped the run, which has saved.
 
     Attributes:
-        code: exit code, 130 after Ctrl-C and 143 after SIGTERM.
+        code: exit code, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def caught() -> list[signal.Signals]:
+    """The signals that stop a run; a SIGHUP that is ignored at its start, as ``nohup`` does it, stays ignored."""
+    return [one for one in EXIT_CODES if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 class StopFlag:
@@ -33,7 +38,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.code, self.since, self.saving = 0, 0.0, False
-        self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self.before = {number: signal.signal(number, self._note) for number in caught()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

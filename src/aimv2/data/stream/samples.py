@@ -474,7 +474,7 @@ ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
 
 def _start_worker(init: Callable[[int], None], number: int) -> None:
     """Ignore signals in a worker: Ctrl-C reaches it too, but it must live until the position is saved."""
-    for caught in (signal.SIGINT, signal.SIGTERM):
+    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(caught, signal.SIG_IGN)
     init(number)
 

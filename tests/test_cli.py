@@ -199,7 +199,7 @@ def test_every_verb_is_a_function_of_the_same_options() -> None:
             assert list(signature.parameters)[:2] == ["config", "options"]
         words = [word.rstrip("*") for word in command.words]
         required = [key for key, p in signature.parameters.items() if p.default is p.empty]
-        if name in ("recipes", "detect score"):  # all of them, or predictions, without a word
+        if name in ("recipes", "detect score", "doctor"):  # all of them, predictions, or this machine, without a word
             words = []
         assert required == words, f"{name}: what has no default is a word of the command line, in this order"
 

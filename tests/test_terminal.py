@@ -367,7 +367,7 @@ def offered(line: str, folder: Path, **env: str) -> tuple[list[str], str]:
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("aimv2 d", {"data", "depth", "doctor"}),
+        ("aimv2 d", {"data", "depth", "detect", "doctor"}),
         ("aimv2 data ", {"import", "check", "browse", "shapes", "teach"}),
         ("aimv2 data check --", {"--tokenizer", "--min-side", "--json", "--debug", "--help", "--help-all"}),
         ("aimv2 pretrain --optim.sch", {"--optim.schedule "}),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_labelled import encoded, number_in, opened, put, refused, seen
 
+from aimv2.data.datasets.dense import DENSE_SETS
 from aimv2.data.datasets.registry import DATASETS
 from aimv2.data.images.decode import ImageError
 from aimv2.data.images.labelled import Labelled
@@ -20,8 +21,10 @@ from aimv2.errors import UsageError
 
 def test_the_documentation_names_the_form_of_every_set() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text("utf-8")
-    first = [line.split("|")[1] for line in text.split("## Data")[1].split("\n## ")[0].splitlines() if "|" in line]
-    assert [name for cell in first[2:] for name in cell.replace("`", "").replace(",", " ").split()] == [*DATASETS]
+    parts = text.split("\n## Data")[1].split("\n## ")[0].split("\n### Segmentation and depth")
+    for part, known in zip(parts, (DATASETS, DENSE_SETS), strict=True):
+        first = [line.split("|")[1] for line in part.splitlines() if "|" in line]
+        assert [name for cell in first[2:] for name in cell.replace("`", "").replace(",", " ").split()] == [*known]
 
 
 # ---- EuroSAT ----

@@ -154,7 +154,10 @@ PAGES = {  # page -> what stands for a word of it
         **{"table.parquet": "talks/train-000000.tar", "tars/{000..099}.tar": "talks/train-000000.tar"},
         **{"VLM": "vlm.md-0", "D": "talks", "photo.jpg": "photos/0001.jpg"},
     },
-    "localise.md": {"MODEL": "runs/photos", "val2017": "photos"},
+    "localise.md": {
+        **{"MODEL": "runs/photos", "RUN": "runs/photos", "val2017": "photos"},
+        **{"runs/detector": "runs/localise.md-2", "photo.jpg": "photos/0001.jpg"},
+    },
     "doctor.md": {},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},
@@ -165,7 +168,12 @@ PAGES = {  # page -> what stands for a word of it
         "aimv2-3B-patch14-224": "runs/photos",
     },
 }
+DETECTOR = {
+    **{"train.steps": 2, "train.batch_size": 4, "train.precision": "fp32", "data.workers": 0, "eval.samples": 4},
+    **{"objective.width": 32, "objective.encoder_layers": 1, "objective.decoder_layers": 2, "objective.queries": 8},
+}
 TOY = {
+    "detect train --init": [word for key, value in DETECTOR.items() for word in (f"--{key}", str(value))],
     "--config flickr8k": ["--data.tokenizer", "auto"],
     "finetune-classes": ["--data.train", "shards/labelled"],
     "aimv2 linear": ["--data", "labelled"],

@@ -43,10 +43,10 @@ def test_depths_without_a_unit_or_with_marks_are_refused_until_it_is_said(tmp_pa
 def test_depths_of_another_unit_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = pngs(tmp_path, "depth", [np.full((4, 4), 2 + number, np.uint16) for number in range(4)])
     options = DepthOptions(model="", val_fraction=0.5)
-    depth_work(options, str(root), depths(), 8, tmp_path)
+    depth_work(options, str(root), (depths(),) * 2, 8, tmp_path)
     assert "is --depth-scale right?" in caplog.text
     caplog.clear()
-    depth_work(options, str(root), depths(1), 8, tmp_path)
+    depth_work(options, str(root), (depths(1),) * 2, 8, tmp_path)
     assert not caplog.text
 
 
@@ -56,7 +56,7 @@ def test_grey_levels_are_no_class_ids(tmp_path: Path, caplog: pytest.LogCaptureF
     options = SegmentOptions(model="", val_fraction=0.5)
 
     def classes(kind: MapKind, given: int | None = None) -> int:
-        return segmentation_work(options, str(root), kind, 8, given, tmp_path).task.outputs
+        return segmentation_work(options, str(root), (kind, kind), 8, given, tmp_path).task.outputs
 
     with pytest.raises(UsageError, match=r"the values 0, 255 only, which would be 256 classes: give --values 0,255"):
         classes(masks(-1))
@@ -76,7 +76,7 @@ def test_masks_with_blurred_edges_are_said(tmp_path: Path, caplog: pytest.LogCap
     mask = np.zeros((20, 20), np.uint8)
     mask[:10], mask[10] = 30, np.arange(20) + 5
     root = pngs(tmp_path, "masks", [mask] * 4)
-    segmentation_work(SegmentOptions(model="", val_fraction=0.5), str(root), masks(), 20, None, tmp_path)
+    segmentation_work(SegmentOptions(model="", val_fraction=0.5), str(root), (masks(),) * 2, 20, None, tmp_path)
     assert "two of 22 mask values hold 95.0% of the pixels" in caplog.text
 
 
@@ -85,7 +85,7 @@ def test_a_mark_for_no_depth_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     for top, marked in ((65534, True), (3100, False)):  # a sensor that ends there
         root = pngs(tmp_path, "depth", [np.array([[1000, 2000], [3000, top]], np.uint16)] * 4)
         caplog.clear()
-        depth_work(options, str(root), depths(), 2, tmp_path)
+        depth_work(options, str(root), (depths(),) * 2, 2, tmp_path)
         assert (said in caplog.text) == marked and ("--invalid" in caplog.text) == marked
 
 

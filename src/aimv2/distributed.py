@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -72,9 +73,7 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
-        from aimv2.launcher import end_with_launcher
-
-        end_with_launcher()
+        importlib.import_module("aimv2.launcher").end_with_launcher()
         # ranks wait for the first one while it trains a tokenizer or draws the demo's scenes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, size, device)

@@ -1,8 +1,7 @@
 """Checkpoints: complete, written aside, then renamed.
 
-``checkpoints/step-NNNNNNN/state/`` holds what only ``--resume`` reads (sharded weights and optimizer, data position,
-RNG); ``model/`` is what everything else reads: JSON and safetensors. ``files.json`` lists both with hashes; see
-:mod:`aimv2.train.sealing`.
+``checkpoints/step-NNNNNNN/state/`` is what only ``--resume`` reads (sharded weights and optimizer, data position, RNG), ``model/`` what
+all else reads (JSON, safetensors), ``files.json`` the list of both with hashes (:mod:`aimv2.train.sealing`).
 """
 
 from __future__ import annotations

@@ -25,11 +25,6 @@ class Interrupted(Exception):
         self.code = code
 
 
-def caught() -> list[signal.Signals]:
-    """The signals that stop a run; a SIGHUP that is ignored at its start, as ``nohup`` does it, stays ignored."""
-    return [one for one in EXIT_CODES if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
-
-
 class StopFlag:
     """Installs the handlers; ``code`` is 0 until a signal came.
 
@@ -38,7 +33,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.code, self.since, self.saving = 0, 0.0, False
-        self.before = {number: signal.signal(number, self._note) for number in caught()}
+        stay = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # ignored by `nohup`
+        self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES if number not in stay}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

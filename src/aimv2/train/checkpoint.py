@@ -185,9 +185,9 @@ def load_checkpoint(
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes of it
         failure = _reason(error)
     if any_failed(failure, world):
-        advice = "remove that folder to go on from the checkpoint before it"
+        why = failure or "on another rank"
         raise UsageError(
-            f"--resume: {folder} can't be read ({failure or 'on another rank'}); {advice}", code="unreadable"
+            f"--resume: {folder} can't be read ({why}); remove it to use the one before", code="unreadable"
         )
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     return private

@@ -73,7 +73,7 @@ def save_checkpoint(
         UsageError: the disk refused; what was there before is untouched.
     """
     from aimv2.train.plain_state import write_state
-    from aimv2.train.sealing import flush, seal, seal_part, written_by
+    from aimv2.train.sealing import seal, seal_part, written_by
 
     final = step_folder(run, step)
     aside = final.with_name(ASIDE + final.name)
@@ -103,10 +103,7 @@ def save_checkpoint(
     failed = any_failed(failure, world)
     if world.main and not failed:
         try:
-            seal(aside, world.size)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            flush(final.parent)
+            seal(aside, final, world.size)
         except OSError as error:
             failure = _reason(error)
     if failed or any_failed(failure, world):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def seal_part(folder: Path, rank: int, files: Iterable[Path]) -> None:
     flush(part)
 
 
-def seal(folder: Path, ranks: int) -> None:
-    """Joins the parts of all ranks into the list, once all of them are there; the folder's names are flushed too."""
+def seal(folder: Path, final: Path, ranks: int) -> None:
+    """Joins the parts of all ranks into the list, once all of them are there, flushes the names and gives the folder its own."""
     parts = [folder / PART.format(rank) for rank in range(ranks)]
     files: dict[str, Any] = {}
     for part in parts:
@@ -62,6 +63,9 @@ def seal(folder: Path, ranks: int) -> None:
         part.unlink()
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    flush(final.parent)
 
 
 def written_by(folder: Path, rank: int) -> list[Path]:

@@ -91,6 +91,16 @@ def test_the_one_before_is_used_exactly(
     assert (run / "checkpoints" / "damaged-step-0000004").is_dir()
 
 
+def test_a_finished_run_is_verified_too(stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped[0], run)
+    kept = (newest(run) / "model" / "model.safetensors").read_bytes()
+    flip_bit(newest(run) / "model" / "model.safetensors")
+    assert resume(run)["step"] == 6
+    assert (newest(run) / "model" / "model.safetensors").read_bytes() == kept  # trained again from step 4
+    assert (run / "checkpoints" / "damaged-step-0000006").is_dir() and exact(run) == exact(stopped[0])
+
+
 def test_none_is_good(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     """Never a silent start at step 0; what is there stays."""
     run = tmp_path / "run"

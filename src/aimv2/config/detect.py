@@ -33,7 +33,8 @@ class DetectTaskOptions:
         width: of the head
         encoder_layers: layers of the head's encoder; null: 6, of closed 1
         decoder_layers: layers of its decoder; of grounding at least 2
-        queries: most objects of a picture that the head can find; null: 900, of closed 300, of masks 100
+        queries: most objects of a picture that the head can find; null: 900, of closed 300, of masks 100, or as many as the pyramid has
+            cells
         text: grounding only, as the next four: a BERT of transformers, by folder or hub id, with its tokenizer; null: a small one,
             trained in the run, with a tokenizer of the data's words
         text_layers: of that small one

@@ -114,8 +114,9 @@ def head_config(options: DetectTaskOptions, encoder: EncoderConfig, names: list[
     width, backbone = options.width, backbone_config(options, encoder)
     if width % 32:
         raise UsageError(f"objective.width {width}: a multiple of 32 expected", option="objective.width")
-    levels, queries = len(backbone.scales), options.queries or QUERIES[options.head]
     cells = sum((square_side(options, encoder) // encoder.patch_size * scale) ** 2 for scale in backbone.scales)
+    most = QUERIES[options.head] if options.head == "masks" else min(QUERIES[options.head], int(cells))
+    levels, queries = len(backbone.scales), options.queries or most
     if queries > cells and options.head != "masks":
         raise UsageError(
             f"objective.queries {queries}: the pyramid has {cells:.0f} cells for them; give at most as many",

@@ -77,6 +77,7 @@ class Detect(Task):
     may_change: ClassVar[tuple[str, ...]] = ("objective.threshold",)
     compiles = False
     demo = False
+    command = "detect train"
     resuming = False
 
     @property

@@ -63,6 +63,7 @@ class Instruct(Task):
     figures: ClassVar[tuple[str, ...]] = ("val_answer_loss", "val_answer_accuracy")
     compiles = False
     demo = False
+    command = "vlm train"
     resuming = False
 
     @property

@@ -64,6 +64,7 @@ class Task(ABC):
         no_captions: end of the message where captions are missing.
         compiles: whether its blocks may be compiled.
         demo: whether it may train on the demo's scenes where no data are given.
+        command: that goes on with its runs.
     """
 
     options: ClassVar[type[Any]]
@@ -75,6 +76,7 @@ class Task(ABC):
     no_captions: ClassVar[str] = ""
     compiles: ClassVar[bool] = True
     demo: ClassVar[bool] = True
+    command: ClassVar[str] = "pretrain"
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -251,13 +251,14 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     config.run, config.resume, config.take_over = str(run), False, False
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
+    from aimv2.train.lock import one_writer
+    from aimv2.train.sealing import newest_is_whole
+
     summary = read_summary(run)
-    if summary is not None and summary.get("step") == config.train.steps:
+    if summary is not None and summary.get("step") == config.train.steps and newest_is_whole(run):
         say(f"the run in {run} is finished")
         return summary
     world = join_world()
-    from aimv2.train.lock import one_writer
-
     with one_writer(run, world, options.take_over):
         prepare.drop_damaged(run, world)
         trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))

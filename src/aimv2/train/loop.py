@@ -322,7 +322,7 @@ class Trainer:
 
     def command_to_go_on(self) -> str:
         """What a user types after an interruption."""
-        return f"aimv2 pretrain --run {shlex.quote(str(self.run))} --resume"
+        return f"aimv2 {self.task.command} --run {shlex.quote(str(self.run))} --resume"
 
     def close(self) -> None:
         """Ends the data workers and the log, and puts the signal handlers back."""

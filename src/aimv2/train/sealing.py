@@ -135,6 +135,12 @@ def step_folders(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in folders if (match := STEP.search(path.name)))
 
 
+def newest_is_whole(run: Path) -> bool:
+    """Whether the newest checkpoint is as it was written, as far as it can be known; True where there is none."""
+    folders = step_folders(run)
+    return not folders or not faults(folders[-1][1])
+
+
 def set_aside_damaged(run: Path, say: Callable[[str], None]) -> None:
     """Leaves a good checkpoint as the newest one, or one from before there were lists; a line for each that is kept aside.
 

@@ -122,6 +122,7 @@ def test_faults_are_counted_and_pictures_of_other_proportions_rejected(images: P
         ({"categories": [{"id": 7}, {"id": 2, "name": "a"}]}, ("SRC", "missing")),
         ({"categories": [{"id": 7, "name": "a"}]}, ("SRC", "missing")),  # class 2 has no name
         ({"categories": [{"id": 7, "name": "a"}, {"id": 2, "name": "a"}]}, ("SRC", "conflict")),
+        ({"categories": [{"id": n, "name": name} for n, name in ((7, "a"), (2, "b"), (7, "c"))]}, ("SRC", "conflict")),
         ({"images": []}, ("SRC", "mismatch")),
         ({"images": [{"id": n, "file_name": f"{n}.png"} for n in (10, 20, 30)]}, ("--image-root", "not-found")),
         ({"annotations": [{"image_id": 10, "category_id": 7}]}, ("SRC", "mismatch")),

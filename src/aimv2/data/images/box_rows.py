@@ -316,13 +316,18 @@ def category_names(categories: Any, path: Path) -> dict[Any, str]:
     """{id: name} of COCO's categories, in the order of ids.
 
     Raises:
-        UsageError: none, one without a name, two of one name.
+        UsageError: none, one without a name, two of one id or of one name.
     """
     rows = categories if isinstance(categories, list) else []
     if not rows or any(not isinstance(one, dict) or not str(one.get("name") or "").strip() for one in rows):
         raise UsageError(f"SRC: {path}: class names missing: `categories` of id and name expected", code="missing")
     rows.sort(key=lambda one: one["id"])
     names = {one["id"]: str(one["name"]).strip() for one in rows}
+    if len(names) < len(rows):
+        ids = [one["id"] for one in rows]
+        twice = next(number for number in ids if ids.count(number) > 1)
+        both = " and ".join(f"'{one['name']}'" for one in rows if one["id"] == twice)
+        raise UsageError(f"SRC: {path}: the classes {both} have one id, {twice}; ids of their own expected", code="conflict")
     if len(set(names.values())) < len(rows):
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
         raise UsageError(f"SRC: {path}: two classes are called '{twice}'; names of their own expected", code="conflict")

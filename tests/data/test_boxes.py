@@ -70,8 +70,33 @@ def test_faults_of_a_box(thing: object, code: str, kept: int) -> None:
 def test_values_of_another_type_are_none() -> None:
     thing = {"box": [1, 1, 5, 5], "class": "a", "segmentation": [["a", 1, 2, 3, 4, 5], [1, 1, 5, 1, 5, 5]]}
     regions, faults = read([thing], negative=5, not_exhaustive="a", phrases=3)
-    assert faults == [] and (regions.negative, regions.not_exhaustive, regions.phrases) == ([], [], [])
-    assert regions.segmentations == [[[1, 1, 5, 1, 5, 5]]]
+    assert faults == ["broken-mask"] and (regions.negative, regions.not_exhaustive, regions.phrases) == ([], [], [])
+    assert regions.segmentations == [None]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "code"),
+    [
+        ([[1, 1, 5, 1, 5, 5]], ""),
+        ([], ""),
+        ([[1, 1, 5, 1]], "broken-mask"),
+        ([[1, 1, 5, 1, 5, 5], [1, 1, 5, 1, 5, 5, 7]], "broken-mask"),
+        ({"size": [50, 100], "counts": [2000, 1000, 2000]}, ""),
+        ({"size": [50, 100], "counts": "`n1Xo0`n1"}, ""),
+        ({"size": [50, 100], "counts": "`n1Xo0"}, "broken-mask"),
+        ({"size": [50, 100], "counts": [2000, 1000]}, "broken-mask"),
+        ({"size": [50, 100], "counts": [6000, -1000]}, "broken-mask"),
+        ({"size": [100, 50], "counts": [2000, 1000, 2000]}, "broken-mask"),  # of the turned picture
+        ({"size": [50, 100]}, "broken-mask"),
+        ("text", "broken-mask"),
+    ],
+)
+def test_a_broken_segmentation_is_counted_and_the_box_kept(segmentation: object, code: str) -> None:
+    thing = {"box": [1, 1, 5, 5], "class": "a", "segmentation": segmentation}
+    for picture in (SIZE, (50, 25)):  # RLE is of the annotated size, whatever that of the picture
+        regions, faults = read([thing], picture, size=list(SIZE))
+        assert faults == [code] * bool(code) and len(regions.boxes) == 1
+        assert (regions.segmentations[0] is None) == (bool(code) or not segmentation)
 
 
 def test_a_box_that_repeats_is_counted_and_kept() -> None:

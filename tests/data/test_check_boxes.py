@@ -32,7 +32,7 @@ def shards(tmp_path: Path) -> Path:
         sample("a", objects=[ring, ring, cross], phrases=phrases, negative=["horse"]),
         sample("b", objects=[]),
         sample(
-            "c", objects=[ring | {"box": [4, 4, 0, 8]}, ring | {"box": [35, 4, 10, 8]}, ring | {"box": [50, 4, 10, 8]}]
+            "c", objects=[ring | {"box": [4, 4, 0, 8]}, ring | {"box": [35, 4, 10, 8], "segmentation": [[1, 2, 3]]}, ring | {"box": [50, 4, 10, 8]}]
         ),
         sample("d", objects=[ring], size=[30, 40]),
     ]
@@ -41,7 +41,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "boxes"
 
 
-FAULTS = {"duplicate": 1, "degenerate": 1, "outside": 1, "far-outside": 1, "other-size": 1}
+FAULTS = {"duplicate": 1, "degenerate": 1, "outside": 1, "far-outside": 1, "other-size": 1, "broken-mask": 1}
 
 
 def test_check_counts_objects_classes_and_faults(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from brought import picture, put, run
 
-from aimv2.data.images.boxes import regions_of
+from aimv2.data.images.boxes import BOX_FAULTS, regions_of
 from aimv2.data.shards.format import image_of, json_of, read_samples
 from aimv2.errors import UsageError
 from aimv2.evals.detection.truth import read_truth
@@ -103,6 +103,7 @@ def test_faults_are_counted_and_pictures_of_other_proportions_rejected(images: P
     put(images / "2.jpg", picture(2, (30, 40)))  # turned
     record = coco()
     good = record["annotations"][2]
+    good["segmentation"] = {"size": [40, 30], "counts": [1200]}  # height and width in the wrong order
     for number, box in enumerate(([1, 1, 0, 4], [1, 1, 5, 5], [1, 1, 5, 5], [30, 20, 16, 8])):
         record["annotations"].append(good | {"id": 9 + number, "bbox": box})
     record["annotations"] += [good | {"id": 100 + n, "image_id": 10, "bbox": [n, 1, 5, 5]} for n in range(30)]
@@ -112,6 +113,7 @@ def test_faults_are_counted_and_pictures_of_other_proportions_rejected(images: P
     counted = {kind: about["number"] for kind, about in result["passed_over"].items()}
     assert {"boxes without area": 1, "boxes that repeat another of their class": 1}.items() <= counted.items()
     assert any("leave the picture" in kind for kind in counted)
+    assert counted[BOX_FAULTS["broken-mask"]] == 34
     assert set(samples(out)) == {"1", "3"}
 
 

@@ -25,6 +25,7 @@ BOX_FAULTS = {
     "no-class": "objects without a class",
     "duplicate": "boxes that repeat another of their class",
     "no-phrase": "phrases without text or without a box",
+    "broken-mask": "segmentations that are no polygons and no RLE of their picture, left out; the objects keep their boxes",
 }
 UNUSABLE = frozenset(
     ("not-regions", "other-size")
@@ -110,7 +111,8 @@ def regions_of(about: Mapping[str, Any], size: tuple[int, int]) -> tuple[Regions
     found = Regions(size)
     if not holds_regions(about):
         return found, ["not-regions"]
-    scale = scale_between(about.get("size") or size, size)
+    of = about.get("size") or size
+    scale = scale_between(of, size)
     if scale is None:
         return found, ["other-size"]
     faults: list[str] = []
@@ -130,7 +132,7 @@ def regions_of(about: Mapping[str, Any], size: tuple[int, int]) -> tuple[Regions
         boxes.append(box)
         crowd.append(many)
         found.classes.append(name)
-        found.segmentations.append(_scaled(thing.get("segmentation"), scale))
+        found.segmentations.append(_segmentation(thing.get("segmentation"), scale, of, faults))
         found.objects.append(dict(thing))
     found.boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     found.crowd = np.asarray(crowd, bool)
@@ -191,18 +193,49 @@ def _phrase(
     return (text.strip(), np.asarray(boxes, np.float32)) if boxes else None
 
 
-def _scaled(segmentation: Any, scale: tuple[float, float]) -> Any:
-    """Polygons in pixels of the picture; RLE stays, with its own size; anything else is None."""
-    if isinstance(segmentation, Mapping):
-        return dict(segmentation) if {"size", "counts"} <= set(segmentation) else None
-    if not isinstance(segmentation, list) or not segmentation:
+def _segmentation(given: Any, scale: tuple[float, float], of: Sequence[float], faults: list[str]) -> Any:
+    """Polygons in pixels of the picture; RLE as it is, of the annotated picture's size ``of``; None where there is none, and a fault
+    where it is broken, in any of its parts."""
+    if not given:
         return None
-    polygons = [
-        part
-        for part in segmentation
-        if isinstance(part, list) and len(part) >= 6 and not len(part) % 2 and all(map(_is_number, part))
-    ]
-    return [[value * scale[at % 2] for at, value in enumerate(part)] for part in polygons] or None
+    if isinstance(given, Mapping):
+        if _fills(given, of):
+            return dict(given)
+    elif isinstance(given, list) and all(map(_is_polygon, given)):
+        return [[value * scale[at % 2] for at, value in enumerate(part)] for part in given]
+    faults.append("broken-mask")
+    return None
+
+
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and not len(part) % 2 and all(map(_is_number, part))
+
+
+def _fills(code: Mapping[str, Any], of: Sequence[float]) -> bool:
+    """Whether RLE is that of a picture of size ``of`` (width, height), and its runs cover it."""
+    runs = code.get("counts")
+    if isinstance(runs, str | bytes):
+        runs = runs_of(runs)
+    if code.get("size") != [of[1], of[0]] or not isinstance(runs, list):
+        return False
+    return all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == of[0] * of[1]
+
+
+def runs_of(text: str | bytes) -> list[int]:
+    """Run lengths of COCO's compressed text: six bits a letter, five of a number's, the last with its sign; from the third run on the
+    difference to the run two before."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text.encode("utf-8", "replace") if isinstance(text, str) else text:
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 # ---- of a data set ----

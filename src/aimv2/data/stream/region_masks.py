@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from aimv2.data.images.boxes import runs_of
 from aimv2.data.stream.regions import Place
 
 
@@ -57,24 +58,7 @@ def decode_rle(given: Mapping[str, Any]) -> np.ndarray:
     """COCO's RLE, its counts as a list or as text: uint8 [height, width], 255 inside."""
     height, width = given["size"]
     counts = given["counts"]
-    runs = list(counts) if isinstance(counts, list) else _runs(counts)
+    runs = list(counts) if isinstance(counts, list) else runs_of(counts)
     flat = np.repeat(np.arange(len(runs)) % 2, runs)[: height * width]
     flat = np.pad(flat, (0, height * width - len(flat)))
     return (255 * flat.reshape(width, height).T).astype(np.uint8)
-
-
-def _runs(text: str | bytes) -> list[int]:
-    """Run lengths of COCO's compressed text: six bits a letter, five of a number's, the last with its sign; from the third run on the
-    difference to the run two before."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in text.encode() if isinstance(text, str) else text:
-        bits = letter - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,8 @@ def test_yolo_labels(yolo: Path, tmp_path: Path) -> None:
     assert [thing["class"] for thing in one] == ["cross", "ring"]
     assert one[0]["box"] == pytest.approx([15, 9, 10, 12]) and one[1]["box"] == pytest.approx([4, 3, 8, 9])
     assert [] in boxes.values()  # no label file: no objects
+    bare = [about for kind, about in result["passed_over"].items() if "without a label file, of 4" in kind]
+    assert bare == [{"number": 1, "examples": ["train/images/2.jpg"]}]
     assert json.loads((tmp_path / "out" / "aimv2.json").read_text())["classes"] == ["ring", "cross"]
 
 
@@ -390,3 +393,18 @@ def test_yolo_that_cannot_be_used(file: str, content: str, yolo: Path, tmp_path:
     with pytest.raises(UsageError) as refusal:
         run(yolo, tmp_path / "out", boxes=True)
     assert refusal.value.option == "SRC"
+
+
+def test_yolo_names_folders_that_are_not_there(yolo: Path, tmp_path: Path) -> None:
+    put(yolo / "data.yaml", "train: train/images\nval: valid/images\nnames: [ring, cross]\n")
+    result = run(yolo, tmp_path / "out", boxes=True)
+    assert {"number": 1, "examples": ["val: valid/images"]} in result["passed_over"].values()
+
+
+def test_yolo_without_any_label_file_is_refused(yolo: Path, tmp_path: Path) -> None:
+    shutil.rmtree(yolo / "train" / "labels")
+    for file in (yolo / "val" / "labels").iterdir():
+        file.unlink()
+    with pytest.raises(UsageError, match="4 of 4 images have no label file") as refusal:
+        run(yolo, tmp_path / "out", boxes=True)
+    assert (refusal.value.option, refusal.value.code) == ("SRC", "missing")

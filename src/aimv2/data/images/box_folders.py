@@ -186,10 +186,10 @@ def _flickr_picture(folder: Path, file: Path, split: str) -> BoxedPicture:
 def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
     """YOLO: data.yaml with `names` and folders or lists of images as `train`, `val`, `test`; labels in .../labels/... .txt.
 
-    A picture without a label file has no objects.
+    A picture without a label file has no objects; that is counted, as are folders that are not there.
 
     Raises:
-        UsageError: no class names, no images, labels of pixels.
+        UsageError: no class names, no images, none with a label file, labels of pixels.
     """
     try:
         record = yaml.safe_load(path.read_text("utf-8"))
@@ -202,28 +202,43 @@ def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
         raise UsageError(
             f"SRC: {path}: class names missing: `names`, a list in order of the classes, expected", code="missing"
         )
-    pictures = []
+    pictures, absent = [], []
     for split in ("train", "val", "test"):
         given = record.get(split)
         for part in given if isinstance(given, list) else [given] if given else ():
-            pictures += list(_yolo_pictures(path.parent, str(record.get("path") or ""), str(part), split))
+            place = _yolo_place(path.parent, str(record.get("path") or ""), str(part))
+            pictures += list(_yolo_pictures(path.parent, place, split)) if place else []
+            absent += [] if place else [f"{split}: {part}"]
     if not pictures:
-        raise UsageError(f"SRC: {path}: no image in the folders of train, val and test", code="not-found")
+        away = f"; not there: {', '.join(absent)}" if absent else ""
+        raise UsageError(f"SRC: {path}: no image in the folders of train, val and test{away}", code="not-found")
+    bare = [one.names[0] for one in pictures if not one.about["labels"]]
+    if len(bare) == len(pictures):
+        raise UsageError(
+            f"SRC: {path}: {len(bare):,} of {len(pictures):,} images have no label file; labels/NAME.txt expected where images/NAME.jpg"
+            " is, with labels in the place of the last folder of that name",
+            code="missing",
+        )
     _check_labels([Path(one.about["labels"]) for one in pictures if one.about["labels"]])
     reader = BoxReader(tuple(map(str, names)))
     manifest = {"classes": list(map(str, names)), "class_ids": list(range(len(names)))}
-    return plan_boxes("YOLO labels", pictures, path.parent, options, manifest, reader)
+    planned = plan_boxes("YOLO labels", pictures, path.parent, options, manifest, reader)
+    planned.passed.add(f"images without a label file, of {len(pictures):,}, taken as pictures without objects", *bare)
+    planned.passed.add(f"folders of {path.name} that are not there", *absent)
+    return planned
 
 
-def _yolo_pictures(home: Path, root: str, part: str, split: str) -> Iterator[BoxedPicture]:
-    """The images of a folder or of a list, below the folder of data.yaml."""
+def _yolo_place(home: Path, root: str, part: str) -> Path | None:
+    """The folder or list of images that data.yaml in ``home`` names; None where it is not there."""
     place = next((place for base in (home / root, home) if (place := base / part).exists()), None)
     # exports name their folders as seen from elsewhere: ../train/images
-    place = place or next(
+    return place or next(
         (place for place in [home / part.replace("../", "").removeprefix("./")] if place.exists()), None
     )
-    if place is None:
-        return
+
+
+def _yolo_pictures(home: Path, place: Path, split: str) -> Iterator[BoxedPicture]:
+    """The images of a folder or of a list, below ``home``, the folder of data.yaml."""
     if place.is_file():
         files = [
             path if path.is_absolute() else place.parent / path

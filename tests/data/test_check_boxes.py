@@ -32,7 +32,12 @@ def shards(tmp_path: Path) -> Path:
         sample("a", objects=[ring, ring, cross], phrases=phrases, negative=["horse"]),
         sample("b", objects=[]),
         sample(
-            "c", objects=[ring | {"box": [4, 4, 0, 8]}, ring | {"box": [35, 4, 10, 8], "segmentation": [[1, 2, 3]]}, ring | {"box": [50, 4, 10, 8]}]
+            "c",
+            objects=[
+                ring | {"box": [4, 4, 0, 8]},
+                ring | {"box": [35, 4, 10, 8], "segmentation": [[1, 2, 3]]},
+                ring | {"box": [50, 4, 10, 8]},
+            ],
         ),
         sample("d", objects=[ring], size=[30, 40]),
     ]

@@ -327,7 +327,9 @@ def category_names(categories: Any, path: Path) -> dict[Any, str]:
         ids = [one["id"] for one in rows]
         twice = next(number for number in ids if ids.count(number) > 1)
         both = " and ".join(f"'{one['name']}'" for one in rows if one["id"] == twice)
-        raise UsageError(f"SRC: {path}: the classes {both} have one id, {twice}; ids of their own expected", code="conflict")
+        raise UsageError(
+            f"SRC: {path}: the classes {both} have one id, {twice}; ids of their own expected", code="conflict"
+        )
     if len(set(names.values())) < len(rows):
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
         raise UsageError(f"SRC: {path}: two classes are called '{twice}'; names of their own expected", code="conflict")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from brought import picture, put, run
 
+from aimv2.data.images.box_rows import LISTED_TWICE, SAME_ID, SEVERAL_IDS
 from aimv2.data.images.boxes import BOX_FAULTS, regions_of
 from aimv2.data.shards.format import image_of, json_of, read_samples
 from aimv2.errors import UsageError
@@ -150,6 +151,25 @@ def test_a_file_is_one_picture_only(images: Path) -> None:
         image["file_name"] = name  # none of the folders is there
     result, out = brought(record, images)
     assert result["bad"] == {"image-missing": {"number": 1, "examples": ["b/1.jpg"]}} and len(samples(out)) == 2
+
+
+def test_images_that_repeat_an_id_or_a_name_are_counted(images: Path) -> None:
+    record = coco()
+    one, two, three = record["images"]
+    record["images"] += [two, one | {"id": 11}, three | {"file_name": "2.jpg"}]
+    record["annotations"].append(record["annotations"][0] | {"id": 9, "image_id": 11, "bbox": [1, 1, 5, 5]})
+    result, out = brought(record, images)
+    counted = {kind: about["number"] for kind, about in result["passed_over"].items()}
+    assert counted == {SAME_ID: 2, LISTED_TWICE: 1, SEVERAL_IDS: 1}
+    found = samples(out)
+    assert {key: len(about["objects"]) for key, about in found.items()} == {"1": 3, "2": 0}
+
+
+def test_images_of_one_id_only_are_refused(images: Path) -> None:
+    record = coco()
+    for image in record["images"]:
+        image["id"] = 10
+    assert refused(record, images) == ("SRC", "conflict")
 
 
 def test_options_without_a_use_are_refused(images: Path) -> None:

@@ -20,6 +20,7 @@ from aimv2.data.images.names import locate_inside
 from aimv2.data.images.sources import SourceOptions
 from aimv2.data.images.splits import StatedSplits
 from aimv2.data.images.text_tables import read_json_lines
+from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import safe_key
 from aimv2.data.text.encoding import open_text
 from aimv2.errors import UsageError, first_line
@@ -31,6 +32,9 @@ EXPECTED = (
 FIRST = 1000  # pictures of which one has to be there
 MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)  # what a record of another form raises
 SCALED = "pictures of another size than annotated, their boxes scaled"
+SAME_ID = "images left out with their annotations: two files have one id"
+LISTED_TWICE = "images that are listed twice under one id"
+SEVERAL_IDS = "images under a second id, whose boxes are put to those of the first"
 FEDERATED = {"neg_category_ids": "negative", "not_exhaustive_category_ids": "not_exhaustive"}
 
 
@@ -267,8 +271,24 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     pictures: dict[str, BoxedPicture] = {}
     of_image: dict[Any, tuple[BoxedPicture, dict[str, Any]]] = {}
     phrase_at: dict[tuple[Any, str], dict[str, Any]] = {}
+    passed, names_of_id = PassedOver(), dict[Any, set[str]]()
+    for image in record["images"]:
+        names_of_id.setdefault(image["id"], set()).add(_names_of(image)[0])
+    unclear = {number for number, called in names_of_id.items() if len(called) > 1}  # whose annotations are of either file
+    if unclear and len(unclear) == len(names_of_id):
+        first = next(iter(unclear))
+        both = " and ".join(sorted(names_of_id[first])[:2])
+        raise UsageError(f"SRC: {path}: {both} have one id, {first}; ids of their own expected", code="conflict")
     for image in record["images"]:
         called = _names_of(image)
+        if image["id"] in unclear:
+            passed.add(SAME_ID, called[0])
+            continue
+        if image["id"] in of_image:
+            passed.add(LISTED_TWICE, called[0])
+            continue
+        if called[0] in pictures and not grounded:  # of phrases an image is a caption
+            passed.add(SEVERAL_IDS, called[0])
         about: dict[str, Any] = {"phrases": []} if grounded else {"objects": [], "image_id": image["id"]}
         about |= stated_size(image)
         for key, ours in FEDERATED.items():
@@ -276,6 +296,8 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
                 about[ours] = [names[number] for number in image[key]]
         of_image[image["id"]] = pictures.setdefault(called[0], BoxedPicture(called, about)), image
     for one in record["annotations"]:
+        if one["image_id"] in unclear:
+            continue
         if one["image_id"] not in of_image:
             raise UsageError(
                 f"SRC: {path}: an annotation of the image {one['image_id']}, which is not listed", code="mismatch"
@@ -301,9 +323,10 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     frequency = [one.get("frequency") for one in record.get("categories") or () if one["id"] in names]
     manifest: dict[str, Any] = {"classes": list(names.values()), "class_ids": list(names)} if names else {}
     manifest |= {"frequency": frequency} if frequency and all(frequency) else {}
-    return plan_boxes(
-        "phrases of MDETR" if grounded else "COCO boxes", pictures.values(), path.parent, options, manifest
-    )
+    kind = "phrases of MDETR" if grounded else "COCO boxes"
+    planned = plan_boxes(kind, pictures.values(), path.parent, options, manifest)
+    planned.passed.update(passed)
+    return planned
 
 
 def stated_size(record: dict[str, Any]) -> dict[str, Any]:

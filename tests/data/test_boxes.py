@@ -67,6 +67,16 @@ def test_faults_of_a_box(thing: object, code: str, kept: int) -> None:
         assert regions.boxes[0, 2] <= SIZE[0]
 
 
+@pytest.mark.parametrize(
+    ("flag", "crowd", "code"),
+    [(1, True, ""), ("1", True, ""), (True, True, ""), ("0", False, ""), (None, False, ""), (0.0, False, "")]
+    + [(wrong, False, "unclear-crowd") for wrong in ("no", 2, -1, [1], {})],
+)
+def test_the_flag_of_a_crowd(flag: object, crowd: bool, code: str) -> None:
+    regions, faults = read([{"box": [1, 1, 5, 5], "class": "a", "crowd": flag}])
+    assert faults == [code] * bool(code) and regions.crowd.tolist() == [crowd]
+
+
 def test_values_of_another_type_are_none() -> None:
     thing = {"box": [1, 1, 5, 5], "class": "a", "segmentation": [["a", 1, 2, 3, 4, 5], [1, 1, 5, 1, 5, 5]]}
     regions, faults = read([thing], negative=5, not_exhaustive="a", phrases=3)

@@ -153,6 +153,17 @@ def test_a_file_is_one_picture_only(images: Path) -> None:
     assert result["bad"] == {"image-missing": {"number": 1, "examples": ["b/1.jpg"]}} and len(samples(out)) == 2
 
 
+def test_annotations_without_a_box_or_a_clear_crowd_are_counted(images: Path) -> None:
+    record = coco()
+    first, second, third = record["annotations"]
+    del third["bbox"]
+    first["iscrowd"], second["iscrowd"] = "0", "yes"
+    result, out = brought(record, images)
+    counted = {kind: about["number"] for kind, about in result["passed_over"].items() if "scaled" not in kind}
+    assert counted == {BOX_FAULTS["not-a-box"]: 1, BOX_FAULTS["unclear-crowd"]: 1}
+    assert regions_of(samples(out)["1"], (40, 30))[0].crowd.tolist() == [False, False]
+
+
 def test_images_that_repeat_an_id_or_a_name_are_counted(images: Path) -> None:
     record = coco()
     one, two, three = record["images"]

@@ -62,8 +62,8 @@ def open_refs(path: Path, options: SourceOptions) -> PlannedSource:
     record = load_json(file_of)
     try:
         images, boxes = ({one["id"]: one for one in record[key]} for key in ("images", "annotations"))
-        rows = [Reference(images[one["image_id"]], boxes[one["ann_id"]]["bbox"], one) for one in refs]
-    except (KeyError, TypeError) as error:
+        rows = [Reference(images[one["image_id"]], boxes[one["ann_id"]].get("bbox"), one) for one in refs]
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"SRC: {path.name} refers to {first_line(error)}, which instances.json lacks", code="mismatch"
         ) from None

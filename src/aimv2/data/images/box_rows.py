@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aimv2.data.images.boxes import BOX_FAULTS, boxes_in, doubt_of_form, regions_of, scale_between
+from aimv2.data.images.boxes import BOX_FAULTS, boxes_in, crowd_of, doubt_of_form, regions_of, scale_between
 from aimv2.data.images.decode import ImageError, image_size
 from aimv2.data.images.entries import Captions, Loaded, PlannedSource, Reader, Reject, RowError, SourceEntry
 from aimv2.data.images.names import locate_inside
@@ -271,6 +271,9 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     pictures: dict[str, BoxedPicture] = {}
     of_image: dict[Any, tuple[BoxedPicture, dict[str, Any]]] = {}
     phrase_at: dict[tuple[Any, str], dict[str, Any]] = {}
+    if record["annotations"] and not any("bbox" in one for one in record["annotations"]):
+        first = record["annotations"][0].get("id")
+        raise UsageError(f"SRC: {path}: no annotation has a `bbox` (the first: id {first})", code="mismatch")
     passed, names_of_id = PassedOver(), dict[Any, set[str]]()
     for image in record["images"]:
         names_of_id.setdefault(image["id"], set()).add(_names_of(image)[0])
@@ -311,14 +314,15 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
             if place not in phrase_at:  # one place of one caption is one phrase, whatever the number of its boxes
                 phrase_at[place] = {"phrase": words or image["caption"], "boxes": []}
                 picture.about["phrases"].append(phrase_at[place])
-            phrase_at[place]["boxes"].append(one["bbox"])
+            phrase_at[place]["boxes"].append(one.get("bbox"))
             continue
         if one["category_id"] not in names:
             raise UsageError(
                 f"SRC: {path}: an annotation of the class {one['category_id']}, which has no name", code="missing"
             )
-        thing = {"box": one["bbox"], "class": names[one["category_id"]]}
-        thing |= {"crowd": True} if one.get("iscrowd") else {}
+        thing = {"box": one.get("bbox"), "class": names[one["category_id"]]}  # without a box it is counted, as a bad box is
+        crowd = crowd_of(one.get("iscrowd"))
+        thing |= {"crowd": one["iscrowd"] if crowd is None else True} if crowd is not False else {}
         picture.about["objects"].append(thing | {key: one[key] for key in ("segmentation", "area") if one.get(key)})
     frequency = [one.get("frequency") for one in record.get("categories") or () if one["id"] in names]
     manifest: dict[str, Any] = {"classes": list(names.values()), "class_ids": list(names)} if names else {}

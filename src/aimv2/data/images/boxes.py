@@ -23,6 +23,7 @@ BOX_FAULTS = {
     "outside": "boxes that leave the picture, cut at its edge",
     "far-outside": "boxes outside the picture",
     "no-class": "objects without a class",
+    "unclear-crowd": "objects whose `crowd` (COCO's `iscrowd`) is neither 0 nor 1, taken as single objects",
     "duplicate": "boxes that repeat another of their class",
     "no-phrase": "phrases without text or without a box",
     "broken-mask": "segmentations that are no polygons and no RLE of their picture, left out; the objects keep their boxes",
@@ -81,6 +82,15 @@ def class_of(thing: Mapping[str, Any]) -> str:
     return name.strip() if isinstance(name, str) else ""
 
 
+def crowd_of(value: Any) -> bool | None:
+    """Whether an object is a crowd by its flag, 0 or 1 as a number, as text or as true and false; None of anything else."""
+    if value is None:
+        return False
+    if isinstance(value, str | int | float):
+        return {"0": False, "1": True, 0: False, 1: True}.get(value)
+    return None
+
+
 def scale_between(of: Sequence[float], to: Sequence[float]) -> tuple[float, float] | None:
     """(across, down) by which a box of a picture of size ``of`` is scaled to size ``to`` (width, height); None: other proportions.
 
@@ -125,7 +135,9 @@ def regions_of(about: Mapping[str, Any], size: tuple[int, int]) -> tuple[Regions
         if not (name := class_of(thing)):
             faults.append("no-class")
             continue
-        many = bool(thing.get("crowd"))
+        if (many := crowd_of(thing.get("crowd"))) is None:
+            faults.append("unclear-crowd")
+            many = False
         if (same := (name, many, *(round(side, 2) for side in box))) in met:
             faults.append("duplicate")
         met.add(same)

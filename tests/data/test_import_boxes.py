@@ -119,6 +119,17 @@ def test_faults_are_counted_and_pictures_of_other_proportions_rejected(images: P
     assert set(samples(out)) == {"1", "3"}
 
 
+def test_nothing_left_says_how_many_of_each_kind(images: Path) -> None:
+    record = coco()
+    put(images / "1.jpg", picture(1, (30, 40)))
+    put(images / "2.jpg", picture(2, (30, 40)))
+    (images / "3.jpg").unlink()
+    with pytest.raises(UsageError) as refusal:
+        brought(record, images)
+    for words in (f"2 {BOX_FAULTS['other-size']}", "1 image-missing", "3 rejected"):
+        assert words in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aimv2.data.images.box_rows import open_boxes
+from aimv2.data.images.boxes import BOX_FAULTS
 from aimv2.data.images.catalogue import Columns
 from aimv2.data.images.conversation_rows import open_conversations
 from aimv2.data.images.decode import MAX_PIXELS, ImageError, store_image
@@ -442,7 +443,9 @@ def _finish(
         (out / "rejected.jsonl").write_bytes("".join(lines).encode("utf-8", "replace"))
     if not any(counts.values()):
         shutil.rmtree(out / WORK)
-        why = f"; the first: {shown(rejects[0].place, 200)}: {rejects[0].reason}" if rejects else ""
+        kinds = {kind: about["number"] for kind, about in bad_rows(rejects).items() if kind != "other"}
+        why = "".join(f"; {number:,} {BOX_FAULTS.get(kind, kind)}" for kind, number in kinds.items())
+        why += f"; the first: {shown(rejects[0].place, 200)}: {rejects[0].reason}" if rejects else ""
         why += "; ".join(("", *passed_lines(source.passed.result())))
         raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
     if rejects:

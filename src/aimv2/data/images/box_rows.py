@@ -277,7 +277,9 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     passed, names_of_id = PassedOver(), dict[Any, set[str]]()
     for image in record["images"]:
         names_of_id.setdefault(image["id"], set()).add(_names_of(image)[0])
-    unclear = {number for number, called in names_of_id.items() if len(called) > 1}  # whose annotations are of either file
+    unclear = {
+        number for number, called in names_of_id.items() if len(called) > 1
+    }  # whose annotations are of either file
     if unclear and len(unclear) == len(names_of_id):
         first = next(iter(unclear))
         both = " and ".join(sorted(names_of_id[first])[:2])
@@ -320,7 +322,10 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
             raise UsageError(
                 f"SRC: {path}: an annotation of the class {one['category_id']}, which has no name", code="missing"
             )
-        thing = {"box": one.get("bbox"), "class": names[one["category_id"]]}  # without a box it is counted, as a bad box is
+        thing = {
+            "box": one.get("bbox"),
+            "class": names[one["category_id"]],
+        }  # without a box it is counted, as a bad box is
         crowd = crowd_of(one.get("iscrowd"))
         thing |= {"crowd": one["iscrowd"] if crowd is None else True} if crowd is not False else {}
         picture.about["objects"].append(thing | {key: one[key] for key in ("segmentation", "area") if one.get(key)})

@@ -133,14 +133,17 @@ def test_nothing_left_says_how_many_of_each_kind(images: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"categories": []}, ("SRC", "missing")),
-        ({"categories": [{"id": 7}, {"id": 2, "name": "a"}]}, ("SRC", "missing")),
-        ({"categories": [{"id": 7, "name": "a"}]}, ("SRC", "missing")),  # class 2 has no name
-        ({"categories": [{"id": 7, "name": "a"}, {"id": 2, "name": "a"}]}, ("SRC", "conflict")),
-        ({"categories": [{"id": n, "name": name} for n, name in ((7, "a"), (2, "b"), (7, "c"))]}, ("SRC", "conflict")),
-        ({"images": []}, ("SRC", "mismatch")),
+        ({"categories": []}, ("SOURCE", "missing")),
+        ({"categories": [{"id": 7}, {"id": 2, "name": "a"}]}, ("SOURCE", "missing")),
+        ({"categories": [{"id": 7, "name": "a"}]}, ("SOURCE", "missing")),  # class 2 has no name
+        ({"categories": [{"id": 7, "name": "a"}, {"id": 2, "name": "a"}]}, ("SOURCE", "conflict")),
+        (
+            {"categories": [{"id": n, "name": name} for n, name in ((7, "a"), (2, "b"), (7, "c"))]},
+            ("SOURCE", "conflict"),
+        ),
+        ({"images": []}, ("SOURCE", "mismatch")),
         ({"images": [{"id": n, "file_name": f"{n}.png"} for n in (10, 20, 30)]}, ("--image-root", "not-found")),
-        ({"annotations": [{"image_id": 10, "category_id": 7}]}, ("SRC", "mismatch")),
+        ({"annotations": [{"image_id": 10, "category_id": 7}]}, ("SOURCE", "mismatch")),
     ],
 )
 def test_json_that_cannot_be_used(change: dict[str, Any], wrong: tuple[str, str], images: Path) -> None:
@@ -153,7 +156,7 @@ def test_corners_and_fractions_in_the_place_of_boxes_are_noticed(images: Path) -
     for change in (lambda b: [b[0], b[1], b[0] + 18, b[1] + 9], lambda b: [b[0] / 40, b[1] / 30, 0.4, 0.3]):
         row = record["annotations"][2]
         wrong = [row | {"bbox": change(box)} for box in boxes.tolist()]
-        assert refused(coco(annotations=wrong), images) == ("SRC", "mismatch")
+        assert refused(coco(annotations=wrong), images) == ("SOURCE", "mismatch")
 
 
 def test_a_file_is_one_picture_only(images: Path) -> None:
@@ -191,7 +194,7 @@ def test_images_of_one_id_only_are_refused(images: Path) -> None:
     record = coco()
     for image in record["images"]:
         image["id"] = 10
-    assert refused(record, images) == ("SRC", "conflict")
+    assert refused(record, images) == ("SOURCE", "conflict")
 
 
 def test_options_without_a_use_are_refused(images: Path) -> None:
@@ -293,7 +296,7 @@ def test_references_of_parquet(images: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_records_of_another_form_are_one_line(name: str, record: Any, images: Path) -> None:
-    assert refused(json.dumps(record), images, name=name) == ("SRC", "mismatch")
+    assert refused(json.dumps(record), images, name=name) == ("SOURCE", "mismatch")
 
 
 class Planted:
@@ -434,7 +437,7 @@ def test_yolo_that_cannot_be_used(file: str, content: str, yolo: Path, tmp_path:
     put(yolo / file, content)
     with pytest.raises(UsageError) as refusal:
         run(yolo, tmp_path / "out", boxes=True)
-    assert refusal.value.option == "SRC"
+    assert refusal.value.option == "SOURCE"
 
 
 def test_yolo_names_folders_that_are_not_there(yolo: Path, tmp_path: Path) -> None:
@@ -449,4 +452,4 @@ def test_yolo_without_any_label_file_is_refused(yolo: Path, tmp_path: Path) -> N
         file.unlink()
     with pytest.raises(UsageError, match="4 of 4 images have no label file") as refusal:
         run(yolo, tmp_path / "out", boxes=True)
-    assert (refusal.value.option, refusal.value.code) == ("SRC", "missing")
+    assert (refusal.value.option, refusal.value.code) == ("SOURCE", "missing")

@@ -232,17 +232,17 @@ def refused(code: str, option: str, source: Path, out: Path, **options: Any) -> 
 
 def test_no_conversations_there(images: Path, tmp_path: Path) -> None:
     out, captions = tmp_path / "out", [{"image": "1.png", "caption": "x"}]
-    refused("mismatch", "SRC", listed(images / "captions", captions), out)
-    refused("mismatch", "SRC", listed(images / "lines", captions, ".jsonl"), out)
-    assert str(images) in refused("missing", "SRC", images, out)
-    refused("mismatch", "SRC", put(images / "captions.csv", "image,caption\n1.png,x\n"), out)
+    refused("mismatch", "SOURCE", listed(images / "captions", captions), out)
+    refused("mismatch", "SOURCE", listed(images / "lines", captions, ".jsonl"), out)
+    assert str(images) in refused("missing", "SOURCE", images, out)
+    refused("mismatch", "SOURCE", put(images / "captions.csv", "image,caption\n1.png,x\n"), out)
     pq.write_table(pa.table({"image": [picture(1)], "caption": ["x"]}), tmp_path / "t.parquet")
-    refused("missing", "SRC", tmp_path / "t.parquet", out)
-    assert "nowhere" in refused("not-found", "SRC", tmp_path / "nowhere", out)
+    refused("missing", "SOURCE", tmp_path / "t.parquet", out)
+    assert "nowhere" in refused("not-found", "SOURCE", tmp_path / "nowhere", out)
     assert not out.exists(), "nothing is left of them"
     for text, code in (('[{"conversations": []}, {"conver', "unreadable"), ("[1 2]", "unreadable"), ("{1", "mismatch")):
         file = put(tmp_path / "broken.json", text)
-        refused(code, "" if code == "unreadable" else "SRC", file, out)
+        refused(code, "" if code == "unreadable" else "SOURCE", file, out)
 
 
 def test_images_that_are_nowhere(images: Path, tmp_path: Path) -> None:
@@ -257,13 +257,13 @@ def test_images_that_are_nowhere(images: Path, tmp_path: Path) -> None:
 
 def test_nothing_left(images: Path, tmp_path: Path) -> None:
     file = listed(images / "llava", [row for row in BAD_ROWS.values() if row != "a text"])
-    assert "rejected" in refused("invalid", "SRC", file, tmp_path / "out")
+    assert "rejected" in refused("invalid", "SOURCE", file, tmp_path / "out")
 
 
 def test_options_that_have_no_use(images: Path, tmp_path: Path) -> None:
     file, out = listed(images / "llava", GOOD), tmp_path / "out"
     listed(images / "more", GOOD)
-    assert "--captions" in refused("conflict", "SRC", images, out)
+    assert "--captions" in refused("conflict", "SOURCE", images, out)
     assert run(images, tmp_path / "chosen", captions="more.json", conversations=True)["train"] == 5
     refused("not-found", "--captions", images, out, captions="none.json")
     refused("conflict", "--captions", file, out, captions="more.json")

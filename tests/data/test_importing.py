@@ -222,7 +222,7 @@ def test_wrong_use_is_one_clear_line(photos: Path, tmp_path: Path) -> None:
         (tmp_path / "c.csv", out, {}, "not UTF-8"),
         (photos, file / "out", {}, "not writable"),
         (photos, others, {}, "other shards"),
-        (photos, photos, {}, "SRC itself"),
+        (photos, photos, {}, "SOURCE itself"),
         (photos, out, {"val_fraction": 1.5}, "--val-fraction"),
         (photos, out, {"val_fraction": 0.1, "val_list": "x"}, "exclude each other"),
         (photos, out, {"val_list": "absent"}, "--val-list absent"),

@@ -54,18 +54,18 @@ def open_refs(path: Path, options: SourceOptions) -> PlannedSource:
         with path.open("rb") as file:
             refs = RefsUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"SRC: {path} is not read: {first_line(error)}", code="unreadable") from None
+        raise UsageError(f"SOURCE: {path} is not read: {first_line(error)}", code="unreadable") from None
     if not isinstance(refs, list) or not all(isinstance(one, dict) and set(REFS) <= one.keys() for one in refs):
-        raise UsageError(f"SRC: {path}: a list of references with {', '.join(REFS)} expected", code="mismatch")
+        raise UsageError(f"SOURCE: {path}: a list of references with {', '.join(REFS)} expected", code="mismatch")
     if not (file_of := path.parent / "instances.json").is_file():
-        raise UsageError(f"SRC: no instances.json next to {path.name}, which has the boxes", code="missing")
+        raise UsageError(f"SOURCE: no instances.json next to {path.name}, which has the boxes", code="missing")
     record = load_json(file_of)
     try:
         images, boxes = ({one["id"]: one for one in record[key]} for key in ("images", "annotations"))
         rows = [Reference(images[one["image_id"]], boxes[one["ann_id"]].get("bbox"), one) for one in refs]
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"SRC: {path.name} refers to {first_line(error)}, which instances.json lacks", code="mismatch"
+            f"SOURCE: {path.name} refers to {first_line(error)}, which instances.json lacks", code="mismatch"
         ) from None
     return _plan_references(rows, path, options)
 
@@ -82,7 +82,7 @@ def open_ref_tables(files: list[Path], options: SourceOptions) -> PlannedSource:
     for file in files:
         if missing := [name for name in columns if name not in parquet.read_schema(file).names]:
             raise UsageError(
-                f"SRC: {file} has no column {', '.join(missing)}; tables of references have {', '.join(columns)}",
+                f"SOURCE: {file} has no column {', '.join(missing)}; tables of references have {', '.join(columns)}",
                 code="missing",
             )
         for row in parquet.read_table(file, columns=columns).to_pylist():
@@ -148,7 +148,7 @@ def open_flickr(folder: Path, options: SourceOptions) -> PlannedSource:
     }
     files = sorted((folder / "Sentences").glob("*.txt"))
     if not files:
-        raise UsageError(f"SRC: no Sentences/*.txt in {folder}", code="missing")
+        raise UsageError(f"SOURCE: no Sentences/*.txt in {folder}", code="missing")
     pictures = [_flickr_picture(folder, file, splits.get(file.stem, "")) for file in files]
     return plan_boxes("Flickr30k Entities", pictures, folder, options, {})
 
@@ -168,7 +168,7 @@ def _flickr_picture(folder: Path, file: Path, split: str) -> BoxedPicture:
             for name in thing.iter("name"):
                 boxes[str(name.text)].append([left, top, right - left, bottom - top])
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise UsageError(f"SRC: {file_of} can't be read: {first_line(error)}", code="unreadable") from None
+        raise UsageError(f"SOURCE: {file_of} can't be read: {first_line(error)}", code="unreadable") from None
     phrases, captions = [], []
     for number, line in enumerate(text_lines(file)):
         captions.append(MARKED.sub(lambda found: found[3], line).strip())
@@ -194,13 +194,13 @@ def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
     try:
         record = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"SRC: {path} can't be read as YAML: {first_line(error)}", code="unreadable") from None
+        raise UsageError(f"SOURCE: {path} can't be read as YAML: {first_line(error)}", code="unreadable") from None
     names = record.get("names") if isinstance(record, dict) else None
     if isinstance(names, dict):
         names = [names[number] for number in sorted(names)] if sorted(names) == list(range(len(names))) else None
     if not isinstance(names, list) or not names:
         raise UsageError(
-            f"SRC: {path}: class names missing: `names`, a list in order of the classes, expected", code="missing"
+            f"SOURCE: {path}: class names missing: `names`, a list in order of the classes, expected", code="missing"
         )
     pictures, absent = [], []
     for split in ("train", "val", "test"):
@@ -211,12 +211,12 @@ def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
             absent += [] if place else [f"{split}: {part}"]
     if not pictures:
         away = f"; not there: {', '.join(absent)}" if absent else ""
-        raise UsageError(f"SRC: {path}: no image in the folders of train, val and test{away}", code="not-found")
+        raise UsageError(f"SOURCE: {path}: no image in the folders of train, val and test{away}", code="not-found")
     bare = [one.names[0] for one in pictures if not one.about["labels"]]
     if len(bare) == len(pictures):
         raise UsageError(
-            f"SRC: {path}: {len(bare):,} of {len(pictures):,} images have no label file; labels/NAME.txt expected where images/NAME.jpg"
-            " is, with labels in the place of the last folder of that name",
+            f"SOURCE: {path}: {len(bare):,} of {len(pictures):,} images have no label file; labels/NAME.txt expected where"
+            " images/NAME.jpg is, with labels in the place of the last folder of that name",
             code="missing",
         )
     _check_labels([Path(one.about["labels"]) for one in pictures if one.about["labels"]])
@@ -257,7 +257,7 @@ def _yolo_pictures(home: Path, place: Path, split: str) -> Iterator[BoxedPicture
             name = file.resolve().relative_to(home.resolve()).as_posix()
         except ValueError:
             raise UsageError(
-                f"SRC: {file} is outside {home}, the folder of data.yaml; move data.yaml above its images",
+                f"SOURCE: {file} is outside {home}, the folder of data.yaml; move data.yaml above its images",
                 code="mismatch",
             ) from None
         yield BoxedPicture((name,), {"objects": [], "labels": str(labels) if labels.is_file() else ""}, split)
@@ -272,8 +272,8 @@ def _check_labels(files: list[Path], most: int = 200) -> None:
     sides = [side for file in files[:most] for line in text_lines(file) for side in _numbers(line)[1:]]
     if sides and sum(side > 1.5 for side in sides) > 0.1 * len(sides):
         raise UsageError(
-            f"SRC: labels such as {files[0].name} are not fractions: YOLO's are class, x and y of the centre, width, height, all of the"
-            " picture's sides, 0 to 1",
+            f"SOURCE: labels such as {files[0].name} are not fractions: YOLO's are class, x and y of the centre, width, height, all"
+            " of the picture's sides, 0 to 1",
             code="mismatch",
         )
 

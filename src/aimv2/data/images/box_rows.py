@@ -98,7 +98,7 @@ def open_boxes(source: str, options: SourceOptions) -> PlannedSource:
 
     path = Path(source).expanduser()
     if not path.exists():
-        raise UsageError(f"SRC: {source} does not exist; {EXPECTED} expected", code="not-found")
+        raise UsageError(f"SOURCE: {source} does not exist; {EXPECTED} expected", code="not-found")
     if path.is_dir():
         if (path / "Annotations").is_dir() and (path / "Sentences").is_dir():
             return box_folders.open_flickr(path, options)
@@ -116,7 +116,7 @@ def open_boxes(source: str, options: SourceOptions) -> PlannedSource:
         return _open_odvg(path, options)
     if kind == ".json":
         return _open_json(path, options)
-    raise UsageError(f"SRC: {source} holds no boxes that are known; {EXPECTED} expected", code="mismatch")
+    raise UsageError(f"SOURCE: {source} holds no boxes that are known; {EXPECTED} expected", code="mismatch")
 
 
 def _file_in(folder: Path, chosen: str | None) -> Path:
@@ -137,7 +137,9 @@ def _file_in(folder: Path, chosen: str | None) -> Path:
         several = (
             f"several files of annotations: {', '.join(found)}" if found else f"no annotations; {EXPECTED} expected"
         )
-        raise UsageError(f"SRC: {folder} has {several}; give the file itself", code="conflict" if found else "missing")
+        raise UsageError(
+            f"SOURCE: {folder} has {several}; give the file itself", code="conflict" if found else "missing"
+        )
     return folder / found[0]
 
 
@@ -224,7 +226,7 @@ def _check_form(pictures: list[BoxedPicture]) -> None:
         sizes += [size] * len(own)
     if doubt := doubt_of_form(boxes, sizes):
         raise UsageError(
-            f"SRC: {doubt}; COCO's boxes are [x, y, width, height] in pixels", option="SRC", code="mismatch"
+            f"SOURCE: {doubt}; COCO's boxes are [x, y, width, height] in pixels", option="SOURCE", code="mismatch"
         )
 
 
@@ -238,7 +240,7 @@ def load_json(path: Path) -> Any:
         with open_text(path) as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"SRC: {path} can't be read as JSON: {first_line(error)}", code="unreadable") from None
+        raise UsageError(f"SOURCE: {path} can't be read as JSON: {first_line(error)}", code="unreadable") from None
 
 
 # ---- JSON ----
@@ -256,12 +258,12 @@ def _open_json(path: Path, options: SourceOptions) -> PlannedSource:
         raise
     except MALFORMED as error:
         raise malformed(path, error) from None
-    raise UsageError(f"SRC: {path} holds no boxes that are known; {EXPECTED} expected", code="mismatch")
+    raise UsageError(f"SOURCE: {path} holds no boxes that are known; {EXPECTED} expected", code="mismatch")
 
 
 def malformed(path: Path, error: Exception) -> UsageError:
     """That a record has another form than its kind; ``error`` is one of :data:`MALFORMED`."""
-    return UsageError(f"SRC: {path}: a record lacks or misnames {first_line(error)}", code="mismatch")
+    return UsageError(f"SOURCE: {path}: a record lacks or misnames {first_line(error)}", code="mismatch")
 
 
 def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> PlannedSource:
@@ -273,7 +275,7 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     phrase_at: dict[tuple[Any, str], dict[str, Any]] = {}
     if record["annotations"] and not any("bbox" in one for one in record["annotations"]):
         first = record["annotations"][0].get("id")
-        raise UsageError(f"SRC: {path}: no annotation has a `bbox` (the first: id {first})", code="mismatch")
+        raise UsageError(f"SOURCE: {path}: no annotation has a `bbox` (the first: id {first})", code="mismatch")
     passed, names_of_id = PassedOver(), dict[Any, set[str]]()
     for image in record["images"]:
         names_of_id.setdefault(image["id"], set()).add(_names_of(image)[0])
@@ -283,7 +285,7 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
     if unclear and len(unclear) == len(names_of_id):
         first = next(iter(unclear))
         both = " and ".join(sorted(names_of_id[first])[:2])
-        raise UsageError(f"SRC: {path}: {both} have one id, {first}; ids of their own expected", code="conflict")
+        raise UsageError(f"SOURCE: {path}: {both} have one id, {first}; ids of their own expected", code="conflict")
     for image in record["images"]:
         called = _names_of(image)
         if image["id"] in unclear:
@@ -305,7 +307,7 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
             continue
         if one["image_id"] not in of_image:
             raise UsageError(
-                f"SRC: {path}: an annotation of the image {one['image_id']}, which is not listed", code="mismatch"
+                f"SOURCE: {path}: an annotation of the image {one['image_id']}, which is not listed", code="mismatch"
             )
         picture, image = of_image[one["image_id"]]
         if grounded:
@@ -320,7 +322,7 @@ def _open_coco(path: Path, record: dict[str, Any], options: SourceOptions) -> Pl
             continue
         if one["category_id"] not in names:
             raise UsageError(
-                f"SRC: {path}: an annotation of the class {one['category_id']}, which has no name", code="missing"
+                f"SOURCE: {path}: an annotation of the class {one['category_id']}, which has no name", code="missing"
             )
         thing = {
             "box": one.get("bbox"),
@@ -352,7 +354,7 @@ def category_names(categories: Any, path: Path) -> dict[Any, str]:
     """
     rows = categories if isinstance(categories, list) else []
     if not rows or any(not isinstance(one, dict) or not str(one.get("name") or "").strip() for one in rows):
-        raise UsageError(f"SRC: {path}: class names missing: `categories` of id and name expected", code="missing")
+        raise UsageError(f"SOURCE: {path}: class names missing: `categories` of id and name expected", code="missing")
     rows.sort(key=lambda one: one["id"])
     names = {one["id"]: str(one["name"]).strip() for one in rows}
     if len(names) < len(rows):
@@ -360,11 +362,13 @@ def category_names(categories: Any, path: Path) -> dict[Any, str]:
         twice = next(number for number in ids if ids.count(number) > 1)
         both = " and ".join(f"'{one['name']}'" for one in rows if one["id"] == twice)
         raise UsageError(
-            f"SRC: {path}: the classes {both} have one id, {twice}; ids of their own expected", code="conflict"
+            f"SOURCE: {path}: the classes {both} have one id, {twice}; ids of their own expected", code="conflict"
         )
     if len(set(names.values())) < len(rows):
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
-        raise UsageError(f"SRC: {path}: two classes are called '{twice}'; names of their own expected", code="conflict")
+        raise UsageError(
+            f"SOURCE: {path}: two classes are called '{twice}'; names of their own expected", code="conflict"
+        )
     return names
 
 

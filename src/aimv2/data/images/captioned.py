@@ -57,7 +57,7 @@ def _of_files(root: Path, captions: str | None, source: str) -> tuple[list[Sourc
     try:
         planned = open_folder(root, SourceOptions(captions, held_out=True), IMAGE_FORMS)
     except UsageError as error:
-        why = str(error).partition("; ")[0].removeprefix("SRC: ")
+        why = str(error).partition("; ")[0].removeprefix("SOURCE: ")
         if error.option == "--image-root":
             why = why.removeprefix("--image-root: ")
             raise UsageError(

@@ -69,7 +69,7 @@ def open_conversations(source: str, options: SourceOptions) -> PlannedSource:
     if in_folder or (kind == "folder" and options.captions is not None):
         return _json_source(_json_in(path, options.captions), path, options)
     if kind == "file" and path.suffix.lower() not in (".parquet", ".arrow"):
-        raise UsageError(f"SRC: {source} holds no conversations; expected {EXPECTED}", code="mismatch")
+        raise UsageError(f"SOURCE: {source} holds no conversations; expected {EXPECTED}", code="mismatch")
     planned = open_source(source, replace(options, layout_of=ConversationLayout.of))
     if planned.kind == "WebDataset tars":
         reader = ConversationTarReader()
@@ -130,7 +130,7 @@ class ConversationLayout:
         turns = next((known[form] for form in FORMS if form in known), None)
         if turns is None:
             raise UsageError(
-                f"SRC: no column {' or '.join(FORMS)} in {source}, which has {', '.join(names)}", code="missing"
+                f"SOURCE: no column {' or '.join(FORMS)} in {source}, which has {', '.join(names)}", code="missing"
             )
         image = (
             find_column(names, "image", types) if columns.image is None else known.get(columns.image.strip().lower())
@@ -200,11 +200,11 @@ def _json_in(folder: Path, chosen: str | None) -> Path:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UsageError(
-            f"SRC: {folder} has several files of conversations: {names}; choose one with --captions FILE",
+            f"SOURCE: {folder} has several files of conversations: {names}; choose one with --captions FILE",
             code="conflict",
         )
     if not found:
-        raise UsageError(f"SRC: no conversations in {folder}; expected {EXPECTED}", code="missing")
+        raise UsageError(f"SOURCE: no conversations in {folder}; expected {EXPECTED}", code="missing")
     return found[0]
 
 
@@ -286,9 +286,9 @@ def _scanned(file: Path, root: Path, options: SourceOptions) -> tuple[set[str], 
     except UnicodeError as error:
         raise no_text(file) from error
     except OSError as error:
-        raise UsageError(f"SRC: {file} can't be read: {error.strerror or error}", code="unreadable") from None
+        raise UsageError(f"SOURCE: {file} can't be read: {error.strerror or error}", code="unreadable") from None
     if not is_file:
-        raise UsageError(f"SRC: no conversations in {file}; expected {EXPECTED}", code="mismatch")
+        raise UsageError(f"SOURCE: no conversations in {file}; expected {EXPECTED}", code="mismatch")
     if named and not found:
         where = " or ".join(map(str, filter(None, (root, options.image_root))))
         raise UsageError(

@@ -118,7 +118,7 @@ class ImageFolder:
         """That there is none, and what was passed over."""
         self.passed.add_files(self.files)
         passed = "; ".join(("", *passed_lines(self.passed.result())))
-        return UsageError(f"SRC: no image in {self.root}{words}{passed}", code="not-found")
+        return UsageError(f"SOURCE: no image in {self.root}{words}{passed}", code="not-found")
 
     def download_notes(self, count: bool) -> set[str]:
         """What img2dataset notes about its downloads; those that failed are passed over if they are to be counted."""
@@ -213,10 +213,10 @@ def _tar_folder(folder: ImageFolder) -> PlannedSource | None:
     """
     if not tars_in(folder.root):
         return None
-    groups = {split: tars for split, tars in split_shards(folder.root, option="SRC").items() if tars}
+    groups = {split: tars for split, tars in split_shards(folder.root, option="SOURCE").items() if tars}
     if len(groups) > 1:
         raise UsageError(
-            f"SRC: {folder.root} holds the splits {', '.join(groups)}; import one at a time, such as"
+            f"SOURCE: {folder.root} holds the splits {', '.join(groups)}; import one at a time, such as"
             f" '{folder.root}/{next(iter(groups))}-*.tar'"
         )
     planned = _tar_source(next(iter(groups.values())), folder.options)
@@ -385,7 +385,7 @@ def _class_source(folder: ImageFolder) -> PlannedSource:
     if not images:
         raise folder.no_image()
     if are_splits(classes):
-        raise UsageError(f"SRC: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
+        raise UsageError(f"SOURCE: {root} holds splits ({', '.join(classes)}), not classes; import each by itself")
     ordered, there = _ordered_classes(root, classes)
     labels = {there.get(folder, ""): (str(number), name) for number, (folder, name) in enumerate(ordered)}
     planned: list[SourceEntry | Reject] = []
@@ -403,7 +403,7 @@ def _ordered_classes(root: Path, folders: list[str]) -> tuple[list[tuple[str, st
 
     ``ROOT/val`` has the labels of ``ROOT/train``; a folder without an image is a class only where a names file has it.
     """
-    split, source = are_splits([root.resolve().name]), f"SRC: {root}"
+    split, source = are_splits([root.resolve().name]), f"SOURCE: {root}"
     names = names_beside(root, *([root.resolve().parent] if split else []))
     train = next((path for path in (root.resolve().with_name("train"),) if split and path.is_dir()), root)
     train_folders = subfolders(train)
@@ -490,11 +490,11 @@ def _planned(source: str, options: SourceOptions) -> PlannedSource:
     if kind == "folder":
         return open_folder(path, options)
     if kind == "tars":
-        return _tar_source(find_shards(source, "train", option="SRC"), options)
+        return _tar_source(find_shards(source, "train", option="SOURCE"), options)
     if kind == "hub":
         return open_hub(source, options.split, options.columns, options.image_root, options.layout_of)
     if kind == "missing":
-        raise UsageError(f"SRC: {source} does not exist; expected {EXPECTED}", code="not-found")
+        raise UsageError(f"SOURCE: {source} does not exist; expected {EXPECTED}", code="not-found")
     if form := FILE_FORMS.get(path.suffix.lower()):
         return form(path, options)
-    raise UsageError(f"SRC: {source} is a {path.suffix.lower() or 'nameless'} file; expected {EXPECTED}")
+    raise UsageError(f"SOURCE: {source} is a {path.suffix.lower() or 'nameless'} file; expected {EXPECTED}")

@@ -126,7 +126,7 @@ def tables_in(folder: Path, split: str | None) -> list[Path]:
         return groups[split]
     if len(groups) > 1:
         names = ", ".join(name or "(no name)" for name in groups)
-        raise UsageError(f"SRC: {folder} holds tables of several splits ({names}); choose one with --split")
+        raise UsageError(f"SOURCE: {folder} holds tables of several splits ({names}); choose one with --split")
     return next(iter(groups.values()), [])
 
 
@@ -406,7 +406,7 @@ def open_hub(
     Raises:
         UsageError: not found, or without such a split or columns.
     """
-    with hub_library(source, "SRC") as datasets:
+    with hub_library(source, "SOURCE") as datasets:
         if split is None:
             names = datasets.get_dataset_split_names(source)
             split = "train" if "train" in names else names[0]

@@ -16,7 +16,7 @@ def check_options(source: str, val_list: str | None, options: dict[str, Any]) ->
         UsageError: the option that is wrong.
     """
     if not source:
-        raise UsageError(f"SRC is empty; expected {EXPECTED}", option="SRC")
+        raise UsageError(f"SOURCE is empty; expected {EXPECTED}", option="SOURCE")
     val_fraction, max_side, template = (options[name] for name in ("val_fraction", "max_side", "template"))
     others = {"--captions": options["captions"], "--class-folders": options.get("class_folders")}
     unread = {"caption_column": None, "class_folders": None, "no_captions": None, "template": TEMPLATE}

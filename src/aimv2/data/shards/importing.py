@@ -370,7 +370,7 @@ def _check_out(source: str, out: Path) -> None:
     """Refuse an output that is the source, finished, someone else's or not writable."""
     path = Path(source).expanduser()
     if path.exists() and out.exists() and path.resolve() == out.resolve():
-        raise UsageError(f"OUT: {out} is SRC itself; choose another folder", code="conflict")
+        raise UsageError(f"OUT: {out} is SOURCE itself; choose another folder", code="conflict")
     if (out / MANIFEST).exists():
         raise UsageError(f"OUT: {out} already holds a finished import; choose another OUT or remove it", code="exists")
     if not (out / WORK / "plan.json").exists() and out.is_dir() and any(out.glob("*.tar")):
@@ -417,7 +417,7 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
     note = ShardNote(record["digest"], record["written"], rejects, record.get("passed", {}))
     if note.digest != job.digest():
         raise UsageError(
-            f"SRC has changed since the import into {out} was interrupted (shard {job.name} would differ);"
+            f"SOURCE has changed since the import into {out} was interrupted (shard {job.name} would differ);"
             " remove OUT or choose another, and start again",
             code="mismatch",
         )
@@ -447,7 +447,7 @@ def _finish(
         why = "".join(f"; {number:,} {BOX_FAULTS.get(kind, kind)}" for kind, number in kinds.items())
         why += f"; the first: {shown(rejects[0].place, 200)}: {rejects[0].reason}" if rejects else ""
         why += "; ".join(("", *passed_lines(source.passed.result())))
-        raise UsageError(f"SRC: empty data set: 0 samples, {len(rejects)} rejected{why}")
+        raise UsageError(f"SOURCE: empty data set: 0 samples, {len(rejects)} rejected{why}")
     if rejects:
         first = f"{shown(rejects[0].place, 200)}: {rejects[0].reason}"
         log.warning("%d rejected, the first %s; all of them in %s", len(rejects), first, out / "rejected.jsonl")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_signal_to_the_group_saves_and_says_how_to_go_on(data, tmp_path, number,
     words = command(*options(data, run, **long))
     said = tmp_path / "stderr.txt"
     with said.open("w") as file:
-        process = subprocess.Popen(words, stderr=file, start_new_session=True)
+        heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        process = subprocess.Popen(words, stderr=file, start_new_session=True, preexec_fn=heard)
     deadline = time.time() + 90
     while (
         time.time() < deadline

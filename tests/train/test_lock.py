@@ -59,7 +59,7 @@ def test_a_run_that_is_written_is_refused_until_its_process_ends(world: Any, tmp
     assert (run / LOCK).read_bytes() == b""
 
 
-def test_a_second_thread_of_children_does_not_hold_it(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
     """A forked data worker that outlives the run keeps no lock."""
     held = RunLock(tmp_path)
     child = os.fork()
@@ -67,11 +67,15 @@ def test_a_second_thread_of_children_does_not_hold_it(tmp_path: Path) -> None:
         import signal
 
         signal.pause()
-    held.release()
-    again = RunLock(tmp_path)
-    again.release()
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    try:
+        held.release()
+        again = RunLock(tmp_path)
+        assert again.locks and again.holder()["pid"] == os.getpid()
+        again.release()
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it lives, and held nothing
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
 
 
 def foreign(run: Path, age: float) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aimv2.commands.pretrain import PretrainOptions
-from aimv2.errors import UsageError
+from aimv2.commands.pretrain import PretrainOptions, run_as
 
 EXAMPLES = """\
 aimv2 detect train --init runs/mine --data.train boxes --dry-run
@@ -16,7 +15,6 @@ aimv2 detect train --run runs/detector --resume"""
 FIRST = (
     "config run data.train init objective.head objective.freeze train.steps train.batch_size resume overwrite dry_run"
 )
-NAME = "objective.name"
 
 
 @dataclass(kw_only=True)
@@ -32,13 +30,4 @@ class DetectTrainOptions(PretrainOptions):
 
 def run(options: DetectTrainOptions) -> dict[str, Any]:
     """As :func:`aimv2.commands.pretrain.run`, whose run it is; another ``objective.name`` is a UsageError."""
-    from aimv2.commands.pretrain import run as pretrain
-
-    given = dict(options.options or {})
-    if given.setdefault(NAME, "detect") != "detect":
-        raise UsageError(
-            f"{NAME} {given[NAME]}: detect train is of detect; `aimv2 pretrain` takes others",
-            option=NAME,
-            code="conflict",
-        )
-    return pretrain(PretrainOptions(**{**vars(options), "options": given}))
+    return run_as(options, "detect", "detect train")

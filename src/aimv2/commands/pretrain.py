@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from aimv2.errors import UsageError
+
 EXAMPLES = """\
 aimv2 pretrain --run runs/demo                      # the demo
 aimv2 pretrain --data.train shards/mine --dry-run   # what a run would take
@@ -54,3 +56,17 @@ def run(options: PretrainOptions) -> dict[str, Any]:
     if options.run is not None:
         given["run"] = options.run
     return launch(options.config, given, options.dry_run, options.print_config)
+
+
+def run_as(options: PretrainOptions, task: str, command: str) -> dict[str, Any]:
+    """A run of one task, as its own command starts it; see :func:`run`.
+
+    Raises:
+        UsageError: another ``objective.name`` is given.
+    """
+    given, name = dict(options.options or {}), "objective.name"
+    if given.setdefault(name, task) != task:
+        raise UsageError(
+            f"{name} {given[name]}: {command} is of {task}; `aimv2 pretrain` takes others", option=name, code="conflict"
+        )
+    return run(PretrainOptions(**{**vars(options), "options": given}))

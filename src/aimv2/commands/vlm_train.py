@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aimv2.commands.pretrain import PretrainOptions
-from aimv2.errors import UsageError
+from aimv2.commands.pretrain import PretrainOptions, run_as
 
 EXAMPLES = """\
 aimv2 vlm train --init vlm --data.train shards/talks --dry-run
@@ -17,7 +16,6 @@ FIRST = (
     "config run data.train init objective.freeze optim.lr optim.lora train.steps train.epochs train.batch_size resume overwrite dry_run "
     "print_config"
 )
-NAME = "objective.name"
 
 
 @dataclass(kw_only=True)
@@ -33,13 +31,4 @@ class VlmTrainOptions(PretrainOptions):
 
 def run(options: VlmTrainOptions) -> dict[str, Any]:
     """As :func:`aimv2.commands.pretrain.run`, whose run it is; another ``objective.name`` is a UsageError."""
-    from aimv2.commands.pretrain import run as pretrain
-
-    given = dict(options.options or {})
-    if given.setdefault(NAME, "instruct") != "instruct":
-        raise UsageError(
-            f"{NAME} {given[NAME]}: vlm train is of instruct; `aimv2 pretrain` takes others",
-            option=NAME,
-            code="conflict",
-        )
-    return pretrain(PretrainOptions(**{**vars(options), "options": given}))
+    return run_as(options, "instruct", "vlm train")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from aimv2.config.objective import refuse_decoder_options, refuse_features, refuse_layer_decay
+from aimv2.config.apart import check_least, refuse_own_training
+from aimv2.config.objective import refuse_features, refuse_layer_decay
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,12 +84,7 @@ class DetectTaskOptions:
             "image_size": 1, "window": 0, "global_blocks": 0, "width": 8, "encoder_layers": 1, "decoder_layers": 1, "queries": 1,
             "text_layers": 1, "text_scale": 0.0, "negatives": 0, "encoder_scale": 0.0,
         }  # fmt: skip
-        for key, least in low.items():
-            value = getattr(objective, key)
-            if value is not None and not value >= least:
-                raise UsageError(
-                    f"objective.{key} must be at least {least:g}, got {value:g}", option=f"objective.{key}"
-                )
+        check_least(objective, low)
         for key in ("phrases", "keep_area", "threshold"):
             if not 0 <= (value := getattr(objective, key)) <= 1:
                 raise UsageError(f"objective.{key} must be between 0 and 1, got {value:g}", option=f"objective.{key}")
@@ -116,23 +112,7 @@ class DetectTaskOptions:
                 option="optim.lora",
                 code="conflict",
             )
-        lora, config.optim.lora = config.optim.lora, 0
-        try:
-            refuse_decoder_options(config)
-        finally:
-            config.optim.lora = lora
-        refused = {
-            "train.compile on": config.train.compile == "on",
-            "train.patch_budget": config.train.patch_budget is not None,
-            "eval.knn": config.eval.knn,
-            "eval.probe": config.eval.probe,
-        }
-        if name := next((name for name, there in refused.items() if there), None):
-            raise UsageError(
-                f"{name}: objective.name=detect trains a head of transformers, without it; leave it out",
-                option=name.split()[0],
-                code="conflict",
-            )
+        refuse_own_training(config, "trains a head of transformers")
 
 
 OPTIONS = DetectTaskOptions

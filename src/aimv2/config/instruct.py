@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from aimv2.config.objective import refuse_decoder_options, refuse_features, refuse_layer_decay
+from aimv2.config.apart import check_least, refuse_own_training
+from aimv2.config.objective import refuse_features, refuse_layer_decay
 from aimv2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,35 +54,14 @@ class InstructTaskOptions:
         """Raises UsageError for values out of range and for options of other models."""
         objective = cast(InstructTaskOptions, config.objective)
         low = {"connector_scale": 0.0, "encoder_scale": 0.0, "row_tokens": 2, "length_window": 0}
-        for key, least in low.items():
-            value = getattr(objective, key)
-            if value is not None and not value >= least:
-                raise UsageError(
-                    f"objective.{key} must be at least {least:g}, got {value:g}", option=f"objective.{key}"
-                )
+        check_least(objective, low)
         if not objective.caption_prompt.strip():
             raise UsageError(
                 "objective.caption_prompt is empty; a question is expected", option="objective.caption_prompt"
             )
         refuse_features(config)
         refuse_layer_decay(config, True)
-        lora, config.optim.lora = config.optim.lora, 0  # of the language model, not of an encoder under a decoder
-        try:
-            refuse_decoder_options(config)
-        finally:
-            config.optim.lora = lora
-        refused = {
-            "train.compile on": config.train.compile == "on",
-            "train.patch_budget": config.train.patch_budget is not None,
-            "eval.knn": config.eval.knn,
-            "eval.probe": config.eval.probe,
-        }
-        if name := next((name for name, there in refused.items() if there), None):
-            raise UsageError(
-                f"{name}: objective.name=instruct trains the model of init as it is, without it; leave it out",
-                option=name.split()[0],
-                code="conflict",
-            )
+        refuse_own_training(config, "trains the model of init as it is")
 
 
 OPTIONS = InstructTaskOptions

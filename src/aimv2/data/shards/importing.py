@@ -132,18 +132,13 @@ def import_data(
     named = _column_names(caption_column)
     image_options = ImageOptions(max_side, max_pixels, quality)
     options = {
-        "source": _stable_name(source),
-        **{"captions": captions, "image_column": image_column, "caption_column": named, "template": template},
-        **{"split": split, "val_fraction": val_fraction, "shard_size": shard_size},
-        "val_list": None,
-        **image_options._asdict(),
-    }
+        "source": _stable_name(source), "captions": captions, "image_column": image_column, "caption_column": named, "template": template,
+        "split": split, "val_fraction": val_fraction, "shard_size": shard_size, "val_list": None, **image_options._asdict(),
+    }  # fmt: skip
     later = {
-        "class_folders": class_folders,
-        "image_root": image_root and _stable_name(image_root),
-        "no_captions": no_captions,
-    }
-    later |= {"conversations": conversations, "boxes": boxes}
+        "class_folders": class_folders, "image_root": image_root and _stable_name(image_root), "no_captions": no_captions,
+        "conversations": conversations, "boxes": boxes,
+    }  # fmt: skip
     options |= {key: value for key, value in later.items() if value}  # an import begun by an older version resumes
     check_options(source, val_list, options)
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""

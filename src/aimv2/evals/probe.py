@@ -218,6 +218,7 @@ def train_sweep(
     trainer = ProbeTrainer(config, sweep, None, run, world, stream=stream, task=task)
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
+    prepare.drop_damaged(run, world)
     found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
     if found is not None:
         trainer.restore(found)

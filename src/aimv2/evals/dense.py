@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 NEAR, FAR = 0.3, 200.0  # metres: a data set all below or all above has another unit
 BLURRED, MOST = 16, 0.9  # more mask values than this, two of them with most pixels: edges between two classes
-APART, OFTEN = 0.5, 0.01  # a largest depth with this share of pixels, and no other near it: a mark for no depth
+APART, OFTEN = 0.5, 0.01  # a largest depth with this fraction of pixels, and no other near it: a mark for no depth
 HEADS = {
     "linear": "batch norm without affine, 1x1 linear, bilinear upsampling",
     "dpt": "batch norm without affine, DPT's reassembly and fusion of four scales, bilinear upsampling from 4 times the patch grid",
@@ -184,11 +184,11 @@ def depth_work(
         log.info("%s: training depths of %.3g to %.3g m", data, task.low, task.high)
         if task.high < NEAR or task.low > FAR:
             log.warning("%s: training depths of %.3g to %.3g m; is --depth-scale right?", data, task.low, task.high)
-        if (share := mark_share(maps, task.high)) > OFTEN:
+        if (part := mark_fraction(maps, task.high)) > OFTEN:
             log.warning(
                 "%s: %.1f%% of the training depths are %.5g m, far beyond all others; if that marks no depth, give --invalid",
                 data,
-                100 * share,
+                100 * part,
                 task.high,
             )
     for name, scan, pairs in zip(("training", "test"), scans, (train, test)):
@@ -213,8 +213,8 @@ def depth_task(maps: np.ndarray) -> Depth | None:
     return Depth(float(mean), spread if spread > 1e-6 * mean else float(mean), float(low), float(high))
 
 
-def mark_share(maps: np.ndarray, high: float) -> float:
-    """The share of the known pixels of [N, S, S] that hold the largest depth, where no other is near it; else 0."""
+def mark_fraction(maps: np.ndarray, high: float) -> float:
+    """The fraction of the known pixels of [N, S, S] that hold the largest depth, where no other is near it; else 0."""
     known, tops, second = 0, 0, 0.0
     for one in maps:
         top = one >= np.float32(high)

@@ -13,20 +13,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from aimv2.evals.detection.predictions import read_predictions
+from aimv2.evals.detection.referring import precision_at_1
+from aimv2.evals.detection.truth import read_truth
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vlm_twin import TARGETS, Twin, fastest_threads, pretraining, row, spread
 
 EYES = ("aimv2", "captions", "image", "untrained")
 SIDE = 64  # pixels of scenes and encoders
-SCENES = ("--size", "64", "--objects", "4", "--object-size", "10,28", "--distractors", "0.5")
-PARTS = {"seen": ("learn", "val"), "unseen": ("unseen", "train")}
-FIGURES = {"AP": ("box", "ap"), "AP50": ("box", "ap50"), "P@1": ("phrases", "p_at_1")}
+SCENES = ("--size", "64", "--objects", "6", "--object-size", "9,18", "--distractors", "0.5")
+PARTS: dict[str, tuple[str, Literal["train", "val"]]] = {"seen": ("learn", "val"), "unseen": ("unseen", "train")}
+RELATIONS = (" left of ", " right of ", " above ", " below ")
+FIGURES = {
+    "AP": ("box", "ap"), "AP50": ("box", "ap50"), "P@1": ("phrases", "p_at_1"), "P@1, relations": ("relations", "p_at_1"),
+}  # fmt: skip
 WINDOWS = {"frozen": (), "fine-tuned": ("--objective.freeze", "false")}
 SIDES = (0, 4, 2)  # of windows in patches, of a map of 8 x 8; 0: the whole map
 
@@ -87,8 +95,15 @@ class Eyes(Twin):
         for part, (data, split) in PARTS.items():
             file = self.home / f"score-{name}{label}-{part}.json"
             if not file.is_file():
-                words = ("detect", "score", run, "--data", self.path(data), "--split", split)
-                file.write_text(self.command(*words, "--json", log=f"score-{name}{label}"))
+                out = file.with_suffix("")
+                shutil.rmtree(out, ignore_errors=True)
+                words = ("detect", "score", run, "--data", self.path(data), "--split", split, "--out", str(out))
+                result = json.loads(self.command(*words, "--json", log=f"score-{name}{label}"))
+                truth = read_truth(self.path(data), split)
+                rows = read_predictions(str(out / "predictions.json"), truth).phrases
+                related = [one for one in truth.phrases if any(word in one[1] for word in RELATIONS)]
+                result["figures"]["relations"] = precision_at_1(replace(truth, phrases=related), rows)
+                file.write_text(json.dumps(result))
             found[part] = json.loads(file.read_text())["figures"]
         return found
 

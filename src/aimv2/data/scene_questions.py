@@ -103,19 +103,20 @@ def phrases_of(rng: np.random.Generator, scene: DescribedScene) -> list[dict[str
 
 
 def _relational(rng: np.random.Generator, number: int, scene: DescribedScene) -> list[str]:
-    shared = [subset for subset in SUBSETS if subset not in scene.names[number]]
-    if not shared:
+    found = []
+    for subset in (subset for subset in SUBSETS if subset not in scene.names[number]):
+        names = scene.called[subset]
+        fits = [thing for at, thing in enumerate(scene.objects) if names[at] == names[number] and at != number]
+        for at, anchor in enumerate(scene.objects):
+            if not scene.names[at] or names[at] == names[number]:
+                continue
+            for relation in related(scene.objects[number], anchor):
+                if all(OPPOSITE[relation] in related(other, anchor) for other in fits):
+                    found.append((names[number], relation, at))
+    if not found:
         return []
-    subset = _any(rng, shared)
-    names = scene.called[subset]
-    fits = [thing for at, thing in enumerate(scene.objects) if names[at] == names[number] and at != number]
-    anchors = [at for at, name in enumerate(names) if scene.names[at] and name != names[number]]
-    for at in rng.permutation(anchors).tolist():
-        anchor = scene.objects[at]
-        for relation in related(scene.objects[number], anchor):
-            if all(OPPOSITE[relation] in related(other, anchor) for other in fits):
-                return [f"the {names[number]} {relation} the {_any(rng, list(scene.names[at].values()))}"]
-    return []
+    name, relation, at = _any(rng, found)
+    return [f"the {name} {relation} the {_any(rng, list(scene.names[at].values()))}"]
 
 
 def ask(rng: np.random.Generator, scene: DescribedScene, count: int) -> list[SceneQuestion]:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from aimv2.data.passed import BESIDE, HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
-from aimv2.data.text.encoding import NOT_TEXT, decode_text, say_once
 from aimv2.errors import UsageError
 from aimv2.io import POINTER, is_pointer, matching
 
@@ -305,11 +304,17 @@ def class_number(value: Any) -> str | None:
     return found[1] if found else None
 
 
+def _decoded(raw: bytes, member: str) -> str:
+    from aimv2.data.text.encoding import decode_text
+
+    return decode_text(raw, member, "texts in shards")
+
+
 def text_of(parts: Parts, kind: str) -> str:
     """The text of a sample's first member of a kind, stripped; "" where it has none, or none that is text."""
     found = parts_of_kind(parts, kind)
     try:
-        return decode_text(parts[found[0]], f"KEY.{kind}", "texts in shards").strip() if found else ""
+        return _decoded(parts[found[0]], f"KEY.{kind}").strip() if found else ""
     except UnicodeError:
         return ""
 
@@ -327,8 +332,10 @@ def captions_of(parts: Parts, keys: tuple[str, ...] | None = None) -> dict[str, 
     """
     about = json_of(parts)
     try:
-        texts = {name: decode_text(parts[name], "KEY.txt", "texts in shards") for name in texts_of_sample(parts)}
+        texts = {name: _decoded(parts[name], "KEY.txt") for name in texts_of_sample(parts)}
     except UnicodeError:
+        from aimv2.data.text.encoding import NOT_TEXT, say_once
+
         say_once(f"a text in shards {NOT_TEXT}; such captions are left out")
         return {}
     if keys is not None:
@@ -346,7 +353,7 @@ def json_of(parts: Parts) -> dict[str, Any]:
     """KEY.json of a sample; {} where it is absent, broken or no object."""
     try:
         raw = next((parts[name] for name in parts_of_kind(parts, "json")), b"{}")
-        about = json.loads(decode_text(raw, "KEY.json", "texts in shards"))
+        about = json.loads(_decoded(raw, "KEY.json"))
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}

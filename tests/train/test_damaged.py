@@ -114,6 +114,37 @@ def test_none_is_good(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     assert len(list((run / "checkpoints").glob("damaged-step-*"))) == 2
 
 
+def test_figures_that_can_t_be_read(
+    stopped: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A summary, a record of the best and lines of figures that are cut, of another form or no text: said, and written again."""
+    whole, parts = stopped
+    run = tmp_path / "run"
+    shutil.copytree(parts, run)
+    lines = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe[1]\n" + lines + b'[2]\n{"step": "x"}\n{"step": 4, "lo')
+    (run / "checkpoints" / "best.json").write_text("[]")
+    assert resume(run)["step"] == 6 and exact(run) == exact(whole)
+    said = capfd.readouterr().err
+    assert "3 lines of metrics.jsonl can't be read" in said and (run / "damaged-metrics.jsonl").is_file()
+    for content in (b"\xff{", b'{"step": 6', b"[" * 100_000):
+        (run / "summary.json").write_bytes(content)
+        assert resume(run)["step"] == 6
+        assert "summary.json can't be read" in capfd.readouterr().err
+    assert exact(run) == exact(whole) and json.loads((run / "summary.json").read_text())["step"] == 6
+
+
+def test_checkpoints_that_are_gone_are_no_start_at_step_0(stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped[1], run)
+    shutil.rmtree(run / "checkpoints")
+    kept = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError) as refused:
+        resume(run)
+    assert (refused.value.option, refused.value.code) == ("--resume", "missing")
+    assert (run / "metrics.jsonl").read_bytes() == kept
+
+
 def test_a_checkpoint_without_a_list_goes_on_with_a_line(
     stopped: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,9 +111,10 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 def read_best(run: Path) -> dict[str, Any]:
     """``figure``, ``value`` and ``step`` of the run's best checkpoint (``eval.best``); {} without one."""
     try:
-        return json.loads((run / "checkpoints" / f"{BEST}.json").read_text())
-    except (OSError, ValueError):
+        about = json.loads((run / "checkpoints" / f"{BEST}.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return about if isinstance(about, dict) and about.keys() >= {"figure", "value", "step"} else {}
 
 
 def split_step(source: str) -> tuple[Path, str] | None:

@@ -15,6 +15,7 @@ from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
 from aimv2.io import git_state
+from aimv2.train.log import read_metrics
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
 NOT_COMPARED = {
@@ -91,26 +92,13 @@ def read_run(folder: str | Path, waiting: bool = False) -> Run:
         what = "a run folder (with config.yaml) is expected" if path.exists() else "no such folder"
         raise UsageError(f"RUN {folder}: {what}", code="not-found")
     config = parse(read_recipe(path / CONFIG), stored=True)
-    metrics = read_metrics(path / METRICS)
+    metrics, _ = read_metrics(path / METRICS)
     if not metrics and not waiting:
         raise UsageError(
             f"RUN {folder}: no metrics yet ({METRICS} is empty or missing); wait for the first line", code="missing"
         )
     found = checkpoints(path)
     return Run(path, config, metrics, _read_json(path / SUMMARY), found[-1] if found else None, find_results(path))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl that have a step."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
 
 
 def find_results(run: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -128,7 +116,7 @@ def find_results(run: Path) -> list[tuple[str, dict[str, Any]]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -267,6 +267,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
             trainer.restore(found)
             say(f"going on from step {trainer.step}")
         else:
+            prepare.check_never_saved(run, config)
             say(f"no checkpoint in {run}: starting again at step 0")
             carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
         return finish(trainer, started, trainer.seconds)
@@ -342,9 +343,18 @@ def about_run(config: Config, weights: Path) -> dict[str, Any]:
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """``summary.json`` of a finished run, None without one."""
+    """``summary.json`` of a finished run; None without one, and where it is damaged, which a line says: the run's end is done again."""
     path = run / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        summary = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        summary = None
+    if not isinstance(summary, dict):
+        say(f"{path} can't be read: it is written again at the end of the run")
+        return None
+    return summary
 
 
 def count(model: torch.nn.Module) -> int:

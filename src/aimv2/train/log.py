@@ -23,18 +23,35 @@ FIRST = (1, 2, 5)  # steps of a start that the console shows whatever train.log_
 SILENCE = 30.0  # seconds after which a slow run shows a step in between
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines past ``step`` (a run resumed there writes them again) and a half-written last one."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl that have a step, and how many others there are, not counting a half-written last one."""
+    lines, broken = [], 0
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
+    for number, text in enumerate(texts, 1):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    write_aside(path, "".join(kept))
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            broken += number < len(texts)
+    return lines, broken
+
+
+def cut_metrics(path: Path, step: int) -> int:
+    """Drops the lines past ``step`` (a run resumed there writes them again), a half-written last one and those that can't be read.
+
+    Returns:
+        the number of lines that could not be read.
+    """
+    if not path.exists():
+        return 0
+    lines, broken = read_metrics(path)
+    if broken:
+        path.replace(path.with_name(f"damaged-{path.name}"))
+    write_aside(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    return broken
 
 
 class Log:
@@ -46,7 +63,10 @@ class Log:
         self.progress: Progress | None = None
         if not active:
             return
-        cut_metrics(run / "metrics.jsonl", start)
+        if broken := cut_metrics(run / "metrics.jsonl", start):
+            self.say(
+                f"{broken} lines of metrics.jsonl can't be read and are left out; as it was it is damaged-metrics.jsonl"
+            )
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         self.writer = self._tensorboard(run, start) if config.tensorboard else None
         self.wandb = self._wandb(run, config.wandb) if config.wandb else None

@@ -30,6 +30,7 @@ CONFIG = "config.yaml"
 PARTS = (
     CONFIG,
     "metrics.jsonl",
+    "damaged-metrics.jsonl",
     "summary.json",
     "checkpoints",
     "tensorboard",
@@ -386,6 +387,20 @@ def drop_damaged(run: Path, world: World) -> None:
     problem = world.broadcast(problem)
     if problem is not None:
         raise UsageError(problem, option="--resume", code="unreadable")
+
+
+def check_never_saved(run: Path, config: Config) -> None:
+    """Raises UsageError where a run without checkpoints had one: its figures go past its first save."""
+    from aimv2.train.log import read_metrics
+
+    every, steps = config.train.save_every, [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]]
+    if every and steps and max(steps) > every:
+        raise UsageError(
+            f"--resume: {run} has no checkpoint, but metrics.jsonl goes to step {max(steps):,} and the run saved every {every:,} steps "
+            "(train.save_every): its checkpoints are gone; bring the folder checkpoints back, or --overwrite starts anew",
+            option="--resume",
+            code="missing",
+        )
 
 
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:

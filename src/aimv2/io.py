@@ -1,10 +1,12 @@
 """Small files that are either whole or absent; lines for the user; the state of the code; this machine's memory."""
 
 import glob
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 POINTER = "a Git LFS pointer in place of the file; run `git lfs pull` where it was cloned"
 
@@ -28,6 +30,65 @@ def write_aside(path: Path, text: str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that somebody else may have written.
+
+    Raises:
+        UnicodeDecodeError: bytes that are no text.
+        json.JSONDecodeError: everything else, nested too deep and numbers of thousands of digits included.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", "", 0) from None
+    except (json.JSONDecodeError, UnicodeError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("a number of too many digits", "", 0) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML that somebody else may have written: plain values, at most 10 MB, 100 deep, 1 million values with aliases followed.
+
+    Raises:
+        yaml.YAMLError: anything else.
+    """
+    import yaml
+
+    if len(text) > 10_000_000:
+        raise yaml.YAMLError("more than 10 MB")
+    sizes = dict[yaml.Node, int]()
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > 100:
+            raise yaml.YAMLError("nested more than 100 deep, or an alias of itself")
+        if node not in sizes:
+            inner = node.value if isinstance(node.value, list) else []
+            pairs = [one for each in inner for one in (each if isinstance(each, tuple) else (each,))]
+            sizes[node] = 1 + sum(size(one, depth + 1) for one in pairs)
+        if sizes[node] > 1_000_000:
+            raise yaml.YAMLError("aliases that stand for more than a million values")
+        return sizes[node]
+
+    loader = yaml.SafeLoader(text)
+    try:
+        if (node := loader.get_single_node()) is None:
+            return None
+        size(node, 0)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:  # 99999-99-99, a number of thousands of digits
+        raise yaml.YAMLError(f"a value that can't be read: {error}") from None
+    finally:
+        loader.dispose()
 
 
 def is_first() -> bool:

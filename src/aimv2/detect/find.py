@@ -9,11 +9,10 @@ Legend: B pictures, Q queries, C classes, S side of the square.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -27,6 +26,7 @@ from aimv2.detect.build import ABOUT, CLASSES, TEXT_LIMIT, get_tokenizer
 from aimv2.detect.model import Detector, Predictions, corners
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import find_model
+from aimv2.interop.shapes import read_json
 
 MOST = 300  # detections of a picture that are kept
 
@@ -175,7 +175,14 @@ def open_detector(source: str | Path, device: str | torch.device = "cpu", option
             option=option,
             code="mismatch",
         )
-    about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    about = read_json(folder / ABOUT)
+    wanted = ("head", "classes", "image_size", "square", "threshold")
+    if not about.keys() >= {*wanted} or about["head"] not in [*CLASSES]:
+        raise UsageError(
+            f"{option} {source}: {ABOUT} is no detector's ({', '.join(wanted)} expected, head one of {', '.join(CLASSES)})",
+            option=option,
+            code="unreadable",
+        )
     net = getattr(transformers, CLASSES[about["head"]]).from_pretrained(folder, dtype=torch.float32)
     prompts = Prompts(get_tokenizer(folder), TEXT_LIMIT) if about["head"] == "grounding" else None
     model = Detector(about["head"], net).to(device).eval()

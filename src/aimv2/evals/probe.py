@@ -26,6 +26,7 @@ from aimv2.evals.probe_stream import FeatureStream
 from aimv2.features.extraction import Cached
 from aimv2.features.frozen import LAST
 from aimv2.features.ragged import Ragged
+from aimv2.features.store import read_object
 from aimv2.interop.model_folder import checkpoints, write_model
 from aimv2.io import write_aside
 from aimv2.models.probe_head import ProbeSweep, Trial
@@ -305,7 +306,7 @@ def same_work(out: Path, about: dict[str, Any]) -> None:
     """
     file = out / ABOUT
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = read_object(file, "--out")
         different = [key for key in about if stored.get(key) != about[key]]
         if different:
             raise UsageError(

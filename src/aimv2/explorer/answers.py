@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from aimv2.explorer.album import KEPT, MAX_PIXELS, Entry, RequestError
 from aimv2.explorer.search import LONGEST_TEXT, Search
 from aimv2.explorer.stored import Stored
 from aimv2.explorer.study import ShownModel, Study
+from aimv2.io import parse_json
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.lit import LiT
 from aimv2.report.images import data_uri, to_png
@@ -192,9 +192,9 @@ def conversation(content: bytes) -> tuple[str, ...]:
         RequestError: anything else.
     """
     try:
-        texts = json.loads(content)
+        texts = parse_json(content)
         good = isinstance(texts, list) and len(texts) % 2 == 1 and "".join(texts).encode() is not None
-    except (ValueError, TypeError, RecursionError):  # no JSON, no texts, half a character, lists in lists in lists
+    except (ValueError, TypeError):  # no JSON, no texts, half a character, lists in lists in lists
         good = False
     if not good or not all(text.strip() for text in texts[::2]):
         raise RequestError(400, "A list of texts is expected: questions and answers in turn, the last one a question.")

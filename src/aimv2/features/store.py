@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from aimv2.errors import RankError, UsageError
-from aimv2.io import write_aside
+from aimv2.io import parse_json, write_aside
 
 ASIDE = re.compile(r"\..+?(?:\.(\d+))?\.aside")  # of the process that writes it
 LONGEST_WAIT = 2 * 3600.0  # seconds for another rank, as for a process group
@@ -209,7 +209,7 @@ def read_object(file: Path, option: str) -> dict[str, Any]:
         UsageError: the file holds something else.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except (ValueError, OSError) as error:

@@ -5,7 +5,6 @@ Licence, figures and recipe of the source's own card are kept, also through seve
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import aimv2
 from aimv2.interop import hub
 from aimv2.interop.load import ModelSource
 from aimv2.interop.model_folder import CONFIG, STEP
+from aimv2.io import parse_json, parse_yaml
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -98,14 +98,14 @@ def licence_of(source: ModelSource) -> dict[str, str]:
     about: Any = {}
     if match := re.match(r"---\n(.*?)\n---\n", card_of(source), re.DOTALL):
         try:
-            about = yaml.safe_load(match[1])
+            about = parse_yaml(match[1])
         except yaml.YAMLError:
             about = {}
     stated = {key: str(about[key]) for key in LICENCE_KEYS if isinstance(about, dict) and about.get(key)}
     if stated.get("license", "unknown") != "unknown":
         return stated
     try:
-        stored = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+        stored = parse_json((source.folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = {}
     if isinstance(stored, dict) and isinstance(stored.get("license"), str):
@@ -124,7 +124,7 @@ def measured(source: ModelSource) -> dict[str, float]:
         rows = re.findall(r"^\| ([\w/.@-]+) \| (-?[\d.]+(?:e-?\d+)?)(%?) \|$", _table(card_of(source)), re.MULTILINE)
         return {key: float(value) / (100 if sign else 1) for key, value, sign in rows}
     try:
-        summary: Any = json.loads((run / "summary.json").read_text())
+        summary: Any = parse_json((run / "summary.json").read_text())
     except (OSError, ValueError):
         return {}
     step = STEP.search(source.folder.parent.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aimv2.errors import UsageError, first_line
+from aimv2.io import parse_json
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 OWNER = "apple"
@@ -194,8 +194,8 @@ def indexed_files(folder: Path) -> list[str]:
         UsageError: the index can't be read.
     """
     try:
-        return sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return sorted({str(name) for name in parse_json((folder / INDEX).read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / INDEX} can't be read: {error!r}", code="unreadable") from None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoint_at, split_step
-from aimv2.io import matching
+from aimv2.io import matching, parse_json
 from aimv2.pipeline.read import Chain, Job, fill, strings
 
 FORMAT = "aimv2 stage 1"
@@ -103,7 +103,7 @@ def read_record(path: Path) -> dict[str, Any]:
         UsageError: damaged, or of another version.
     """
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -166,8 +166,8 @@ def output_hash(job: Job, record: dict[str, Any]) -> str:
     """What a finished stage left, as one hash: its inputs and options with it, since sizes alone say little of weights."""
     if job.stage.verb == "pretrain":
         try:
-            content = json.loads((job.folder / "summary.json").read_text())["weights_sha256"]
-        except (OSError, ValueError, KeyError):  # train.stop_at leaves no summary
+            content = parse_json((job.folder / "summary.json").read_text())["weights_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):  # train.stop_at leaves no summary
             content = fingerprint(str(job.folder), model=True)
     elif (job.folder / "result.json").is_file():
         content = hashlib.sha256((job.folder / "result.json").read_bytes()).hexdigest()

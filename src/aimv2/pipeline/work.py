@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
-from aimv2.io import write_aside
+from aimv2.io import parse_json, write_aside
 from aimv2.pipeline import report
 from aimv2.pipeline.read import Chain, Job, read_chain
 from aimv2.pipeline.state import (
@@ -273,7 +273,7 @@ class Worker:
                 f"stage '{job.name}' failed ({shlex.join(['aimv2', *words])}): {last or f'exit code {code}'}"
             )
         try:
-            return json.loads(printed)
+            return parse_json(printed)
         except ValueError:
             raise UsageError(f"stage '{job.name}' gave no result: {printed[:200]!r}") from None
 

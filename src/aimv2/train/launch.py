@@ -23,7 +23,7 @@ from aimv2.distributed import World, free_memory, join_world, leave_world
 from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
-from aimv2.io import git_state, say, write_aside
+from aimv2.io import git_state, parse_json, say, write_aside
 from aimv2.progress import tracked
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
@@ -346,10 +346,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     """``summary.json`` of a finished run; None without one, and where it is damaged, which a line says: the run's end is done again."""
     path = run / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = parse_json(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         summary = None
     if not isinstance(summary, dict):
         say(f"{path} can't be read: it is written again at the end of the run")

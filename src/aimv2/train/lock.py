@@ -20,7 +20,7 @@ from typing import Any
 
 from aimv2.distributed import World
 from aimv2.errors import UsageError
-from aimv2.io import say
+from aimv2.io import parse_json, say
 
 LOCK = ".lock"
 BEAT = 20.0  # seconds between heartbeats
@@ -81,8 +81,8 @@ class RunLock:
     def holder(self) -> dict[str, Any]:
         """Host, pid and start of the process that holds it, or {}."""
         try:
-            found = json.loads(os.pread(self.descriptor, 4096, 0).decode())
-        except (OSError, ValueError, RecursionError):
+            found = parse_json(os.pread(self.descriptor, 4096, 0).decode())
+        except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 

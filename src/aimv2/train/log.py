@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aimv2.config.schema import LogConfig
+from aimv2.io import parse_json, write_aside
 from aimv2.io import say as say
-from aimv2.io import write_aside
 from aimv2.progress import duration as duration
 from aimv2.progress import open_bar
 from aimv2.tables import figure
@@ -29,8 +29,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
         if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)

@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aimv2.io import parse_json
+
 CLASSES = {
     "SavableDataLoaderState": "megatron.energon.savable_loader",
     "SavableDatasetState": "megatron.energon.savable_loader",
@@ -152,10 +154,7 @@ def read_state(stem: Path) -> Any:
     file, old = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.pt")
     if not file.is_file() and old.is_file():
         return read_pickled(old)
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    about = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{file.name} is not the state of a rank")
     held = stem.with_name(f"{stem.name}.safetensors")

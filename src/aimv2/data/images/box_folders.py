@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -29,6 +28,7 @@ from aimv2.data.images.entries import PlannedSource, RowError
 from aimv2.data.images.sources import SourceOptions
 from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError, first_line, nearest
+from aimv2.io import parse_json, parse_yaml
 
 # ---- RefCOCO ----
 
@@ -88,7 +88,7 @@ def open_ref_tables(files: list[Path], options: SourceOptions) -> PlannedSource:
         for row in parquet.read_table(file, columns=columns).to_pylist():
             try:
                 # their `bbox` is corners, that of `raw_anns` is COCO's
-                rows.append(Reference(json.loads(row["raw_image_info"]), json.loads(row["raw_anns"])["bbox"], row))
+                rows.append(Reference(parse_json(row["raw_image_info"]), parse_json(row["raw_anns"])["bbox"], row))
             except MALFORMED as error:
                 raise malformed(file, error) from None
     return _plan_references(rows, files[0], options)
@@ -192,12 +192,12 @@ def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
         UsageError: no class names, no images, none with a label file, labels of pixels.
     """
     try:
-        record = yaml.safe_load(path.read_text("utf-8"))
+        record = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"SOURCE: {path} can't be read as YAML: {first_line(error)}", code="unreadable") from None
     names = record.get("names") if isinstance(record, dict) else None
     if isinstance(names, dict):
-        names = [names[number] for number in sorted(names)] if sorted(names) == list(range(len(names))) else None
+        names = [names[number] for number in sorted(names)] if set(names) == set(range(len(names))) else None
     if not isinstance(names, list) or not names:
         raise UsageError(
             f"SOURCE: {path}: class names missing: `names`, a list in order of the classes, expected", code="missing"

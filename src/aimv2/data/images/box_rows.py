@@ -6,7 +6,6 @@ that are folders. What is wrong with a whole file is refused; what is wrong with
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import safe_key
 from aimv2.data.text.encoding import open_text
 from aimv2.errors import UsageError, first_line
+from aimv2.io import parse_json
 
 EXPECTED = (
     "COCO's JSON of instances (also LVIS, Objects365, MDETR's), JSON lines of ODVG, GQA's scene graphs, refs(...).p of RefCOCO next to "
@@ -238,7 +238,7 @@ def load_json(path: Path) -> Any:
     """
     try:
         with open_text(path) as file:
-            return json.load(file)
+            return parse_json(file.read())
     except (OSError, ValueError) as error:
         raise UsageError(f"SOURCE: {path} can't be read as JSON: {first_line(error)}", code="unreadable") from None
 

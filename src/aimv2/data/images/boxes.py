@@ -5,7 +5,6 @@ Legend: N boxes of a picture; a box in KEY.json is COCO's [x, y, width, height],
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from aimv2.io import parse_json
 
 # what makes a box, a phrase or a sample bad, by the code that it is counted under
 BOX_FAULTS = {
@@ -263,7 +264,7 @@ def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
     found = []
     for folder in dict.fromkeys(tar.parent for tar in tars):
         try:
-            about = json.loads((folder / MANIFEST).read_text("utf-8"))
+            about = parse_json((folder / MANIFEST).read_text("utf-8"))
         except (OSError, ValueError):
             about = {}
         names = about.get("classes") if isinstance(about, dict) else None

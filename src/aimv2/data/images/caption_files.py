@@ -1,6 +1,5 @@
 """Files next to images that may hold their captions, whether or not they can be read as captions."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from urllib.parse import unquote
 
 from aimv2.data.images.splits import SPLITS
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
+from aimv2.io import parse_json
 
 # not text, so not looked into: tables, archives of one file, databases, documents, arrays
 CLOSED = (
@@ -169,7 +169,7 @@ def records_of(root: Path, files: Sequence[str], images: Sequence[str]) -> dict[
 
 def _title(file: Path) -> str:
     try:
-        return str(json.loads(file.read_bytes())["title"])
+        return str(parse_json(file.read_bytes())["title"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

@@ -5,7 +5,6 @@ A source is listed without opening an image. Readers are light and picklable: an
 
 from __future__ import annotations
 
-import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from aimv2.data.shards.format import (
 )
 from aimv2.data.text.encoding import decode_text, say_once
 from aimv2.errors import first_line
+from aimv2.io import parse_json
 
 Captions = dict[str, list[str]]
 UNREAD: dict[str, Any] = {}  # captions and the rest of an entry whose reader finds them; never written to
@@ -194,7 +194,7 @@ def _read_sidecars(keys: tuple[str, ...] | None, *files: str) -> tuple[Captions,
         try:
             if file:
                 parts[kind] = decode_text(Path(file).read_bytes(), Path(file).name, "texts next to images").encode()
-            record = json.loads(parts[kind]) if kind in parts and kind == "json" else None
+            record = parse_json(parts[kind]) if kind in parts and kind == "json" else None
         except ValueError as error:
             raise ImageError(
                 str(error) if isinstance(error, UnicodeError) else f"{Path(file).name} is no JSON"

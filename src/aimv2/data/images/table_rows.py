@@ -6,7 +6,6 @@ Parquet is read in place, a row group at a time; a file with large ones is copie
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import OrderedDict
@@ -26,7 +25,7 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.readers import UNKNOWN, contents_of_files, paths_of
 from aimv2.data.images.tables import encoded_images, row_groups, stated_features, table_shape, types_of, whole_column
 from aimv2.errors import UsageError, first_line
-from aimv2.io import cache_folder
+from aimv2.io import cache_folder, parse_json, parse_yaml
 
 LARGE = 32 << 20  # bytes of a row group's images, decompressed; larger ones are copied
 HELD = 128 << 20  # bytes of row groups that a process keeps
@@ -103,7 +102,7 @@ def _stated_patterns(root: Path) -> dict[str, list[str]]:
     try:
         text = (root / "README.md").read_text("utf-8", "replace")
         found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        configs = (yaml.safe_load(found[1]) or {}).get("configs") or [] if found else []
+        configs = (parse_yaml(found[1]) or {}).get("configs") or [] if found else []
         chosen = [each for each in configs if each.get("default") or each["config_name"] == "default"] or configs
         files = chosen[0]["data_files"]
         if len(chosen) > 1:
@@ -125,9 +124,9 @@ def saved_splits(root: Path) -> dict[str, list[Path]]:
     """
     try:
         if (root / "dataset_dict.json").is_file():
-            names = json.loads((root / "dataset_dict.json").read_text("utf-8"))["splits"]
+            names = parse_json((root / "dataset_dict.json").read_text("utf-8"))["splits"]
             return {str(name): next(iter(saved_splits(root / name).values())) for name in names}
-        state = json.loads((root / "state.json").read_text("utf-8"))
+        state = parse_json((root / "state.json").read_text("utf-8"))
         return {state.get("_split") or "train": [root / each["filename"] for each in state["_data_files"]]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"state.json or dataset_dict.json lacks {error}") from None

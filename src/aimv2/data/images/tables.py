@@ -6,7 +6,6 @@ What cannot be fetched is rejected: a broken row group late in a long import mus
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
 from aimv2.errors import UsageError, first_line, need
 from aimv2.interop.hub import unreachable
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, parse_json
 
 BATCH_ROWS = 128
 BUFFER = 1 << 20  # bytes of a column read at once; without it a whole row group's are
@@ -243,7 +242,7 @@ def _no_table(file: Path, error: Exception, place: str = "") -> UsageError:
 def stated_features(schema: Any) -> dict[str, dict[str, Any]]:
     """{column: type and class names} as `datasets` notes them in a schema; {} where it did not write it."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: about for name, about in features.items() if "_type" in about}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -18,7 +18,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import answers, captions_by_field, clean_captions
 from aimv2.data.text.encoding import CHUNK, NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, parse_json
 
 LONGEST_ROW = 1 << 28  # characters of an entry of a JSON list
 UNCLOSED = (
@@ -92,7 +92,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
                 except ValueError:
                     yield number, None
 
@@ -266,7 +266,7 @@ def _json_line_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
 def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:
     """COCO captions, Karpathy's splits of them, or a list of rows."""
     try:
-        record = json.loads(decode_text(file.read_bytes(), str(file)))
+        record = parse_json(decode_text(file.read_bytes(), str(file)))
     except json.JSONDecodeError as error:
         raise UsageError(f"{file} is not JSON: {error}", code="unreadable") from error
     if isinstance(record, list):

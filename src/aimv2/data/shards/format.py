@@ -22,7 +22,7 @@ from typing import Any, Literal
 from aimv2.data.passed import BESIDE, HEIF, HEIF_READ, KINDS, LINKS, PassedOver, kind_of_file
 from aimv2.data.shards.tars import body, is_tar, open_tar, read_body, tars_in, why_unreadable
 from aimv2.errors import UsageError
-from aimv2.io import POINTER, is_pointer, matching
+from aimv2.io import POINTER, is_pointer, matching, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ def json_of(parts: Parts) -> dict[str, Any]:
     """KEY.json of a sample; {} where it is absent, broken or no object."""
     try:
         raw = next((parts[name] for name in parts_of_kind(parts, "json")), b"{}")
-        about = json.loads(_decoded(raw, "KEY.json"))
+        about = parse_json(_decoded(raw, "KEY.json"))
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}

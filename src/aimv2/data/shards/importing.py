@@ -36,7 +36,7 @@ from aimv2.data.shards.import_options import check_options
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.data.text.conversations import holds_conversation
 from aimv2.errors import UsageError, shown
-from aimv2.io import write_aside
+from aimv2.io import parse_json, write_aside
 from aimv2.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -383,9 +383,14 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         file = out / WORK / "plan.json"
         if not file.exists():
             write_aside(file, json.dumps(plan))
-        before = json.loads(file.read_text())
+        before = parse_json(file.read_text())
         for aside in out.glob(".*.tmp-*"):
             aside.unlink()
+        if not isinstance(before, dict) or not isinstance(before.get("options", {}), dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        message = f"OUT: {file} of an interrupted import can't be read ({error}); choose another OUT"
+        raise UsageError(message, code="unreadable") from None
     except OSError as error:
         raise UsageError(f"OUT: {out} is not writable: {error.strerror or error}; choose another OUT") from error
     if before != json.loads(json.dumps(plan)):
@@ -405,11 +410,11 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
         UsageError: it is done, but the source would fill it differently now.
     """
     try:
-        record = json.loads((out / WORK / f"{job.name}.json").read_text())
-    except FileNotFoundError:
+        record = parse_json((out / WORK / f"{job.name}.json").read_text())
+        rejects = [Reject(*reject) for reject in record["rejects"]]
+        note = ShardNote(record["digest"], record["written"], rejects, record.get("passed", {}))
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # damaged: written again
         return None
-    rejects = [Reject(*reject) for reject in record["rejects"]]
-    note = ShardNote(record["digest"], record["written"], rejects, record.get("passed", {}))
     if note.digest != job.digest():
         raise UsageError(
             f"SOURCE has changed since the import into {out} was interrupted (shard {job.name} would differ);"

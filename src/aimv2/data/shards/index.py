@@ -25,7 +25,7 @@ import yaml
 from aimv2.data.shards.format import scan_shard
 from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
-from aimv2.io import cache_folder
+from aimv2.io import cache_folder, parse_json
 from aimv2.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def _write_meta(folder: Path, links: dict[str, Path], aside: Path) -> None:
 def _read_tars(folder: Path) -> tuple[set[str], dict[str, str]]:
     """(names of the links that have samples, {tar: why it could not be read to its end}); nothing where the note is not ours."""
     try:
-        stored = json.loads((folder / TARS).read_text())
+        stored = parse_json((folder / TARS).read_text())
         return set(map(str, stored["indexed"])), {str(tar): str(why) for tar, why in stored["cut"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set(), {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from aimv2.data.images.boxes import doubt_of_form
 from aimv2.data.text.encoding import open_text
 from aimv2.errors import UsageError, first_line
 from aimv2.evals.detection.truth import DetectionTruth
+from aimv2.io import parse_json
 
 FORM = '{"image_id", "category_id", "bbox": [x, y, width, height], "score"} of objects, {"image_id", "phrase", "bbox", "score"} of phrases'
 
@@ -46,7 +46,7 @@ def read_predictions(file: str, truth: DetectionTruth) -> DetectionPredictions:
     option, path = "--predictions", Path(file).expanduser()
     try:
         with open_text(path) as text:
-            rows = json.load(text)
+            rows = parse_json(text.read())
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {file}: can't be read as JSON: {first_line(error)}", code="unreadable") from None
     if isinstance(rows, dict):

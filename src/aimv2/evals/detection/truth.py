@@ -5,7 +5,6 @@ Legend: N objects, P phrases, K boxes of a phrase. Boxes are COCO's [x, y, width
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import find_shards, image_of, json_of, read_samples
 from aimv2.data.text.encoding import open_text
 from aimv2.errors import UsageError, first_line
+from aimv2.io import parse_json
 from aimv2.progress import tracked
 
 FREQUENCIES = ("r", "c", "f")  # LVIS: classes of under 10, under 100, and of more training images
@@ -198,7 +198,7 @@ def load_coco(path: Path, option: str) -> dict[str, Any]:
     """
     try:
         with open_text(path) as file:
-            record = json.load(file)
+            record = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{option} {path}: can't be read as JSON: {first_line(error)}", option=option, code="unreadable"

@@ -13,6 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from aimv2.distributed import World
+from aimv2.io import parse_json
 from aimv2.progress import progress_bar
 from aimv2.vlm.answer import Picture, Question, answer_batches
 from aimv2.vlm.model import VisionLanguage
@@ -43,7 +44,7 @@ class AnswerStore:
         for file in sorted(self.folder.glob(f"{self.name}-*.jsonl")) if self.folder is not None else ():
             for line in file.read_text("utf-8", errors="replace").splitlines():
                 try:
-                    found |= json.loads(line)
+                    found |= parse_json(line)
                 except (ValueError, TypeError):
                     continue
         return found

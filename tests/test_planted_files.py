@@ -1,0 +1,106 @@
+"""Files that somebody else wrote for us: each wrong one is a line, a counted sample, or nothing, and never a traceback."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aimv2.config.load import read_recipe
+from aimv2.data.images.box_folders import open_yolo
+from aimv2.data.images.box_rows import load_json
+from aimv2.data.images.boxes import stated_classes
+from aimv2.data.images.sources import SourceOptions
+from aimv2.data.images.table_rows import saved_splits
+from aimv2.data.images.text_tables import read_json_lines
+from aimv2.data.shards.format import json_of
+from aimv2.data.text.captions import read_captions
+from aimv2.errors import UsageError
+from aimv2.evals.detection.truth import load_coco
+from aimv2.evals.result import read_result
+from aimv2.evals.templates import read_lines
+from aimv2.features.store import read_object
+from aimv2.interop.hub import indexed_files
+from aimv2.interop.model_folder import build_empty, read_best
+from aimv2.interop.shapes import read_json
+from aimv2.io import parse_yaml
+from aimv2.pipeline.read import read_chain
+from aimv2.pipeline.state import read_record
+from aimv2.train.launch import read_summary
+from aimv2.train.log import read_metrics
+from aimv2.train.plain_state import read_state
+
+DEEP, DIGITS, BYTES = b'{"a":' * 100_000, b'{"a": ' + b"9" * 5_000 + b"}", b'{"a": "\xff\xfe"}'
+LEVELS = "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+BOMB = "a0: &a0 [x, x]\n" + LEVELS
+MERGED = "a0: &a0 {x: 1}\n" + LEVELS.replace("[", "{<<: [").replace("]", "]}")
+REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "config.json": ("config.json", lambda file: build_empty(file.parent, False)),
+    "preprocessor": ("preprocessor_config.json", read_json),
+    "index of weights": ("model.safetensors.index.json", lambda file: indexed_files(file.parent)),
+    "annotations": ("instances.json", load_json),
+    "truth": ("instances.json", lambda file: load_coco(file, "--data")),
+    "result": ("result.json", read_result),
+    "templates": ("templates.json", lambda file: read_lines(file, "--templates", "x")),
+    "captions": ("captions.json", lambda file: list(read_captions(str(file)))),
+    "features": ("about.json", lambda file: read_object(file, "--cache")),
+    "record of a stage": ("record.json", read_record),
+    "recipe": ("recipe.yaml", read_recipe),
+    "chain": ("chain.yaml", lambda file: read_chain(str(file))),
+    "YOLO": ("data.yaml", lambda file: open_yolo(file, SourceOptions())),
+}
+
+
+@pytest.mark.parametrize("content", [DEEP, DIGITS, BYTES], ids=["deep", "digits", "bytes"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_no_reader_can_take_is_one_line(tmp_path: Path, kind: str, content: bytes) -> None:
+    name, read = REFUSED[kind]
+    if name.endswith(".yaml"):
+        content = content.replace(b'{"a":' * 100_000, b"[" * 2_000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read(tmp_path / name)
+    assert error.value.code in ("unreadable", "invalid", "mismatch", "missing", "unsupported")
+    assert len(str(error.value)) < 1300
+
+
+@pytest.mark.parametrize("content", [DEEP, DIGITS, BYTES], ids=["deep", "digits", "bytes"])
+def test_what_may_be_absent_is_absent_where_it_is_damaged(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("summary.json", "metrics.jsonl", "checkpoints/best.json", "aimv2.json"):
+        (tmp_path / name).write_bytes(content + b"\n")
+    assert read_summary(tmp_path) is None or content is BYTES
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == []
+    assert read_best(tmp_path) == {}
+    assert stated_classes([tmp_path / "a.tar"]) == {}
+    assert json_of({"json": content}) == {}
+    (tmp_path / "rank-0.json").write_bytes(content)
+    with pytest.raises((ValueError, OSError)):
+        read_state(tmp_path / "rank-0")
+    (tmp_path / "state.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        saved_splits(tmp_path)
+
+
+def test_one_hostile_line_costs_itself(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join((b'{"a": 1}', b"[" * 100_000, DIGITS, b'{"a": 2}')))
+    assert [value for _, value in read_json_lines(tmp_path / "rows.jsonl")] == [{"a": 1}, None, None, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, MERGED, "a: &a [*a]", "[" * 2_000, "n: " + "9" * 5_000, "d: 2020-13-45", "a: !!int x"]
+)
+def test_yaml_of_others_is_read_within_limits(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+def test_yaml_with_aliases_is_read() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": [{"x": 1}] * 2,
+    }
+    assert json.dumps(parse_yaml("")) == "null"

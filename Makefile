@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo check test test-long versions bench docs lint setup clean
+.PHONY: demo check test test-long soak versions bench docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,12 @@ test: lint
 test-long: setup
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python tests/long/break_lines.py
+
+# half an hour of faults on one and on two ranks: make soak MINUTES=30 SEED=0
+MINUTES ?= 30
+SEED ?= 0
+soak: setup
+	$(BIN)/python tests/long/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 # another Python or torch: make versions PYTHON=python3.14 TORCH=2.14.1
 TORCH ?= 2.13.0

@@ -70,8 +70,7 @@ class Eyes(Twin):
             ("learn", budget.scenes, ("--seed", str(self.seed))),
             ("unseen", budget.tested, ("--seed", str(self.seed + 1000), "--only-held-out", "true")),
         ):
-            if not (self.home / name / "aimv2.json").is_file():
-                self.command("data", "shapes", self.path(name), "--count", str(count), *SCENES, *held, *more, log=name)
+            self.drawn(name, count, *SCENES, *held, *more)
 
     def eye(self, name: str) -> str:
         where = self.home / f"eye-{name}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,6 +93,12 @@ class Twin:
             raise SystemExit(f"aimv2 {' '.join(words)}: exit code {done.returncode}; see {self.path(log)}.log")
         return done.stdout
 
+    def drawn(self, name: str, count: int, *words: str) -> None:
+        """Scenes under OUT/SEED/name, drawn anew where an interruption left only some of them."""
+        if not (self.home / name / "aimv2.json").is_file():
+            shutil.rmtree(self.home / name, ignore_errors=True)
+            self.command("data", "shapes", self.path(name), "--count", str(count), *words, log=name)
+
     def part(self, call: str) -> None:
         """A function of vlm_twin_parts.py, in a process of its own."""
         code = f"from pathlib import Path; import vlm_twin_parts as parts; parts.{call}"
@@ -108,8 +115,7 @@ class Twin:
             ("learn", budget.scenes, ("--seed", seed)),
             ("unseen", budget.tested, ("--seed", str(self.seed + 1000), "--only-held-out", "true")),
         ):
-            if not (self.home / name / "aimv2.json").is_file():
-                self.command("data", "shapes", self.path(name), "--count", str(count), *shape, *held, *more, log=name)
+            self.drawn(name, count, *shape, *held, *more)
 
     def language(self) -> None:
         if not (self.home / "llm" / "config.json").is_file():

@@ -44,11 +44,8 @@ def tiles(seeds: list[int], made: Callable[[int], Twin]) -> str:
     cells: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         twin = made(seed)
-        small, budget = twin.home / "small", twin.budget
-        if not (small / "aimv2.json").is_file():
-            twin.command(
-                "data", "shapes", str(small), "--count", str(budget.scenes), *SMALL, "--seed", str(seed), log="small"
-            )
+        budget = twin.budget
+        twin.drawn("small", budget.scenes, *SMALL, "--seed", str(seed))
         for form, build in {"one image": (), "2 x 2 tiles": ("--tiles", "2")}.items():
             label = "-small" if not build else "-tiles"
             given = build or ("--features", "pre-norm")
@@ -69,21 +66,8 @@ def shots(seeds: list[int], made: Callable[[int], Twin]) -> str:
     for seed in seeds:
         twin = made(seed)
         budget, home = twin.budget, twin.home
-        if not (home / "single" / "aimv2.json").is_file():
-            words = (
-                "--size",
-                "64",
-                "--objects",
-                "1",
-                "--object-size",
-                "10,26",
-                "--questions",
-                "1",
-                "--seed",
-                str(seed),
-            )
-            count = str(max(budget.scenes, 160))  # five a row
-            twin.command("data", "shapes", twin.path("single"), "--count", count, *words, log="single")
+        words = ("--size", "64", "--objects", "1", "--object-size", "10,26", "--questions", "1", "--seed", str(seed))
+        twin.drawn("single", max(budget.scenes, 160), *words)  # five a row
         if not (home / "tasks").is_dir():
             twin.part(f"interleaved(Path({twin.path('single')!r}), Path({twin.path('rows')!r}), {seed})")
             twin.part(f"hidden_tasks(Path({twin.path('single')!r}), Path({twin.path('tasks')!r}), {budget.tested})")

@@ -25,6 +25,7 @@ from aimv2.data.text.phrases import Prompts, phrase_numbers
 from aimv2.detect.build import ABOUT, CLASSES, TEXT_LIMIT, get_tokenizer
 from aimv2.detect.model import Detector, Predictions, corners
 from aimv2.errors import UsageError
+from aimv2.interop.checks import check_sizes, check_state
 from aimv2.interop.model_folder import find_model
 from aimv2.interop.shapes import read_json
 
@@ -183,7 +184,9 @@ def open_detector(source: str | Path, device: str | torch.device = "cpu", option
             option=option,
             code="unreadable",
         )
+    check_sizes(f"{option} {source}", folder)
     net = getattr(transformers, CLASSES[about["head"]]).from_pretrained(folder, dtype=torch.float32)
+    check_state(net.state_dict(), f"{option} {source}")
     prompts = Prompts(get_tokenizer(folder), TEXT_LIMIT) if about["head"] == "grounding" else None
     model = Detector(about["head"], net).to(device).eval()
     return OpenDetector(model, prompts, about["classes"], about["image_size"], about["square"], about["threshold"])

@@ -5,7 +5,6 @@ Legend: B images, N patches, D width.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import re
@@ -21,13 +20,11 @@ from aimv2.features.fingerprint import architecture, weights_hash
 from aimv2.features.frozen import AVERAGE, LAST, Frozen
 from aimv2.features.pixels import OPTIONS, Pixels, Stats, quiet, read_processor, refuse_other_inputs
 from aimv2.interop import layouts
+from aimv2.interop.checks import check_sizes, check_state, refuse_adapters
 from aimv2.interop.hub import offline_if_unreachable
 from aimv2.interop.load import model_type, say_left_out
-from aimv2.interop.shapes import read_json
 
-ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
-FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 MASKED = "vit_mae"  # its encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
 
@@ -58,7 +55,8 @@ def open_transformers(
     Raises:
         UsageError: it can't be opened; the folder holds an adapter, code to fetch, or more blocks than the model has.
     """
-    _refuse_adapters(source, folder)
+    refuse_adapters(source, folder)
+    check_sizes(f"MODEL {source}", folder)
     import transformers
 
     def read(**more: Any) -> Any:
@@ -87,6 +85,7 @@ def open_transformers(
     if found["error_msgs"]:
         why = " ".join(" ".join(map(str, found["error_msgs"])).split())[:200]
         raise UsageError(f"MODEL {source}: transformers can't open it: {why}", code="unreadable")
+    check_state(model.state_dict(), f"MODEL {source}", found["missing_keys"])
     left = sorted(found["unexpected_keys"])
     missing = dict.fromkeys(found["missing_keys"], f"; unused: {_some(left)}" if left else "")
     for name, stored, wanted in found["mismatched_keys"]:
@@ -94,35 +93,6 @@ def open_transformers(
     _refuse_left_over(source, model, left)
     say_left_out(f"MODEL {source}", left)
     return model.eval().to(device), missing
-
-
-def _refuse_adapters(source: str, folder: Path) -> None:
-    """
-    Raises:
-        UsageError: an adapter, which would be ignored or fetch another model; attention code that would be downloaded.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise UsageError(
-            f"MODEL {source}: an adapter (adapter_config.json) on another model; merge the two and save the whole model",
-            code="unsupported",
-        )
-
-    def nested(value: Any) -> Iterator[Any]:
-        if isinstance(value, dict):
-            for key, one in value.items():
-                if key in ("attn_implementation", "_attn_implementation"):
-                    yield from one.values() if isinstance(one, dict) else (one,)
-                else:
-                    yield from nested(one)
-
-    installed = [name for name, package in FLASH.items() if importlib.util.find_spec(package) is not None]
-    for name in nested(read_json(folder / "config.json")):
-        if name is not None and name not in (*ATTENTION, *installed):
-            raise UsageError(
-                f"MODEL {source}: its config.json requires the attention '{name}', code that is not installed here; "
-                f"one of {', '.join((*ATTENTION, *installed))} expected",
-                code="unknown",
-            )
 
 
 def _refuse_left_over(source: str, model: Any, left: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from aimv2.distributed import usable_device
 from aimv2.errors import UsageError, nearest
 from aimv2.interop import hub, layouts, model_folder
+from aimv2.interop.checks import check_finite, check_sizes
 from aimv2.interop.hub import INDEX
 from aimv2.interop.layouts import Detected, Rules
 from aimv2.interop.shapes import (
@@ -299,13 +300,20 @@ def fill_tensor(target: Tensor, weights: Weights, names: tuple[str, ...]) -> Non
         UsageError: a missing key or a wrong shape.
     """
     parts = target.chunk(len(names)) if len(names) > 1 else (target,)
+    check_shapes(target, weights, names)
     for part, name in zip(parts, names):
+        part.copy_(weights.get(name).reshape(part.shape))
+        check_finite(part, f"{weights.where}: key '{name}'")
+
+
+def check_shapes(target: Tensor, weights: Weights, names: tuple[str, ...]) -> None:
+    """What :func:`fill_tensor` demands of shapes, without reading values; ``target`` may be on the meta device."""
+    for part, name in zip(target.chunk(len(names)), names):
         shape = weights.shape(name)
         if _squeezed(shape) != _squeezed(part.shape):
             raise UsageError(
                 f"{weights.where}: key '{name}' has shape {list(shape)}, expected {list(part.shape)}", code="mismatch"
             )
-        part.copy_(weights.get(name).reshape(part.shape))
 
 
 def check_all_read(weights: Weights, rules: Rules, skip: tuple[str, ...] = ()) -> None:
@@ -395,6 +403,8 @@ def load_model(
     with Weights(at.files) as weights:
         found = detect(at, weights)
         model, rules, skip = plan(at, weights, found, decoder)
+        for ours, target in model.state_dict().items():
+            check_shapes(target, weights, rules[ours])
         stored = widest(weights, rules)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(kind or stored)  # parameters only: mean and std stay fp32
@@ -440,6 +450,7 @@ def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def plan(at: ModelSource, weights: Weights, found: Detected, decoder: bool) -> tuple[nn.Module, Rules, tuple[str, ...]]:
     """The model on the meta device, its table of names, and the prefixes of keys to ignore."""
+    check_sizes(f"MODEL {at.given}", at.folder, at.files)
     stored = read_json(at.folder / model_folder.CONFIG)
     processor = read_image_processor(at.folder)
     with torch.device("meta"):

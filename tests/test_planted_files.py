@@ -15,7 +15,7 @@ from aimv2.data.images.boxes import stated_classes
 from aimv2.data.images.sources import SourceOptions
 from aimv2.data.images.table_rows import saved_splits
 from aimv2.data.images.text_tables import read_json_lines
-from aimv2.data.shards.format import json_of
+from aimv2.data.shards.format import json_of, label_of
 from aimv2.data.text.captions import read_captions
 from aimv2.errors import UsageError
 from aimv2.evals.detection.truth import load_coco
@@ -25,7 +25,7 @@ from aimv2.features.store import read_object
 from aimv2.interop.hub import indexed_files
 from aimv2.interop.model_folder import build_empty, read_best
 from aimv2.interop.shapes import read_json
-from aimv2.io import parse_yaml
+from aimv2.io import parse_yaml, say
 from aimv2.pipeline.read import read_chain
 from aimv2.pipeline.state import read_record
 from aimv2.train.launch import read_summary
@@ -104,3 +104,15 @@ def test_yaml_with_aliases_is_read() -> None:
         "c": [{"x": 1}] * 2,
     }
     assert json.dumps(parse_yaml("")) == "null"
+
+
+@pytest.mark.parametrize("label", ["²", "9" * 5_000, str(2**70), "-1", "٣"])
+def test_a_label_that_is_no_class_is_none(label: str) -> None:
+    assert label_of({"cls": label.encode()}) == -1
+    assert label_of({"cls": b"000017"}) == 17
+
+
+def test_escapes_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    say("dog\x1b[2J\x07\x9b, \udc80 and Ärger\tof\ntwo lines")
+    assert capsys.readouterr().err == "dog\\x1b[2J\\x07\\x9b, \\udc80 and Ärger\tof\ntwo lines\n"
+    assert "\x1b" not in str(UsageError("DATA \x1b]0;title\x07: no such folder"))

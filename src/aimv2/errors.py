@@ -36,12 +36,16 @@ MOST, WORD = 1200, 400  # characters of a message, and of a word in it (a path, 
 
 def shown(text: object, most: int = MOST) -> str:
     """Any text as one printable line of at most ``most`` characters: controls escaped, what is long cut in its middle."""
-    line = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in re.sub(r"\s*[\n\r]\s*", " ", str(text)).strip()
-    )
+    line = visible(re.sub(r"\s*[\n\r]\s*", " ", str(text)).strip()).replace("\t", "\\t")
     line = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), line)
     return _cut(line, most)
+
+
+def visible(text: str) -> str:
+    """A text whose controls are shown, not sent to a terminal; lines and tabs stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _cut(text: str, most: int) -> str:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aimv2.errors import visible
+
 POINTER = "a Git LFS pointer in place of the file; run `git lfs pull` where it was cloned"
 
 
@@ -99,7 +101,7 @@ def is_first() -> bool:
 def say(line: str) -> None:
     """Prints a line for the user on standard error, from the first rank."""
     if is_first():
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def git_state(folder: Path | None = None) -> str | None:

@@ -300,7 +300,7 @@ def class_number(value: Any) -> str | None:
     """The number of a class as digits: of a whole number from 0, or its text; "1.0" too, as pandas writes it; None of all else."""
     if isinstance(value, bool):
         value = int(value)
-    found = re.fullmatch(r"([0-9]+)(\.0+)?", str(value)) if isinstance(value, int | float | str) else None
+    found = re.fullmatch(r"([0-9]{1,18})(\.0+)?", str(value)) if isinstance(value, int | float | str) else None
     return found[1] if found else None
 
 

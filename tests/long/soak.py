@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -216,8 +217,8 @@ class Soak:
             self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): the last start ended with {code}")
         elif exact(run) != exact(whole):
             self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): other losses")
-        if "Traceback" in run.with_suffix(".log").read_text(errors="replace"):
-            self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): a traceback in {run}.log")
+        if found := tracebacks(run.with_suffix(".log").read_text(errors="replace")):
+            self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): {found[0]} in {run}.log")
         print(f"round {self.rounds}, {ranks} ranks, {', '.join(chosen)}: {self.lost} steps again so far", flush=True)
         self.rounds += 1
 
@@ -238,6 +239,12 @@ class Soak:
         saved = step_folders(run)
         self.lost += max(before - (saved[-1][0] if saved else 0), 0)
         return before
+
+
+def tracebacks(text: str) -> list[str]:
+    """Last lines of the tracebacks in a log, without those that torchrun prints of itself when it is signalled or a rank ends."""
+    found = re.findall(r"Traceback \(most recent call last\):\n(?:.*\n)*?(\w[\w.]*(?:Error|Exception|Interrupt|Exit).*)", text)
+    return [line for line in found if not line.startswith("torch.distributed.elastic.")]
 
 
 def metrics_of(run: Path) -> list[dict[str, int]]:

@@ -243,7 +243,9 @@ class Soak:
 
 def tracebacks(text: str) -> list[str]:
     """Last lines of the tracebacks in a log, without those that torchrun prints of itself when it is signalled or a rank ends."""
-    found = re.findall(r"Traceback \(most recent call last\):\n(?:.*\n)*?(\w[\w.]*(?:Error|Exception|Interrupt|Exit).*)", text)
+    found = re.findall(
+        r"Traceback \(most recent call last\):\n(?:.*\n)*?(\w[\w.]*(?:Error|Exception|Interrupt|Exit).*)", text
+    )
     return [line for line in found if not line.startswith("torch.distributed.elastic.")]
 
 

@@ -65,7 +65,7 @@ def test_pretraining_on_own_pictures_learns(tmp_path: Path) -> None:
 
 def test_a_vision_language_model_from_nothing(tmp_path: Path) -> None:
     text = said(executed("vlm.ipynb", tmp_path))
-    assert "DeepseekVLForConditionalGeneration post-norm 16 tokens an image" in text
+    assert "LlavaForConditionalGeneration pre-norm 16 tokens an image" in text
     first, last = (float(found) for found in re.search(r"held-out answers (\S+) -> (\S+)", text).groups())
     assert last < first < 6, "the loss falls"
     assert len(re.findall(r"text only +\S+ +chance", text)) == 7, "a line a kind of question"

@@ -16,12 +16,12 @@ from torch import nn
 import aimv2
 from aimv2 import api
 from aimv2.errors import UsageError
-from aimv2.vlm.build import connector_of
+from aimv2.vlm.build import connector_of, plan
 from aimv2.vlm.model import open_vlm
 from tiny_llm import encoder, inputs, language_model, picture
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "post": {},
+    "post": {"features": "post-norm"},
     "pre": {"features": "pre-norm"},
     "tiles2": {"tiles": 2},
     "tiles3": {"tiles": 3},
@@ -62,6 +62,12 @@ def opened(folder: Path) -> tuple[Any, Any]:
     model, found = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(found.values()), found
     return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def test_the_better_features_are_the_default(parts: Path) -> None:
+    for eyes, features in {"eyes": "pre-norm", "eyes-native": "post-norm"}.items():
+        config = aimv2.load_model(parts / eyes).config
+        assert plan(config, None, 1, None).features == features
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -20,7 +20,7 @@ class VlmBuildOptions:
         encoder: released name, hub id, folder, .safetensors file, RUN or RUN@STEP
         llm: folder or hub id of a causal language model of transformers
         out: a new or empty folder
-        features: of the encoder: post-norm (its output) or pre-norm (before its last norm); null: post-norm, with tiles pre-norm
+        features: of the encoder: pre-norm (before its last norm) or post-norm (its output); null: pre-norm, of native encoders post-norm
         tiles: 2 or 3: a thumbnail and 2 x 2 or 3 x 3 tiles of an image; 1: the image only
         chat_template: Jinja file of a chat template; null: the tokenizer's own
         image_size: longest side of an image in pixels, of native encoders; null: 448

@@ -308,7 +308,7 @@ def fill_tensor(target: Tensor, weights: Weights, names: tuple[str, ...]) -> Non
 
 def check_shapes(target: Tensor, weights: Weights, names: tuple[str, ...]) -> None:
     """What :func:`fill_tensor` demands of shapes, without reading values; ``target`` may be on the meta device."""
-    for part, name in zip(target.chunk(len(names)), names):
+    for part, name in zip(target.chunk(len(names)) if len(names) > 1 else (target,), names):
         shape = weights.shape(name)
         if _squeezed(shape) != _squeezed(part.shape):
             raise UsageError(

@@ -74,7 +74,7 @@ def test_tensors(key: str, value: torch.Tensor, said: str, tmp_path: Path) -> No
         ({"num_attention_heads": True}, "num_attention_heads True, a whole number"),
         ({"num_attention_heads": 5}, "5 attention heads do not divide the width 32"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers '3', a whole number"),
-        ({"num_hidden_layers": 10**9}, "key 'trunk.blocks.3.norm_1.weight' is missing"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 in config.json"),
         ({"rms_norm_eps": None}, "rms_norm_eps None"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5'"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06"),

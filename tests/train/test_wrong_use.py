@@ -160,7 +160,10 @@ def test_loss_that_is_not_finite(data, tmp_path, capsys):
     words = ["pretrain", "--run", str(run), "--resume"]
     before = exact(run)
     model = shutil.copytree(next((run / "checkpoints").iterdir()) / "model", tmp_path / "spoiled")
-    spoil(model / "model.safetensors", "decoder.pixel_head.weight")
+    spoil(model / "model.safetensors", "decoder.pixel_head.weight", float("inf"))
+    other = [*options(data, tmp_path / "other"), "--init", str(model)]
+    assert_refused(capsys, other, "decoder.pixel_head.weight", "NaN or infinite")
+    spoil(model / "model.safetensors", "decoder.pixel_head.weight", 1e30)  # finite, but its square is not
     other = [*options(data, tmp_path / "other"), "--init", str(model)]
     line = assert_refused(capsys, other, "step 1", "non-finite", "pixel", "gradient")
     assert "text" not in line.split(";")[0]
@@ -169,11 +172,11 @@ def test_loss_that_is_not_finite(data, tmp_path, capsys):
     assert exact(run)[: len(before)] == before
 
 
-def spoil(file, key):
+def spoil(file, key, value):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
-    weights[key][0, 0] = float("inf")
+    weights[key][0, 0] = value
     save_file(weights, file)
 
 

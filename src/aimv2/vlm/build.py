@@ -75,7 +75,7 @@ def plan(config: EncoderConfig, features: str | None, tiles: int, image_size: in
     """
     native, why = config.image_size is None, ""
     wanted = features or (POST if native else PRE)
-    if tiles > 1 and wanted == POST:
+    if tiles > 1 and features == POST:
         why = f"--features {POST}: the class of transformers that takes tiles has pre-norm features; leave --features or --tiles out"
     elif tiles > 1 and native:
         why = f"--tiles {tiles}: a native encoder takes a larger image as it is; --image-size sets its side"

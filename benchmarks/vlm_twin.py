@@ -150,7 +150,14 @@ class Twin:
         own = f"{name}{label}"
         vlm, run = self.path(f"vlm-{own}"), self.path(f"run-{own}")
         if not Path(vlm, "config.json").is_file():
-            words = (self.eye(name), self.path(llm), vlm, "--seed", str(self.seed), *(build or ("--features", "post-norm")))
+            words = (
+                self.eye(name),
+                self.path(llm),
+                vlm,
+                "--seed",
+                str(self.seed),
+                *(build or ("--features", "post-norm")),
+            )
             self.command("vlm", "build", *words, log=f"run-{own}")
         if not Path(run, "summary.json").is_file():
             words = instruction(vlm, run, self.path(learn), epochs or self.budget.epochs, self.seed)

@@ -301,7 +301,7 @@ def card(about: dict[str, Any], layout: Layout, language: Language, seed: int) -
         f"- encoder: {about['encoder']}",
         f"- language model: {about['llm']}",
         f"- connector: 2 linear layers with GELU between them, PyTorch's initialization, seed {seed}",
-        f"- features: {features}. Pre-norm gave better answers on small scenes, by {BETTER} of accuracy over three seeds (docs/vlm-twin.md)",
+        f"- features: {features}. Pre-norm gave better answers on small scenes, by {BETTER} over three seeds",
         f"- images: {pixels}; at most {layout.most_tokens:,} tokens each, of a context of {about['context'] or 'unstated length'}",
         f"- image token: {IMAGE_TOKEN}, id {language.image_id}; its row in the embeddings is {row}; it is never generated",
         f"- parameters: {counts}; weights in {about['dtype']}",

@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder(root / "eyes")
     encoder(root / "eyes-native", native=True)
     language_model(root / "llm", tie_word_embeddings=True, initializer_range=0.02)
-    api.vlm_build(root / "eyes", root / "llm", root / "vlm")
+    api.vlm_build(root / "eyes", root / "llm", root / "vlm", features="post-norm")
     api.vlm_build(root / "eyes", root / "llm", root / "tiles", tiles=2)
     api.vlm_build(root / "eyes-native", root / "llm", root / "native", image_size=40)
     write_scenes(str(root / "talks"), 60, val_count=12, size=32, questions=2)

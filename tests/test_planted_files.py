@@ -71,7 +71,7 @@ def test_what_may_be_absent_is_absent_where_it_is_damaged(tmp_path: Path, conten
     (tmp_path / "checkpoints").mkdir()
     for name in ("summary.json", "metrics.jsonl", "checkpoints/best.json", "aimv2.json"):
         (tmp_path / name).write_bytes(content + b"\n")
-    assert read_summary(tmp_path) is None or content is BYTES
+    assert read_summary(tmp_path) is None
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == []
     assert read_best(tmp_path) == {}
     assert stated_classes([tmp_path / "a.tar"]) == {}
@@ -90,7 +90,7 @@ def test_one_hostile_line_costs_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [BOMB, MERGED, "a: &a [*a]", "[" * 2_000, "n: " + "9" * 5_000, "d: 2020-13-45", "a: !!int x"]
+    "text", [BOMB, MERGED, "a: &a [*a]", "[" * 100_000, "n: " + "9" * 5_000, "d: 2020-13-45", "a: !!int x"]
 )
 def test_yaml_of_others_is_read_within_limits(text: str) -> None:
     with pytest.raises(yaml.YAMLError):

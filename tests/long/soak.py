@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aimv2.train.log import read_metrics
 from aimv2.train.sealing import step_folders
-from runs import exact, metrics, options, scenes
+from runs import exact, options, scenes
 
 STEPS, EVERY = 160, 20
 LONGEST = 240.0  # seconds that a start may take to its end
@@ -66,11 +67,8 @@ class Start:
         """Waits for a line of metrics of ``step``; False where the process ended before."""
         began = time.monotonic()
         while self.process.poll() is None:
-            lines = metrics(self.run) if (self.run / "metrics.jsonl").is_file() else []
-            if lines and lines[-1]["step"] >= step:
-                return True
-            if time.monotonic() - began > LONGEST:
-                return True  # it hangs: what waits for its end says so
+            if last_step(self.run) >= step or time.monotonic() - began > LONGEST:
+                return True  # where it hangs, what waits for its end says so
             time.sleep(0.01)
         return False
 
@@ -172,7 +170,7 @@ class Soak:
     rng: random.Random
     faults: list[str]
     tried: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[int, list[str]] = field(default_factory=dict)  # by round
     rounds: int = 0
     lost: int = 0
 
@@ -199,6 +197,9 @@ class Soak:
             )
         return Start(run, ranks, process, log)
 
+    def problem(self, text: str) -> None:
+        self.problems.setdefault(self.rounds, []).append(text)
+
     def undisturbed(self, ranks: int) -> Path:
         run = self.home / f"undisturbed-{ranks}"
         if not run.exists() and (code := self.start(run, ranks, False).ended()) != 0:
@@ -214,11 +215,11 @@ class Soak:
             reached = self.fault(run, ranks, fault, number > 0, reached)
         code = self.start(run, ranks, True).ended()
         if code != 0:
-            self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): the last start ended with {code}")
+            self.problem(f"the last start ended with {code}")
         elif exact(run) != exact(whole):
-            self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): other losses")
+            self.problem("other losses")
         if found := tracebacks(run.with_suffix(".log").read_text(errors="replace")):
-            self.problems.append(f"round {self.rounds} ({', '.join(chosen)}): {found[0]} in {run}.log")
+            self.problem(f"{found[0]} in {run}.log")
         print(f"round {self.rounds}, {ranks} ranks, {', '.join(chosen)}: {self.lost} steps again so far", flush=True)
         self.rounds += 1
 
@@ -230,12 +231,12 @@ class Soak:
             act = WHILE_IT_RUNS.get(fault, WHILE_IT_RUNS["SIGTERM"])
             act(start, self.rng)
         if (code := start.ended()) is None:
-            self.problems.append(f"round {self.rounds}, {fault}: it hangs")
+            self.problem(f"{fault}: it hangs")
         elif ranks == 1 and code not in HARMLESS and fault != "worker-killed":
-            self.problems.append(f"round {self.rounds}, {fault}: exit code {code}")
+            self.problem(f"{fault}: exit code {code}")
         if fault in WHILE_IT_LIES:
             WHILE_IT_LIES[fault](run, self.rng)
-        before = max((line["step"] for line in metrics_of(run)), default=0)
+        before = last_step(run)
         saved = step_folders(run)
         self.lost += max(before - (saved[-1][0] if saved else 0), 0)
         return before
@@ -249,14 +250,9 @@ def tracebacks(text: str) -> list[str]:
     return [line for line in found if not line.startswith("torch.distributed.elastic.")]
 
 
-def metrics_of(run: Path) -> list[dict[str, int]]:
-    """The lines of metrics.jsonl that are some."""
-    found = []
-    for line in (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").is_file() else []:
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            found += [value] if isinstance(value, dict) else []
-    return found
+def last_step(run: Path) -> int:
+    """The last step that has figures, 0 without any."""
+    return max((line["step"] for line in read_metrics(run / "metrics.jsonl")[0]), default=0)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -274,14 +270,13 @@ def main(words: list[str] | None = None) -> int:
     ranks, end = [int(one) for one in given.ranks.split(",")], time.monotonic() + 60 * given.minutes
     while time.monotonic() < end and (given.rounds is None or soak.rounds < given.rounds):
         soak.round(ranks[soak.rounds % len(ranks)])
-    for problem in soak.problems:
-        print(problem)
-    wrong = len({problem.split(",")[0].split(" (")[0] for problem in soak.problems})
+    for number, problems in soak.problems.items():
+        print(f"round {number}: {'; '.join(problems)}")
     print(
         f"{soak.rounds} runs, {sum(soak.tried.values())} faults: {', '.join(f'{name} {n}' for name, n in sorted(soak.tried.items()))}"
     )
     print(
-        f"{soak.rounds - wrong} of {soak.rounds} runs ended with the losses of an undisturbed one; {soak.lost} steps trained again"
+        f"{soak.rounds - len(soak.problems)} of {soak.rounds} runs ended as an undisturbed one, with its losses; {soak.lost} steps trained again"
     )
     if given.keep is None and not soak.problems:
         shutil.rmtree(home)

@@ -101,6 +101,12 @@ def test_a_finished_run_is_verified_too(stopped: tuple[Path, Path], tmp_path: Pa
     assert (run / "checkpoints" / "damaged-step-0000006").is_dir() and exact(run) == exact(stopped[0])
 
 
+def assert_no_resume(run: Path, code: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        resume(run)
+    assert (refused.value.option, refused.value.code) == ("--resume", code)
+
+
 def test_none_is_good(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     """Never a silent start at step 0; what is there stays."""
     run = tmp_path / "run"
@@ -108,9 +114,7 @@ def test_none_is_good(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     for _, folder in step_folders(run):
         shutil.rmtree(folder / "model")
     for _ in range(2):
-        with pytest.raises(UsageError) as refused:
-            resume(run)
-        assert (refused.value.option, refused.value.code) == ("--resume", "unreadable")
+        assert_no_resume(run, "unreadable")
     assert len(list((run / "checkpoints").glob("damaged-step-*"))) == 2
 
 
@@ -134,15 +138,21 @@ def test_figures_that_can_t_be_read(
     assert exact(run) == exact(whole) and json.loads((run / "summary.json").read_text())["step"] == 6
 
 
-def test_checkpoints_that_are_gone_are_no_start_at_step_0(stopped: tuple[Path, Path], tmp_path: Path) -> None:
+def test_checkpoints_that_are_gone_are_no_start_at_step_0(
+    stopped: tuple[Path, Path], world: Any, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped[1], run)
     shutil.rmtree(run / "checkpoints")
     kept = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(UsageError) as refused:
-        resume(run)
-    assert (refused.value.option, refused.value.code) == ("--resume", "missing")
+    assert_no_resume(run, "missing")
     assert (run / "metrics.jsonl").read_bytes() == kept
+    never = (
+        tmp_path / "never"
+    )  # one that had not saved yet starts again, also where it is to save more often from now on
+    train(world.scenes, never, train__stop_at=4)
+    shutil.rmtree(never / "checkpoints")
+    assert resume(never, train__save_every=2)["step"] == 6 and exact(never) == exact(stopped[0])
 
 
 def test_a_checkpoint_without_a_list_goes_on_with_a_line(

@@ -24,7 +24,6 @@ from aimv2.interop.checks import check_sizes, check_state, refuse_adapters
 from aimv2.interop.hub import offline_if_unreachable
 from aimv2.interop.load import model_type, say_left_out
 
-# the packages without which transformers fetches a kernel
 MASKED = "vit_mae"  # its encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
 

@@ -18,6 +18,7 @@ from aimv2.interop.model_folder import CONFIG
 from aimv2.interop.shapes import read_json
 
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
+# the packages without which transformers fetches a kernel
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 COUNTS = re.compile(r"depth|(.*_)?(layers?|blocks|stages|experts)")  # of parts; what else is a whole number is a size
 UNBUILT = re.compile(r".*(token|_id|position|max|length|window|seed|theta|steps).*")  # numbers that no tensor follows

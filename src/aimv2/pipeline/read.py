@@ -137,8 +137,7 @@ def read_chain(path: str, out: str | None = None, data: str | None = None) -> Ch
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = recipe_file(path, "CHAIN").read_text()
-        tree = parse_yaml(text)
-        _check_twice(yaml.compose(text, yaml.SafeLoader))
+        tree = parse_yaml(text, _check_twice)
     except OSError as error:
         raise UsageError(f"CHAIN {path}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -148,7 +147,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
-def _check_twice(node: yaml.Node | None) -> None:
+def _check_twice(node: yaml.Node) -> None:
     """Refuses a key given twice: the first of two stages of a name would be gone without a word."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:

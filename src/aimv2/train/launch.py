@@ -267,7 +267,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
             trainer.restore(found)
             say(f"going on from step {trainer.step}")
         else:
-            prepare.check_never_saved(run, config)
+            prepare.check_never_saved(run)
             say(f"no checkpoint in {run}: starting again at step 0")
             carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
         return finish(trainer, started, trainer.seconds)

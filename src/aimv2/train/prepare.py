@@ -388,11 +388,14 @@ def drop_damaged(run: Path, world: World) -> None:
         raise UsageError(problem, option="--resume", code="unreadable")
 
 
-def check_never_saved(run: Path, config: Config) -> None:
-    """Raises UsageError where a run without checkpoints had one: its figures go past its first save."""
+def check_never_saved(run: Path) -> None:
+    """Raises UsageError where a run without checkpoints had one: its figures go past its first save, by its own configuration."""
     from aimv2.train.log import read_metrics
 
-    every, steps = config.train.save_every, [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]]
+    every, steps = (
+        parse(stored_values(run), stored=True).train.save_every,
+        [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]],
+    )
     if every and steps and max(steps) > every:
         raise UsageError(
             f"--resume: {run} has no checkpoint, but metrics.jsonl goes to step {max(steps):,} and the run saved every {every:,} steps "

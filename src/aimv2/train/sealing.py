@@ -87,8 +87,6 @@ def listed(folder: Path) -> dict[str, dict[str, Any]] | None:
         about = parse_json((folder / LIST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     files = about.get("files") if isinstance(about, dict) else None
     if not isinstance(files, dict) or not all(
         isinstance(one, dict) and isinstance(one.get("size"), int) and isinstance(one.get("sha256"), str)

@@ -145,17 +145,18 @@ def import_data(
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
     columns = Columns(image_column, tuple(named) if named else None)
-    root = image_root_of(image_root)
-    about = SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
+    about = SourceOptions(
+        captions, columns, template, split, out.resolve(), class_folders, image_root_of(image_root), no_captions
+    )
     opened = (open_boxes if boxes else open_conversations if conversations else open_source)(source, about)
     chooser, is_val = choose_val(source, opened, val_fraction, val_list)
     plan = Plan(opened, is_val, shard_size)
     _prepare(out, options)
-    wanted = (os.cpu_count() or 1) if workers is None else workers
-    notes = _run(plan, opened, out, image_options, min(wanted, 8) if workers is None else wanted, progress)
+    workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+    notes = _run(plan, opened, out, image_options, workers, progress)
     chooser.check_matched(source, val_list, out)
-    result = _finish(out, notes, plan.rejects, opened, options)
-    return {"out": str(out), **result, "seconds": round(time.monotonic() - started, 2)}
+    counts = _finish(out, notes, plan.rejects, opened, options)
+    return {"out": str(out), **counts, "seconds": round(time.monotonic() - started, 2)}
 
 
 def _column_names(given: str | list[str] | None) -> list[str] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import re
@@ -276,7 +275,7 @@ def main(words: list[str] | None = None) -> int:
         f"{soak.rounds} runs, {sum(soak.tried.values())} faults: {', '.join(f'{name} {n}' for name, n in sorted(soak.tried.items()))}"
     )
     print(
-        f"{soak.rounds - len(soak.problems)} of {soak.rounds} runs ended as an undisturbed one, with its losses; {soak.lost} steps trained again"
+        f"{soak.rounds - len(soak.problems)} of {soak.rounds} runs ended with the losses of an undisturbed one; {soak.lost} steps again"
     )
     if given.keep is None and not soak.problems:
         shutil.rmtree(home)

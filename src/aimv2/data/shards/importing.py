@@ -127,8 +127,7 @@ def import_data(
     Raises:
         UsageError: nothing to import, or no place for it.
     """
-    started = time.monotonic()
-    out = Path(out).expanduser()
+    started, out = time.monotonic(), Path(out).expanduser()
     named = _column_names(caption_column)
     image_options = ImageOptions(max_side, max_pixels, quality)
     options = {
@@ -144,16 +143,14 @@ def import_data(
     val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
-    columns = Columns(image_column, tuple(named) if named else None)
-    about = SourceOptions(
-        captions, columns, template, split, out.resolve(), class_folders, image_root_of(image_root), no_captions
-    )
+    columns, root = Columns(image_column, tuple(named) if named else None), image_root_of(image_root)
+    about = SourceOptions(captions, columns, template, split, out.resolve(), class_folders, root, no_captions)
     opened = (open_boxes if boxes else open_conversations if conversations else open_source)(source, about)
     chooser, is_val = choose_val(source, opened, val_fraction, val_list)
     plan = Plan(opened, is_val, shard_size)
     _prepare(out, options)
-    workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-    notes = _run(plan, opened, out, image_options, workers, progress)
+    count = min(os.cpu_count() or 1, 8) if workers is None else workers
+    notes = _run(plan, opened, out, image_options, count, progress)
     chooser.check_matched(source, val_list, out)
     counts = _finish(out, notes, plan.rejects, opened, options)
     return {"out": str(out), **counts, "seconds": round(time.monotonic() - started, 2)}

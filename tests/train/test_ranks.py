@@ -1,5 +1,7 @@
 """One rank equals many: the same product of ranks and workers gives the same batches, gradients and losses."""
 
+import time
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from aimv2.batch import make_batch, split_batch
 from aimv2.config.schema import Config
 from aimv2.distributed import World, join_world
 from aimv2.models.create import create_model
+from aimv2.train import plain_state
+from aimv2.train.checkpoint import save_checkpoint, step_folder
+from aimv2.train.sealing import faults, listed
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks
 from runs import exact, metrics, need_ranks, options, torchrun, train
@@ -63,6 +68,38 @@ def test_mistake_under_torchrun_is_said_once(data, tmp_path):
         "error: train.batch_size 7 does not divide by 2 ranks x 1 data workers; change train.batch_size or data.workers"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def save_slowly(run):
+    """Rank 1 writes as safetensors does, into a passing file that it renames, and only ends once rank 0 has written all of its own."""
+    world, write = join_world(), plain_state.write_state
+
+    def slow(stem, value):
+        passing = stem.with_name(f".tmp-{stem.name}")
+        write(passing, value)
+        limit = time.monotonic() + 60
+        while world.rank == 1 and not stem.with_name("trainer.json").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        time.sleep(0.5 * world.rank)
+        for part in stem.parent.glob(f"{passing.name}.*"):
+            part.rename(part.with_name(part.name.removeprefix(".tmp-")))
+
+    plain_state.write_state = slow
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    write_model = lambda folder, full: folder.mkdir()  # noqa: E731
+    save_checkpoint(run, 1, model, optimizer, {"step": 1}, {"draw": torch.arange(9)}, write_model, world, 0)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_writes_slowly_leaves_a_good_checkpoint(tmp_path):
+    """A list that is made while another rank writes would name files that go away."""
+    need_ranks(2)
+    call_on_ranks(2, save_slowly, tmp_path)
+    folder = step_folder(tmp_path, 1)
+    ranks = [f"state/rank-{rank:05d}.{ending}" for rank in (0, 1) for ending in ("json", "safetensors")]
+    assert {*ranks, "state/.metadata", "state/trainer.json"} <= listed(folder).keys()
+    assert faults(folder) == []
 
 
 def pairs():

@@ -98,10 +98,15 @@ def save_checkpoint(
         if world.main:
             write_model(aside / "model", full)  # type: ignore[arg-type]  # every value is a tensor
             (aside / "state" / "trainer.json").write_text(json.dumps(about))
-        seal_part(aside, world.rank, written_by(aside, world.rank))
     except (Exception, CheckpointException) as error:  # DCP wraps what the disk said; its error is no Exception
         failure = _reason(error)
-    failed = any_failed(failure, world)
+    failed = any_failed(failure, world)  # no rank lists files while another one writes: its writer's passing files would be listed
+    if not failed:
+        try:
+            seal_part(aside, world.rank, written_by(aside, world.rank))
+        except OSError as error:
+            failure = _reason(error)
+        failed = any_failed(failure, world)
     if world.main and not failed:
         try:
             seal(aside, final, world.size)

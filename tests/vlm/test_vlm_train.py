@@ -44,6 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder(root / "eyes-native", native=True)
     language_model(root / "llm", tie_word_embeddings=True, initializer_range=0.02)
     api.vlm_build(root / "eyes", root / "llm", root / "vlm", features="post-norm")
+    api.vlm_build(root / "eyes", root / "llm", root / "plain")
     api.vlm_build(root / "eyes", root / "llm", root / "tiles", tiles=2)
     api.vlm_build(root / "eyes-native", root / "llm", root / "native", image_size=40)
     write_scenes(str(root / "talks"), 60, val_count=12, size=32, questions=2)
@@ -199,15 +200,22 @@ def test_two_processes_equal_one(data: str, root: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(second[name], value, rtol=2e-3, atol=2e-5)
 
 
-def test_low_rank_updates_are_merged(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vlm", ["vlm", "plain"])
+def test_low_rank_updates_are_merged(vlm: str, root: Path, tmp_path: Path) -> None:
+    """``plain`` has the features and the names of transformers' own Llava: its encoder's layers are adapted no more than the other's."""
     pytest.importorskip("peft")
-    run = train(root, tmp_path / "run", optim__lora=2, train__steps=2, eval__every=0)
-    before, after = weights(root / "vlm"), weights(folder_of(run, 2))
+    kind = {"vlm": "deepseek_vl", "plain": "llava"}[vlm]
+    assert json.loads((root / vlm / "config.json").read_text())["model_type"] == kind
+    run = train(root, tmp_path / "run", vlm, optim__lora=2, train__steps=2, eval__every=0)
+    before, after = weights(root / vlm), weights(folder_of(run, 2))
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert all((".layers." in name and "_proj" in name) or ".aligner." in name for name in moved)
+    assert all(
+        (".layers." in name and "_proj" in name) or "aligner." in name or "_projector." in name for name in moved
+    )
+    assert not any("vision" in name for name in moved)
     ranks = {
-        torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3).item() for name in moved if "_proj" in name
+        torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3).item() for name in moved if "_proj." in name
     }
     assert ranks == {2}
 
@@ -218,10 +226,15 @@ def test_other_images_and_captions_train(vlm: str, data: str, root: Path, tmp_pa
     assert metrics(run)[-1]["val_answer_loss"] > 0
 
 
-def test_an_encoder_that_learns(root: Path, tmp_path: Path) -> None:
-    run = train(root, tmp_path / "run", train__steps=2, eval__every=0, objective__freeze=False)
-    before, after = weights(root / "vlm"), weights(folder_of(run, 2))
-    assert not any(torch.equal(before[name], after[name]) for name in before if ".fc1." in name)
+@pytest.mark.parametrize(("vlm", "freeze"), [("vlm", False), ("plain", False), ("plain", True)])
+def test_an_encoder_learns_where_it_may(vlm: str, freeze: bool, root: Path, tmp_path: Path) -> None:
+    run = train(root, tmp_path / "run", vlm, train__steps=2, eval__every=0, objective__freeze=freeze)
+    before, after = weights(root / vlm), weights(folder_of(run, 2))
+    eyes = {name for name in before if "vision" in name}
+    learned = {name for name in eyes if not torch.equal(before[name], after[name])}
+    weighty = {name for name in eyes if name.endswith(("fc1.weight", "gate_proj.weight"))}
+    assert weighty
+    assert learned == set() if freeze else learned >= weighty
 
 
 # Table C1: learning rate of the language model, batch, warm-up, iterations; and the GPUs that the header names

@@ -100,7 +100,8 @@ def save_checkpoint(
             (aside / "state" / "trainer.json").write_text(json.dumps(about))
     except (Exception, CheckpointException) as error:  # DCP wraps what the disk said; its error is no Exception
         failure = _reason(error)
-    failed = any_failed(failure, world)  # no rank lists files while another one writes: its writer's passing files would be listed
+    # no rank lists files while another one writes: its writer's passing files would be listed
+    failed = any_failed(failure, world)
     if not failed:
         try:
             seal_part(aside, world.rank, written_by(aside, world.rank))

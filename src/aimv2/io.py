@@ -112,7 +112,11 @@ def git_state(folder: Path | None = None) -> str | None:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=False
+                ["git", "-c", "core.fsmonitor=false", "-C", str(home), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.SubprocessError):
             return None

@@ -62,7 +62,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         from aimv2.interop.backbone import Aimv2Backbone
 
         with quiet():
-            model = Aimv2Backbone.from_pretrained(at.folder)
+            model = Aimv2Backbone.from_pretrained(at.folder, trust_remote_code=False, use_safetensors=True)
     more: dict[str, Any] = {}
     if to == "openvino":
         more["precision"] = options.precision or "fp32"

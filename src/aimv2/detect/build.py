@@ -17,6 +17,7 @@ from aimv2.config.detect import LEVELS, QUERIES, DetectTaskOptions
 from aimv2.data.text.phrases import check_tokenizer
 from aimv2.detect.model import Detector
 from aimv2.errors import UsageError
+from aimv2.interop.plain import open_plain
 from aimv2.models.sizes import EncoderConfig
 
 ABOUT = "detector.json"  # next to transformers' own config.json
@@ -73,7 +74,7 @@ def backbone_config(options: DetectTaskOptions, encoder: EncoderConfig) -> Any:
 
 def text_config(options: DetectTaskOptions, tokenizer: Any) -> Any:
     """The BERT that reads the words."""
-    from transformers import AutoConfig, BertConfig
+    from transformers import BertConfig
 
     if options.text is None:
         return BertConfig(
@@ -81,7 +82,7 @@ def text_config(options: DetectTaskOptions, tokenizer: Any) -> Any:
             num_attention_heads=heads(options.width), intermediate_size=4 * options.width, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, max_position_embeddings=TEXT_LIMIT, pad_token_id=0,
         )  # fmt: skip
-    config = AutoConfig.from_pretrained(options.text)
+    config = open_plain("AutoConfig", options.text)
     if config.model_type != "bert" or config.max_position_embeddings < TEXT_LIMIT:
         raise UsageError(
             f"objective.text {options.text}: a BERT of at least {TEXT_LIMIT} positions is expected, got {config.model_type}",
@@ -178,7 +179,7 @@ def build_detector(options: DetectTaskOptions, config: Any) -> Detector:
     net = getattr(transformers, CLASSES[options.head])(config)
     first_weights(net)
     if options.head == "grounding" and options.text is not None:
-        tower = transformers.BertModel.from_pretrained(options.text, add_pooling_layer=False, use_safetensors=True)
+        tower = open_plain("BertModel", options.text, add_pooling_layer=False)
         net.model.text_backbone.load_state_dict(tower.state_dict())
     return Detector(options.head, net).float()
 
@@ -225,10 +226,8 @@ def get_tokenizer(source: str | Path) -> Any:
     Raises:
         UsageError: none there, or one whose ids MM-Grounding-DINO does not find phrases by.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = open_plain("AutoTokenizer", source)
     except (OSError, ValueError) as error:
         line = str(error).split("\n")[0]
         raise UsageError(

@@ -25,8 +25,9 @@ from aimv2.data.text.phrases import Prompts, phrase_numbers
 from aimv2.detect.build import ABOUT, CLASSES, TEXT_LIMIT, get_tokenizer
 from aimv2.detect.model import Detector, Predictions, corners
 from aimv2.errors import UsageError
-from aimv2.interop.checks import check_sizes, check_state
+from aimv2.interop.checks import check_sizes, check_state, refuse_adapters
 from aimv2.interop.model_folder import find_model
+from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import read_json
 
 MOST = 300  # detections of a picture that are kept
@@ -164,8 +165,6 @@ def open_detector(source: str | Path, device: str | torch.device = "cpu", option
     Raises:
         UsageError: nothing there, or no detector.
     """
-    import transformers
-
     try:
         folder = find_model(source)
     except UsageError as error:
@@ -184,8 +183,9 @@ def open_detector(source: str | Path, device: str | torch.device = "cpu", option
             option=option,
             code="unreadable",
         )
+    refuse_adapters(f"{option} {source}", folder)
     check_sizes(f"{option} {source}", folder)
-    net = getattr(transformers, CLASSES[about["head"]]).from_pretrained(folder, dtype=torch.float32)
+    net = open_plain(CLASSES[about["head"]], folder, dtype=torch.float32)
     check_state(net.state_dict(), f"{option} {source}")
     prompts = Prompts(get_tokenizer(folder), TEXT_LIMIT) if about["head"] == "grounding" else None
     model = Detector(about["head"], net).to(device).eval()

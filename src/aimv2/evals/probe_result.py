@@ -260,12 +260,13 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, style
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(range(len(found)), [100 * value for value in found.values()], marker="o")
-    axes.set_xticks(range(len(found)), list(found), rotation=60 if len(found) > 12 else 0)
-    axes.set(xlabel="layer", ylabel="top-1, %", title=f"probe by layer, {name}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with style.context("default"):  # a matplotlibrc of the working folder could run LaTeX
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        axes.plot(range(len(found)), [100 * value for value in found.values()], marker="o")
+        axes.set_xticks(range(len(found)), list(found), rotation=60 if len(found) > 12 else 0)
+        axes.set(xlabel="layer", ylabel="top-1, %", title=f"probe by layer, {name}")
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)

@@ -26,6 +26,7 @@ from aimv2.features.fingerprint import weights_hash
 from aimv2.features.foreign import is_foreign, open_transformers, probe_image, settle
 from aimv2.features.frozen import refuse_stats
 from aimv2.features.pixels import Processing, Stats, about, read_processor, refuse_other_inputs
+from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import processor_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.likelihood import log_likelihood, read_images, tokenize
@@ -208,13 +209,11 @@ class TransformersPair:
 
     def __init__(self, model: Any, folder: Path, how: Processing) -> None:
         """Raises ValueError for a folder without a tokenizer, or whose image processor can't be had here."""
-        from transformers import AutoTokenizer
-
         self.model, self.file = model, processor_file(folder)
         self.how, self.side, self.processor = how
         if self.file is not None and self.processor is None:
             raise ValueError(f"the image processor of its {self.file.name} can't be opened here")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer = open_plain("AutoTokenizer", folder)
         if not any((folder / name).is_file() for name in self.tokenizer.vocab_files_names.values()):
             raise ValueError("no tokenizer with the weights")  # transformers makes an empty one
         self.siglip = model.config.model_type.startswith("siglip")

@@ -23,6 +23,7 @@ from aimv2.interop import layouts
 from aimv2.interop.checks import check_sizes, check_state, refuse_adapters
 from aimv2.interop.hub import offline_if_unreachable
 from aimv2.interop.load import model_type, say_left_out
+from aimv2.interop.plain import open_plain
 
 MASKED = "vit_mae"  # its encoder masks its own input
 Outputs = Callable[[], Sequence[Tensor]]
@@ -54,20 +55,12 @@ def open_transformers(
     Raises:
         UsageError: it can't be opened; the folder holds an adapter, code to fetch, or more blocks than the model has.
     """
-    refuse_adapters(source, folder)
+    refuse_adapters(f"MODEL {source}", folder)
     check_sizes(f"MODEL {source}", folder)
-    import transformers
 
     def read(**more: Any) -> Any:
-        return getattr(transformers, auto).from_pretrained(
-            folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **more,
-        )
+        # sizes that do not match are refused below, by name
+        return open_plain(auto, folder, ignore_mismatched_sizes=True, output_loading_info=True, **more)
 
     try:
         with quiet():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import CONFIG, MOST
+from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import PROCESSORS, processor_file, read_image_processor
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD
 
@@ -226,15 +227,11 @@ def former_pixels(folder: Path) -> Pixels:
 
 def _open(folder: Path) -> Any:
     """The processor, with the defaults of its class; None where it needs torchvision, or is unknown."""
-    from transformers import AutoImageProcessor
-
     try:
         with quiet(), TemporaryDirectory() as clean:  # its settings in the one form that transformers reads
             (Path(clean) / PROCESSORS[1]).write_text(json.dumps(read_image_processor(folder)))
             shutil.copy(folder / CONFIG, clean)
-            return AutoImageProcessor.from_pretrained(
-                clean, backend="pil", trust_remote_code=False, local_files_only=True
-            )
+            return open_plain("AutoImageProcessor", clean, backend="pil")
     except Exception:  # then only the file is used
         return None
 

@@ -68,7 +68,7 @@ class RaggedWriter:
 
 def open_ragged(folder: Path, layers: Sequence[str], width: int, count: int) -> list[Ragged]:
     """The first ``count`` images that a :class:`RaggedWriter` left."""
-    lengths = np.load(folder / LENGTHS, mmap_mode="r")[:count]
+    lengths = np.load(folder / LENGTHS, mmap_mode="r", allow_pickle=False)[:count]
     shape = (int(lengths.sum()), width)
     return [Ragged(np.memmap(_file(folder, name), KIND, "r", shape=shape), lengths) for name in layers]
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aimv2.errors import UsageError
+from aimv2.interop.hub import INDEX, indexed_files
 from aimv2.interop.model_folder import CONFIG
 from aimv2.interop.shapes import read_json
 
@@ -84,19 +85,28 @@ def check_state(state: dict[str, Tensor], where: str, skip: Iterable[str] = ()) 
             check_finite(tensor, f"{where}: {name}")
 
 
-def refuse_adapters(source: str, folder: Path) -> None:
+def refuse_adapters(where: str, folder: Path) -> None:
     """Looks at the configuration of a model of transformers.
 
     Raises:
-        UsageError: an adapter, which would be ignored or fetch another model; attention code that would be downloaded.
+        UsageError: an adapter, which would be ignored or fetch another model; weights that are no safetensors or elsewhere;
+            attention code that would be downloaded.
     """
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
-            f"MODEL {source}: an adapter (adapter_config.json) on another model; merge the two and save the whole model",
+            f"{where}: an adapter (adapter_config.json) on another model; merge the two and save the whole model",
             code="unsupported",
         )
+    for name in indexed_files(folder) if (folder / INDEX).is_file() else ():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(
+                f"{where}: {INDEX} names {name}; .safetensors files of the same folder expected", code="unsupported"
+            )
 
     def nested(value: Any) -> Iterator[Any]:
+        if isinstance(value, list):
+            for one in value:
+                yield from nested(one)
         if isinstance(value, dict):
             for key, one in value.items():
                 if key in ("attn_implementation", "_attn_implementation"):
@@ -108,7 +118,7 @@ def refuse_adapters(source: str, folder: Path) -> None:
     for name in nested(read_json(folder / CONFIG)):
         if name is not None and name not in (*ATTENTION, *installed):
             raise UsageError(
-                f"MODEL {source}: its config.json requires the attention '{name}', code that is not installed here; "
+                f"{where}: its config.json requires the attention '{name}', code that is not installed here; "
                 f"one of {', '.join((*ATTENTION, *installed))} expected",
                 code="unknown",
             )

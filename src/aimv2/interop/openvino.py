@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2.errors import UsageError, nearest, need
+from aimv2.errors import UsageError, first_line, nearest, need
 from aimv2.interop.onnx import FEATURES, INPUT, POOLED, Exported, example, image_encoder
 from aimv2.interop.shapes import read_json, three
 from aimv2.models.sizes import NATIVE_PATCHES, EncoderConfig, wrong_image_dtype
@@ -111,7 +111,12 @@ class OpenVINOEncoder:
         options["INFERENCE_PRECISION_HINT"] = "bf16" if self.about["precision"] == "bf16" else "f32"
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
-        self.run = openvino.Core().compile_model(path / FILE, "CPU", options)
+        try:
+            self.run = openvino.Core().compile_model(path / FILE, "CPU", options)
+        except Exception as error:  # of its C++ part
+            raise UsageError(
+                f"MODEL {folder}: OpenVINO can't open {FILE}: {first_line(error)}", code="unreadable"
+            ) from None
         self.mean, self.std = (torch.tensor(part).view(1, 3, 1, 1) for part in (self.config.mean, self.config.std))
 
     def __reduce__(self) -> tuple[Any, ...]:

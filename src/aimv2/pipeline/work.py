@@ -249,7 +249,7 @@ class Worker:
             UsageError: it failed.
             Interrupted: it was stopped.
         """
-        command = [sys.executable, "-m", "aimv2", *words, "--json"]
+        command = [sys.executable, "-P", "-m", "aimv2", *words, "--json"]
         self.child = child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", start_new_session=True, pass_fds=(self.lock,),

@@ -285,24 +285,28 @@ def _short(value: float) -> str:
 
 def draw_png(panels: Sequence[Panel], file: Path) -> None:
     """Draw all panels as one PNG, for documents."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    columns = 2 if len(panels) > 1 else 1
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")
-    for number, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, number + 1)
-        for line in panel.lines:
-            form = {"train": "-", "held-out": "o-", "level": "--"}[line.style]
-            label = line.label or None
-            axes.plot(line.steps, line.values, form, color=f"C{line.colour}", label=label, linewidth=1.3, markersize=3)
-        values = [v for line in panel.lines for v in line.values if math.isfinite(v)]
-        if panel.log and values and min(values) > 0 and max(values) > WIDE * min(values):
-            axes.set_yscale("log")
-        axes.set_title(panel.title, fontsize=9)
-        axes.set_xlabel("step", fontsize=7)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        if any(line.label for line in panel.lines):
-            axes.legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    with style.context("default"):  # a matplotlibrc of the working folder could run LaTeX
+        columns = 2 if len(panels) > 1 else 1
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")
+        for number, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            for line in panel.lines:
+                form = {"train": "-", "held-out": "o-", "level": "--"}[line.style]
+                label = line.label or None
+                axes.plot(
+                    line.steps, line.values, form, color=f"C{line.colour}", label=label, linewidth=1.3, markersize=3
+                )
+            values = [v for line in panel.lines for v in line.values if math.isfinite(v)]
+            if panel.log and values and min(values) > 0 and max(values) > WIDE * min(values):
+                axes.set_yscale("log")
+            axes.set_title(panel.title, fontsize=9)
+            axes.set_xlabel("step", fontsize=7)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+            if any(line.label for line in panel.lines):
+                axes.legend(fontsize=7)
+        figure.savefig(file, dpi=110)

@@ -47,6 +47,7 @@ from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.load import encoder_shape
 from aimv2.interop.model_folder import find_model
+from aimv2.interop.plain import open_plain
 from aimv2.io import say
 from aimv2.models.groups import parameter_groups
 from aimv2.models.init import init_weights
@@ -112,9 +113,7 @@ class Detect(Task):
         from dataclasses import replace
 
         if is_detector(self.config.init):
-            from transformers import AutoConfig
-
-            stored = AutoConfig.from_pretrained(find_model(self.config.init))
+            stored = open_plain("AutoConfig", find_model(self.config.init))
             return stored.backbone_config.shape
         return replace(encoder_shape(self.config.init), pool_heads=0)
 
@@ -264,10 +263,8 @@ class Detect(Task):
         return model
 
     def stored_shape(self) -> EncoderConfig:
-        from transformers import AutoConfig
-
         assert self.home is not None
-        return AutoConfig.from_pretrained(self.home).backbone_config.shape
+        return open_plain("AutoConfig", self.home).backbone_config.shape
 
     def first_pictures(self, encoder: EncoderConfig) -> Tensor:
         """The first training pictures as they are: uint8 [B, 3, S, S], equal on every rank."""

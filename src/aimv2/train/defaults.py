@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from aimv2.config.schema import Config
+from aimv2.data.images.decode import FORMATS
 from aimv2.data.stream.samples import image_bytes
 from aimv2.models.flops import step_flops
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
@@ -54,7 +55,7 @@ def median_side(samples: list[dict[str, bytes]]) -> float:
     sides = []
     for sample in samples[:64]:
         try:
-            sides.append(min(Image.open(io.BytesIO(image_bytes(sample))).size))
+            sides.append(min(Image.open(io.BytesIO(image_bytes(sample)), formats=FORMATS).size))
         except (OSError, ValueError):
             continue
     return median(sides) if sides else 224

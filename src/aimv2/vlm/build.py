@@ -191,7 +191,7 @@ def assemble(encoder: VisionEncoder, language: Language, layout: Layout, seed: i
     if head.weight is llm.get_input_embeddings().weight and not config.tie_word_embeddings:
         head = deepcopy(head)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     inner = model.model
     if type(inner.language_model) is not type(llm.base_model):
         what = f"{type(llm).__name__} is not a {type(inner.language_model).__name__} and a head"

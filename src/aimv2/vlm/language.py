@@ -15,6 +15,7 @@ from aimv2.errors import UsageError, first_line
 from aimv2.features.foreign import open_transformers
 from aimv2.features.pixels import quiet
 from aimv2.interop import load
+from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import read_json
 
 IMAGE_TOKEN = "<image>"
@@ -152,11 +153,9 @@ def probe_ids(model: Any) -> Tensor:
 
 def open_tokenizer(source: str, folder: Path) -> Any:
     """The tokenizer, padding on the left, as generation in batches needs it."""
-    from transformers import AutoTokenizer
-
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = open_plain("AutoTokenizer", folder)
     except Exception as error:  # of the file system, of a configuration, code that would have to run
         why = f"its tokenizer can't be opened ({first_line(error)})"
         raise UsageError(f"LLM {source}: {why}", code="unreadable") from None

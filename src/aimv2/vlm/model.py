@@ -17,6 +17,7 @@ from aimv2.errors import UsageError, first_line
 from aimv2.features.foreign import open_transformers
 from aimv2.features.pixels import quiet
 from aimv2.interop import layouts, load
+from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import normalization, read_json
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
@@ -158,11 +159,9 @@ def open_processor(folder: Path, option: str = "VLM") -> Any:
     Raises:
         UsageError: it can't be opened.
     """
-    from transformers import AutoProcessor
-
     try:
         with quiet():
-            return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True, backend="pil")
+            return open_plain("AutoProcessor", folder, backend="pil")
     except Exception as error:  # of the file system, of a configuration
         raise UsageError(
             f"{option} {folder}: its processor can't be opened ({first_line(error)})", code="unreadable"

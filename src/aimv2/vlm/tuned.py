@@ -16,6 +16,7 @@ from aimv2.batch import Batch
 from aimv2.errors import UsageError
 from aimv2.features.pixels import quiet
 from aimv2.interop import convert, layouts
+from aimv2.interop.plain import open_plain
 from aimv2.models.decoder import summed_cross_entropy
 from aimv2.vlm.model import VisionLanguage, open_processor, open_vlm
 
@@ -133,11 +134,9 @@ class FolderWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, GenerationConfig
-
         self.folder, self.processor = folder, open_processor(folder)
-        self.config = AutoConfig.from_pretrained(folder)
-        self.generation = GenerationConfig.from_pretrained(folder)
+        self.config = open_plain("AutoConfig", folder)
+        self.generation = open_plain("GenerationConfig", folder)
 
     def write(self, folder: Path, model: TunedVisionLanguage, weights: dict[str, Tensor]) -> None:
         """The folder of the ``weights`` of ``model``, by its names; the low-rank updates are merged in them already."""
@@ -145,7 +144,10 @@ class FolderWriter:
 
         dtype = self.config.dtype or torch.float32
         with torch.device("meta"):
-            plain = AutoModelForImageTextToText.from_config(deepcopy(self.config))  # saving changes it
+            plain = AutoModelForImageTextToText.from_config(
+                deepcopy(self.config),
+                trust_remote_code=False,  # a copy: saving changes it
+            )
         inner = plain.model
         names = {
             "language.": "model.language_model.",

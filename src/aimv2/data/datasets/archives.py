@@ -25,7 +25,7 @@ from aimv2.data.images.forms import (
     split_folders,
     wrong,
 )
-from aimv2.data.images.readers import HDF5Images, ImageFiles
+from aimv2.data.images.readers import HDF5Images, ImageFiles, own_set
 from aimv2.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -228,8 +228,8 @@ def _list_pcam(x: Path, source: str) -> Listed:
         raise _packed(y, source) if y.with_name(f"{y.name}.gz").is_file() else wrong(source, f"{y.name} is missing")
     try:
         with h5py.File(x, "r") as images, h5py.File(y, "r") as labels:
-            shape, kind = images["x"].shape, images["x"].dtype
-            found = np.asarray(labels["y"]).reshape(-1).astype(np.int64)
+            shape, kind = own_set(images, "x").shape, images["x"].dtype
+            found = np.asarray(own_set(labels, "y")).reshape(-1).astype(np.int64)
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise wrong(source, f"{x.name} or {y.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if len(shape) != 4 or shape[0] != len(found) or shape[3] != 3 or kind != np.uint8:

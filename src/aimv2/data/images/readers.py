@@ -197,6 +197,18 @@ class ImageArrays:
         return hashlib.sha256(np.ascontiguousarray(self.pixels).data).hexdigest()
 
 
+def own_set(file: Any, name: str) -> Any:
+    """A data set of an open HDF5 file.
+
+    Raises:
+        ValueError: it lies in another file, which HDF5 lets it name: any file of this machine could be shown as an image.
+    """
+    found = file[name]
+    if found.file.filename != file.filename or found.external or found.is_virtual:
+        raise ValueError(f"{name} lies in another file")
+    return found
+
+
 class HDF5Images:
     """Images of a data set ``x`` [N, H, W, 3] in an HDF5 file, which each process opens for itself.
 
@@ -219,7 +231,7 @@ class HDF5Images:
         try:
             held = self._open
             if held is None or held[0] != os.getpid():
-                held = self._open = os.getpid(), h5py.File(self.path, "r")["x"]
+                held = self._open = os.getpid(), own_set(h5py.File(self.path, "r"), "x")
             return Image.fromarray(held[1][row])
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise ImageError(f"cannot be read: {error}") from None

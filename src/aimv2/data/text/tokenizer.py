@@ -170,10 +170,10 @@ def _from_file(path: Path, config: Path | None, source: str, option: str) -> Tok
 
 
 def _from_transformers(where: str, source: str, option: str, offline: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from aimv2.interop.plain import open_plain
 
     try:
-        loaded = AutoTokenizer.from_pretrained(where, local_files_only=offline, trust_remote_code=False)
+        loaded = open_plain("AutoTokenizer", where, local_files_only=offline)
     except Exception as error:  # OSError, ValueError, ImportError of a missing backend, ...
         raise _refuse(source, option, first_line(error)) from error
     backend = getattr(loaded, "backend_tokenizer", None) or loaded

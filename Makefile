@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo check test test-long soak versions bench docs lint setup clean
+.PHONY: demo check test test-long soak fuzz versions bench docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,10 @@ MINUTES ?= 30
 SEED ?= 0
 soak: setup
 	$(BIN)/python tests/long/soak.py --minutes $(MINUTES) --seed $(SEED)
+
+# files that are spoiled at random, under every reader: make fuzz MINUTES=30 SEED=0
+fuzz: setup
+	$(BIN)/python tests/long/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 # another Python or torch: make versions PYTHON=python3.14 TORCH=2.14.1
 TORCH ?= 2.13.0

@@ -137,3 +137,10 @@ def test_members_of_tars(tmp_path: Path) -> None:
 
 
 # ---- options ----
+
+
+def test_a_word_without_an_end_takes_no_longer_than_its_letters(tmp_path: Path) -> None:
+    """A search that began anew at each letter took minutes."""
+    (tmp_path / "captions.txt").write_bytes(b"a" * 400_000 + b"\xff\xfe\xfd")
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        list(read_captions(str(tmp_path / "captions.txt")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 import re
@@ -26,7 +27,7 @@ from aimv2.data.images.box_rows import (
 from aimv2.data.images.catalogue import is_image
 from aimv2.data.images.entries import PlannedSource, RowError
 from aimv2.data.images.sources import SourceOptions
-from aimv2.data.text.encoding import text_lines
+from aimv2.data.text.encoding import NotText, text_lines
 from aimv2.errors import UsageError, first_line, nearest
 from aimv2.io import parse_json, parse_yaml
 
@@ -269,7 +270,10 @@ def _check_labels(files: list[Path], most: int = 200) -> None:
     Raises:
         UsageError: more than a tenth of the numbers are above 1.
     """
-    sides = [side for file in files[:most] for line in text_lines(file) for side in _numbers(line)[1:]]
+    sides: list[float] = []
+    for file in files[:most]:
+        with contextlib.suppress(NotText, OSError):  # counted when its picture is read
+            sides += (side for line in text_lines(file) for side in _numbers(line)[1:])
     if sides and sum(side > 1.5 for side in sides) > 0.1 * len(sides):
         raise UsageError(
             f"SOURCE: labels such as {files[0].name} are not fractions: YOLO's are class, x and y of the centre, width, height, all"

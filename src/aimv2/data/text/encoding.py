@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
+from aimv2.errors import UsageError
 from aimv2.io import POINTER, is_pointer
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ _STRANGE = re.compile(
     rf"[{_UPPER}{_LOWER}][¢-¨ª¬¯-º¼-¾]|(?<![{_ANY}])[¤¦¨ª¬¯´¶¸¹](?=[a-z])|”(?=\w)|[¿¡](?=[À-ÿ])[^áéíóúñÁÉÍÓÚÑ]"
 )
 _TURNED = re.compile(r"(?<![^\s,])“(?=\s|$)")
-_JOINED = re.compile(rf"([{_SMALL}]+)[–—…](?=([{_SMALL}]+))")  # two words, or another encoding's letter in one
+_JOINED = re.compile(
+    rf"(?<![{_SMALL}])([{_SMALL}]+)[–—…](?=([{_SMALL}]+))"
+)  # two words, or another encoding's letter in one
 _SHORT = frozenset(
     ["a", "an", "as", "at", "be", "by", "he", "if", "in", "is", "it", "my", "no", "of", "on", "so", "to", "we"]
 )
@@ -89,8 +92,8 @@ _ENGLISH = frozenset(
 _BORROWED = [known for known, _ in _LANGUAGES if "þ" not in known]  # English has words of all of them
 
 
-class NotText(UnicodeError):
-    """Bytes that are no text in an encoding known here."""
+class NotText(UsageError, UnicodeError):
+    """Bytes that are no text in an encoding known here: one line wherever nobody counts it."""
 
 
 def decode_text(raw: bytes, name: str, said: str | None = None) -> str:

@@ -172,15 +172,19 @@ class Album:
             RequestError: see :meth:`image`.
         """
         if number not in self.thumbnails:
-            small = self._decoded(number, THUMBNAIL).copy()
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            file = io.BytesIO()
-            small.save(file, "PNG")
-            self.thumbnails[number] = file.getvalue()
+            self.thumbnails[number] = small_png(self._decoded(number, THUMBNAIL))
         return self.thumbnails[number]
 
-    def upload(self, content: bytes, name: str, tab: str = "") -> Entry:
+    def upload(
+        self, content: bytes, name: str, tab: str = "", decoded: tuple[Image.Image, bytes] | None = None
+    ) -> Entry:
         """Add an encoded image; one that the tab has added before is not added again.
+
+        Args:
+            content: the file.
+            name: for the list.
+            tab: of the browser.
+            decoded: the image and its thumbnail, where they are known.
 
         Raises:
             RequestError: not a JPEG, PNG or WebP, broken, too large.
@@ -189,10 +193,12 @@ class Album:
         for number, one in self.added.items():
             if (one.tab, one.digest) == (tab, digest):
                 return self.entries[number]
-        image = decode_upload(content)
+        image = decode_upload(content) if decoded is None else decoded[0]
         entry = self._add(Added(tab, content, digest), shortened(name.strip()) or "upload", "upload")
         self.sizes[entry.number] = image.size
         self.latest = entry.number, image
+        if decoded is not None:
+            self.thumbnails[entry.number] = decoded[1]
         return entry
 
     def example(self, tab: str = "") -> Entry:
@@ -240,6 +246,14 @@ class Album:
 def shortened(name: str) -> str:
     """The end of a long name."""
     return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
+
+
+def small_png(image: Image.Image) -> bytes:
+    """A PNG of at most THUMBNAIL pixels a side."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "PNG")
+    return file.getvalue()
 
 
 def decode_upload(content: bytes, side: int | None = None) -> Image.Image:

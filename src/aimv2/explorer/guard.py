@@ -33,6 +33,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+ONCE = ("host", "origin", "sec-fetch-site", "sec-fetch-mode", "content-length")
 METHODS = ("GET", "HEAD", "POST")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -53,8 +54,11 @@ class Guard:
         """Handle one request."""
         if scope["type"] != "http":
             return  # no websockets, no lifespan
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        rejected = rejection(scope["method"], scope["path"], headers, self.host)
+        fields = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        rejected = rejection(scope["method"], scope["path"], dict(fields), self.host)
+        names = [name for name, _ in fields]
+        if twice := next((name for name in ONCE if names.count(name) > 1), None):  # a dictionary hides the other one
+            rejected = 400, f"The request has several headers {twice}."
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -67,8 +71,8 @@ class Guard:
             return
         status, sentence = rejected
         body = json.dumps({"error": sentence}).encode()
-        fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await with_headers({"type": "http.response.start", "status": status, "headers": fields})
+        about = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await with_headers({"type": "http.response.start", "status": status, "headers": about})
         await send({"type": "http.response.body", "body": body})
 
 
@@ -89,6 +93,10 @@ def rejection(method: str, path: str, headers: dict[str, str], host: str) -> tup
     if origin is not None and origin != f"http://{named}":
         return 403, "The explorer accepts requests only from its own page."
     site = headers.get("sec-fetch-site", "same-origin")
+    if (
+        method == "POST" and origin is None and site != "same-origin"
+    ):  # a browser says where a request is from; curl says nothing
+        return 403, "The explorer accepts requests only from its own page."
     opened = path == "/" and method == "GET" and headers.get("sec-fetch-mode") == "navigate"  # a link was followed
     if site not in ("same-origin", "none") and not opened:
         return 403, "The explorer accepts requests only from its own page."

@@ -17,14 +17,17 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aimv2.errors import UsageError
 from aimv2.explorer.album import RequestError
 from aimv2.explorer.answers import CHAT_BYTES, Answers, as_dict, tab_of
+from aimv2.explorer.connection import LimitedConnection
+from aimv2.explorer.decoder import WORKERS, Decoders
 from aimv2.explorer.guard import App, Guard, is_loopback
+from aimv2.io import say
 
 SCRIPTS = ("explorer", "address", "chat", "draw", "rove", "talk", "words")
 PAGE = {
@@ -47,7 +50,9 @@ def make_app(answers: Answers, host: str) -> App:
         host: host that the server will be bound to.
     """
     models = ThreadPoolExecutor(1, "models")  # models are used only in this thread
-    images = ThreadPoolExecutor(1, "album")  # lists, thumbnails and uploads don't wait for a model
+    images = ThreadPoolExecutor(1, "album")  # lists don't wait for a model, nor for a picture that is decoded
+    small = ThreadPoolExecutor(1, "thumbnails")
+    uploads, decoders = ThreadPoolExecutor(WORKERS, "uploads"), Decoders()
     album, about = answers.study.album, answers.about({})
 
     def warm(parts: Iterator[tuple[str, int]]) -> None:
@@ -72,16 +77,18 @@ def make_app(answers: Answers, host: str) -> App:
         return JSONResponse(await work(images if name in ("images", "entry") else models, call, request.query_params))
 
     async def thumbnail(request: Request) -> Response:
-        png = await work(images, album.thumbnail, request.path_params["number"])
+        png = await work(small, album.thumbnail, request.path_params["number"])
         return Response(png, media_type="image/png")
 
     async def upload(request: Request) -> Response:
         limit = answers.upload_bytes
+        name, tab = request.query_params.get("name", ""), tab_of(request.query_params)
         content = await read_body(
             request, limit, f"The file is larger than the limit of {in_mb(limit)} MB (option upload-mb)."
         )
-        name, tab = request.query_params.get("name", ""), tab_of(request.query_params)
-        return JSONResponse(as_dict(await work(images, album.upload, content, name, tab)))
+        with decoders.place():
+            decoded = await work(uploads, decoders.decode, content)
+        return JSONResponse(as_dict(await work(images, album.upload, content, name, tab, decoded)))
 
     async def example(request: Request) -> Response:
         return JSONResponse(as_dict(await work(images, album.example, tab_of(request.query_params))))
@@ -138,15 +145,19 @@ async def read_body(request: Request, limit: int, why: str) -> bytes:
     """The body of a request.
 
     Raises:
-        RequestError: it is larger than ``limit`` bytes; ``why`` is the sentence.
+        RequestError: it is larger than ``limit`` bytes; ``why`` is the sentence. The connection broke before its end.
     """
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > DRAINED * limit:
-            break
-        if size <= limit:
-            parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > DRAINED * limit:
+                break
+            if size <= limit:
+                parts.append(part)
+    except ClientDisconnect:
+        say(f"explorer: a request broke off after {size:,} bytes of its body")
+        raise RequestError(400, "The request broke off.") from None
     if size > limit:
         raise RequestError(413, why)
     return b"".join(parts)
@@ -191,6 +202,7 @@ def http_server(answers: Answers, host: str) -> uvicorn.Server:
         access_log=False,
         lifespan="off",
         ws="none",
+        http=LimitedConnection,
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE,

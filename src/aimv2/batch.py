@@ -62,7 +62,7 @@ class Batch:
         patch_count: int64 [], real entries of ``patch_rows``.
         labels: int64 [B], classes; -1 without one.
         keys: sample keys.
-        bad: samples that could not be decoded since the last batch, with the reason.
+        bad: samples that could not be used since the last batch: name and reason.
         kinds: of each of ``bad``, of conversations.
         kept: int64 [B, K], ascending image positions that the decoder reads; None: all.
         target_rows: int64 [S], with ``kept`` the patch that each scored row predicts, in the flat [B * I], padding 0; None: the
@@ -94,7 +94,7 @@ class Batch:
     patch_count: Tensor
     labels: Tensor
     keys: list[str]
-    bad: list[str]
+    bad: list[tuple[str, str]]
     kept: Tensor | None = None
     target_rows: Tensor | None = None
     places: Tensor | None = None
@@ -219,7 +219,7 @@ def make_batch(
     prefix_len: Sequence[int] | Tensor | None,
     patches: int,
     keys: Sequence[str] = (),
-    bad: Sequence[str] = (),
+    bad: Sequence[tuple[str, str]] = (),
     text_width: int | None = None,
     labels: Sequence[int] | Tensor | None = None,
     kept: Tensor | None = None,
@@ -239,7 +239,7 @@ def make_batch(
         prefix_len: B prefix lengths in 1..patches-1; None: no prefix.
         patches: I, patches per image.
         keys: B sample keys (for messages).
-        bad: samples that could not be decoded.
+        bad: samples that could not be used.
         text_width: T; by default the longest caption rounded up to its bucket.
         labels: B classes; none by default.
         kept: int64 [B, K], see :class:`Batch`.

@@ -1,12 +1,16 @@
 """One rank equals many: the same product of ranks and workers gives the same batches, gradients and losses."""
 
+import io
+import re
 import time
 
 import pytest
 import torch
+from PIL import Image
 
 from aimv2.batch import make_batch, split_batch
 from aimv2.config.schema import Config
+from aimv2.data.shards.format import write_shard
 from aimv2.distributed import World, join_world
 from aimv2.models.create import create_model
 from aimv2.train import plain_state
@@ -58,6 +62,25 @@ def test_two_processes_resume_exactly(data, two, tmp_path):
     ended = torchrun(2, "pretrain", "--run", str(tmp_path / "parts"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert exact(tmp_path / "parts") == exact(two)
+
+
+def test_two_processes_end_together_where_too_many_samples_are_bad(tmp_path):
+    """Neither rank meets more than the limit."""
+    pairs = [(f"k{i}", {"png": picture((i, 0, 0)) if i % 10 else b"no image", "txt": b"a word"}) for i in range(40)]
+    write_shard(tmp_path / "train-000000.tar", pairs)
+    words = options(tmp_path, tmp_path / "run", data__workers=1, train__steps=30, train__log_every=3)
+    ended = torchrun(2, *words, "--data.max_bad", "3")
+    assert ended.returncode == 2 and ended.stderr.count("4 samples could not be read, data.max_bad allows 3") == 1
+    step = int(re.search(r"until step (\d+), which is saved", ended.stderr)[1])
+    assert step < 30 and (tmp_path / "run" / "checkpoints" / f"step-{step:07d}" / "files.json").is_file()
+    ended = torchrun(2, "pretrain", "--run", str(tmp_path / "run"), "--resume", "--data.max_bad", "4")
+    assert ended.returncode == 0, ended.stderr
+
+
+def picture(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_mistake_under_torchrun_is_said_once(data, tmp_path):

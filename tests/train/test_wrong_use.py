@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -142,16 +143,29 @@ def test_too_many_bad_samples(tmp_path, capsys):
     bad = [(f"bad{i}", {"png": b"no image", "txt": b"a word"}) for i in range(5)]
     write_shard(tmp_path / "train-000000.tar", [*good, *bad])
     words = options(tmp_path, tmp_path / "run", **{"train.steps": 30})
-    assert_refused(capsys, [*words, "--data.max_bad", "3"], "data.max_bad allows 3", "bad", "train-000000.tar")
-    result = train(tmp_path, tmp_path / "run", train__steps=6, overwrite=True)
-    assert result["step"] == 6
+    line = assert_refused(capsys, [*words, "--data.max_bad", "3"], "data.max_bad allows 3", "bad", "train-000000.tar")
+    step = int(re.search(r"until step (\d+), which is saved", line)[1])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:07d}" / "files.json").is_file()
+    again = ["pretrain", "--run", str(tmp_path / "run"), "--resume"]
+    assert_refused(capsys, again, "data.max_bad allows 3", "in this run so far", "bad")
+    assert main([*again, "--data.max_bad", "5"]) == 0
+    train(tmp_path, tmp_path / "whole", train__steps=30)
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+
+
+def test_a_bad_sample_is_counted_once_in_a_run(tmp_path):
+    good = [(f"good{i}", {"png": picture((i, 0, 0)), "txt": b"a word"}) for i in range(14)]
+    write_shard(tmp_path / "train-000000.tar", [*good, ("bad", {"png": b"no image", "txt": b"a word"})])
+    train(tmp_path, tmp_path / "run", train__steps=30, data__max_bad=1, train__stop_at=15)
+    assert resume(tmp_path / "run")["step"] == 30, "17 visits to the bad one"
+    assert metrics(tmp_path / "run")[-1]["bad_samples"] == 1
 
 
 def test_every_sample_bad(tmp_path, capsys):
     write_shard(tmp_path / "train-000000.tar", [(f"k{i}", {"png": b"no image", "txt": b"w"}) for i in range(30)])
     for workers in (0, 1):
         words = options(tmp_path, tmp_path / "run", **{"data.workers": workers})
-        assert_refused(capsys, [*words, "--data.max_bad", "3", "--overwrite"], "4 samples could not be read", "k")
+        assert_refused(capsys, [*words, "--data.max_bad", "3", "--overwrite"], "none of 61 samples in a row", "k")
 
 
 def test_loss_that_is_not_finite(data, tmp_path, capsys):

@@ -104,8 +104,8 @@ class DataConfig:
         pack: native models: mini-batches of one area that share a row without padding; 0: one area at a time
         flip: probability of a horizontal flip; 0 where captions speak of left and right
         max_pixels: larger images are rejected before decoding
-        max_bad: undecodable samples that a rank may meet before the run stops; null: as many as there are, of conversations
-            (the default there) until more than half of the rows are bad
+        max_bad: samples that can't be used, each counted once over all ranks and visits, before the run saves and ends; null: as
+            many as there are, of conversations (the default there) until more than half of the rows are bad
         index_dir: where the index of the shards is kept, its metadata written anew at each start; null: the cache folder of the user
         features: contrastive only: a folder for the frozen encoder's features of every training image, computed once
             from the centre view (no crops, no flips) and read from then on; null: the encoder runs at each visit

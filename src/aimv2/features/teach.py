@@ -34,7 +34,8 @@ from aimv2.data.shards.format import (
     write_shard,
 )
 from aimv2.data.shards.tars import without_dead_links
-from aimv2.data.stream.samples import image_bytes, sample_rng
+from aimv2.data.stream.draws import sample_rng
+from aimv2.data.stream.samples import image_bytes
 from aimv2.data.stream.teacher_views import EXTENSION, write_views
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError

@@ -24,14 +24,9 @@ from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.labelled import Labelled
 from aimv2.data.images.readers import contents_of_files
 from aimv2.data.shards.format import captions_of, read_sample, scan_shard
-from aimv2.data.stream.samples import (
-    draw_caption,
-    image_bytes,
-    sample_rng,
-    too_many_bad,
-    training_shards,
-    training_sources,
-)
+from aimv2.data.stream.draws import draw_caption, sample_rng
+from aimv2.data.stream.rejected import too_many_bad
+from aimv2.data.stream.samples import image_bytes, training_shards, training_sources
 from aimv2.data.stream.transforms import centre_crop_box, crop_resize
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError

@@ -18,7 +18,8 @@ from aimv2.config.schema import Config
 from aimv2.data.images.class_names import names_beside
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import read_samples
-from aimv2.data.stream.samples import PairEncoder, View, sample_rng, training_shards, validation_shards
+from aimv2.data.stream.draws import sample_rng
+from aimv2.data.stream.samples import PairEncoder, View, training_shards, validation_shards
 from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError

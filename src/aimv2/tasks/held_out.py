@@ -17,7 +17,6 @@ from aimv2.batch import Batch, make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.shards.format import Parts, captions_of, label_of, read_samples
-from aimv2.data.stream.native import fit_area, make_native_batch, middle_area
 from aimv2.data.stream.samples import View, image_bytes
 from aimv2.data.stream.transforms import Box, centre_crop_box, crop_resize, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
@@ -84,6 +83,8 @@ def transformed(
         if view.native is None:
             box = centre_crop_box(*image.size)
         else:
+            from aimv2.data.stream.native import fit_area, middle_area
+
             columns, rows = fit_area(*image.size, middle_area(view.native.areas))
             size = columns * view.native.patch, rows * view.native.patch
         pixels = to_pixels(crop_resize(image, box, size))
@@ -145,6 +146,8 @@ def held_out_batches(data: HeldOut, patch: int, size: int, fraction: float, text
         prefix = [min(max(round(fraction * count), 1), max(count - 1, 1)) for count in counts]
         tokens = data.tokens[at : at + size] if text else [[]] * len(keys)
         if isinstance(images, list):
+            from aimv2.data.stream.native import make_native_batch
+
             batches.append(make_native_batch(images, tokens, prefix, patch, max(counts), keys))
         else:
             batches.append(make_batch(images, tokens, prefix, counts[0], keys))

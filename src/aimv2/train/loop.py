@@ -104,6 +104,7 @@ class Trainer:
         self.voters: HeldOut | None = None  # of eval.knn
         self.best = Best(run, config.eval.best, world)
         self.log: Log | None = None
+        self.rejected: Any = getattr(self.stream, "rejected", None)  # of streams that read samples on the way
 
     def open_log(self) -> Log:
         """Starts writing figures into the run folder, after the step that was reached."""
@@ -127,6 +128,7 @@ class Trainer:
                 option="train.stop_at",
                 code="conflict",
             )
+        self.end_if_too_many_bad(restored=True)
         self.flag = StopFlag()  # before any data worker starts
         self.model.train()
         if self.step < last:
@@ -242,6 +244,9 @@ class Trainer:
         if self.peak and (flops := self.task.flops(self.model, pairs, patches / pairs, max(tokens, 1))) is not None:
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
+        if self.rejected is not None:
+            self.rejected.exchange(self.world)
+            figures |= {"bad_samples": len(self.rejected)} if len(self.rejected) else {}
         log.write(self.step, figures)
 
     def unwrapped(self) -> Trainable:
@@ -275,6 +280,8 @@ class Trainer:
         """A complete checkpoint of this step."""
         start = time.perf_counter()
         self.check_finite()
+        if self.rejected is not None:
+            self.rejected.exchange(self.world)
         about = {
             "step": self.step,
             "seconds": self.seconds,
@@ -285,6 +292,7 @@ class Trainer:
             "config": to_dict(self.config),
             "layout": [self.world.size, self.config.data.workers],
             "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else None,
+            "rejected": self.rejected.state() if self.rejected is not None else None,
         }
         private = {"data": self.stream.state(), "rng": torch.get_rng_state(), "scale": self.update.loss_scale.cpu()}
         held = self.flag.held() if self.flag is not None else contextlib.nullcontext()
@@ -303,16 +311,31 @@ class Trainer:
             self.tokenizer.save(folder)
 
     def stop_if_signalled(self, saved: int, now: bool) -> None:
-        """After a signal on any rank: all ranks save and leave together (``now``: check, whatever the step)."""
+        """After a signal on any rank, or too many bad samples: all ranks save and leave together (``now``: check, whatever the step)."""
         code = self.flag.code if self.flag else 0
+        bad = self.rejected is not None and self.rejected.too_many and self.step < self.config.train.steps
         if self.world.size > 1:
             if self.step % self.check_every and not now:
                 return
-            code = int(self.world.max(torch.tensor(float(code), device=self.world.device)))
-        if code:
+            stops = torch.tensor([float(code), float(bad)], device=self.world.device)
+            code, bad = (int(value) for value in self.world.max(stops).tolist())
+        if code or bad:
             if saved != self.step:
                 self.save()
+            self.end_if_too_many_bad()
+        if code:
             raise Interrupted(f"stopped at step {self.step}, saved; go on with: {self.command_to_go_on()}", code)
+
+    def end_if_too_many_bad(self, restored: bool = False) -> None:
+        """UsageError where more samples are bad than ``data.max_bad`` allows, on all ranks; ``restored``: known before the first step."""
+        if self.rejected is None or not self.rejected.too_many:
+            return
+        where = "in this run so far" if restored else f"until step {self.step}, which is saved"
+        raise UsageError(
+            f"{self.rejected.line()}; {where}; with a larger limit: {self.command_to_go_on()} --data.max_bad N",
+            option="data.max_bad",
+            code="limit",
+        )
 
     def is_over(self, end: float) -> bool:
         """Whether a time of ``time.perf_counter`` has passed, on any rank; looked at where a check syncs the device anyway."""
@@ -338,6 +361,8 @@ class Trainer:
         about = read_about(folder)
         private = load_checkpoint(folder, self.model, self.optimizer, self.world, self.update.ema)
         self.stream.restore(private["data"])
+        if self.rejected is not None:
+            self.rejected.restore(about.get("rejected"))
         torch.set_rng_state(private["rng"])
         self.update.loss_scale.copy_(private["scale"])
         self.step, self.seconds, self.figures = about["step"], about["seconds"], about["figures"]

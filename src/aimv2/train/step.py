@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
 from aimv2.config.schema import Config
-from aimv2.data.stream.native import make_native_batch
-from aimv2.data.stream.samples import View, kept_patches
+from aimv2.data.stream.draws import kept_patches
+from aimv2.data.stream.samples import View
 from aimv2.distributed import World
 from aimv2.models.matmul import fast_matmul
 from aimv2.objectives import Objective
@@ -164,6 +164,8 @@ class TrainStep:
             prefix = [max(patches // 2, 1)] * pairs
             yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
             return
+        from aimv2.data.stream.native import make_native_batch
+
         patch = view.native.patch
         for area in view.native.areas:
             count = view.native.budget // area

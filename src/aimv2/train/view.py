@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from aimv2.config.schema import Config, DataConfig
-from aimv2.data.stream.native import area_probabilities
 from aimv2.data.stream.samples import Native, View
 from aimv2.distributed import World
 from aimv2.errors import UsageError
@@ -61,4 +60,6 @@ def make_native(config: Config, encoder: EncoderConfig, world: World) -> Native:
             f"train.patch_budget {budget} over {world.size} ranks x {workers} data.workers x {accumulate} train.accumulate x "
             f"{max(pack, 1)} data.pack is not a multiple of the largest area, {most} patches (data.areas)"
         )
+    from aimv2.data.stream.native import area_probabilities
+
     return Native(encoder.patch_size, area_probabilities(low, high), part, rounds, pack)

@@ -24,7 +24,9 @@ from aimv2.config.schema import DataConfig
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.passed import PassedOver, passed_lines
 from aimv2.data.shards.format import Parts, captions_of, json_of, read_samples
-from aimv2.data.stream.samples import FATAL, PairEncoder, TrainStream, View, draw_caption
+from aimv2.data.stream.draws import draw_caption
+from aimv2.data.stream.rejected import BadSample
+from aimv2.data.stream.samples import FATAL, PairEncoder, TrainStream, View
 from aimv2.data.text.chat import Chat, ChatError
 from aimv2.data.text.conversations import (
     BAD,
@@ -195,7 +197,7 @@ class RowMaker:
 
 
 def rows_to_batch(
-    rows: Sequence[Row], shape: tuple[int, ...], bad: Sequence[str] = (), sources: Sequence[int] = ()
+    rows: Sequence[Row], shape: tuple[int, ...], bad: Sequence[tuple[str, str]] = (), sources: Sequence[int] = ()
 ) -> Batch:
     """Rows, right-padded; ``token_rows`` are the tokens of the answers.
 
@@ -304,12 +306,12 @@ class ConversationEncoder(PairEncoder):
         about = {name: sample[name] for name in ("__key__", "__restore_key__")}
         return {**about, "row": row, "source": source}
 
-    def reject(self, name: str) -> None:
+    def reject(self, bad: BadSample) -> None:
         """Record a bad row; without ``data.max_bad`` the worker ends where more than half of its rows are bad."""
-        super().reject(name)
-        if self.config.max_bad is None and self.drawn >= MANY and 2 * len(self.bad) > self.drawn:
+        super().reject(bad)
+        if self.config.max_bad is None and self.drawn >= MANY and 2 * self.bad > self.drawn:
             raise FatalSampleError(
-                f"{FATAL}data.train: {len(self.bad):,} of the first {self.drawn:,} rows are bad: {', '.join(self.bad[:3])}, ...; "
+                f"{FATAL}data.train: {self.bad:,} of the first {self.drawn:,} rows are bad: {', '.join(map(str, self.fresh[-3:]))}, ...; "
                 "`aimv2 data check` counts them by kind"
             )
 
@@ -369,6 +371,11 @@ class ConversationStream(TrainStream):
         made.window = size * batches if batches > 1 else 0
         return made
 
+    def note(self, part: Batch) -> None:
+        for kind, bad in zip(part.kinds, part.bad):
+            if self.rejected.add(named := BadSample(*bad)):
+                self.passed.add(kind, str(named))
+
     def joined(self, parts: list[Batch]) -> list[Batch]:
         self.long += sum(part.long for part in parts)
         if self.long >= self.next_line:
@@ -378,10 +385,7 @@ class ConversationStream(TrainStream):
                 "objective.long_rows)"
             )
             self.next_line = 10 * self.long
-        for part in parts:
-            for kind, name in zip(part.kinds, part.bad):
-                self.passed.add(kind, name)
-        if len(self.bad) >= self.next_bad:
+        if len(self.rejected) >= self.next_bad:
             self.say_bad()
         batch = super().joined(parts)
         assert isinstance(batch, Batch)
@@ -392,10 +396,10 @@ class ConversationStream(TrainStream):
         """Bad rows so far, a line for each kind."""
         for line in passed_lines(self.passed.result(), "data.train: bad rows so far, left out"):
             say(line)
-        self.said, self.next_bad = len(self.bad), 10 * len(self.bad)
+        self.said, self.next_bad = len(self.rejected), 10 * len(self.rejected)
 
     def close(self) -> None:
-        if len(self.bad) > self.said:
+        if len(self.rejected) > self.said:
             self.say_bad()
         super().close()
 

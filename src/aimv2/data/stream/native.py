@@ -81,7 +81,7 @@ def make_native_batch(
     patch: int,
     area: int,
     keys: Sequence[str] = (),
-    bad: Sequence[str] = (),
+    bad: Sequence[tuple[str, str]] = (),
     labels: Sequence[int] | None = None,
     sources: Sequence[int] = (),
 ) -> Batch:

@@ -268,7 +268,7 @@ class RegionMaker:
         return [words[at] for at in rng.permutation(len(words)).tolist()]
 
 
-def rows_to_batch(rows: Sequence[RegionRow], bad: Sequence[str] = (), sources: Sequence[int] = ()) -> Batch:
+def rows_to_batch(rows: Sequence[RegionRow], bad: Sequence[tuple[str, str]] = (), sources: Sequence[int] = ()) -> Batch:
     """Rows, their texts right-padded, their boxes in ``targets``."""
     masks = None
     if rows[0].masks is not None:
@@ -320,9 +320,10 @@ class RegionStream(TrainStream):
         return RegionEncoder(config, view, seed, worker, self.make)
 
     def joined(self, parts: list[Batch]) -> list[Batch]:
-        if len(self.bad) >= self.next_line:
-            say(f"data.train: {len(self.bad):,} samples so far can't be used and are left out, such as {self.bad[-1]}")
-            self.next_line = 10 * len(self.bad)
+        if (count := len(self.rejected)) >= self.next_line:
+            last = next(reversed(self.rejected.named.values()))
+            say(f"data.train: {count:,} samples so far can't be used and are left out, such as {last}")
+            self.next_line = 10 * count
         batch = super().joined(parts)
         assert isinstance(batch, Batch)
         return split_batch(batch, self.accumulate, 0)

@@ -7,7 +7,6 @@ nothing and no two workers share a random stream.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import math
 import signal
 import tarfile
@@ -32,12 +31,14 @@ from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.shards.format import captions_of, find_shards, image_of, label_of, why_no_image
 from aimv2.data.shards.index import build_index, count_samples
 from aimv2.data.shards.tars import without_dead_links
-from aimv2.data.stream.native import draw_area, fit_area, make_native_batch, pack
-from aimv2.data.stream.transforms import Box, crop_resize, random_crop_box, to_pixels
+from aimv2.data.stream.draws import draw_caption, draw_kept, draw_prefix, native_crop_box, sample_rng
+from aimv2.data.stream.rejected import BadSample, Rejected
+from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
 
 FATAL = "the data stream ends: "  # marks our own message within the one that energon builds around it
+HOPELESS = 10_000  # bad samples in a row, at most, after which a worker gives up
 # energon's messages where offsets and tar differ
 BAD_INDEX = ("Inconsistent sample base name", "Unexpected end of tar file")
 
@@ -82,50 +83,6 @@ class Native:
     pack: int = 0
 
 
-def sample_rng(seed: int, key: str, worker: int, index: int) -> np.random.Generator:
-    """The random generator of one visit to one sample."""
-    digest = hashlib.blake2b(f"{seed}|{key}|{worker}|{index}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
-
-
-def draw_prefix(rng: np.random.Generator, patches: int) -> int:
-    """M ~ Uniform{1..I-1} (AIMV2, Figure 1)."""
-    return int(rng.integers(1, patches)) if patches > 1 else 1
-
-
-def draw_kept(rng: np.random.Generator, patches: int, fraction: float) -> np.ndarray:
-    """The image positions that the decoder reads: int64 [K], ascending."""
-    return np.sort(rng.choice(patches, kept_patches(patches, fraction), replace=False))
-
-
-def kept_patches(patches: int, fraction: float) -> int:
-    """K, the number of patches that the decoder reads, at least 2."""
-    return max(round(fraction * patches), min(2, patches))
-
-
-def native_crop_box(rng: np.random.Generator, width: int, height: int, scale: float) -> Box:
-    """Random crop of the image's own aspect ratio, area fraction uniform in [scale, 1]."""
-    side = math.sqrt(rng.uniform(scale, 1.0))
-    w, h = side * width, side * height
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return left, top, left + w, top + h
-
-
-def draw_caption(
-    rng: np.random.Generator, captions: dict[str, list[str]], weights: dict[str, float] | None
-) -> str | None:
-    """Sample a caption: a field by weight, then one of its captions; any caption with equal probability without weights."""
-    if weights is None:
-        every = [caption for field in captions.values() for caption in field]
-        return every[int(rng.integers(len(every)))] if every else None
-    fields = [field for field in captions if captions[field] and weights.get(field, 0) > 0]
-    if not fields:
-        return None
-    given = np.array([weights[field] for field in fields])
-    chosen = captions[fields[int(rng.choice(len(fields), p=given / given.sum()))]]
-    return chosen[int(rng.integers(len(chosen)))]
-
-
 def image_bytes(parts: dict[str, bytes]) -> bytes:
     """The encoded image of a WebDataset sample. Raises ImageError where there is none."""
     found = image_of(parts)
@@ -149,8 +106,8 @@ class PairEncoder(TaskEncoder):
     ) -> None:
         self.config, self.view, self.tokenizer, self.seed, self.worker = config, view, tokenizer, seed, worker
         self.sources = training_sources(config)
-        self.bad: list[str] = []
-        self.fresh: list[str] = []
+        self.bad, self.fresh = 0, list[BadSample]()
+        self.hopeless, self.streak = HOPELESS, 0
 
     def place(self) -> tuple[int, int]:
         """(global worker, the worker's own index of the current sample)."""
@@ -162,29 +119,42 @@ class PairEncoder(TaskEncoder):
     def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         key = sample["__key__"]
         try:
-            return self.draw(sample, sample_rng(self.seed, key, *self.place()))
+            drawn = self.draw(sample, sample_rng(self.seed, key, *self.place()))
         except ImageError as error:
-            self.reject(f"{sample.get('__shard__', '')}/{key} ({error})")
+            self.reject(BadSample(self.name_of(sample), str(error)))
             raise SkipSample() from None
         except SkipSample:
             raise
         except Exception as error:  # not the sample's fault: energon would try a hundred more
-            raise FatalSampleError(
-                f"{FATAL}{sample.get('__shard__', '')}/{key}: {type(error).__name__}: {error}"
-            ) from error
+            raise FatalSampleError(f"{FATAL}{self.name_of(sample)}: {type(error).__name__}: {error}") from error
+        self.streak = 0
+        return drawn
 
-    def reject(self, name: str) -> None:
-        """Record a bad sample; more than ``data.max_bad`` end the worker with their names."""
-        self.bad.append(name)
-        self.fresh.append(name)
-        if (most := self.config.max_bad) is not None and len(self.bad) > most:
-            raise FatalSampleError(FATAL + too_many_bad(self.bad, most))
+    def name_of(self, sample: dict[str, Any]) -> str:
+        """Shard and key of a sample, in a mixture with its source."""
+        name = f"{sample.get('__shard__', '')}/{sample['__key__']}"
+        if len(self.sources) == 1:
+            return name
+        source = self.sources[sample["__subflavors__"]["source"]]
+        return f"{source.name or Path(source.path).name}/{name}"
+
+    def reject(self, bad: BadSample) -> None:
+        """Record a bad sample for the next batch; the worker ends only where no good one comes any more."""
+        self.bad += 1
+        self.fresh.append(bad)
+        self.streak += 1
+        if self.streak > self.hopeless:
+            raise FatalSampleError(
+                f"{FATAL}data.train: none of {self.streak:,} samples in a row can be used, such as {', '.join(map(str, self.fresh[:5]))}"
+            )
 
     def draw(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Decode a sample and draw its crop, flip, caption and prefix."""
         config, size, native = self.config, self.view.image_size, self.view.native
         patches, area = self.view.patches, 0
         if native is not None:
+            from aimv2.data.stream.native import draw_area
+
             area = draw_area(rng, native.areas)
             size = math.ceil(math.sqrt(area) * native.patch)
         draft = math.ceil(1.2 * size / math.sqrt(config.crop_scale))
@@ -200,6 +170,8 @@ class PairEncoder(TaskEncoder):
             box = random_crop_box(rng, *image.size, config.crop_scale, config.crop_ratio)
             image = crop_resize(image, box, (size, size))
         else:
+            from aimv2.data.stream.native import fit_area
+
             columns, rows = fit_area(*image.size, area)
             box = native_crop_box(rng, *image.size, config.crop_scale)
             image = crop_resize(image, box, (columns * native.patch, rows * native.patch))
@@ -252,37 +224,6 @@ class PairEncoder(TaskEncoder):
             teacher=teacher,
             sources=[sample["source"] for sample in samples],
         )
-
-
-class NativePairEncoder(PairEncoder):
-    """Collates mini-batches of one area each, as many images as the budget holds."""
-
-    @stateless
-    def batch_group_criterion(self, sample: dict[str, Any]) -> tuple[int, int]:
-        assert self.view.native is not None
-        return sample["area"], self.view.native.budget // sample["area"]
-
-    @stateless
-    def batch(self, samples: list[dict[str, Any]]) -> Batch:
-        assert self.view.native is not None
-        fresh, self.fresh = self.fresh, []
-        return make_native_batch(
-            [torch.from_numpy(sample["image"]) for sample in samples],
-            [sample["tokens"] for sample in samples],
-            [sample["prefix"] for sample in samples],
-            self.view.native.patch,
-            samples[0]["area"],
-            [sample["__key__"] for sample in samples],
-            fresh,
-            [sample["label"] for sample in samples],
-            [sample["source"] for sample in samples],
-        )
-
-
-def too_many_bad(names: Sequence[str], limit: int) -> str:
-    """Error message for too many bad samples."""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{len(names)} samples could not be read, data.max_bad allows {limit}: {shown}"
 
 
 def training_sources(config: DataConfig) -> list[Source]:
@@ -364,7 +305,7 @@ class TrainStream:
         Raises:
             UsageError: ``batch_size`` does not divide, or there are too few samples.
         """
-        self.view, self.max_bad, self.bad = view, config.max_bad, list[str]()
+        self.view, self.rejected = view, Rejected(config.max_bad)
         self.parts = max(config.workers, 1)
         if view.native is None and batch_size % (world_size * self.parts):
             raise UsageError(
@@ -383,6 +324,7 @@ class TrainStream:
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
         size = batch_size // (world_size * self.parts)
         encoder = self.encoder(config, view, tokenizer, seed, worker, size)
+        encoder.hopeless = min(HOPELESS, 2 * self.samples)
         dataset = encoder.build_train_datasets(
             datasets=_load(self.indices, encoder.sources, worker),
             worker_config=worker,
@@ -405,7 +347,11 @@ class TrainStream:
         self, config: DataConfig, view: View, tokenizer: Tokenizer | None, seed: int, worker: WorkerConfig, size: int
     ) -> PairEncoder:
         """What each worker makes of its samples, ``size`` of them a step."""
-        return (PairEncoder if view.native is None else NativePairEncoder)(config, view, tokenizer, seed, worker)
+        if view.native is None:
+            return PairEncoder(config, view, tokenizer, seed, worker)
+        from aimv2.data.stream.native_pairs import NativePairEncoder
+
+        return NativePairEncoder(config, view, tokenizer, seed, worker)
 
     def __iter__(self) -> Iterator[Batch | list[Batch]]:
         return self
@@ -428,15 +374,21 @@ class TrainStream:
                 f"{' and '.join(map(str, self.indices))}, which are rebuilt, and start again",
                 code="mismatch",
             ) from None
-        self.bad += [bad for part in parts for bad in part.bad]
-        if self.max_bad is not None and len(self.bad) > self.max_bad:
-            raise RankError(too_many_bad(self.bad, self.max_bad))
+        for part in parts:
+            self.note(part)
         return self.joined(parts)
+
+    def note(self, part: Batch) -> None:
+        """Count the bad samples that a worker met."""
+        for bad in part.bad:
+            self.rejected.add(BadSample(*bad))
 
     def joined(self, parts: list[Batch]) -> Batch | list[Batch]:
         """The workers' parts of a step as a batch, or as micro-batches."""
         if self.view.native is None:
             return join_batches(parts, self.view.patches)
+        from aimv2.data.stream.native import pack
+
         row = self.view.native.pack
         return [pack(parts[at : at + row]) for at in range(0, len(parts), row)] if row else parts
 

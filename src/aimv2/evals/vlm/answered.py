@@ -7,10 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from aimv2.distributed import World
 from aimv2.io import parse_json
@@ -19,7 +18,6 @@ from aimv2.vlm.answer import Picture, Question, answer_batches
 from aimv2.vlm.model import VisionLanguage
 
 FOLDER = "answers"
-T = TypeVar("T")
 
 
 class AnswerStore:
@@ -101,18 +99,9 @@ class Answerer:
                 self.store.add({name: text for name, text in written.items() if text is not None})
                 fresh |= written
                 advance(len(rows))
-        for part in gathered(fresh, self.world):
+        for part in self.world.gather(fresh):
             fresh |= part
         return [fresh[name] if name in fresh else known[name] for name in names]
-
-
-def gathered(part: T, world: World) -> list[T]:
-    """The parts of all ranks."""
-    if world.size == 1:
-        return [part]
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, part)
-    return parts
 
 
 def shuffled(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]]:

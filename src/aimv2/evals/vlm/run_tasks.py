@@ -15,7 +15,6 @@ from aimv2.config.types import split_words
 from aimv2.distributed import World
 from aimv2.errors import UsageError, first_line
 from aimv2.evals.harness import Evaluation
-from aimv2.evals.vlm.answered import gathered
 from aimv2.evals.vlm.benchmarks import (
     BENCHMARKS,
     PREFIX,
@@ -182,7 +181,7 @@ def run(model: Any, manager: Any, tasks: Sequence[Any], limit: int, home: Path) 
 def notes_of(model: Any, world: World) -> dict[str, dict[str, int]]:
     """How many documents of each task were too long, and kept their images, in the latest run on all ranks."""
     found: dict[str, dict[str, set[int]]] = {"too_long": {}, "kept": {}}
-    for part in gathered({"too_long": model.too_long, "kept": model.kept}, world):
+    for part in world.gather({"too_long": model.too_long, "kept": model.kept}):
         for key, by_task in part.items():
             for name, rows in by_task.items():
                 found[key].setdefault(name, set()).update(rows)

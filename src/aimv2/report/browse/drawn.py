@@ -120,7 +120,17 @@ def draw(recipe: str | None, given: dict[str, Any], count: int, scratch: Path) -
         stream.close()
     sources = [Source("drawn on the spot", DEMO)] if demo else training_sources(config.data)
     classes = [class_names(shards) for shards in training_shards(config.data)]
-    return Drawn(config, encoder, view, tokenizer, sources, total, samples, stream.bad, classes)
+    return Drawn(
+        config,
+        encoder,
+        view,
+        tokenizer,
+        sources,
+        total,
+        samples,
+        [str(bad) for bad in stream.rejected.named.values()],
+        classes,
+    )
 
 
 def expected(config: Config, vocab_size: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from aimv2.commands.table import COMMANDS, FILES, GROUPS, PARTS
 from aimv2.errors import RankError, UsageError, nearest, one_line, shown
 
 HELP = ("-h", "--help", "--help-all")
-FLAGS = ("resume", "overwrite", "take_over")
+FLAGS = ("resume", "overwrite", "take_over", "accept_data")
 RANK_WAITS = 5.0  # seconds
 DISK = (
     errno.EACCES,

@@ -268,6 +268,7 @@ class Config:
         resume: continue the run in the folder
         overwrite: remove the run in the folder first
         take_over: write a run folder that a process on another machine seems to write
+        accept_data: with resume, go on although the training data are not those that the run was trained on
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -283,6 +284,7 @@ class Config:
     resume: bool = False
     overwrite: bool = False
     take_over: bool = False
+    accept_data: bool = False
 
 
 @cache

@@ -26,7 +26,7 @@ KEYS = ("verb", "options", "needs", "title", "seeds")  # of every stage, besides
 NAME = re.compile(r"[A-Za-z][\w-]*")
 REFERENCE = re.compile(r"\{([A-Za-z][\w-]*)\}")  # not {}, {a,b} or {000..004}, which commands read themselves
 WORDS_OF_A_CHAIN = ("data", "seed")  # what {...} may name besides the stages
-WRITTEN_BY_US = ("out", "run", "resume", "overwrite", "take_over")  # decided by the chain
+WRITTEN_BY_US = ("out", "run", "resume", "overwrite", "take_over", "accept_data")  # decided by the chain
 NEEDS_DATA = ("probe", "knn", "linear", "fewshot", "segment", "depth", "zeroshot", "retrieve")
 
 

@@ -22,6 +22,7 @@ NOT_COMPARED = {
     "resume",
     "overwrite",
     "take_over",
+    "accept_data",
     "train.stop_at",
     "train.max_hours",
 }  # differ between any two runs

@@ -34,6 +34,7 @@ OWN = (
     "resume",
     "overwrite",
     "take_over",
+    "accept_data",
     "train.stop_at",
     "train.max_hours",
 )  # of the run itself, not of what it does

@@ -29,6 +29,7 @@ from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
 from aimv2.train import defaults, prepare
 from aimv2.train.best import check_best
+from aimv2.train.checkpoint import read_about
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.interrupt import Interrupted
 from aimv2.train.loop import Trainer, memory_gb
@@ -220,6 +221,7 @@ def start(
     """A new run; ``keep_warmup``: the user has given optim.warmup; ``most`` visits of a pair, beyond which a line says so."""
     from aimv2.train.lock import one_writer
     from aimv2.train.outlook import beyond, expected_step
+    from aimv2.train.same_run import note_run
 
     world = join_world()
     trainer = build_trainer(config, run, world)
@@ -234,6 +236,7 @@ def start(
             if config.overwrite:
                 prepare.clear_run(run)
             prepare.open_run(run, config, trainer.tokenizer)
+            note_run(trainer)
         world.barrier()
         return finish(trainer, started, 0.0)
 
@@ -248,10 +251,11 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         raise UsageError("--resume continues a run and --overwrite removes it; give one of them", code="conflict")
     run = Path(options.run)
     config = prepare.resumed_values(run, given)
-    config.run, config.resume, config.take_over = str(run), False, False
+    config.run, config.resume, config.take_over, config.accept_data = str(run), False, False, False
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
     from aimv2.train.lock import one_writer
+    from aimv2.train.same_run import check_edits, same_data
     from aimv2.train.sealing import newest_is_whole
 
     summary = read_summary(run)
@@ -261,10 +265,13 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     world = join_world()
     with one_writer(run, world, options.take_over):
         prepare.drop_damaged(run, world)
-        trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(checkpoints(run)))
+        if saved := checkpoints(run):
+            check_edits(run, config, read_about(saved[-1][1]))
+        trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
         found = prepare.find_resume(run, config, trainer.tokenizer, world)
+        valid = same_data(trainer, found, options.accept_data)
         if found is not None:
-            trainer.restore(found)
+            trainer.restore(found, valid)
             say(f"going on from step {trainer.step}")
         else:
             prepare.check_never_saved(run)

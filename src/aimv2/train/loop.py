@@ -104,6 +104,7 @@ class Trainer:
         self.voters: HeldOut | None = None  # of eval.knn
         self.best = Best(run, config.eval.best, world)
         self.log: Log | None = None
+        self.notes = dict[str, Any]()  # of what the run is, for its checkpoints; see aimv2.train.same_run
         self.rejected: Any = getattr(self.stream, "rejected", None)  # of streams that read samples on the way
 
     def open_log(self) -> Log:
@@ -293,6 +294,7 @@ class Trainer:
             "layout": [self.world.size, self.config.data.workers],
             "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else None,
             "rejected": self.rejected.state() if self.rejected is not None else None,
+            **self.notes,
         }
         private = {"data": self.stream.state(), "rng": torch.get_rng_state(), "scale": self.update.loss_scale.cpu()}
         held = self.flag.held() if self.flag is not None else contextlib.nullcontext()
@@ -356,11 +358,12 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
-    def restore(self, folder: Path) -> None:
-        """Goes on from a checkpoint folder; before the first step only."""
+    def restore(self, folder: Path, position: bool = True) -> None:
+        """Goes on from a checkpoint folder, with its ``position`` in the data; before the first step only."""
         about = read_about(folder)
         private = load_checkpoint(folder, self.model, self.optimizer, self.world, self.update.ema)
-        self.stream.restore(private["data"])
+        if position:
+            self.stream.restore(private["data"])
         if self.rejected is not None:
             self.rejected.restore(about.get("rejected"))
         torch.set_rng_state(private["rng"])

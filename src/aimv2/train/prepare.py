@@ -44,11 +44,12 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokenizer is trained on
 
 # what may differ from the run's own configuration when it resumes
 MAY_CHANGE = {
-    "run", "resume", "overwrite", "take_over",
+    "run", "resume", "overwrite", "take_over", "accept_data",
     "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith("eval.")),
 }  # fmt: skip
+MOVED = ("data.train", "data.val")  # paths that may be others, and are written back; see aimv2.train.same_run
 
 
 # ---- paths and data ----
@@ -305,9 +306,8 @@ def open_run(run: Path, config: Config, tokenizer: Tokenizer | None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and config.data.tokenizer == "auto":
             tokenizer.save(run / "tokenizer")
-        stored = {
-            key: value for key, value in to_dict(config).items() if key not in ("resume", "overwrite", "take_over")
-        }
+        start_only = ("resume", "overwrite", "take_over", "accept_data")
+        stored = {key: value for key, value in to_dict(config).items() if key not in start_only}
         stored["train"] |= {"stop_at": None, "max_hours": None}  # of this start, not of the run
         write_aside(run / CONFIG, yaml.safe_dump(stored, sort_keys=False))
     except OSError as error:
@@ -337,7 +337,7 @@ def resumed_values(run: Path, given: dict[str, Any]) -> Config:
         del given["train.epochs"]
         wanted.train.steps, wanted.train.epochs = given["train.steps"], None
     own = parse(stored, stored=True)
-    may_change = {*MAY_CHANGE, *task_of(own).may_change}
+    may_change = {*MAY_CHANGE, *MOVED, *task_of(own).may_change}
     for key in given:
         old, new = get_value(own, key), get_value(wanted, key)
         if key not in may_change and old != new:

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,12 @@ def build_index(shards: list[Path], index_dir: Path | None = None, progress: boo
 def count_samples(index: Path) -> int:
     """Number of samples in an index that `build_index` made: one fewer than the offsets of each tar."""
     return sum(_count(path) for path in index.glob(f"*.tar{INDEX_SUFFIX}"))
+
+
+def offsets_of(shards: Sequence[Path], index: Path) -> list[tuple[Path, Path]]:
+    """(tar, file of its offsets) of those that have samples, in an index that `build_index` made of them."""
+    links = _link_names(list(shards))
+    return [(tar, file) for name, tar in links.items() if (file := index / (name + INDEX_SUFFIX)).is_file()]
 
 
 def read_offsets(index: Path, tar: Path) -> np.ndarray | None:

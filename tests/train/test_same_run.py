@@ -62,7 +62,7 @@ def test_what_may_change_in_config_yaml_is_taken_and_said(run, capsys):
     edit(run, train__log_every=2, train__save_every=3)
     assert resume(run)["step"] == 6
     said = capsys.readouterr().err
-    assert "config.yaml was edited, and is taken as it is: train.log_every 1 -> 2, train.save_every 0 -> 3\n" in said
+    assert "config.yaml was edited, and is taken as it is: train.save_every 0 -> 3, train.log_every 1 -> 2\n" in said
     assert [line["step"] for line in exact(run) if "loss" in line] == [1, 2, 4, 6]
 
 

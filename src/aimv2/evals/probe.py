@@ -220,7 +220,7 @@ def train_sweep(
     trainer.again, trainer.saves = again, saves
     prepare.open_run(run, config, None)
     prepare.drop_damaged(run, world)
-    found = prepare.find_resume(run, config, None, world) if checkpoints(run) else None
+    found = prepare.find_resume(run, config, None) if checkpoints(run) else None
     if found is not None:
         trainer.restore(found)
     log = trainer.open_log()

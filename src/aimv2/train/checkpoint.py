@@ -171,20 +171,27 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, ema: Ema | None = None
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    workers: int = 0,
+    ema: Ema | None = None,
 ) -> Any:
     """Fills model, optimizer and average in place and returns this rank's private state; no pickle of the folder is run.
+
+    ``workers``: data workers of a rank, which may be others than those that wrote, see :mod:`aimv2.train.relayout`.
 
     Raises:
         UsageError: files that can't be read, or hold something else.
     """
     from aimv2.train.plain_reader import PlainPlanner, PlainReader
-    from aimv2.train.plain_state import read_state
+    from aimv2.train.relayout import own_state
 
     state = state_of(model, optimizer, ema)
     private, failure = None, None
     try:
-        private = read_state(folder / "state" / RANK.format(world.rank))
+        private = own_state(folder, world, workers)
         dcp.load(state, storage_reader=PlainReader(folder / "state"), planner=PlainPlanner())
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes of it
         failure = _reason(error)

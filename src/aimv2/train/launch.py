@@ -255,6 +255,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
     from aimv2.train.lock import one_writer
+    from aimv2.train.relayout import take_layout
     from aimv2.train.same_run import check_edits, same_data
     from aimv2.train.sealing import newest_is_whole
 
@@ -267,8 +268,9 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         prepare.drop_damaged(run, world)
         if saved := checkpoints(run):
             check_edits(run, config, read_about(saved[-1][1]))
+            take_layout(config, "data.workers" in given, saved[-1][1], world)
         trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
-        found = prepare.find_resume(run, config, trainer.tokenizer, world)
+        found = prepare.find_resume(run, config, trainer.tokenizer)
         valid = same_data(trainer, found, options.accept_data)
         if found is not None:
             trainer.restore(found, valid)

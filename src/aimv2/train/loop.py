@@ -361,7 +361,9 @@ class Trainer:
     def restore(self, folder: Path, position: bool = True) -> None:
         """Goes on from a checkpoint folder, with its ``position`` in the data; before the first step only."""
         about = read_about(folder)
-        private = load_checkpoint(folder, self.model, self.optimizer, self.world, self.update.ema)
+        private = load_checkpoint(
+            folder, self.model, self.optimizer, self.world, self.config.data.workers, self.update.ema
+        )
         if position:
             self.stream.restore(private["data"])
         if self.rejected is not None:

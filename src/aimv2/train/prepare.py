@@ -405,8 +405,8 @@ def check_never_saved(run: Path) -> None:
         )
 
 
-def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: World) -> Path | None:
-    """The newest checkpoint, if it belongs to this model, tokenizer and product of ranks and workers.
+def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None) -> Path | None:
+    """The newest checkpoint, if it belongs to this tokenizer.
 
     Returns:
         its folder, or None where the run was stopped before its first one.
@@ -416,12 +416,6 @@ def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None, world: W
         return None
     folder = found[-1][1]
     about = read_about(folder)
-    ranks, workers = about["layout"]
-    if [ranks, workers] != [world.size, config.data.workers]:
-        raise UsageError(
-            f"--resume: the run used {ranks} ranks x {workers} data workers (data.workers), got {world.size} x "
-            f"{config.data.workers}; its data position is only valid for the same"
-        )
     mine = tokenizer.fingerprint() if tokenizer else None
     if about["tokenizer"] != mine:
         raise UsageError(

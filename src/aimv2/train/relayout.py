@@ -1,7 +1,7 @@
 """A run that goes on over other ranks and data workers than it had, in the same number of parts.
 
-Each part, one data worker or a rank without any, reads its own slice of the data, and a step takes as much from each. So the same product of
-ranks and workers gives the same global batches, whoever holds which part; the parts are numbered rank by rank.
+Each part, one data worker or a rank without any, reads its own slice of the data, and a step takes as much from each. So the same
+product of ranks and workers gives the same global batches, whoever holds which part; the parts are numbered rank by rank.
 """
 
 from __future__ import annotations

@@ -92,6 +92,17 @@ def test_words_are_found_and_drawn(root: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("known")
+def test_words_that_nothing_was_learned_of_are_said(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, unknown in (("red ring, the ring", None), ("red zebra, 斑马", "'zebra', '斑', '马'")):
+        api.detect_photo([str(root / "photo.png")], words, str(root / "grounding"), out=str(tmp_path))
+        said = capsys.readouterr().err
+        assert ("has no word" in said) == (unknown is not None)
+        assert unknown is None or unknown in said
+
+
+@pytest.mark.usefixtures("known")
 def test_photos_of_one_name_are_drawn_apart(root: Path, tmp_path: Path) -> None:
     photos = [tmp_path / folder / "photo.png" for folder in "ab"]
     for photo in photos:

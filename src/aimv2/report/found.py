@@ -11,6 +11,7 @@ from aimv2.detect.find import OpenDetector, find_objects, open_detector
 from aimv2.distributed import default_device, usable_device
 from aimv2.errors import UsageError, nearest
 from aimv2.evals.caption import image_files
+from aimv2.io import say
 from aimv2.report.boxes import draw_boxes
 
 if TYPE_CHECKING:
@@ -93,5 +94,9 @@ def words_of(given: str | None, detector: OpenDetector) -> list[str]:
             f"--words: '{strange[0]}' is no class of this detector, which has a fixed list{nearest(strange[0], detector.names)}",
             option="--words",
             code="unknown",
+        )
+    if detector.prompts is not None and (unknown := detector.prompts.spelt(words)):
+        say(
+            f"--words: the detector's vocabulary has no word {', '.join(map(repr, unknown[:5]))}; what is found for it means nothing"
         )
     return words

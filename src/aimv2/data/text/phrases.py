@@ -111,6 +111,15 @@ class Prompts:
                 self.known[phrase] = found
         return found
 
+    def spelt(self, phrases: Iterable[str]) -> list[str]:
+        """The words that the vocabulary has neither whole nor in pieces of several letters: nothing was learned of them."""
+        found = []
+        for word in words_of(phrases):
+            pieces = self.tokenizer.tokenize(word)
+            if "[UNK]" in pieces or (len(word) > 1 and all(len(piece.removeprefix("##")) < 2 for piece in pieces)):
+                found.append(word)
+        return found
+
     def encode(self, phrases: Sequence[str]) -> list[int]:
         """``[CLS] phrase . phrase . [SEP]``; they must fit (:meth:`fitting`)."""
         return [CLS, *(number for phrase in phrases for number in (*self.tokens(phrase), STOP)), SEP]

@@ -272,6 +272,7 @@ def test_figures_for_people_fit_80_columns(shell: Shell, tmp_path: Path, monkeyp
         (["data", "check", "x", "--min-sides", "3"], "did you mean '--min-side'"),
         (["pretrain", "--train.step", "3"], "unknown option '--train.step'; did you mean '--train.steps'"),
         (["pretrain", "--optim.weight-decy=1"], "did you mean '--optim.weight_decay'"),
+        (["detect", "train", "--objectiv.head", "closed"], "did you mean '--objective.head'?"),
         (["pretrain", "--run"], "--run needs a value"),
         (["pretrain", "--train.steps", "--resume"], "--train.steps needs a value"),
         (["pretrain", "run"], "unexpected 'run'"),

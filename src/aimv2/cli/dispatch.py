@@ -187,7 +187,8 @@ def read_words(name: str, words: list[str]) -> dict[str, Any]:
     if COMMANDS[name].configured:
         own = [key for key in option_fields(name) if key not in ("config", "run", "options")]
         bare_ones = tuple(key for key in own if option_fields(name)[key].default is False)
-        recipe, given, bare = read_options(words, bare_ones, tuple(key for key in own if key not in bare_ones))
+        first = tuple(module_of(name).FIRST.split())
+        recipe, given, bare = read_options(words, bare_ones, tuple(key for key in own if key not in bare_ones), first)
         mine: dict[str, Any] = {key: given.pop(key) for key in own if key in given}
         return {"config": recipe, "options": given, **mine, **{key: True for key in bare}}
     _check_options(name, words)
@@ -251,7 +252,10 @@ def _check_options(name: str, words: list[str]) -> None:
 
 
 def read_options(
-    words: list[str], switch_names: tuple[str, ...] = ("dry_run", "print_config"), more: tuple[str, ...] = ()
+    words: list[str],
+    switch_names: tuple[str, ...] = ("dry_run", "print_config"),
+    more: tuple[str, ...] = (),
+    first: tuple[str, ...] = (),
 ) -> tuple[str | None, dict[str, Any], set[str]]:
     """``--config R --run D --train.steps 10 --resume`` -> (recipe, values by dotted key, switches).
 
@@ -259,6 +263,7 @@ def read_options(
         words: of the command line.
         switch_names: options of the command itself without a value.
         more: those with one, which are among the values.
+        first: keys that its help shows first, a task's own among them: proposed before others.
 
     Raises:
         UsageError: an unknown option (with the nearest known one), an option without its value, a stray word.
@@ -278,7 +283,7 @@ def read_options(
             continue
         if key not in keys and key != "config" and not key.startswith("objective."):  # a task may bring more of these
             own = ["config", *(name.replace("_", "-") for name in (*switch_names, *more))]
-            known = nearest(key, [*leaf_keys(), *own]).replace("'", "'--", 1)
+            known = nearest(key, [*first, *leaf_keys(), *own]).replace("'", "'--", 1)
             raise UsageError(f"unknown option '{option}'{known}", option=option, code="unknown")
         following = words[at] if at < len(words) else None
         if not equals:

@@ -187,7 +187,7 @@ def read_words(name: str, words: list[str]) -> dict[str, Any]:
     if COMMANDS[name].configured:
         own = [key for key in option_fields(name) if key not in ("config", "run", "options")]
         bare_ones = tuple(key for key in own if option_fields(name)[key].default is False)
-        first = tuple(module_of(name).FIRST.split())
+        first = tuple(key for key in module_of(name).FIRST.split() if "." in key)
         recipe, given, bare = read_options(words, bare_ones, tuple(key for key in own if key not in bare_ones), first)
         mine: dict[str, Any] = {key: given.pop(key) for key in own if key in given}
         return {"config": recipe, "options": given, **mine, **{key: True for key in bare}}

@@ -22,6 +22,7 @@ from aimv2.data.shards.format import write_shard
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from runs import TINY, light_collections, scenes, train
+from tiny_llm import encoder, language_model
 
 SHAPE = {"width": 16, "depth": 1, "heads": 2, "hidden": 24}
 FORMS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "tiff": "TIFF", "bmp": "BMP"}
@@ -232,6 +233,28 @@ def neighbours(folder: Path, file: Path) -> None:
     )
 
 
+def cache(folder: Path) -> None:
+    classes(folder)
+    (folder / "home").write_text(str(folder))  # features are those of one place
+    cached(folder, folder)
+
+
+def cached(folder: Path, _: Path) -> None:
+    home = Path((folder / "home").read_text())
+    run("knn", home / "model", "--data", home / "folders", "--k", "1", "--out", folder / "features")
+
+
+def vlm(folder: Path) -> None:
+    encoder(folder / "eyes")
+    language_model(folder / "llm")
+    api.vlm_build(folder / "eyes", folder / "llm", folder / "vlm")
+    pictures(folder / "images", {"png": "PNG"})
+
+
+def captioned_by(folder: Path, _: Path) -> None:
+    run("caption", folder / "vlm", folder / "images" / "p0.png", "--ask", "What?", "--max-tokens", "2")
+
+
 def settings(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(nested(TINY)))
     shutil.copy(Path(__file__).parents[1] / "recipes" / "chains" / "chain-tiny.yaml", folder / "chain.yaml")
@@ -300,6 +323,8 @@ TARGETS: dict[str, Target] = {
     "run": Target(a_run, ("run/*", "run/checkpoints/*/model/*", "run/checkpoints/*.json"), used),
     "checkpoint": Target(a_run, ("run/config.yaml", "run/checkpoints/*/state/*", "run/metrics.jsonl"), resumed),
     "classes": Target(classes, ("*.csv", "cifar/*", "folders/train/cat/*"), neighbours),
+    "cache": Target(cache, ("features/**/*",), cached),
+    "vlm": Target(vlm, ("vlm/*",), captioned_by),
     "settings": Target(settings, ("*.*",), set_up),
 }  # fmt: skip
 

@@ -144,6 +144,7 @@ def test_a_decoder_is_described_and_opened(tmp_path: Path, monkeypatch: pytest.M
     code = body.split("```python\n")[1].split("```")[0]
     assert "decoder=True" in code
     scope: dict = {}
+    monkeypatch.chdir(tmp_path)  # of the folder it has the name only
     exec(code, scope)  # what the card says works
     equal(scope["model"], model)
     assert api.convert(str(tmp_path / "m"), str(tmp_path / "t"), "transformers")["left_out"] == ["decoder"]

@@ -103,6 +103,13 @@ def test_a_run_draws_its_report_and_says_where(run: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {run / 'report.html'}"
 
 
+def test_the_page_names_no_place(page: Parsed, run: Path, data: Path) -> None:
+    """Paths are relative to the run; others are their last part."""
+    for place in (str(run), str(data), str(run.parent), str(Path.home())):
+        assert place not in page.html
+    assert data.name in page.texts["configuration"]
+
+
 def test_the_page_stands_alone(page: Parsed) -> None:
     assert len(page.html.encode()) < LARGEST
     assert page.links and all(link.startswith(("data:", "#")) for link in page.links)

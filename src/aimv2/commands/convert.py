@@ -42,6 +42,11 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> dict[str, Any]:
+    return write(options, options.out)
+
+
+def write(options: ConvertOptions, name: str) -> dict[str, Any]:
+    """Convert; ``name``: how the card calls the model."""
     from aimv2.interop import convert as out_of
     from aimv2.interop import load
     from aimv2.interop.card import card, encoder_in, left_out
@@ -68,7 +73,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         more["precision"] = options.precision or "fp32"
         if options.images is not None:
             more["pixels"] = read_pixels(encoder, options.images, options.samples)
-    readme = card(at, model, to, str(out), options.licence)
+    readme = card(at, model, to, name, options.licence)
     with heartbeat(lambda: f"writing {to}"):
         folder = out_of.convert(model, out, to, readme, lambda folder: copy_tokenizer(at.folder, folder, to), **more)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -42,8 +42,6 @@ def run(options: PushOptions) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "model"
         written = convert.ConvertOptions(source=options.model, out=str(out), to=options.to, licence=options.licence)
-        result = convert.run(written)
-        readme = out / "README.md"
-        readme.write_text(readme.read_text().replace(str(out), options.repository))
+        result = convert.write(written, options.repository)
         url = hub.upload(out, options.repository, options.private, options.message)
     return {"url": url, "to": options.to, "files": result["files"]}

@@ -16,6 +16,7 @@ import aimv2
 from aimv2.interop import hub
 from aimv2.interop.load import ModelSource
 from aimv2.interop.model_folder import CONFIG, STEP
+from aimv2.interop.public import last_name, public, public_recipe
 from aimv2.io import parse_json, parse_yaml
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
@@ -143,9 +144,9 @@ def recipe_of(source: ModelSource) -> str:
     """The recipe of the run, else from the source's card, else ""."""
     run = run_of(source)
     if run is not None:
-        return (run / "config.yaml").read_text().strip()
+        return public_recipe((run / "config.yaml").read_text())
     found = re.search(r"^## Recipe\n\n```yaml\n(.*?)\n```", card_of(source), re.MULTILINE | re.DOTALL)
-    return found[1] if found else ""
+    return public_recipe(found[1]) if found else ""
 
 
 # ---- the card ----
@@ -158,10 +159,13 @@ def card(source: ModelSource | None, model: nn.Module, to: str, name: str, licen
         source: the model's files; None: it was in memory.
         model: VisionEncoder, LiT or AIMv2.
         to: layout of the output.
-        name: name for users: a hub id or a folder.
+        name: name for users: a hub id, or a folder, of which the last part is written.
         licence: licence of the weights; None: as stated by the source, if at all.
     """
-    config = encoder_in(model).config
+    config, name = (
+        encoder_in(model).config,
+        name if hub.is_hub_id(name) and not Path(name).exists() else last_name(name),
+    )
     terms = {"license": licence} if licence else licence_of(source) if source else {}
     pair = isinstance(model, LiT) and to in HOLDS_PAIRS
     whole = isinstance(model, AIMv2) and to == "safetensors"
@@ -218,7 +222,7 @@ def _what(source: ModelSource | None, model: nn.Module, to: str) -> list[str]:
         parts["decoder"] = _count(model.decoder)
     if "pooling head" in missing:
         parts["image encoder"] -= sum(_count(part) for part in [encoder_in(model).head] if part is not None)
-    origin = source.given if source else "a model in memory"
+    origin = public(source.given) if source else "a model in memory"
     lines = [f"AIMV2 {kind}, in the {to} layout; written by aimv2 {aimv2.__version__} from {origin}."]
     if missing:
         lines += ["", f"Not included, since the layout can't hold them: {', '.join(missing)}."]

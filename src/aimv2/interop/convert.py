@@ -20,6 +20,7 @@ from aimv2.interop import layouts
 from aimv2.interop.card import TIMM_BASE, timm_name
 from aimv2.interop.layouts import Rules
 from aimv2.interop.model_folder import CONFIG, WEIGHTS, save_model
+from aimv2.interop.public import public_files
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import NORM_EPS
@@ -329,4 +330,5 @@ def convert(
             (folder / "README.md").write_text(card, encoding="utf-8")
         if extra is not None:
             extra(folder)
+        public_files(folder)
     return folder

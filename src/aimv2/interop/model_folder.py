@@ -45,7 +45,7 @@ def write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor], 
     (folder / CONFIG).write_text(text + "\n")
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     if card:
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def plain_model(model: Any) -> nn.Module:

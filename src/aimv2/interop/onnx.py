@@ -117,16 +117,18 @@ def to_onnx(model: nn.Module, out: Path) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 wrapped,
                 (pixels,),
-                str(out / FILE),
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
                 output_names=names,
                 dynamic_shapes=dynamic,
-                external_data=sum(p.numel() for p in wrapped.parameters()) * 4 > 1.5e9,
             )
+        for node in program.model.graph.all_nodes():  # paths of this machine
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+        large = sum(p.numel() for p in wrapped.parameters()) * 4 > 1.5e9
+        program.save(str(out / FILE), external_data=large)
     finally:
         logger.setLevel(before)

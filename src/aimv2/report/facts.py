@@ -9,7 +9,7 @@ from aimv2.evals.compare import METRICS
 from aimv2.evals.scores import wilson
 from aimv2.report.blocks import Section, Table
 from aimv2.report.charts import Panel, draw, title_of
-from aimv2.report.runs import Run, about, config_rows, date_of, differences
+from aimv2.report.runs import Run, about, config_rows, date_of, differences, without_places
 from aimv2.tables import figure, percent
 
 # keys of the summary and their labels, in display order
@@ -142,7 +142,7 @@ def baseline(name: str, fraction: float | None, images: int | None) -> str:
 def result_rows(place: str, result: dict[str, Any]) -> list[Sequence[str]]:
     """Rows of one result file, with its baselines."""
     figures, data = result["figures"], result.get("data", {})
-    name = f"{result.get('verb', place)} on {data.get('dataset') or data.get('name') or place}"
+    name = f"{result.get('verb', place)} on {without_places(str(data.get('dataset') or data.get('name') or place))}"
     rows: list[Sequence[str]] = []
     for inner in ("", "image_to_text", "text_to_image"):
         part = figures.get(inner, {}) if inner else figures

@@ -125,7 +125,7 @@ def config_rows(config: Config) -> list[tuple[str, str, bool]]:
     """Every key, its value, and whether it differs from the default."""
     default = type(config)()
     return [
-        (key, shown(get_value(config, key)), get_value(config, key) != get_value(default, key))
+        (key, shown(get_value(config, key), config.run), get_value(config, key) != get_value(default, key))
         for key in leaf_keys(type(config))
     ]
 
@@ -135,22 +135,32 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     rows = []
     kinds = [leaf_keys(type(run.config)) for run in runs]
     for key in (key for key in kinds[0] if all(key in kind for kind in kinds)):
-        values = [shown(get_value(run.config, key)) for run in runs]
+        values = [shown(get_value(run.config, key), run.config.run) for run in runs]
         if key not in NOT_COMPARED and len(set(values)) > 1:
             rows.append((key, values))
     return rows
 
 
-def shown(value: Any) -> str:
-    """Format a configuration value as text."""
+def shown(value: Any, run: str | None = None) -> str:
+    """Format a configuration value as text; paths are relative to the folder ``run``, others by their last part."""
     if value is None:
         return "–"
     if isinstance(value, list | tuple):
-        return ", ".join(shown(one) for one in value)
+        return ", ".join(shown(one, run) for one in value)
     if hasattr(value, "path"):
         weight = f" x {value.weight:g}" if value.weight != 1 else ""
-        return (value.name or value.path) + weight
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return (value.name or shown(value.path, run)) + weight
+    return f"{value:g}" if isinstance(value, float) else without_places(str(value), run)
+
+
+def without_places(text: str, run: str | Path | None = None) -> str:
+    """A text for a page that others read; see :func:`aimv2.interop.public.public`."""
+    from aimv2.interop.public import public
+
+    own = {str(run), str(Path(run).expanduser().absolute())} if run else set()
+    for folder in sorted(own, key=len, reverse=True):
+        text = text.replace(f"{folder}/", "") if text != folder else "."
+    return public(text)
 
 
 def date_of(stamp: str | None = None) -> str:
@@ -178,7 +188,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("torch", summary.get("torch") or f"{torch.__version__} (of this report)"),
         ("Python", f"{platform.python_version()} (of this report)"),
         ("git", summary.get("git") or f"{git_state() or 'not under git'} (of this report)"),
-        ("command", summary.get("command") or ""),
+        ("command", without_places(str(summary.get("command") or ""), run.folder)),
         (
             "finished",
             date_of(summary.get("finished", ""))
@@ -186,6 +196,6 @@ def about(run: Run) -> list[tuple[str, str]]:
             else f"not yet: step {run.step} of {run.config.train.steps}",
         ),
         ("weights (SHA-256)", summary.get("weights_sha256") or ""),
-        ("report made by", shlex.join(["aimv2", *sys.argv[1:]])),
+        ("report made by", without_places(shlex.join(["aimv2", *sys.argv[1:]]), run.folder)),
     ]
     return [(key, value) for key, value in rows if value]

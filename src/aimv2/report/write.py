@@ -17,7 +17,7 @@ from aimv2.report import facts, views
 from aimv2.report.blocks import Section
 from aimv2.report.charts import panels_of
 from aimv2.report.page import Page, write_page
-from aimv2.report.runs import Run, read_run
+from aimv2.report.runs import Run, read_run, without_places
 from aimv2.report.samples import (
     HeldOutImage,
     held_out_images,
@@ -106,7 +106,7 @@ class Reporter:
             found = [views.compared(first)]
             found += [views.compared(scene_of(run, self.images, self.device)) for run in runs[1:]]
         except (UsageError, OSError) as error:
-            return Section("beside", title, missing=f"not drawn: {error}")
+            return Section("beside", title, missing=f"not drawn: {without_places(str(error))}")
         return views.comparison_section([run.name for run in runs], first, found)
 
 
@@ -188,7 +188,7 @@ def picture_sections(run: Run, images: int, device: torch.device) -> list[Sectio
     try:
         scene = scene_of(run, images, device)
     except (UsageError, OSError) as error:
-        return views.without_model(f"not drawn: {error}")
+        return views.without_model(f"not drawn: {without_places(str(error))}")
     return views.sections(scene)
 
 

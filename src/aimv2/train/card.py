@@ -11,6 +11,8 @@ from aimv2.tasks.task import CardText
 
 def model_card(config: Config, text: CardText, encoder: EncoderConfig, step: int, figures: dict[str, Any]) -> str:
     """README.md of a model folder: what it is, how it was trained, what was measured."""
+    from aimv2.interop.public import public
+
     train, optim = config.train, config.optim
     measured = "\n".join(f"| {key} | {figure(key, value)} |" for key, value in figures.items()) or "| none yet | |"
     taken = f"{train.batch_size} pairs" if train.patch_budget is None else f"{train.patch_budget} patches"
@@ -24,7 +26,7 @@ def model_card(config: Config, text: CardText, encoder: EncoderConfig, step: int
 
 - {encoder.width} wide, {encoder.depth} blocks, patches of {encoder.patch_size} px, {size}
 - step {step} of {train.steps}, {taken} a step, peak learning rate {optim.lr:g}, {train.precision}
-- objective: {text.learned}
+- objective: {public(text.learned)}
 {notes}
 | measured on the validation split | |
 |---|---|

@@ -20,6 +20,7 @@ from aimv2.features.pixels import quiet
 from aimv2.interop import convert as out_of
 from aimv2.interop import layouts, load
 from aimv2.interop.card import encoder_in
+from aimv2.interop.public import public, public_files
 from aimv2.interop.shapes import read_json
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
@@ -127,6 +128,7 @@ def build(
         }
         about |= {"dtype": str(language.model.dtype).removeprefix("torch."), "parameters": counts}
         (folder / "README.md").write_text(card(about, layout, language, seed), encoding="utf-8")
+        public_files(folder)
     return about
 
 
@@ -298,8 +300,8 @@ def card(about: dict[str, Any], layout: Layout, language: Language, seed: int) -
         "",
         "**The connector is untrained**: its weights are random, and answers mean nothing until it is trained with the language model.",
         "",
-        f"- encoder: {about['encoder']}",
-        f"- language model: {about['llm']}",
+        f"- encoder: {public(about['encoder'])}",
+        f"- language model: {public(about['llm'])}",
         f"- connector: 2 linear layers with GELU between them, PyTorch's initialization, seed {seed}",
         f"- features: {features}. Pre-norm gave better answers on small scenes, by {BETTER} over three seeds",
         f"- images: {pixels}; at most {layout.most_tokens:,} tokens each, of a context of {about['context'] or 'unstated length'}",

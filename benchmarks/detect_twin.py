@@ -51,12 +51,13 @@ class Budget:
     """
 
     scenes: int = 12_000
-    pairs: int = 500
-    steps: int = 1500
+    pairs: int = 240
+    steps: int = 900
     tested: int = 600
 
 
 SMOKE = Budget(scenes=64, pairs=2, steps=2, tested=16)
+WINDOWED = Budget(steps=200)  # of the study of windows, six detectors of one seed
 
 
 class Eyes(Twin):
@@ -160,7 +161,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="by trial without it")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything")
     options = parser.parse_args()
-    threads, budget = options.threads or fastest_threads(), SMOKE if options.smoke else Budget()
+    whole = Budget() if options.study == "eyes" else WINDOWED
+    threads, budget = options.threads or fastest_threads(), SMOKE if options.smoke else whole
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, options.seeds.split(",")):
         twin = Eyes(options.out.resolve(), seed, budget, threads)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def pages() -> dict[str, str]:
         *table(list(EVERYWHERE)),
         "",
         "Exit codes: 0, 1 if `doctor` found a failure, 2 for invalid input (one line on standard error says which option to "
-        "change), 130 after Ctrl-C, 143 after SIGTERM.",
+        "change), 75 if a data worker was lost, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.",
     ]
     return {"verbs/index.md": "\n".join(index), **{f"verbs/{slug(name)}.md": page(name) for name in COMMANDS}}
 

@@ -16,6 +16,7 @@ CODES = (
     "unsupported",  # a model, form or machine that can't do it
     "limit",  # too large, too many, no room
     "non-finite",  # NaN or infinity
+    "lost",  # a process that the command needs has ended, or hangs
 )
 PLAIN = {
     "int": "a whole number (int)",
@@ -53,6 +54,9 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3 - 3]} ... {text[-(most // 3 - 2) :]}"
 
 
+LOST = 75  # EX_TEMPFAIL: exit code where a process that the command needs was lost
+
+
 class UsageError(ValueError):
     """A mistake of input: the message says what was given, what was expected and which option to change.
 
@@ -72,6 +76,7 @@ class UsageError(ValueError):
         head = OPTION.match(message)
         self.option = option if option is not None else head[0] if head else ""
         self.code = code
+        self.exit_code = 2
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
@@ -81,6 +86,14 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 class RankError(UsageError):
     """A mistake that only one rank met: that rank reports it, whichever it is."""
+
+
+class WorkerLost(RankError):
+    """A data worker ended or hangs; started again, the command may go on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, option="data.workers", code="lost")
+        self.exit_code = LOST
 
 
 def need(package: str, extra: str, given: str) -> None:

@@ -31,7 +31,7 @@ from runs import exact, options, scenes
 
 STEPS, EVERY = 160, 20
 LONGEST = 240.0  # seconds that a start may take to its end
-HARMLESS = {0, 129, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT}
+HARMLESS = {0, 75, 129, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT}
 
 
 @dataclass
@@ -231,7 +231,7 @@ class Soak:
             act(start, self.rng)
         if (code := start.ended()) is None:
             self.problem(f"{fault}: it hangs")
-        elif ranks == 1 and code not in HARMLESS and fault != "worker-killed":
+        elif ranks == 1 and code not in HARMLESS:
             self.problem(f"{fault}: exit code {code}")
         if fault in WHILE_IT_LIES:
             WHILE_IT_LIES[fault](run, self.rng)

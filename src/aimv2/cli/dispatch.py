@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        the exit code: 0, 1 where doctor found a failure, 2 for a mistake of input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        the exit code: 0, 1 where doctor found a failure, 2 for a mistake of input, 75 where a data worker was lost, 130 after Ctrl-C,
+        143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, RankError) and os.environ.get("RANK", "0") != "0":
             time.sleep(RANK_WAITS)  # torchrun ends all ranks with the first; the one that speaks must get there
         complain(f"error: {error}", everywhere=isinstance(error, RankError))
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         if debug:
             raise
@@ -78,10 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"error: the package of {error.name} is missing: {line}")
         return 2
     except Exception as error:
-        if type(error).__name__ != "Interrupted":
+        if type(error).__name__ == "Interrupted":
+            complain(str(error))
+            return error.code  # type: ignore[attr-defined]
+        if debug or not ("gloo" in str(error) and int(os.environ.get("WORLD_SIZE", "1")) > 1):
             raise
-        complain(str(error))
-        return error.code  # type: ignore[attr-defined]
+        complain(f"rank {os.environ['RANK']} ends: the connection to another rank is lost", everywhere=True)
+        return 1
 
 
 def run() -> None:
@@ -96,7 +100,7 @@ def run() -> None:
 
         complete()
     code = main()
-    if code in (129, 130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code in (75, 129, 130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

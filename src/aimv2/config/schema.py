@@ -96,6 +96,8 @@ class DataConfig:
         vocab_size: tokens of a tokenizer that is trained (auto)
         max_tokens: most tokens of a caption, end of text included
         workers: data worker processes a rank; 0 reads in the training process
+        timeout: seconds without progress after which a data worker counts as hung: the run saves and ends with exit code 75; 0
+            waits for ever
         shuffle_buffer: samples from which the next one is drawn, in each worker
         crop_scale: smallest fraction of the image's area that a random crop keeps (AIMV2, Table A1)
         crop_ratio: range of the crop's aspect ratio
@@ -117,6 +119,7 @@ class DataConfig:
     vocab_size: int = 4096
     max_tokens: int = 77
     workers: int = 2
+    timeout: float = 300.0
     shuffle_buffer: int = 1000
     crop_scale: float = 0.4
     crop_ratio: tuple[float, float] = (0.75, 1.3333)

@@ -8,8 +8,7 @@ Legend: B images, N tokens, D width, V cached views.
 from __future__ import annotations
 
 import hashlib
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from aimv2.features.ragged import Ragged
 
 if TYPE_CHECKING:
     from aimv2.data.images.labelled import Labelled
+    from aimv2.data.stream.workers import Watched
 
 
 class Order:
@@ -110,22 +110,26 @@ class ImageStream:
     """Batches of augmented images, uint8 [B, 3, S, S]; decoded in worker processes."""
 
     def __init__(self, data: Labelled, image_size: int, size: int, seed: int, workers: int) -> None:
-        self.data, self.image_size, self.size, self.seed, self.workers = data, image_size, size, seed, workers
         self.step = 0
         self.batches: Iterator[Any] | None = None
+        views = _Views(data, image_size, seed)
+        order = _Steps(lambda: self.step, Order(len(data.labels), size, seed))
+        self.loader: Any = torch.utils.data.DataLoader(
+            views, batch_sampler=order, num_workers=workers, collate_fn=_collate
+        )
+        self.watched: Watched | None = None  # the batches of worker processes
+        if workers:
+            from aimv2.data.stream.workers import Watched
+
+            self.watched = Watched(self.loader, workers)
+            views.note = self.watched.notes.write
 
     def __next__(self) -> Batch:
         if self.batches is None:
-            loader: Any = torch.utils.data.DataLoader(
-                _Views(self.data, self.image_size, self.seed),
-                batch_sampler=_Steps(self.step, Order(len(self.data.labels), self.size, self.seed)),
-                num_workers=self.workers,
-                collate_fn=_collate,
-                worker_init_fn=_ignore_signals,
-            )
-            self.batches = iter(loader)
+            self.batches = self.watched or iter(self.loader)
+        batch = next(self.batches)
         self.step += 1
-        return next(self.batches)
+        return batch
 
     def state(self) -> int:
         return self.step
@@ -135,20 +139,19 @@ class ImageStream:
 
     def close(self) -> None:
         """Ends the worker processes."""
-        end = getattr(self.batches, "_shutdown_workers", None)
-        if end is not None:
-            end()
+        if self.watched is not None:
+            self.watched.close()
         self.batches = None
 
 
 class _Steps:
-    """(epoch, row) of each image of each step, from ``first`` on, without end."""
+    """(epoch, row) of each image of each step, from ``first()`` on, without end."""
 
-    def __init__(self, first: int, order: Order) -> None:
+    def __init__(self, first: Callable[[], int], order: Order) -> None:
         self.first, self.order = first, order
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in count(self.first):
+        for step in count(self.first()):
             epoch, rows = self.order.rows(step)
             yield [(epoch, int(row)) for row in rows]
 
@@ -158,6 +161,7 @@ class _Views(torch.utils.data.Dataset[Any]):
 
     def __init__(self, data: Labelled, image_size: int, seed: int) -> None:
         self.data, self.image_size, self.seed = data, image_size, seed
+        self.note: Callable[[str], None] = lambda name: None
 
     def __len__(self) -> int:
         return len(self.data.labels)
@@ -165,12 +169,15 @@ class _Views(torch.utils.data.Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int]:
         """(pixels uint8 [3, S, S], label); an image that can't be read is gray and has no label."""
         epoch, row = place
+        self.note(self.data.keys[row])
         name = int.from_bytes(hashlib.sha256(self.data.keys[row].encode()).digest()[:8], "little")
         rng = np.random.default_rng([self.seed, epoch, row, name])
         try:
             view = augment(self.data.image(row), self.image_size, rng)
         except ImageError:
             return np.full((3, self.image_size, self.image_size), 128, np.uint8), -1
+        finally:
+            self.note("")
         return to_pixels(view), int(self.data.labels[row])
 
 
@@ -182,10 +189,3 @@ def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:
 def _batch(images: torch.Tensor | None, labels: np.ndarray, features: torch.Tensor | None = None) -> Batch:
     classes = torch.from_numpy(labels.astype(np.int64))
     return make_batch(images, [[]] * len(labels), None, 0, labels=classes, features=features)
-
-
-def _ignore_signals(number: int) -> None:
-    """A terminal's Ctrl-C reaches workers too; they must live until the state is saved."""
-    torch.set_num_threads(1)
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(caught, signal.SIG_IGN)

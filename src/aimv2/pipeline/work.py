@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aimv2.errors import UsageError, nearest
+from aimv2.errors import LOST, UsageError, nearest
 from aimv2.io import parse_json, write_aside
 from aimv2.pipeline import report
 from aimv2.pipeline.read import Chain, Job, read_chain
@@ -269,9 +269,11 @@ class Worker:
         if code:
             self.leave_if_asked(job.name)
             last = relay.last.removeprefix("error: ")
-            raise UsageError(
+            failed = UsageError(
                 f"stage '{job.name}' failed ({shlex.join(['aimv2', *words])}): {last or f'exit code {code}'}"
             )
+            failed.exit_code = LOST if code == LOST else 2
+            raise failed
         try:
             return parse_json(printed)
         except ValueError:

@@ -17,7 +17,7 @@ class Interrupted(Exception):
     """A signal stopped the run, which has saved.
 
     Attributes:
-        code: exit code, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        code: exit code, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 75 where another rank has lost a data worker.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -46,6 +46,10 @@ class StopFlag:
         else:
             self.restore()
             os.kill(os.getpid(), number)
+
+    def impatient(self) -> bool:
+        """Whether a signal came longer ago than a step should take."""
+        return bool(self.code) and time.monotonic() - self.since > PATIENCE
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from aimv2.config.schema import Config, to_dict
 from aimv2.data.stream.samples import TrainStream, View, validation_shards
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.distributed import World
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, WorkerLost
 from aimv2.models.flops import peak_flops
 from aimv2.tasks import Task, task_of
 from aimv2.tasks.held_out import HeldOut
@@ -89,6 +89,7 @@ class Trainer:
             )
         else:
             self.stream, self.view = stream, View(0, 0, False)
+        self.watched = getattr(self.stream, "watched", None)  # its data workers
         self.update = TrainStep(model, config, world, compiled, task=self.task)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.last: StepFigures | None = None
@@ -118,7 +119,7 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; the run has been saved.
-            UsageError: a loss or the gradient is not finite, the disk is full, too many bad samples.
+            UsageError: a loss or the gradient is not finite, the disk is full, too many bad samples, a data worker is lost.
         """
         train, every = self.config.train, self.config.eval.every
         log = self.log or self.open_log()
@@ -131,6 +132,8 @@ class Trainer:
             )
         self.end_if_too_many_bad(restored=True)
         self.flag = StopFlag()  # before any data worker starts
+        if self.watched is not None:
+            self.watched.hurry = self.flag.impatient
         self.model.train()
         if self.step < last:
             self.compile()
@@ -139,7 +142,7 @@ class Trainer:
         began, before = self.mark, self.seconds
         saved = self.step if self.step else -1
         while self.step < last:
-            self.train_step(next(self.stream))
+            self.train_step(self.next_batch(saved))
             self.seconds = before + time.perf_counter() - began
             if self.step % self.check_every == 0 or self.step == last:
                 self.check_finite()
@@ -182,6 +185,24 @@ class Trainer:
         seconds = time.perf_counter() - began
         say(f"compiled {watch.graphs} graphs in {duration(seconds)}")
         return seconds
+
+    def next_batch(self, saved: int) -> Batch | list[Batch]:
+        """The stream's. Where it has lost a data worker the run is saved, unless other ranks are amid a step."""
+        try:
+            return next(self.stream)
+        except WorkerLost as lost:
+            if self.world.size == 1 and self.step not in (0, saved):
+                self.save()
+                saved = self.step
+            raise self.without_worker(lost, saved) from None
+
+    def without_worker(self, lost: WorkerLost, saved: int) -> Exception:
+        """Where the run stands that lost a data worker, or was signalled while one hung."""
+        where = f"saved at step {saved}" if saved > 0 else "nothing was to be saved yet"
+        end = f"{where}; go on with: {self.command_to_go_on()}"
+        if self.flag is not None and self.flag.code:
+            return Interrupted(f"stopped at step {self.step}, {end}", self.flag.code)
+        return WorkerLost(f"{lost}; {end}")
 
     def train_step(self, batch: Batch | list[Batch]) -> None:
         """One optimizer step, and its part of the next line of metrics (kept on the device)."""
@@ -314,17 +335,21 @@ class Trainer:
 
     def stop_if_signalled(self, saved: int, now: bool) -> None:
         """After a signal on any rank, or too many bad samples: all ranks save and leave together (``now``: check, whatever the step)."""
-        code = self.flag.code if self.flag else 0
+        code, lost = self.flag.code if self.flag else 0, None
         bad = self.rejected is not None and self.rejected.too_many and self.step < self.config.train.steps
         if self.world.size > 1:
             if self.step % self.check_every and not now:
                 return
+            lost = self.watched.lost() if self.watched is not None else None
+            code = lost.exit_code if lost is not None else code
             stops = torch.tensor([float(code), float(bad)], device=self.world.device)
             code, bad = (int(value) for value in self.world.max(stops).tolist())
         if code or bad:
             if saved != self.step:
                 self.save()
             self.end_if_too_many_bad()
+        if lost is not None:
+            raise self.without_worker(lost, self.step)
         if code:
             raise Interrupted(f"stopped at step {self.step}, saved; go on with: {self.command_to_go_on()}", code)
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import atexit
 import math
-import signal
-import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, get_savable_loader, stateless
 from megatron.energon.errors import FatalSampleError
-from megatron.energon.flavors.webdataset.itar import ITarFile
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from PIL import Image
 
@@ -36,6 +32,9 @@ from aimv2.data.stream.rejected import BadSample, Rejected
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError
+
+if TYPE_CHECKING:
+    from aimv2.data.stream.workers import Watched
 
 FATAL = "the data stream ends: "  # marks our own message within the one that energon builds around it
 HOPELESS = 10_000  # bad samples in a row, at most, after which a worker gives up
@@ -108,6 +107,7 @@ class PairEncoder(TaskEncoder):
         self.sources = training_sources(config)
         self.bad, self.fresh = 0, list[BadSample]()
         self.hopeless, self.streak = HOPELESS, 0
+        self.note: Callable[[str], None] = lambda name: None  # of what is read
 
     def place(self) -> tuple[int, int]:
         """(global worker, the worker's own index of the current sample)."""
@@ -118,6 +118,7 @@ class PairEncoder(TaskEncoder):
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         key = sample["__key__"]
+        self.note(self.name_of(sample))
         try:
             drawn = self.draw(sample, sample_rng(self.seed, key, *self.place()))
         except ImageError as error:
@@ -127,6 +128,8 @@ class PairEncoder(TaskEncoder):
             raise
         except Exception as error:  # not the sample's fault: energon would try a hundred more
             raise FatalSampleError(f"{FATAL}{self.name_of(sample)}: {type(error).__name__}: {error}") from error
+        finally:
+            self.note("")
         self.streak = 0
         return drawn
 
@@ -337,11 +340,17 @@ class TrainStream:
             repeat=True,
         )
         warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")  # energon always sets pin_memory
+        from aimv2.data.stream import workers
+
         # a restart decodes again what was read since a worker's last own checkpoint, at most ten seconds' worth
-        self.loader = get_savable_loader(dataset, checkpoint_every_sec=10)
-        if config.workers:
-            self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
+        self.loader = get_savable_loader(dataset, checkpoint_every_sec=10, watchdog_timeout_seconds=None)
         self.batches: Iterator[Batch] | None = None
+        self.watched: Watched | None = None  # the same, from worker processes
+        self.known: Any = None  # this and the next: see workers.position
+        self.taken: tuple[list[int], int] | None = None
+        if config.workers:
+            self.watched = workers.Watched(self.loader, config.workers, config.timeout)
+            encoder.note = self.watched.notes.write
 
     def encoder(
         self, config: DataConfig, view: View, tokenizer: Tokenizer | None, seed: int, worker: WorkerConfig, size: int
@@ -358,11 +367,12 @@ class TrainStream:
 
     def __next__(self) -> Batch | list[Batch]:
         if self.batches is None:
-            self.batches = iter(self.loader)
+            self.batches = self.watched or iter(self.loader)
             atexit.register(self.close)
         try:
             rounds = 1 if self.view.native is None else self.view.native.rounds
             parts = [next(self.batches) for _ in range(self.parts * rounds)]
+            self.taken = [*self.loader._worker_sample_counters], self.loader._next_worker_id
         except FatalSampleError as error:
             line = str(error).rpartition(FATAL)[2].split("\n")[0]  # a worker's traceback follows
             raise RankError(line.strip() or str(error)) from None
@@ -393,42 +403,27 @@ class TrainStream:
         return [pack(parts[at : at + row]) for at in range(0, len(parts), row)] if row else parts
 
     def close(self) -> None:
-        """Shut down the dataloader workers (they ignore the signal that Python sends at exit)."""
+        """Shut down the dataloader workers."""
         atexit.unregister(self.close)
         self.batches = None
-        shut_down = getattr(getattr(self.loader, "_iterator", None), "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        if self.watched is not None:
+            self.watched.close()
 
     def state(self) -> Any:
-        """The data position after the batches taken so far (picklable)."""
-        return self.loader.save_state_rank()
+        """The data position after the batches taken so far (picklable); also where workers ended or hang."""
+        if self.watched is None:
+            return self.loader.save_state_rank()
+        if self.batches is None:
+            return self.known
+        from aimv2.data.stream.workers import position
+
+        self.known = position(self.watched, self.loader, self.known, self.taken)
+        return self.known
 
     def restore(self, state: Any) -> None:
         """Restore a position of :meth:`state`; only before the first batch."""
         self.loader.restore_state_rank(state)
-
-
-class _ReadMembers(list[tarfile.TarInfo]):
-    """A list of tar headers that stays empty.
-
-    Energon keeps tars open and reads samples by offset; ``tarfile`` would keep the header of every read while the tar is
-    open, some kilobytes per sample, without bound in a data set of few shards.
-    """
-
-    def append(self, member: tarfile.TarInfo) -> None:
-        pass
-
-
-# tarfile sets and fills this attribute in every tar that energon opens
-ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
-
-
-def _start_worker(init: Callable[[int], None], number: int) -> None:
-    """Ignore signals in a worker: Ctrl-C reaches it too, but it must live until the position is saved."""
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(caught, signal.SIG_IGN)
-    init(number)
+        self.known = state
 
 
 def _index_dir(config: DataConfig) -> Path | None:

@@ -1,0 +1,175 @@
+"""Data workers that are killed or hang end a run with one line, saved, and it resumes exactly."""
+
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import time
+
+import pytest
+
+from aimv2.cli import main
+from aimv2.data.stream import samples
+from aimv2.errors import LOST
+from aimv2.interop.model_folder import checkpoints
+from aimv2.train import interrupt
+from aimv2.train.loop import Trainer
+from forked import call_on_ranks
+from runs import exact, options, resume, train
+
+HOW = {"data__workers": 2, "train__steps": 12}
+
+
+@pytest.fixture(scope="module")
+def data(world):
+    return world.scenes
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The figures of a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(data, run, **HOW)
+    return exact(run)
+
+
+def at_step(monkeypatch, step, act):
+    """Calls ``act(trainer, workers)`` when the figures of a step are written."""
+    report = Trainer.report
+
+    def acting(trainer, log):
+        report(trainer, log)
+        if trainer.step == step:
+            act(trainer, trainer.watched.processes())
+
+    monkeypatch.setattr(Trainer, "report", acting)
+
+
+def ends(data, run, monkeypatch, capsys, code=LOST, **more):
+    """Runs to its end by ``code``; the last line, and the step where it was saved."""
+    assert main(options(data, run, **HOW, **more)) == code
+    monkeypatch.undo()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"go on with: aimv2 pretrain --run {run} --resume")
+    assert not multiprocessing.active_children()
+    return line, int(re.search(r"saved at step (\d+);|stopped at step (\d+), saved", line)[0].split()[3].strip(";,"))
+
+
+def goes_on(run, whole):
+    resume(run)
+    return exact(run) == whole
+
+
+def test_killed_worker_is_named_and_nothing_is_lost(data, whole, tmp_path, monkeypatch, capsys):
+    pids = []
+
+    def kill(_, workers):
+        pids.extend(worker.pid for worker in workers)
+        os.kill(pids[1], signal.SIGKILL)
+
+    at_step(monkeypatch, 5, kill)
+    line, step = ends(data, tmp_path / "run", monkeypatch, capsys)
+    assert (
+        line.startswith(f"error: data worker 2 of 2 (process {pids[1]}) was killed (SIGKILL)")
+        and "data.workers" in line
+    )
+    assert step >= 5
+    assert goes_on(tmp_path / "run", whole)
+
+
+def test_worker_killed_before_a_checkpoint(data, whole, tmp_path, monkeypatch, capsys):
+    def kill(_, workers):
+        workers[0].kill()
+        workers[0].join()
+
+    at_step(monkeypatch, 6, kill)
+    line, step = ends(data, tmp_path / "run", monkeypatch, capsys, train__save_every=3)
+    assert line.startswith("error: data worker 1 of 2") and step == 6
+    assert goes_on(tmp_path / "run", whole)
+
+
+def test_worker_that_hangs_in_a_decoder(data, whole, tmp_path, monkeypatch, capsys):
+    decode, hang = samples.decode_image, tmp_path / "hang"
+
+    def hanging(*args):
+        while hang.exists():
+            time.sleep(0.1)
+        return decode(*args)
+
+    def from_now_on(trainer, _):
+        hang.touch()
+        trainer.watched.timeout = 2.0
+
+    monkeypatch.setattr(samples, "decode_image", hanging)
+    at_step(monkeypatch, 4, from_now_on)
+    line, step = ends(data, tmp_path / "run", monkeypatch, capsys)
+    assert "hangs: nothing for 2 s at " in line and ".tar/" in line and "data.timeout" in line
+    assert step >= 4
+    assert goes_on(tmp_path / "run", whole)
+
+
+def test_ctrl_c_while_a_worker_hangs(data, whole, tmp_path, monkeypatch, capsys):
+    def stop(_, workers):
+        os.kill(workers[0].pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(interrupt, "PATIENCE", 1.0)
+    at_step(monkeypatch, 4, stop)
+    _, step = ends(data, tmp_path / "run", monkeypatch, capsys, code=130)
+    assert step == 4
+    assert goes_on(tmp_path / "run", whole)
+
+
+def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys):
+    draw = samples.PairEncoder.draw
+
+    def limited(*args):
+        if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100:  # in the worker: what a full /dev/shm answers
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        return draw(*args)
+
+    monkeypatch.setattr(samples.PairEncoder, "draw", limited)
+    assert main(options(data, tmp_path / "run", **HOW)) == LOST
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "has no room in /dev/shm for a batch" in line and "nothing was to be saved yet" in line
+
+
+def lose_on_rank_1(words, hang):
+    """In a rank: a worker of the second one ends or hangs at step 3."""
+
+    def lose(trainer, workers):
+        if trainer.world.rank == 1 and hang:
+            os.kill(workers[0].pid, signal.SIGSTOP)
+            trainer.watched.timeout = 2.0
+        elif trainer.world.rank == 1:
+            workers[0].kill()
+            workers[0].join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lose)
+        code = main(words)
+    print(f"ended with {code}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def lines_of_ranks(data, run, hang):
+    """Their last words, sorted; they must end."""
+    with pytest.raises(AssertionError) as ended:
+        call_on_ranks(2, lose_on_rank_1, options(data, run, **{**HOW, "data__workers": 1}), hang)
+    assert "Traceback" not in str(ended.value)
+    return str(ended.value)
+
+
+def test_two_ranks_save_and_end_together(data, tmp_path):
+    said = lines_of_ranks(data, tmp_path / "run", hang=False)
+    assert "error: data worker 1 of 1" in said and "saved at step 3; go on with" in said
+    assert said.count(f"ended with {LOST}") == 2
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [3]
+
+
+def test_a_rank_that_is_amid_a_step_ends_with_the_other(data, tmp_path):
+    said = lines_of_ranks(data, tmp_path / "run", hang=True)
+    assert "error: data worker 1 of 1" in said and "(it is stopped)" in said and "nothing was to be saved yet" in said
+    assert f"ended with {LOST}" in said

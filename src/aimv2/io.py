@@ -1,8 +1,10 @@
 """Small files that are either whole or absent; lines for the user; the state of the code; this machine's memory."""
 
+import errno
 import glob
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,28 @@ def is_pointer(data: bytes | Path) -> bool:
         except OSError:
             return False
     return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+LARGEST = 2**31  # bytes of a file of others that is read whole
+
+
+def read_file(path: Path, most: int = LARGEST) -> bytes:
+    """The content of a regular file. A pipe, a device or a socket under its name is not read, nor waited for.
+
+    Raises:
+        OSError: it can't be read, is no regular file, or is larger than ``most`` bytes.
+        ValueError: a name that no file can have.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "no regular file, but a pipe, a device or a socket", str(path))
+        if about.st_size > most:
+            raise OSError(errno.EFBIG, f"{about.st_size:,} bytes, of {most:,} at most", str(path))
+        return file.read()
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ the images' shorter sides. Never from free memory or from a measured speed: two 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from aimv2.config.schema import Config
-from aimv2.data.images.decode import FORMATS
+from aimv2.data.images.decode import ImageError, header_size
 from aimv2.data.stream.samples import image_bytes
 from aimv2.models.flops import step_flops
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
@@ -50,13 +49,11 @@ def kind_here() -> str:
 
 def median_side(samples: list[dict[str, bytes]]) -> float:
     """Median of the shorter sides of the first 64 images, px; 224 where none can be read."""
-    from PIL import Image
-
     sides = []
     for sample in samples[:64]:
         try:
-            sides.append(min(Image.open(io.BytesIO(image_bytes(sample)), formats=FORMATS).size))
-        except (OSError, ValueError):
+            sides.append(min(header_size(image_bytes(sample))))
+        except ImageError:
             continue
     return median(sides) if sides else 224
 

@@ -23,7 +23,7 @@ from aimv2.data.passed import PassedOver
 from aimv2.data.shards.format import safe_key
 from aimv2.data.text.encoding import open_text
 from aimv2.errors import UsageError, first_line
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 EXPECTED = (
     "COCO's JSON of instances (also LVIS, Objects365, MDETR's), JSON lines of ODVG, GQA's scene graphs, refs(...).p of RefCOCO next to "
@@ -64,7 +64,7 @@ class BoxReader(Reader):
     def read(self, entry: SourceEntry) -> Loaded:
         path, labels, _ = entry.where
         try:
-            data = Path(path).read_bytes()
+            data = read_file(Path(path))
         except OSError as error:
             raise RowError("image-missing", f"cannot be read: {error.strerror or error}") from None
         try:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, read_file
 
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning limit: about 13,400 x 13,400
 Image.init()
@@ -34,6 +34,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+PngImagePlugin.MAX_TEXT_CHUNK = (
+    16 << 20
+)  # bytes of a text in a PNG: an XMP block above Pillow's 1 MB is no reason to lose the image
 # Pillow warns at half of MAX_PIXELS; the limit here is our own and is an error, so its warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -68,7 +71,7 @@ def decode_image(data: bytes | Path, max_pixels: int = MAX_PIXELS, draft_size: i
     """
     image = _open(data, max_pixels)
     if draft_size is not None:
-        image.draft(None, (draft_size, draft_size))
+        _draft(image, draft_size)
     return upright_rgb(image)
 
 
@@ -80,6 +83,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     _load(image)
     return _upright(to_rgb(image), _orientation(image))
+
+
+def header_size(data: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """``(width, height)`` by the header, as it is stored.
+
+    Raises:
+        ImageError: no image by its header, or too large.
+    """
+    return _open(data, max_pixels).size
 
 
 def image_size(data: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -111,7 +123,7 @@ def store_image(
     source_format = image.format or ""
     longest = max(image.size)
     shrink = max_side is not None and longest > max_side
-    animated = source_format != "MPO" and bool(getattr(image, "is_animated", False))
+    animated = source_format != "MPO" and _is_animated(image)
     plain = image.mode in ("RGB", "L", "1", "P", "RGBA", "LA")
     if source_format in KEPT and plain and not animated and not shrink:
         width, height = _proven_size(image)
@@ -150,7 +162,7 @@ def is_encoded(data: bytes) -> bool:
 def _open(data: bytes | Path, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header only, and refuse by it."""
     try:
-        raw = data.read_bytes() if isinstance(data, Path) else data
+        raw = read_file(data) if isinstance(data, Path) else data
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not raw:
@@ -185,6 +197,20 @@ def _register_heif() -> None:
         pillow_heif.register_heif_opener()
 
 
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception as error:  # counting the frames of a broken GIF or WebP reads all of it
+        raise ImageError(_reason(error, "data")) from error
+
+
+def _draft(image: Image.Image, side: int) -> None:
+    try:
+        image.draft(None, (side, side))
+    except Exception as error:
+        raise ImageError(_reason(error, "header")) from error
+
+
 def _load(image: Image.Image) -> None:
     try:
         image.load()
@@ -200,7 +226,7 @@ def _reason(error: Exception, part: str) -> str:
 def _proven_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """Decode everything, cheaply: at 1/8 scale every byte of a JPEG is still read."""
     width, height = image.size
-    image.draft(None, (1, 1))
+    _draft(image, 1)
     _load(image)
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -239,7 +265,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white.paste(rgba, mask=rgba.getchannel("A"))
             return white
         return image.convert("RGB")
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a palette or a profile that lies makes Pillow raise nearly anything
         raise ImageError(f"colour mode {mode} cannot be converted to RGB: {error}") from error
 
 

@@ -34,7 +34,7 @@ from aimv2.data.shards.format import (
 )
 from aimv2.data.text.encoding import decode_text, say_once
 from aimv2.errors import first_line
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 Captions = dict[str, list[str]]
 UNREAD: dict[str, Any] = {}  # captions and the rest of an entry whose reader finds them; never written to
@@ -180,7 +180,7 @@ class FileReader(Reader):
     def read(self, entry: SourceEntry) -> Loaded:
         path, *sidecars = entry.where
         try:
-            data = Path(path).read_bytes()
+            data = read_file(Path(path))
             captions, about = _read_sidecars(self.keys, *sidecars) if sidecars else (entry.captions, entry.about)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from None
@@ -193,7 +193,7 @@ def _read_sidecars(keys: tuple[str, ...] | None, *files: str) -> tuple[Captions,
     for kind, file in zip(("txt", "json"), files):
         try:
             if file:
-                parts[kind] = decode_text(Path(file).read_bytes(), Path(file).name, "texts next to images").encode()
+                parts[kind] = decode_text(read_file(Path(file)), Path(file).name, "texts next to images").encode()
             record = parse_json(parts[kind]) if kind in parts and kind == "json" else None
         except ValueError as error:
             raise ImageError(

@@ -5,6 +5,7 @@ Legend: H x W a map's own size, S side of what an encoder sees, N pairs.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from aimv2.data.prefetch import prefetch_map
 from aimv2.data.stream.transforms import crop_resize
 from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
+from aimv2.io import read_file
 from aimv2.progress import tracked
 from aimv2.tables import percent
 
@@ -299,7 +301,7 @@ def read_depth(path: Path, scale: float | None = None, invalid: tuple[int, ...] 
 
 def _read_png(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(read_file(path)), formats=["PNG"]) as image:
             if image.mode not in modes:
                 raise UsageError(f"--data: {path} is a PNG of mode {image.mode}; {wanted}")
             return np.array(image)
@@ -343,7 +345,7 @@ def scan_maps(
 def _read_checked(kind: MapKind, pair: MappedImage) -> np.ndarray:
     values = kind.read(pair.map)
     try:
-        with Image.open(pair.image, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(read_file(pair.image)), formats=FORMATS) as image:
             width, height = image.size
             if image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8):
                 width, height = height, width

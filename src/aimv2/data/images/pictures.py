@@ -22,6 +22,7 @@ from aimv2.data.shards.format import IMAGE_EXTENSIONS, find_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import text_lines
 from aimv2.errors import UsageError
+from aimv2.io import read_file
 
 LISTS = (".txt", ".lst")
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
@@ -121,7 +122,7 @@ def _image_files(folder: Path, passed: PassedOver) -> Iterator[Picture]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.expanduser().read_bytes()
+        return read_file(path.expanduser())
     except (ValueError, RuntimeError) as error:  # a name with a zero byte, ~ of nobody
         raise ImageError(f"no such file ({error})") from None
 

@@ -25,6 +25,7 @@ from aimv2.data.images.decode import ImageError, decode_image, is_encoded
 from aimv2.data.images.entries import read_tar_sample
 from aimv2.data.images.names import found_or_written, locate, locate_inside, shared, taken
 from aimv2.errors import UsageError, shown
+from aimv2.io import read_file
 
 LONGEST_PATH = 4096  # bytes; a longer text is an image in base64
 UNKNOWN = "unknown"  # contents of images that cannot be compared
@@ -163,7 +164,7 @@ def image_cell(cell: Any, folder: Path = Path(), image_root: Path | None = None)
     if not name:
         raise ImageError("no image" if isinstance(cell, dict) else f"no encoded image, but {type(cell).__name__}")
     try:
-        return locate_inside(folder, str(name), image_root).read_bytes(), name
+        return read_file(locate_inside(folder, str(name), image_root)), name
     except (UsageError, ImageError) as error:
         raise ImageError(str(error)) from None
     except (OSError, ValueError) as error:

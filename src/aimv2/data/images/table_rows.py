@@ -281,7 +281,7 @@ class FileCells:
             groups, firsts = self._groups
             number = int(np.searchsorted(firsts, place, "right")) - 1
             return self._column(number, *groups[number])[place - int(firsts[number])].as_py()
-        except (pyarrow.ArrowException, OSError, LookupError) as error:
+        except (pyarrow.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:
             raise ImageError(f"cannot be read: {first_line(error)}") from None
 
     @cached_property

@@ -162,7 +162,7 @@ def open_tables(
         for file in files if column else ():
             batches = (batch for _, read in row_groups(file) for batch in read([column]))
             stated[str(file)] = [row.get(column) for batch in batches for row in batch.to_pylist()]
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise _no_table(file, error) from error
     passed = PassedOver()
     types = {name: str(about["_type"]) for name, about in stated_features(schema).items()}
@@ -270,7 +270,7 @@ class TableReader(Reader):
                 for row in _rows_of(file, self.layout.names(), [entry.where[1] for entry in left]):
                     yield loaded_or_reject(left[0], partial(self.layout.sample, row, file.parent))
                     left.popleft()
-            except (pyarrow.ArrowException, OSError, KeyError) as error:
+            except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
                 reason = f"cannot be read: {first_line(error)}"
             yield from (Reject(entry.key, entry.image, reason) for entry in left)
 
@@ -315,11 +315,15 @@ def whole_column(file: Path, group: int | None, column: str) -> Any:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             return parquet.read_row_group(group, [column], use_threads=False).column(column)
     with _arrow_reader(file) as reader:
-        return reader.read_all().column(column)
+        found = reader.read_all().column(column)
+        found.validate(full=True)
+        return found
 
 
 def _select(batch: Any, columns: list[str]) -> list[Any]:
-    return [batch.select(columns)]
+    found = batch.select(columns)
+    found.validate(full=True)  # what damaged offsets point to would end the process
+    return [found]
 
 
 @contextmanager

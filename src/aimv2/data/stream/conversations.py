@@ -39,6 +39,7 @@ from aimv2.data.text.conversations import (
     images_of,
     spread,
 )
+from aimv2.errors import first_line
 from aimv2.io import say
 
 MANY = 1_000  # rows of a worker, after which it looks at how many of them were bad
@@ -165,6 +166,12 @@ class RowMaker:
             found = [self.image(decode_image(data, self.max_pixels)) for data in images]
         except ImageError as error:
             raise BadRow("image-unreadable", str(error)) from None
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # of an image that a processor does not foresee: 1 x 60,000 pixels
+            raise BadRow("image-unreadable", f"{type(error).__name__}: {first_line(error)}") from None
         if (tokens := ids.count(self.chat.image_id)) != len(images):
             raise BadRow("template", f"{tokens} image tokens in its text for {len(images)} images")
         if images:
@@ -373,7 +380,7 @@ class ConversationStream(TrainStream):
 
     def note(self, part: Batch) -> None:
         for kind, bad in zip(part.kinds, part.bad):
-            if self.rejected.add(named := BadSample(*bad)):
+            if self.reject(named := BadSample(*bad)):
                 self.passed.add(kind, str(named))
 
     def joined(self, parts: list[Batch]) -> list[Batch]:

@@ -29,9 +29,11 @@ from aimv2.data.shards.index import build_index, count_samples
 from aimv2.data.shards.tars import without_dead_links
 from aimv2.data.stream.draws import draw_caption, draw_kept, draw_prefix, native_crop_box, sample_rng
 from aimv2.data.stream.rejected import BadSample, Rejected
+from aimv2.data.stream.tar_reader import CUT, UNREAD, read_by_our_rules
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
-from aimv2.errors import RankError, UsageError
+from aimv2.errors import RankError, UsageError, first_line
+from aimv2.io import say
 
 if TYPE_CHECKING:
     from aimv2.data.stream.workers import Watched
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 FATAL = "the data stream ends: "  # marks our own message within the one that energon builds around it
 HOPELESS = 10_000  # bad samples in a row, at most, after which a worker gives up
 # energon's messages where offsets and tar differ
-BAD_INDEX = ("Inconsistent sample base name", "Unexpected end of tar file")
+BAD_INDEX = ("Inconsistent sample base name",)
 
 
 @dataclass
@@ -120,14 +122,19 @@ class PairEncoder(TaskEncoder):
         key = sample["__key__"]
         self.note(self.name_of(sample))
         try:
+            if (why := sample.get(UNREAD)) is not None:
+                raise ImageError(str(why))
             drawn = self.draw(sample, sample_rng(self.seed, key, *self.place()))
         except ImageError as error:
             self.reject(BadSample(self.name_of(sample), str(error)))
             raise SkipSample() from None
-        except SkipSample:
+        except (SkipSample, FatalSampleError):
             raise
-        except Exception as error:  # not the sample's fault: energon would try a hundred more
+        except (UsageError, MemoryError) as error:  # not the sample's fault: energon would try a hundred more
             raise FatalSampleError(f"{FATAL}{self.name_of(sample)}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # what nobody thought of; a mistake of ours is soon more than data.max_bad
+            self.reject(BadSample(self.name_of(sample), f"{type(error).__name__}: {first_line(error)}"))
+            raise SkipSample() from None
         finally:
             self.note("")
         self.streak = 0
@@ -308,7 +315,7 @@ class TrainStream:
         Raises:
             UsageError: ``batch_size`` does not divide, or there are too few samples.
         """
-        self.view, self.rejected = view, Rejected(config.max_bad)
+        self.view, self.rejected, self.cut = view, Rejected(config.max_bad), set[str]()
         self.parts = max(config.workers, 1)
         if view.native is None and batch_size % (world_size * self.parts):
             raise UsageError(
@@ -324,6 +331,7 @@ class TrainStream:
                 "give more data or a smaller train.batch_size",
                 code="limit",
             )
+        read_by_our_rules()
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
         size = batch_size // (world_size * self.parts)
         encoder = self.encoder(config, view, tokenizer, seed, worker, size)
@@ -391,7 +399,17 @@ class TrainStream:
     def note(self, part: Batch) -> None:
         """Count the bad samples that a worker met."""
         for bad in part.bad:
-            self.rejected.add(BadSample(*bad))
+            self.reject(BadSample(*bad))
+
+    def reject(self, bad: BadSample) -> bool:
+        """Whether a bad sample was not known yet; a line for the first one of a shard that is cut."""
+        new = self.rejected.add(bad)
+        if new and bad.why == CUT and (shard := bad.name.rpartition("/")[0]) not in self.cut:
+            self.cut.add(shard)
+            say(
+                f"data.train: {shard} was cut or damaged since it was indexed; its lost samples are left out, and count in data.max_bad"
+            )
+        return new
 
     def joined(self, parts: list[Batch]) -> Batch | list[Batch]:
         """The workers' parts of a step as a batch, or as micro-batches."""

@@ -20,9 +20,8 @@ from aimv2.data.images.decode import ImageError, decode_image, header_size, imag
 from aimv2.data.images.entries import FileReader, SourceEntry
 from aimv2.data.images.tables import row_groups, table_shape, whole_column
 from aimv2.data.shards.format import write_shard
-from aimv2.data.stream.rejected import BadSample
+from aimv2.data.stream.rejected import CUT, BadSample
 from aimv2.data.stream.samples import TrainStream, View
-from aimv2.data.stream.tar_reader import CUT
 from aimv2.errors import RankError, UsageError
 from aimv2.io import read_file
 from aimv2.train.defaults import median_side

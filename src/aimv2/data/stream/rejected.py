@@ -14,6 +14,8 @@ from aimv2.distributed import World
 
 KEPT = 1000  # whose names are kept
 SAVED = 20  # of them in a checkpoint
+UNREAD = "__unread__"  # part of a sample that could not be read: why
+CUT = "its shard was cut or damaged since it was indexed"
 
 
 class BadSample(NamedTuple):

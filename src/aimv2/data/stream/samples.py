@@ -28,8 +28,7 @@ from aimv2.data.shards.format import captions_of, find_shards, image_of, label_o
 from aimv2.data.shards.index import build_index, count_samples
 from aimv2.data.shards.tars import without_dead_links
 from aimv2.data.stream.draws import draw_caption, draw_kept, draw_prefix, native_crop_box, sample_rng
-from aimv2.data.stream.rejected import BadSample, Rejected
-from aimv2.data.stream.tar_reader import CUT, UNREAD, read_by_our_rules
+from aimv2.data.stream.rejected import CUT, UNREAD, BadSample, Rejected
 from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.data.text.tokenizer import Tokenizer
 from aimv2.errors import RankError, UsageError, first_line
@@ -331,6 +330,8 @@ class TrainStream:
                 "give more data or a smaller train.batch_size",
                 code="limit",
             )
+        from aimv2.data.stream.tar_reader import read_by_our_rules
+
         read_by_our_rules()
         worker = WorkerConfig(rank=rank, world_size=world_size, num_workers=config.workers, seed_offset=seed)
         size = batch_size // (world_size * self.parts)

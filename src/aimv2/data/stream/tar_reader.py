@@ -11,8 +11,7 @@ from megatron.energon.flavors.webdataset.itar import ITarFile, ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ITarReader
 from megatron.energon.source_info import SourceInfo
 
-UNREAD = "__unread__"  # part of a sample that could not be read: why
-CUT = "its shard was cut or damaged since it was indexed"
+from aimv2.data.stream.rejected import CUT, UNREAD
 
 
 class _ReadMembers(list[tarfile.TarInfo]):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -13,9 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
-from aimv2.config.schema import DataConfig
+from aimv2.batch import make_batch
+from aimv2.config.load import parse
+from aimv2.config.schema import DataConfig, ObjectiveConfig
+from aimv2.data.images.boxes import regions_of
 from aimv2.data.images.decode import ImageError, decode_image, header_size, image_size, store_image
 from aimv2.data.images.entries import FileReader, SourceEntry
 from aimv2.data.images.tables import row_groups, table_shape, whole_column
@@ -24,6 +29,8 @@ from aimv2.data.stream.rejected import CUT, BadSample
 from aimv2.data.stream.samples import TrainStream, View
 from aimv2.errors import RankError, UsageError
 from aimv2.io import read_file
+from aimv2.objectives.probe import ProbeObjective
+from aimv2.tasks.classify import count_classes
 from aimv2.train.defaults import median_side
 
 
@@ -165,6 +172,39 @@ def test_a_shard_that_is_gone_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(RankError, match=r"samples in a row can be used.*No such file"):
         next(stream)
+
+
+NUMBERS: list[Any] = [10**400, -(10**400), float("nan"), float("inf"), 2**70, -1, None, True, "x", [], {}, "9" * 5000]
+BOXES: list[Any] = [*NUMBERS, [10**400] * 4, [float("nan")] * 4, [1, 2, 10**400, 4], [[10**400] * 6], [1, "x", 3, 4]]
+
+
+def test_boxes_of_any_value_are_faults() -> None:
+    for value in BOXES:
+        for about in (
+            {"objects": [{"box": value, "class": "a"}]},
+            {"objects": [{"box": [1, 2, 3, 4], "class": value, "crowd": value, "segmentation": value}]},
+            {"objects": [{"box": [1, 2, 3, 4], "class": "a", "segmentation": {"size": value, "counts": value}}]},
+            {"objects": value, "phrases": value, "negative": value},
+            {"size": [value, value], "objects": []},
+            {"phrases": [{"phrase": "x", "box": value, "boxes": [value]}], "objects": []},
+        ):
+            found, _ = regions_of(about, (32, 32))
+            assert np.isfinite(found.boxes).all()
+
+
+def test_a_label_beyond_the_classes_is_none() -> None:
+    objective = ProbeObjective(ObjectiveConfig(name="probe", classes=3))
+    labels = [0, 2, -1, 3, 10**17]
+    batch = make_batch(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), [[]] * 5, None, 0, labels=labels)
+    loss, count = objective(lambda _: torch.zeros(5, 3), batch)["class"]  # type: ignore[arg-type]
+    assert int(count) == 2 and float(loss) == pytest.approx(2 * math.log(3), rel=1e-5)
+
+
+def test_a_class_that_no_head_can_have_is_named(tmp_path: Path) -> None:
+    tar_of(tmp_path / "train-000000.tar", good(4) | {"odd": {"png": picture(), "cls": b"123456789012345"}})
+    config = parse({"objective.name": "probe", "data.train": str(tmp_path), "init": "x"})
+    with pytest.raises(UsageError, match=r"label 123,456,789,012,345 .*objective\.classes"):
+        count_classes(config)
 
 
 # ---- images ----

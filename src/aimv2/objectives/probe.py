@@ -22,19 +22,28 @@ class ProbeObjective:
     """Cross-entropy of the labelled images, in fp32."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.smoothing = config.smoothing
+        self.smoothing, self.classes = config.smoothing, config.classes
         self.weights = {"class": 1.0}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Labelled images of a batch: int64 []."""
-        return {"class": (batch.labels != UNLABELLED).sum()}
+        return {"class": (self.labels(batch) != UNLABELLED).sum()}
+
+    def labels(self, batch: Batch) -> Tensor:
+        """int64 [B]; a label beyond the classes is none."""
+        labels = batch.labels
+        return labels if self.classes is None else labels.masked_fill(labels >= self.classes, UNLABELLED)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         """``class``: (summed cross-entropy in nats, labelled images); fp32 [] and int64 []."""
         logits = model(batch)
         with torch.autocast(logits.device.type, enabled=False):
             loss = F.cross_entropy(
-                logits.float(), batch.labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=self.smoothing
+                logits.float(),
+                self.labels(batch),
+                ignore_index=UNLABELLED,
+                reduction="sum",
+                label_smoothing=self.smoothing,
             )
         return {"class": (loss, self.counts(batch)["class"])}
 

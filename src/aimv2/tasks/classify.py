@@ -32,6 +32,8 @@ from aimv2.tasks.task import CardText, Context, Task
 
 log = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000
+
 
 class Classify(Task):
     """An encoder under an attentive probe."""
@@ -137,6 +139,13 @@ def count_classes(config: Config) -> int:
             code="missing",
         )
     count = len(next(iter(named.values()), ())) or largest + 1
+    if count > MOST_CLASSES:
+        raise UsageError(
+            f"data.train: label {largest:,} in {sources}: a head of so many classes can't be built; objective.classes states their "
+            "number, and labels beyond it are not learned from",
+            option="objective.classes",
+            code="limit",
+        )
     if largest >= count:
         raise UsageError(
             f"data.train: label {largest} in {sources}, whose classes.txt has {count} names", code="mismatch"

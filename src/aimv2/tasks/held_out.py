@@ -223,8 +223,9 @@ def validate_classes(model: nn.Module, data: HeldOut, world: World, size: int = 
             assert isinstance(images, torch.Tensor)
             batch = make_batch(images, [[]] * len(labels), None, 0, labels=labels).to(world.device)
             logits = model(batch).float()
-            loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
-            right = (logits.argmax(-1) == batch.labels).sum()
-            sums += torch.stack([loss.double(), right.double(), (batch.labels >= 0).sum().double()])
+            known = batch.labels.masked_fill(batch.labels >= logits.shape[1], -1)
+            loss = nn.functional.cross_entropy(logits, known, ignore_index=-1, reduction="sum")
+            right = (logits.argmax(-1) == known).sum()
+            sums += torch.stack([loss.double(), right.double(), (known >= 0).sum().double()])
     loss_sum, right_sum, count = world.sum(sums).tolist()
     return {"val_class_loss": loss_sum / max(count, 1), "val_top1": right_sum / max(count, 1)}

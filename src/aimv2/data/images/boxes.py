@@ -5,7 +5,6 @@ Legend: N boxes of a picture; a box in KEY.json is COCO's [x, y, width, height],
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ UNUSABLE = frozenset(
     ("not-regions", "other-size")
 )  # faults of the whole sample: it must not be used, not even as an empty one
 EDGE = 1.0  # pixels that a box may leave the picture by, as rounding does, without a fault
+LARGEST = 1e9  # pixels
 MANIFEST = "aimv2.json"  # holds the data set's ``classes``, next to the shards
 WRONG_FORM = 0.1  # fraction of boxes that leave their pictures from which they are taken to be in another form
 SLACK = 0.05  # of a picture's side, by which boxes may leave it before they count there
@@ -99,7 +99,7 @@ def scale_between(of: Sequence[float], to: Sequence[float]) -> tuple[float, floa
     """
     if not isinstance(of, list | tuple) or len(of) != 2:
         return None
-    if any(not isinstance(side, int | float) or not math.isfinite(side) or side <= 0 for side in of):
+    if any(not _is_number(side) or side <= 0 for side in of):
         return None
     across, down = to[0] / of[0], to[1] / of[1]
     rounded = 1.0 / min(*of, *to)  # a side is a whole number of pixels
@@ -190,7 +190,8 @@ def _box(value: Any, scale: tuple[float, float], size: Sequence[float], faults: 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return known and -LARGEST < value < LARGEST  # no infinity, no NaN, no whole number that no float holds
 
 
 def _phrase(

@@ -355,6 +355,9 @@ def held_out_regions(
         except ImageError as error:
             passed.add(str(error), key)
             continue
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # what nobody thought of
+            passed.add(f"{type(error).__name__} in its sample", key)
+            continue
         place, own = Place.whole(image.size, make.side), not found or len(found) % ranks == rank
         pixels = to_pixels(place.square(image, make.square, make.fill)) if own else None
         found.append(HeldRegions(key, pixels, place, regions))

@@ -14,7 +14,6 @@ import queue
 import shutil
 import signal
 import struct
-import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon.flavors.webdataset.itar import ITarFile
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
 
+from aimv2.data.stream.tar_reader import read_by_our_rules
 from aimv2.errors import WorkerLost
 
 TIMEOUT = 300.0  # seconds without progress, where no option says it
@@ -37,21 +36,6 @@ NO_ROOM = 97  # exit code of a worker that can't hand on a batch: no shared memo
 NO_FILES = 98  # or no more open files
 FEWER = "lower data.workers or train.batch_size"
 SHARED = Path("/dev/shm")
-
-
-class _ReadMembers(list[tarfile.TarInfo]):
-    """A list of tar headers that stays empty.
-
-    Energon keeps tars open and reads samples by offset; ``tarfile`` would keep the header of every read while the tar is
-    open, some kilobytes per sample, without bound in a data set of few shards.
-    """
-
-    def append(self, member: tarfile.TarInfo) -> None:
-        pass
-
-
-# tarfile sets and fills this attribute in every tar that energon opens
-ITarFile.members = property(lambda _: _ReadMembers(), lambda _, value: None)
 
 
 # ---- in a worker ----
@@ -89,6 +73,7 @@ def start_worker(init: Callable[[int], None] | None, notes: ReadNotes, number: i
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(caught, signal.SIG_IGN)
     notes.own = number
+    read_by_our_rules()  # a worker that is spawned has not inherited it
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_cannot_hand_on))  # noqa: B010
     if init is not None:
         init(number)

@@ -1,13 +1,20 @@
 """Files that somebody else wrote for us: each wrong one is a line, a counted sample, or nothing, and never a traceback."""
 
+import ast
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
+import aimv2
 from aimv2.config.load import read_recipe
 from aimv2.data.images.box_folders import open_yolo
 from aimv2.data.images.box_rows import load_json
@@ -28,6 +35,9 @@ from aimv2.interop.shapes import read_json
 from aimv2.io import parse_yaml, say
 from aimv2.pipeline.read import read_chain
 from aimv2.pipeline.state import read_record
+from aimv2.progress import open_bar
+from aimv2.tables import TextTable
+from aimv2.terminal import VisibleConsole
 from aimv2.train.launch import read_summary
 from aimv2.train.log import read_metrics
 from aimv2.train.plain_state import read_state
@@ -116,3 +126,37 @@ def test_escapes_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> N
     say("dog\x1b[2J\x07\x9b, \udc80 and Ärger\tof\ntwo lines")
     assert capsys.readouterr().err == "dog\\x1b[2J\\x07\\x9b, \\udc80 and Ärger\tof\ntwo lines\n"
     assert "\x1b" not in str(UsageError("DATA \x1b]0;title\x07: no such folder"))
+
+
+ESCAPE = "\x1b]0;title\x07a\x1b[2J\x9b"
+
+
+def test_escapes_in_tables_and_bars_are_shown() -> None:
+    out = io.StringIO()
+    console = VisibleConsole(file=out, width=200, force_terminal=True, color_system="truecolor", highlight=False)
+    table = Table("name")
+    table.add_row(ESCAPE)
+    table.add_row(Text(ESCAPE, style="red"))
+    for one in (ESCAPE, Text(ESCAPE), Group(Text(ESCAPE), ESCAPE), table):
+        console.print(one, markup=False)
+    with open_bar(console, 3) as bar:
+        bar.update(bar.task_ids[0], description=f"{ESCAPE} [/]")
+        bar.refresh()
+    printed = out.getvalue()
+    assert printed.count("\\x1b[2J\\x9b") >= 8
+    assert not re.search("\x07|\x9b|\x1b\\]|\x1b\\[2J", printed)
+    assert "\x1b[31m" in printed  # its own colours
+    assert TextTable(["name"], [[ESCAPE]]).to_text().splitlines()[1].startswith("\\x1b]0;title\\x07a\\x1b[2J\\x9b")
+
+
+def test_nothing_prints_by_another_console() -> None:
+    """A plain ``print`` of names, or rich's own console, would send what is in them."""
+    source = Path(aimv2.__file__).parent
+    found = []
+    for file in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name in ("print", "Console", "rich.print", "sys.stderr.write", "sys.stdout.write"):
+                found.append(str(file.relative_to(source)))
+    # help, versions and JSON, whose escapes are written out; recipes of the package; the address of the server; `say` itself
+    assert set(found) == {"cli/dispatch.py", "commands/recipes.py", "explorer/server.py", "io.py", "pipeline/work.py"}

@@ -37,7 +37,9 @@ def open_bar(console: Console, total: int | None, completed: int = 0, transient:
 
     done = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{total}/{total}")))
     left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8))
-    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    text = TextColumn(
+        "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    )
     # over an hour: what takes longer than rich's 30 seconds has an estimate too
     bar = Progress(
         done, left, BarColumn(10), text,
@@ -87,9 +89,9 @@ def progress_bar(
         completed: done before.
         shown: False: nothing is printed.
     """
-    from rich.console import Console
+    from aimv2.terminal import VisibleConsole
 
-    console = Console(file=sys.stderr)
+    console = VisibleConsole(file=sys.stderr)
     if not shown or not is_first() or taken():
         yield lambda done: None
     elif not console.is_terminal:
@@ -114,11 +116,12 @@ def heartbeat(line: Callable[[], str], shown: bool = True) -> Iterator[None]:
     """While a block runs that can't say how far it is, shows ``line()`` and the time since its beginning: in place on a terminal,
     elsewhere every EVERY seconds. ``line`` is called from another thread.
     """
-    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    console, began = Console(file=sys.stderr), time.monotonic()
+    from aimv2.terminal import VisibleConsole
+
+    console, began = VisibleConsole(file=sys.stderr), time.monotonic()
 
     def words() -> str:
         return f"{line()}, {duration(time.monotonic() - began)}"

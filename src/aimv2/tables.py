@@ -45,8 +45,9 @@ class TextTable:
 
     def to_text(self, width: int = 80) -> str:
         """Lines of at most ``width`` characters, where the cells that are never folded allow it."""
-        from rich.console import Console
         from rich.table import Table
+
+        from aimv2.terminal import VisibleConsole
 
         table = Table(show_header=bool(self.heads), box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for head in self.heads:
@@ -61,7 +62,7 @@ class TextTable:
         for row in self.rows:
             table.add_row(*row)
         out = io.StringIO()
-        console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+        console = VisibleConsole(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
         console.print(table)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
 from aimv2.errors import UsageError, need, shown
+from aimv2.terminal import VisibleConsole
 
 EXAMPLES = """\
 aimv2 caption runs/mine photos
@@ -131,6 +132,6 @@ def render(result: dict[str, Any], console: Console) -> None:
     for row in result.get("answers") or result["captions"]:
         console.print(f"{row['image']}\t{row.get('answer') or row.get('caption', '')}")
     for row in result["rejected"]:
-        Console(stderr=True, markup=False, soft_wrap=True).print(shown(f"{row['image']}: {row['reason']}"))
+        VisibleConsole(stderr=True, markup=False, soft_wrap=True).print(shown(f"{row['image']}: {row['reason']}"))
     for line in passed_lines(result["passed_over"]):
-        Console(stderr=True, markup=False, soft_wrap=True).print(line)
+        VisibleConsole(stderr=True, markup=False, soft_wrap=True).print(line)

@@ -14,6 +14,7 @@ from aimv2.data.images.boxes import BOX_FAULTS
 from aimv2.data.passed import passed_lines
 from aimv2.data.text.conversations import bad_lines
 from aimv2.tables import TextTable, figure
+from aimv2.terminal import VisibleConsole
 
 WIDTH = 80
 PLACES = ("default", "command line", "demo", "image size", "$AIMV2_DATA")  # sources of values; else a recipe's file
@@ -23,7 +24,7 @@ MEASURES = ("top1", "miou", "rmse")  # suffixes of the columns of a sweep that a
 
 def render(name: str, result: dict[str, Any]) -> None:
     """Prints a command's result: by its own ``render`` where it has one, else in the form that fits."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = VisibleConsole(highlight=False, markup=False, soft_wrap=True)
     if (own := getattr(module_of(name), "render", None)) is not None:
         own(result, console)
     elif "figures" in result and "protocol" in result:

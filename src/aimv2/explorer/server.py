@@ -186,7 +186,7 @@ def serve(answers: Answers, host: str, listening: socket.socket, open_browser: b
             file=sys.stderr,
         )
     if left_out := answers.study.album.left_out:
-        print(left_out, file=sys.stderr)
+        say(left_out)
     url = url_of(host, listening)
     print(f"explorer: {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     if open_browser:

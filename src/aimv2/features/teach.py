@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ from aimv2.data.stream.transforms import crop_resize, random_crop_box, to_pixels
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.store import FeatureStore, check_fingerprint, read_object
+from aimv2.io import say
 from aimv2.progress import progress_bar, tracked
 
 PLAN, NOTE = ".teach.json", ".teach-{:06d}.json"  # in OUT while it is not finished
@@ -142,7 +142,7 @@ def teach(source: str, out: str, lesson: Lesson, run: ViewFeatures, batch_size: 
         f"{lesson.views} views of {lesson.grid} x {lesson.grid} patches, {lesson.width} values each: about "
         f"{lesson.views * a_view / 1e3:,.1f} kB a sample"
     )
-    print(line, file=sys.stderr, flush=True)
+    say(line)
     for part in range(len(shards)):  # a tar that was removed since is made again
         note = store.note(part)
         if note is not None and note["samples"] and not (folder / f"train-{part:06d}.tar").is_file():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from aimv2.errors import UsageError, first_line
-from aimv2.io import parse_json
+from aimv2.io import parse_json, say
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 OWNER = "apple"
@@ -118,9 +117,7 @@ def download(repository: str, revision: str | None) -> Path:
         except Exception as error:  # any network error
             why = first_line(error)
     if not commit and (folder := cached(repository, revision)):
-        print(
-            f"{repository}: the hub can't be reached ({why}); using commit {folder.name} of the cache", file=sys.stderr
-        )
+        say(f"{repository}: the hub can't be reached ({why}); using commit {folder.name} of the cache")
         return folder
     at = f" --revision {revision}" if revision else ""
     raise UsageError(

@@ -6,7 +6,6 @@ from the memory-mapped file into its parameter, so that weights are never held t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from aimv2.interop.shapes import (
     read_image_processor,
     read_json,
 )
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, say
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -331,7 +330,7 @@ def say_left_out(where: str, left: list[str]) -> None:
     """One line on standard error on keys that are not read, if there are any."""
     if left:
         some = ", ".join(left[:4]) + ", ..." * (len(left) > 4)
-        print(f"{where}: left out {len(left)} keys that are no part of the model ({some})", file=sys.stderr)
+        say(f"{where}: left out {len(left)} keys that are no part of the model ({some})")
 
 
 def _squeezed(shape: Iterable[int]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aimv2.errors import UsageError
 from aimv2.interop import layouts, model_folder
 from aimv2.interop.layouts import LAYOUTS, Detected
-from aimv2.io import POINTER, is_pointer, parse_json
+from aimv2.io import POINTER, is_pointer, parse_json, say
 from aimv2.models.lit import LiTConfig, TextConfig
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, DecoderConfig, EncoderConfig
 
@@ -387,7 +386,7 @@ def decoder_config(weights: Weights, stored: dict[str, Any]) -> DecoderConfig:
     if heads is None:
         heads = default_heads(width, weights.where)
         if stored:
-            print(f"{weights.where}: heads of the decoder taken from its width: {heads}", file=sys.stderr)
+            say(f"{weights.where}: heads of the decoder taken from its width: {heads}")
     return DecoderConfig(
         width=width,
         depth=depth_of(weights, theirs + trunk.block[0], configured_int(about, "num_hidden_layers", "depth")),

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aimv2.errors import LOST, UsageError, nearest
+from aimv2.errors import LOST, UsageError, nearest, visible
 from aimv2.io import parse_json, write_aside
 from aimv2.pipeline import report
 from aimv2.pipeline.read import Chain, Job, read_chain
@@ -203,7 +203,7 @@ def note(job: Job, record: dict[str, Any]) -> None:
 
 def say(line: str) -> None:
     """A line for the user, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 class Worker:

@@ -59,7 +59,9 @@ class Log:
 
     def __init__(self, run: Path, config: LogConfig, steps: int, start: int, active: bool) -> None:
         self.active, self.steps = active, steps
-        self.console = Console(stderr=True)
+        from aimv2.terminal import VisibleConsole
+
+        self.console: Console = VisibleConsole(stderr=True)
         self.progress: Progress | None = None
         if not active:
             return

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo check test test-long soak fuzz versions bench docs lint setup clean
+.PHONY: demo check test test-long soak fuzz versions bench docs lint audit setup clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,11 @@ versions:
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/data.py
+
+# the installed packages against constraints.lock: make audit ADVISORIES=osv.zip
+ADVISORIES ?=
+audit: setup
+	$(BIN)/python tools/lock.py check $(if $(ADVISORIES),--advisories $(ADVISORIES))
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -125,6 +125,9 @@ def read_json_list(file: Path) -> Iterator[tuple[int, Any]]:
                     raise UsageError(f"{file} is no JSON list: {error.msg}{where}", code="unreadable") from None
                 text, at = text[at:] + more, 0
                 continue
+            except (RecursionError, ValueError) as error:
+                why = "a number of too many digits" if isinstance(error, ValueError) else "nested too deep"
+                raise UsageError(f"{file} is no JSON list: {why} in entry {number + 1:,}", code="unreadable") from None
             number, at, between = number + 1, end, re.compile(r"\s*(?:,\s*(?=\S)|(?=\]))")
             yield number, value
 

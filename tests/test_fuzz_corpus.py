@@ -26,7 +26,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize(("target", "number", "name"), FOUND, ids="/".join)
+@pytest.mark.parametrize(("target", "number", "name"), FOUND)
 def test_is_read_or_refused(target: str, number: str, name: str, good: dict[str, Path], tmp_path: Path) -> None:
     try_spoiled(target, good[target], tmp_path / "work", name, (CORPUS / target / number / name).read_bytes())
 

@@ -33,9 +33,9 @@ def test_no_header_of_what_was_read_is_kept(tmp_path: Path) -> None:
 def test_the_check_would_find_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.energon.flavors.webdataset.itar import ITarFile
 
-    monkeypatch.delattr(ITarFile, "members")
     data_shapes(str(tmp_path / "scenes"), count=64)
     stream = TrainStream(DataConfig(train=str(tmp_path / "scenes"), workers=0), View(32, 16), None, 16, 0)
+    monkeypatch.delattr(ITarFile, "members")
     next(stream)
     before = headers()
     for _ in range(12):

@@ -219,6 +219,7 @@ def start(
     config: Config, run: Path, started: float, keep_warmup: bool = False, most: int | None = None
 ) -> dict[str, Any]:
     """A new run; ``keep_warmup``: the user has given optim.warmup; ``most`` visits of a pair, beyond which a line says so."""
+    from aimv2.train.before import check_machine
     from aimv2.train.lock import one_writer
     from aimv2.train.outlook import beyond, expected_step
     from aimv2.train.same_run import note_run
@@ -230,6 +231,7 @@ def start(
     visits = defaults.too_many_visits(config, samples, most) if most and samples else ()
     for line in (*visits, *beyond(config, trainer.model, flops, world.device, world.size)):
         say(line)
+    check_machine(trainer)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     with one_writer(run, world, config.take_over):
         if world.main:
@@ -254,6 +256,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     config.run, config.resume, config.take_over, config.accept_data = str(run), False, False, False
     if print_config:
         return describe_config(config, provenance(prepare.stored_values(run), given, str(run / prepare.CONFIG)))
+    from aimv2.train.before import check_machine
     from aimv2.train.lock import one_writer
     from aimv2.train.relayout import take_layout
     from aimv2.train.same_run import check_edits, same_data
@@ -272,6 +275,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
         found = prepare.find_resume(run, config, trainer.tokenizer)
         valid = same_data(trainer, found, options.accept_data)
+        check_machine(trainer)
         if found is not None:
             trainer.restore(found, valid)
             say(f"going on from step {trainer.step}")

@@ -42,17 +42,27 @@ def visits(config: Config, samples: int, pairs: float) -> dict[str, Any]:
 
 def disk_room(config: Config, model: nn.Module) -> dict[str, Any]:
     """Bytes (1e9) of the checkpoints of a run, and those that are free where it goes."""
-    train, sizes = config.train, [(part.numel(), part.requires_grad) for part in model.parameters()]
-    weights, trained = sum(count for count, _ in sizes), sum(count for count, learns in sizes if learns)
-    one = VALUE * (2 * weights + 2 * trained + (trained if train.ema else 0))  # the model's folder and the state
+    train, one = config.train, checkpoint_bytes(config, model)
     saves = math.ceil(train.steps / train.save_every) if train.save_every else 1
     kept = train.keep + 1 + (config.eval.best is not None) if train.keep else saves  # one more while it is written
-    folder = Path(config.run or ".").expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    there = existing_folder(Path(config.run or "."))
     return {
         "checkpoints_gb": one * min(kept, saves) / 1e9,
         "disk_free_gb": shutil.disk_usage(there).free / 1e9,
     }
+
+
+def checkpoint_bytes(config: Config, model: nn.Module) -> int:
+    """Bytes of one checkpoint: the model's folder and the state."""
+    sizes = [(part.numel(), part.requires_grad) for part in model.parameters()]
+    weights, trained = sum(count for count, _ in sizes), sum(count for count, learns in sizes if learns)
+    return VALUE * (2 * weights + 2 * trained + (trained if config.train.ema else 0))
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 # ---- limits ----

@@ -219,7 +219,8 @@ class Watched:
         reads = self.notes.read(number)[1]
         where = f" at {reads}" if reads else ""
         if code in (-signal.SIGBUS, NO_ROOM):
-            why = f"has no room in {SHARED} for a batch ({room()}): {FEWER}, or give the container more (docker run with shm-size)"
+            less = "lower train.batch_size, set data.workers 0, or give the container more (docker run with shm-size)"
+            why = f"has no room in {SHARED} for a batch ({room()}): {less}"
         elif code == NO_FILES:
             why = f"can't open more files: {FEWER}, or raise the limit (ulimit -n)"
         elif code == -signal.SIGKILL:

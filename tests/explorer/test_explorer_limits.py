@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import io
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -13,8 +15,8 @@ import pytest
 from explored import ask, plain_pictures, serving
 from PIL import Image
 
-from aimv2.explorer import connection, decoder
-from aimv2.explorer.album import RequestError
+from aimv2.explorer import album, connection, decoder
+from aimv2.explorer.album import Album, RequestError
 from aimv2.explorer.decoder import Decoders
 from aimv2.interop.model_folder import save_model
 from aimv2.models.encoder import VisionEncoder
@@ -74,14 +76,15 @@ HALF = {
 
 @pytest.mark.parametrize("kind", HALF)
 def test_half_open_connections_end(url: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(connection, "HEADERS", 0.2)
-    monkeypatch.setattr(connection, "BODY", 0.2)
+    monkeypatch.setattr(connection, "HEADERS", 0.5)
+    monkeypatch.setattr(connection, "BODY", 0.5)
     assert b"200 OK" not in answer(raw(url, *HALF[kind]))  # would time out
+    monkeypatch.undo()
     assert ask(url, "/api/images").status == 200
 
 
 def test_a_second_request_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEADERS", 0.2)
+    monkeypatch.setattr(connection, "HEADERS", 1.0)
     opened = raw(url, b"GET /api/about HTTP/1.1", b"Host: localhost", b"", b"GET /api/about HTTP/1.1")
     assert answer(opened).count(b"200 OK") == 1
 
@@ -179,6 +182,27 @@ def test_memory_of_a_decoder_is_limited(monkeypatch: pytest.MonkeyPatch) -> None
         assert Image.open(io.BytesIO(decoders.decode(picture((900, 300))).thumbnail)).size == (192, 64)
     finally:
         decoders.close()
+
+
+def test_lower_limits_of_the_system_are_kept() -> None:
+    code = (
+        "import resource; from aimv2.explorer.decoder import limit; resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
+        "limit(500, 2_000_000_000); print(resource.getrlimit(resource.RLIMIT_CPU)[0])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "60\n"
+
+
+def test_a_picture_that_is_removed_while_it_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = Album(None, 0, 32)
+    number = pictures.upload(picture(), "a.png", "tab").number
+
+    def removed(image: Image.Image) -> bytes:
+        pictures.remove(number, "tab")
+        return b"png"
+
+    monkeypatch.setattr(album, "small_png", removed)
+    assert pictures.thumbnail(number) == b"png"
+    assert number not in pictures.thumbnails
 
 
 def test_more_uploads_than_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,5 +128,11 @@ def test_texts(home: Path, given: str, expected: str) -> None:
     assert public(given) == expected
 
 
+def test_words_of_other_meanings_stay(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "test")
+    monkeypatch.setattr(socket, "gethostname", lambda: "vision.local")
+    assert public("a vision model, scored on the test split") == "a vision model, scored on the test split"
+
+
 def test_a_recipe_that_is_none(home: Path) -> None:
     assert public_recipe("a: [") == public_recipe("- 1") == ""

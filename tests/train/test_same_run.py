@@ -1,5 +1,6 @@
 """A run goes on as the run that it was: edits of config.yaml and changes of the data are noticed."""
 
+import errno
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import yaml
 from aimv2.data.shards.format import read_samples, write_shard
 from aimv2.data.stream.identity import counts, differences
 from aimv2.errors import UsageError
+from aimv2.train import same_run
 from runs import exact, resume, train
 
 
@@ -83,7 +85,28 @@ def test_all_else_in_config_yaml_is_refused(run, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     capsys.readouterr()
     assert resume(run, train__log_every=3)["step"] == 6
-    assert "was edited" not in capsys.readouterr().err.replace("train.keep", "")
+    assert "was edited" not in capsys.readouterr().err
+
+
+def test_edited_workers_are_those_that_are_compared(run):
+    edit(run, data__workers=4)
+    with pytest.raises(UsageError, match=r"used 1 ranks x 0 data workers, got 1 ranks x 4 \(data\.workers\)"):
+        resume(run)
+
+
+def test_data_are_accepted_only_at_a_resume(data, tmp_path):
+    with pytest.raises(UsageError, match="--accept-data goes with --resume"):
+        train(data, tmp_path / "run", accept_data=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_refuses_is_a_line(run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "config.yaml"))
+
+    monkeypatch.setattr(same_run, "write_back", full)
+    with pytest.raises(UsageError, match=r"config\.yaml can't be read or written: No space left"):
+        resume(run)
 
 
 def test_options_of_an_earlier_start_are_no_edits(run, capsys):
@@ -181,6 +204,8 @@ def test_differences_by_name():
     old = [[shard("a"), shard("b"), shard("c")]]
     assert differences(old, [list(old[0])]) == []
     assert differences(old, [[shard("b"), shard("a"), shard("c")]]) == ["shards in another order"]
+    alike = [shard("a"), shard("a", blocks="b")]  # of two folders
+    assert differences([alike], [alike[::-1]]) == ["shards in another order"]
     assert differences(old, [[shard("a"), shard("c", 8, 1), shard("d")]]) == ["removed: b", "added: d", "cut: c"]
     assert differences(old, [old[0], old[0]]) == ["2 sources in the place of 1"]
     assert differences([old[0], old[0]], [old[0], [shard("a")]]) == ["removed: b, c (source 2)"]

@@ -159,6 +159,8 @@ def test_a_bad_sample_is_counted_once_in_a_run(tmp_path):
     train(tmp_path, tmp_path / "run", train__steps=30, data__max_bad=1, train__stop_at=15)
     assert resume(tmp_path / "run")["step"] == 30, "17 visits to the bad one"
     assert metrics(tmp_path / "run")[-1]["bad_samples"] == 1
+    (tmp_path / "run" / "summary.json").unlink()  # all steps are done: only its end is done again, whatever the limit
+    assert resume(tmp_path / "run", data__max_bad=0)["step"] == 30
 
 
 def test_every_sample_bad(tmp_path, capsys):

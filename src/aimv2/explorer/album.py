@@ -65,7 +65,7 @@ class Album:
     """All images by number: 0..N-1 are the folder's (or the first examples), others uploads and further examples.
 
     Additions belong to the tab that made them, have numbers that can't be guessed, and change only in the server's album
-    thread; the models' thread reads.
+    thread; the threads of models and of thumbnails read.
     """
 
     def __init__(self, source: str | None, limit: int, example_size: int, image_root: Path | None = None) -> None:
@@ -171,9 +171,11 @@ class Album:
         Raises:
             RequestError: see :meth:`image`.
         """
-        if number not in self.thumbnails:
-            self.thumbnails[number] = small_png(self._decoded(number, THUMBNAIL))
-        return self.thumbnails[number]
+        if (found := self.thumbnails.get(number)) is None:
+            found = small_png(self._decoded(number, THUMBNAIL))
+            if number in self.entries:  # else it was removed meanwhile
+                self.thumbnails[number] = found
+        return found
 
     def upload(
         self, content: bytes, name: str, tab: str = "", decoded: tuple[Image.Image, bytes] | None = None

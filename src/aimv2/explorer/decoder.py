@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import struct
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
@@ -49,8 +50,12 @@ class DecoderProcess:
         """
         if self.process is None or self.process.poll() is not None:
             words = [sys.executable, "-P", "-m", "aimv2.explorer.decoder", str(SECONDS), str(MEMORY)]
+            few = {
+                **os.environ,
+                "OPENBLAS_NUM_THREADS": "1",
+            }  # threads of numpy would take room of MEMORY on many cores
             self.process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=few
             )
         to, back = self.process.stdin, self.process.stdout
         assert to is not None
@@ -136,16 +141,18 @@ def read_part(source: IO[bytes]) -> bytes:
 
 
 def limit(seconds: int, memory: int | None = None) -> None:
-    """Limits processor time from here on, and the memory of the process."""
+    """Limits processor time from here on, and the memory of the process, as far as the system lets it."""
     try:
         import resource
     except ImportError:  # Windows; the limit of wall time holds there
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
+    with suppress(ValueError, OSError):  # it has lower ones
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
     if memory is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        with suppress(ValueError, OSError):  # macOS refuses limits below what a process has mapped
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def serve(seconds: int, memory: int) -> None:

@@ -19,16 +19,11 @@ PLACE = re.compile(
     r"(?<![\w/.:~<\\-])(?:[A-Za-z]:\\|~[\w.-]*/|/)(?:[^\s'\"`<>|()\[\]{},;]*[/\\])+[^\s'\"`<>|()\[\]{},;]*"
 )
 WHOLE = re.compile(r"(?:[A-Za-z]:[\\/]|~|/)[^\n]*[/\\][^\n]*|\.\.[/\\][^\n]*")  # a value that is nothing but a path
+# names that say nothing, and are words of other meanings
 COMMON = {
-    "root",
-    "user",
-    "admin",
-    "ubuntu",
-    "nobody",
-    "localhost",
-    "home",
-    "data",
-}  # say nothing, and are words of other meanings
+    "root", "user", "admin", "ubuntu", "nobody", "localhost", "home", "data", "model", "train", "test", "image", "images", "text",
+    "vision", "run", "runner", "app", "dev", "node", "gpu", "work", "worker",
+}  # fmt: skip
 PRIVATE = ("run", "log.wandb", "data.index_dir")  # keys of a configuration that are of one machine, or of one account
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # their tokens may look like paths
 

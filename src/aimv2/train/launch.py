@@ -53,6 +53,10 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
     try:
         if options.resume:
             return resume(options, {**base, **given}, started, dry_run, print_config)
+        if options.accept_data:
+            raise UsageError(
+                "--accept-data goes with --resume: a new run has no data that could have changed; leave it out"
+            )
         recipe, base = recipe_of(options, recipe, base, given)
         if wants_demo(options, recipe):
             return demo(given, started, dry_run, print_config)
@@ -270,8 +274,8 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     with one_writer(run, world, options.take_over):
         prepare.drop_damaged(run, world)
         if saved := checkpoints(run):
-            check_edits(run, config, read_about(saved[-1][1]))
-            take_layout(config, "data.workers" in given, saved[-1][1], world)
+            edited = check_edits(run, config, read_about(saved[-1][1]))
+            take_layout(config, "data.workers" in (*given, *edited), saved[-1][1], world)
         trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
         found = prepare.find_resume(run, config, trainer.tokenizer)
         valid = same_data(trainer, found, options.accept_data)

@@ -336,7 +336,7 @@ class Trainer:
     def stop_if_signalled(self, saved: int, now: bool) -> None:
         """After a signal on any rank, or too many bad samples: all ranks save and leave together (``now``: check, whatever the step)."""
         code, lost = self.flag.code if self.flag else 0, None
-        bad = self.rejected is not None and self.rejected.too_many and self.step < self.config.train.steps
+        bad = self.rejected is not None and self.rejected.too_many
         if self.world.size > 1:
             if self.step % self.check_every and not now:
                 return
@@ -354,8 +354,11 @@ class Trainer:
             raise Interrupted(f"stopped at step {self.step}, saved; go on with: {self.command_to_go_on()}", code)
 
     def end_if_too_many_bad(self, restored: bool = False) -> None:
-        """UsageError where more samples are bad than ``data.max_bad`` allows, on all ranks; ``restored``: known before the first step."""
-        if self.rejected is None or not self.rejected.too_many:
+        """UsageError where more samples are bad than ``data.max_bad`` allows, on all ranks, unless the last step is done.
+
+        ``restored``: known before the first step.
+        """
+        if self.rejected is None or not self.rejected.too_many or self.step >= self.config.train.steps:
             return
         where = "in this run so far" if restored else f"until step {self.step}, which is saved"
         raise UsageError(

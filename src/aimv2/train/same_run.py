@@ -38,13 +38,16 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(flatten(to_dict(config))))
 
 
-def check_edits(run: Path, config: Config, about: dict[str, Any]) -> None:
+def check_edits(run: Path, config: Config, about: dict[str, Any]) -> list[str]:
     """Compares config.yaml with what the last checkpoint kept of it; a line names what may change and did.
 
     Args:
         run: the run folder.
         config: of the resumed run: what config.yaml and the command line say.
         about: of the last checkpoint.
+
+    Returns:
+        the keys that changed.
 
     Raises:
         UsageError: anything else changed.
@@ -74,6 +77,7 @@ def check_edits(run: Path, config: Config, about: dict[str, Any]) -> None:
         )
     if taken := [words[key] for key in changed if key not in MOVED]:
         say(f"{CONFIG} was edited, and is taken as it is: {listed(taken)}")
+    return changed
 
 
 def mixture(train: Any) -> list[Any]:
@@ -132,6 +136,8 @@ def same_data(trainer: Trainer, checkpoint: Path | None, accepted: bool) -> bool
             trainer.notes = {"stored": kept_values(trainer.run), "data": now}
         except UsageError as error:
             problem = str(error)
+        except OSError as error:  # else the other ranks would wait
+            problem = f"--resume: {error.filename or trainer.run} can't be read or written: {error.strerror or error}"
     problem, valid = trainer.world.broadcast((problem, valid))
     if problem is not None:
         raise UsageError(problem, option="data.train", code="conflict")

@@ -79,7 +79,9 @@ def _of_source(old: list[Shard], new: list[Shard]) -> list[str]:
     found += [f"{kind} {_names(names)}" for kind, names in changed.items()]
     both = {shard[0] for shard in old} & {shard[0] for shard in new}
     before, after = ([shard[0] for shard in shards if shard[0] in both] for shards in (old, new))
-    return found if before == after else [*found, "shards in another order"]
+    # shards of one name in several folders: only their contents say that they were exchanged
+    reordered = before != after or (not found and old != new)
+    return [*found, "shards in another order"] if reordered else found
 
 
 def _names(names: list[str]) -> str:

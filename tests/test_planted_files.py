@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -160,3 +161,37 @@ def test_nothing_prints_by_another_console() -> None:
                 found.append(str(file.relative_to(source)))
     # help, versions and JSON, whose escapes are written out; recipes of the package; the address of the server; `say` itself
     assert set(found) == {"cli/dispatch.py", "commands/recipes.py", "explorer/server.py", "io.py", "pipeline/work.py"}
+
+
+def test_files_of_others_are_parsed_in_one_place() -> None:
+    """A plain ``json.loads`` has no limit of depth or digits, a YAML loader none of aliases."""
+    source = Path(aimv2.__file__).parent
+    plain = ("json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "yaml.unsafe_load")
+    found = set()
+    for file in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in plain:
+                again = isinstance(node.args[0], ast.Call) and ast.unparse(node.args[0].func) == "json.dumps"
+                found |= set() if again else {str(file.relative_to(source))}
+    # its own worker, its own run, a library's own text, a file of the package
+    own = {"explorer/decoder.py", "doctor/selftest.py", "data/text/tokenizer.py", "evals/compare.py"}
+    assert found == own | {"io.py"}
+
+
+@pytest.mark.parametrize("kind", ["entities", "external", "deep"])
+def test_xml_of_others(tmp_path: Path, kind: str) -> None:
+    """expat itself limits entities and opens no other file; as Flickr30k's annotations are read."""
+    levels = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
+    (tmp_path / "secret").write_text("nobody's business")
+    text = {
+        "entities": f'<!DOCTYPE x [<!ENTITY a0 "{"x" * 100}">{levels}]><annotation>&a11;</annotation>',
+        "external": f'<!DOCTYPE x [<!ENTITY e SYSTEM "file://{tmp_path}/secret">]><annotation>&e;</annotation>',
+        "deep": "<a>" * 100_000 + "</a>" * 100_000,
+    }[kind]
+    (tmp_path / "a.xml").write_text(text)
+    try:
+        root = ElementTree.parse(tmp_path / "a.xml").getroot()
+    except ElementTree.ParseError:
+        return
+    assert kind == "deep"
+    assert root.tag == "a"

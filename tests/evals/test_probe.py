@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import shutil
 import signal
 import tarfile
@@ -120,6 +121,19 @@ def test_augmented_images_differ_by_epoch_and_train(model: str, data: Path) -> N
     assert sorted(np.concatenate([batches[0].labels, batches[1].labels])) == sorted(train.labels)
     result = api.probe(model, str(data), features="augmented", workers=0, **{**QUICK, "epochs": 12})
     assert result["protocol"]["features"] == "augmented" and result["figures"]["top1"] > 0.6
+
+
+def test_workers_where_python_would_not_fork(data: Path) -> None:
+    """Python 3.14 and macOS start other processes by default, which can't be given memory in common."""
+    train, before = open_labelled(str(data), "train"), multiprocessing.get_start_method()
+    assert train is not None
+    multiprocessing.set_start_method("spawn", force=True)
+    stream = ImageStream(train, 28, 24, seed=0, workers=1)
+    try:
+        assert next(stream).images.shape == (24, 3, 28, 28)
+    finally:
+        stream.close()
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_stopped_and_gone_on_is_not_stopping(

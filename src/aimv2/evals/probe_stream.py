@@ -114,8 +114,10 @@ class ImageStream:
         self.batches: Iterator[Any] | None = None
         views = _Views(data, image_size, seed)
         order = _Steps(lambda: self.step, Order(len(data.labels), size, seed))
+        # as energon: workers have memory in common with this process
+        how = "fork" if workers else None
         self.loader: Any = torch.utils.data.DataLoader(
-            views, batch_sampler=order, num_workers=workers, collate_fn=_collate
+            views, batch_sampler=order, num_workers=workers, collate_fn=_collate, multiprocessing_context=how
         )
         self.watched: Watched | None = None  # the batches of worker processes
         if workers:

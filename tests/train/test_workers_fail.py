@@ -14,8 +14,9 @@ from aimv2.cli import main
 from aimv2.data.stream import samples
 from aimv2.errors import LOST
 from aimv2.interop.model_folder import checkpoints
-from aimv2.train import interrupt
+from aimv2.train import interrupt, launch
 from aimv2.train.loop import Trainer
+from aimv2.train.step import TrainStep
 from forked import call_on_ranks
 from runs import exact, options, resume, train
 
@@ -173,3 +174,18 @@ def test_a_rank_that_is_amid_a_step_ends_with_the_other(data, tmp_path):
     said = lines_of_ranks(data, tmp_path / "run", hang=True)
     assert "error: data worker 1 of 1" in said and "(it is stopped)" in said and "nothing was to be saved yet" in said
     assert f"ended with {LOST}" in said
+
+
+def test_signal_while_it_compiles(data, whole, tmp_path, monkeypatch, capsys):
+    def signalled(*args, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it compiles on")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(TrainStep, "warm_up", signalled)
+    monkeypatch.setattr(launch, "want_compile", lambda train, world: (True, None))
+    assert main(options(data, run, **HOW)) == 143
+    monkeypatch.undo()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped while compiling, after step 0; go on with: aimv2 pretrain --run {run} --resume"
+    assert goes_on(run, whole)

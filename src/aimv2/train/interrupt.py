@@ -32,7 +32,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.code, self.since, self.saving = 0, 0.0, False
+        self.code, self.since, self.saving, self.abrupt = 0, 0.0, False, False
         stay = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # ignored by `nohup`
         self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES if number not in stay}
 
@@ -40,12 +40,25 @@ class StopFlag:
         now = time.monotonic()
         if not self.code:
             self.code, self.since = EXIT_CODES[signal.Signals(number)], now
+            if self.abrupt:
+                raise KeyboardInterrupt
             self._say("stopping after this step, and saving")
         elif self.saving or now - self.since < PATIENCE:
             self._say("saving, a moment")
         else:
             self.restore()
             os.kill(os.getpid(), number)
+
+    @contextlib.contextmanager
+    def at_once(self, where: str) -> Iterator[None]:
+        """The first signal ends what is within, of which nothing is to be saved; raises Interrupted."""
+        self.abrupt = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped {where}", self.code) from None
+        finally:
+            self.abrupt = False
 
     def impatient(self) -> bool:
         """Whether a signal came longer ago than a step should take."""

@@ -135,8 +135,9 @@ class Trainer:
         if self.watched is not None:
             self.watched.hurry = self.flag.impatient
         self.model.train()
-        if self.step < last:
-            self.compile()
+        if self.step < last and self.compiled:
+            with self.flag.at_once(f"while compiling, after step {self.step}; go on with: {self.command_to_go_on()}"):
+                self.compile()
         log.start()
         self.mark, self.marked = time.perf_counter(), self.step
         began, before = self.mark, self.seconds

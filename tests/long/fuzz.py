@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -265,7 +266,8 @@ def on_alarm(*_: object) -> None:
 def keep(home: Path, name: str, content: bytes, error: BaseException | str) -> None:
     """One file for each place in the code that failed."""
     if isinstance(error, str):
-        text, place = error, error.splitlines()[0]
+        found = re.findall(r'File "[^"]*aimv2/[^"]*", line \d+ in \w+', error)  # of faulthandler
+        text, place = error, f"{error.splitlines()[0]} {found[0] if found else ''}"
     else:
         text = "".join(traceback.format_exception(error))
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fuzz" not in frame.filename]

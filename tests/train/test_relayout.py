@@ -98,7 +98,7 @@ def test_each_step_has_the_samples_that_it_would_have_had(
     ("before", "ranks", "workers", "words"),
     [
         ((2, 3), 4, None, "got 4 ranks; .* 1 x 6, 2 x 3, 3 x 2, 6 x 1"),
-        ((2, 3), 2, 2, r"got 2 ranks x 2 \(data.workers\); .* 1 x 6, 2 x 3, 3 x 2, 6 x 1"),
+        ((2, 3), 2, 2, r"got 2 ranks x 2 \(data.workers\); .* 1 x 6, 2 x 3, 3 x 2, 6 x 1; leave data.workers out"),
         ((2, 0), 1, None, "got 1 ranks; .* 2 ranks x 0"),
         ((2, 0), 2, 1, "got 2 ranks x 1 .* 2 ranks x 0"),
         ((1, 2), 2, 0, "got 2 ranks x 0 .* 1 x 2, 2 x 1"),

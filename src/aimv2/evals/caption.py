@@ -112,7 +112,9 @@ def asker(source: str, text: str, max_tokens: int, batch_size: int, device: str 
     from aimv2.vlm.language import IMAGE_TOKEN
     from aimv2.vlm.model import open_vlm
 
-    if not text.strip() or text.count(IMAGE_TOKEN) > 1:
+    if not text.strip():
+        raise UsageError("--ask is empty: a question is expected", option="--ask")
+    if text.count(IMAGE_TOKEN) > 1:
         raise UsageError(f"--ask {text!r}: a question with one {IMAGE_TOKEN} at most is expected", option="--ask")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: 1 or more expected", option="--max-tokens")

@@ -351,8 +351,8 @@ def detect(at: ModelSource, weights: Weights) -> Detected:
     kind = model_type(at.folder)
     if kind in BUILT:
         raise UsageError(
-            f"MODEL {at.given}: a vision-language model ('{kind}'), which `aimv2 vlm train` and `caption --ask` take; its encoder "
-            "is expected, as it was before `aimv2 vlm build`",
+            f"MODEL {at.given}: a vision-language model ('{kind}'), which `aimv2 vlm train` and `caption --ask QUESTION` take; its "
+            "encoder is expected, as it was before `aimv2 vlm build`",
             code="mismatch",
         )
     try:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,9 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
         if saved := checkpoints(run):
             edited = check_edits(run, config, read_about(saved[-1][1]))
             take_layout(config, "data.workers" in (*given, *edited), saved[-1][1], world)
-        trainer = build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
+        trainer = moved_data_are_given(
+            lambda: build_trainer(config, run, world, prepare.known_tokenizer(run), bool(saved))
+        )
         found = prepare.find_resume(run, config, trainer.tokenizer)
         valid = same_data(trainer, found, options.accept_data)
         check_machine(trainer)
@@ -288,6 +291,20 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
             say(f"no checkpoint in {run}: starting again at step 0")
             carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
         return finish(trainer, started, trainer.seconds)
+
+
+def moved_data_are_given(build: Callable[[], Trainer]) -> Trainer:
+    """``build()``; where the data of a run that goes on are not there, the UsageError says what to give."""
+    try:
+        return build()
+    except UsageError as error:
+        if (error.option, error.code) != ("data.train", "not-found"):
+            raise
+        raise UsageError(
+            f"{error}; data that have moved are given by --resume --data.train NEW",
+            option="data.train",
+            code="not-found",
+        ) from None
 
 
 def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
@@ -334,6 +351,7 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     if config.log.report:
         from aimv2.report.write import after_run
 
+        say(f"writing the report of {run} (log.report)")
         if path := after_run(run, world.device, say):
             write_aside(run / "summary.json", json.dumps(result | {"report": path}, indent=1) + "\n")
             result["report"] = path

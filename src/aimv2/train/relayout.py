@@ -40,7 +40,7 @@ def take_layout(config: Config, given: bool, folder: Path, world: World) -> None
         now = f"{world.size} ranks x {got} (data.workers)" if given else f"{world.size} ranks"
         raise UsageError(
             f"--resume: the run used {ranks} ranks x {workers} data workers, got {now}; its position in the data goes on over as many "
-            f"parts: {layouts(parts, workers)}",
+            f"parts: {layouts(parts, workers)}{'; leave data.workers out, and it follows' if given else ''}",
             code="mismatch",
         )
     if [ranks, workers] != [world.size, got]:

@@ -84,7 +84,7 @@ def mixture(train: Any) -> list[Any]:
     """What a mixture is, apart from where it lies: name, weight and caption fields of each source."""
     sources = train if isinstance(train, list) else [Source(train or "")]
     every = [source if isinstance(source, dict) else asdict(source) for source in sources]
-    return [{key: value for key, value in source.items() if key != "path"} for source in every]
+    return [{key: source.get(key) for key in ("name", "weight", "captions")} for source in every]
 
 
 def listed(parts: list[str]) -> str:

@@ -28,10 +28,8 @@ from aimv2.errors import WorkerLost
 
 TIMEOUT = 300.0  # seconds without progress, where no option says it
 POLL = 0.5  # seconds between two looks at the workers
-SLOT, HEAD = (
-    512,
-    struct.Struct("<QH"),
-)  # bytes a worker has for what it reads; how many notes it has made, bytes of the last
+SLOT = 512  # bytes a worker has for the name of what it reads
+HEAD = struct.Struct("<QH")  # how many notes it has made, bytes of the last
 NO_ROOM = 97  # exit code of a worker that can't hand on a batch: no shared memory
 NO_FILES = 98  # or no more open files
 FEWER = "lower data.workers or train.batch_size"

@@ -125,7 +125,7 @@ def test_moved_data_are_the_same_data(data, run, tmp_path, capsys):
     assert "has moved and is the same" in capsys.readouterr().err
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["train"] == str(tmp_path / "moved")
     shutil.move(tmp_path / "moved", tmp_path / "again")
-    with pytest.raises(UsageError, match="does not exist.*given by --resume --data.train NEW"):
+    with pytest.raises(UsageError, match=r"does not exist.*given by --resume --data\.train NEW"):
         resume(run)
     edit(run, data__train=str(tmp_path / "again"))
     resume(run)

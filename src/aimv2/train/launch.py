@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +263,7 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     from aimv2.train.before import check_machine
     from aimv2.train.lock import one_writer
     from aimv2.train.relayout import take_layout
-    from aimv2.train.same_run import check_edits, same_data
+    from aimv2.train.same_run import check_edits, check_never_saved, moved_data_are_given, same_data
     from aimv2.train.sealing import newest_is_whole
 
     summary = read_summary(run)
@@ -287,24 +286,10 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
             trainer.restore(found, valid)
             say(f"going on from step {trainer.step}")
         else:
-            prepare.check_never_saved(run)
+            check_never_saved(run)
             say(f"no checkpoint in {run}: starting again at step 0")
             carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup=True)
         return finish(trainer, started, trainer.seconds)
-
-
-def moved_data_are_given(build: Callable[[], Trainer]) -> Trainer:
-    """``build()``; where the data of a run that goes on are not there, the UsageError says what to give."""
-    try:
-        return build()
-    except UsageError as error:
-        if (error.option, error.code) != ("data.train", "not-found"):
-            raise
-        raise UsageError(
-            f"{error}; data that have moved are given by --resume --data.train NEW",
-            option="data.train",
-            code="not-found",
-        ) from None
 
 
 def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:

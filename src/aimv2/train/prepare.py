@@ -388,23 +388,6 @@ def drop_damaged(run: Path, world: World) -> None:
         raise UsageError(problem, option="--resume", code="unreadable")
 
 
-def check_never_saved(run: Path) -> None:
-    """Raises UsageError where a run without checkpoints had one: its figures go past its first save, by its own configuration."""
-    from aimv2.train.log import read_metrics
-
-    every, steps = (
-        parse(stored_values(run), stored=True).train.save_every,
-        [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]],
-    )
-    if every and steps and max(steps) > every:
-        raise UsageError(
-            f"--resume: {run} has no checkpoint, but metrics.jsonl goes to step {max(steps):,} and the run saved every {every:,} steps "
-            "(train.save_every): its checkpoints are gone; bring the folder checkpoints back, or --overwrite starts anew",
-            option="--resume",
-            code="missing",
-        )
-
-
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None) -> Path | None:
     """The newest checkpoint, if it belongs to this tokenizer.
 

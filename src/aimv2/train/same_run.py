@@ -7,6 +7,7 @@ else is refused, by name, before anything is built.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,38 @@ def listed(parts: list[str]) -> str:
     return ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
 
 
+def check_never_saved(run: Path) -> None:
+    """Raises UsageError where a run without checkpoints had one: its figures go past its first save, by its own configuration."""
+    from aimv2.train.log import read_metrics
+
+    every, steps = (
+        parse(stored_values(run), stored=True).train.save_every,
+        [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]],
+    )
+    if every and steps and max(steps) > every:
+        raise UsageError(
+            f"--resume: {run} has no checkpoint, but metrics.jsonl goes to step {max(steps):,} and the run saved every {every:,} steps "
+            "(train.save_every): its checkpoints are gone; bring the folder checkpoints back, or --overwrite starts anew",
+            option="--resume",
+            code="missing",
+        )
+
+
 # ---- data ----
+
+
+def moved_data_are_given(build: Callable[[], Trainer]) -> Trainer:
+    """``build()``; where the data of a run that goes on are not there, the UsageError says what to give."""
+    try:
+        return build()
+    except UsageError as error:
+        if (error.option, error.code) != ("data.train", "not-found"):
+            raise
+        raise UsageError(
+            f"{error}; data that have moved are given by --resume --data.train NEW",
+            option="data.train",
+            code="not-found",
+        ) from None
 
 
 def note_run(trainer: Trainer) -> None:

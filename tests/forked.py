@@ -70,8 +70,8 @@ class ForkedChild:
     """What ``aimv2 run`` needs of the ``subprocess.Popen`` of a stage; the stage has ended before anyone reads."""
 
     def __init__(self, command: list[str], **how: Any) -> None:
-        assert command[:3] == [sys.executable, "-m", "aimv2"], command
-        done = forked(*command[3:])
+        assert command[:4] == [sys.executable, "-P", "-m", "aimv2"], command
+        done = forked(*command[4:])
         self.stdout, self.stderr, self.returncode = io.StringIO(done.stdout), io.StringIO(done.stderr), done.returncode
 
     def wait(self) -> int:

@@ -24,7 +24,7 @@ from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.decode import ImageError, decode_image
 from aimv2.data.images.entries import SourceEntry
 from aimv2.data.stream.transforms import image_transform
-from aimv2.errors import UsageError, need
+from aimv2.errors import UsageError, need, visible
 from aimv2.evals.caption import Writing, asker
 from aimv2.evals.harness import Evaluation
 from aimv2.evals.ptb import tokenise
@@ -284,4 +284,5 @@ def render_scores(result: dict[str, Any]) -> str:
         )
     lines += [f"left out, {key.replace('_', ' ')}: {count:,}" for key, count in left.items()]
     lines += [f"{row['written']}  |  {row['references'][0]}" for row in figures["captions"][:3]]
-    return "\n".join(line if len(line) <= 80 else line[:77] + "..." for line in lines)
+    shown = map(visible, lines)  # a control takes more room where it is shown
+    return "\n".join(line if len(line) <= 80 else line[:77] + "..." for line in shown)

@@ -31,6 +31,12 @@ def as_of_before(run: Path, model: Path) -> None:
     for key in ("teacher_image_mean", "teacher_image_std"):
         del stored["objective"][key]
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "files.json").unlink(missing_ok=True)
+        note = json.loads((folder / "state" / "trainer.json").read_text())
+        note["config"]["objective"] |= stored["objective"]
+        kept = {key: value for key, value in note.items() if key not in ("stored", "data")}
+        (folder / "state" / "trainer.json").write_text(json.dumps(kept))
 
 
 def test_a_run_of_before_goes_on_with_the_same_features_or_not_at_all(data, dino, tmp_path, capsys):

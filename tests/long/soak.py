@@ -226,7 +226,7 @@ class Soak:
         """Starts or resumes, breaks, and waits for the end; the last step that has figures."""
         self.tried[fault] += 1
         start = self.start(run, ranks, resume)
-        if start.at(self.rng.randint(min(reached + 1, STEPS), STEPS - 1)):
+        if start.at(self.rng.randint(min(reached + 1, STEPS - 1), STEPS - 1)):
             act = WHILE_IT_RUNS.get(fault, WHILE_IT_RUNS["SIGTERM"])
             act(start, self.rng)
         if (code := start.ended()) is None:

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import signal
-import sys
 import time
 
 import pytest
@@ -137,8 +136,9 @@ def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys):
     assert "has no room in /dev/shm for a batch" in line and "nothing was to be saved yet" in line
 
 
-def lose_on_rank_1(words, hang):
-    """In a rank: a worker of the second one ends or hangs at step 3."""
+def lose_on_rank_1(words, hang, folder):
+    """In a rank: a worker of the second one ends or hangs at step 3. Notes its code; where both end by themselves it waits
+    for the other's, since the first that ends has the other one ended, as torchrun does."""
 
     def lose(trainer, workers):
         if trainer.world.rank == 1 and hang:
@@ -151,29 +151,32 @@ def lose_on_rank_1(words, hang):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 3, lose)
         code = main(words)
-    print(f"ended with {code}", file=sys.stderr, flush=True)
+    (folder / f"code-{os.environ['RANK']}").write_text(str(code))
+    until = time.monotonic() + 60
+    while not hang and len(list(folder.glob("code-*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
     os._exit(code)
 
 
-def lines_of_ranks(data, run, hang):
-    """Their last words, sorted; they must end."""
+def ends_of_ranks(data, run, hang):
+    """What they said, and their codes, as far as they were not ended; they must end."""
     with pytest.raises(AssertionError) as ended:
-        call_on_ranks(2, lose_on_rank_1, options(data, run, **{**HOW, "data__workers": 1}), hang)
+        call_on_ranks(2, lose_on_rank_1, options(data, run, **{**HOW, "data__workers": 1}), hang, run.parent)
     assert "Traceback" not in str(ended.value)
-    return str(ended.value)
+    return str(ended.value), {file.name: int(file.read_text()) for file in run.parent.glob("code-*")}
 
 
 def test_two_ranks_save_and_end_together(data, tmp_path):
-    said = lines_of_ranks(data, tmp_path / "run", hang=False)
+    said, codes = ends_of_ranks(data, tmp_path / "run", hang=False)
     assert "error: data worker 1 of 1" in said and "saved at step 3; go on with" in said
-    assert said.count(f"ended with {LOST}") == 2
+    assert codes == {"code-0": LOST, "code-1": LOST}
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [3]
 
 
 def test_a_rank_that_is_amid_a_step_ends_with_the_other(data, tmp_path):
-    said = lines_of_ranks(data, tmp_path / "run", hang=True)
+    said, codes = ends_of_ranks(data, tmp_path / "run", hang=True)
     assert "error: data worker 1 of 1" in said and "(it is stopped)" in said and "nothing was to be saved yet" in said
-    assert f"ended with {LOST}" in said
+    assert codes["code-1"] == LOST and codes.get("code-0") != 0
 
 
 def test_signal_while_it_compiles(data, whole, tmp_path, monkeypatch, capsys):

@@ -293,10 +293,14 @@ def yolo_objects(file: Path, classes: tuple[str, ...], size: tuple[int, int]) ->
     """The objects of a label file, in pixels of a picture of ``size`` (width, height); a polygon's box is the one around it.
 
     Raises:
-        RowError: a line of another form, a class without a name.
+        RowError: a file that can't be read, a line of another form, a class without a name.
     """
     objects = []
-    for number, line in enumerate(text_lines(file), 1):
+    try:
+        lines = list(text_lines(file))
+    except (NotText, OSError) as error:
+        raise RowError("no-labels", str(error)) from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         row = _numbers(line)

@@ -1,6 +1,5 @@
 """One hostile sample, image or row costs itself, and nothing else."""
 
-import contextlib
 import io
 import json
 import math

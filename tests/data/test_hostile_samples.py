@@ -133,6 +133,24 @@ def test_hostile_samples_cost_themselves(tmp_path: Path) -> None:
     ] == 1
 
 
+def test_an_error_that_nobody_thought_of_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar_of(tmp_path / "train-000000.tar", good(6) | {f"odd{n}": {"png": picture(), "txt": b"odd"} for n in range(3)})
+
+    class Odd(Words):
+        def encode(self, text: str, limit: int) -> list[int]:
+            if text == "odd":
+                raise ZeroDivisionError("of our own")
+            return super().encode(text, limit)
+
+    stream = stream_of(tmp_path, Odd())
+    for _ in range(20):
+        next(stream)
+    stream.close()
+    assert len(stream.rejected) == 3
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "an error that no sample should" in line)
+    assert "(ZeroDivisionError: of our own) caused" in line
+
+
 def test_mistakes_of_our_own_end_a_run_soon(tmp_path: Path) -> None:
     """What nobody thought of costs its sample; where that is every sample, no run goes on for ever."""
     tar_of(tmp_path / "train-000000.tar", good(12))

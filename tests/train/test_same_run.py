@@ -3,12 +3,15 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from aimv2.data.shards.format import read_samples, write_shard
-from aimv2.data.stream.identity import counts, differences
+from aimv2.data.shards.index import build_index
+from aimv2.data.stream import identity
+from aimv2.data.stream.identity import counts, differences, identity_of
 from aimv2.errors import UsageError
 from aimv2.train import same_run
 from runs import exact, resume, train
@@ -214,3 +217,17 @@ def test_differences_by_name():
     many = [[shard(f"s{number}") for number in range(9)]]
     assert differences(many, [many[0][:1]]) == ["removed: s1, s2, s3 and 5 more"]
     assert counts(old) == [[2, 2, 2]]
+    # where there are many, the content of some is looked at: what only one side knows says nothing
+    some = [[shard("a"), shard("b", blocks=""), shard("c")]]
+    assert differences(old, some) == differences(some, old) == []
+    assert differences(some, [[shard("a", blocks="z"), shard("b"), shard("c")]]) == ["replaced: a"]
+
+
+def test_the_content_of_some_of_many_shards_is_looked_at(data, tmp_path, monkeypatch):
+    tars = [Path(shutil.copy(data / "train-000000.tar", tmp_path / f"{number}.tar")) for number in range(20)]
+    whole = identity_of([tars], [build_index(tars)])
+    assert all(shard[4] for shard in whole[0])
+    monkeypatch.setattr(identity, "LOOKED", 10)
+    some = identity_of([tars], [build_index(tars)])
+    assert [shard[:4] for shard in some[0]] == [shard[:4] for shard in whole[0]]
+    assert 0 < sum(bool(shard[4]) for shard in some[0]) < len(tars)

@@ -93,9 +93,8 @@ def rejection(method: str, path: str, headers: dict[str, str], host: str) -> tup
     if origin is not None and origin != f"http://{named}":
         return 403, "The explorer accepts requests only from its own page."
     site = headers.get("sec-fetch-site", "same-origin")
-    if (
-        method == "POST" and origin is None and site != "same-origin"
-    ):  # a browser says where a request is from; curl says nothing
+    # a browser says where a request is from; curl says nothing
+    if method == "POST" and origin is None and site != "same-origin":
         return 403, "The explorer accepts requests only from its own page."
     opened = path == "/" and method == "GET" and headers.get("sec-fetch-mode") == "navigate"  # a link was followed
     if site not in ("same-origin", "none") and not opened:

@@ -162,10 +162,8 @@ def card(source: ModelSource | None, model: nn.Module, to: str, name: str, licen
         name: name for users: a hub id, or a folder, of which the last part is written.
         licence: licence of the weights; None: as stated by the source, if at all.
     """
-    config, name = (
-        encoder_in(model).config,
-        name if hub.is_hub_id(name) and not Path(name).exists() else last_name(name),
-    )
+    config = encoder_in(model).config
+    name = name if hub.is_hub_id(name) and not Path(name).exists() else last_name(name)
     terms = {"license": licence} if licence else licence_of(source) if source else {}
     pair = isinstance(model, LiT) and to in HOLDS_PAIRS
     whole = isinstance(model, AIMv2) and to == "safetensors"

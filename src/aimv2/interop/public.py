@@ -57,7 +57,7 @@ def public(text: str) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """Nested values, with :func:`public` of every text that is a path, or within one line."""
+    """Nested values, with :func:`public` of every text."""
     if isinstance(value, dict):
         return {key: public_value(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

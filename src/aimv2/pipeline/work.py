@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aimv2.errors import LOST, UsageError, nearest, visible
-from aimv2.io import parse_json, write_aside
+from aimv2.errors import LOST, UsageError, nearest
+from aimv2.io import parse_json, say, write_aside
 from aimv2.pipeline import report
 from aimv2.pipeline.read import Chain, Job, read_chain
 from aimv2.pipeline.state import (
@@ -199,11 +199,6 @@ def run_job(job: Job, status: Status, worker: Worker) -> float:
 def note(job: Job, record: dict[str, Any]) -> None:
     """Writes what an unfinished stage began with."""
     write_aside(started_file(job), json.dumps(record, default=str))
-
-
-def say(line: str) -> None:
-    """A line for the user, on standard error."""
-    print(visible(line), file=sys.stderr, flush=True)
 
 
 class Worker:

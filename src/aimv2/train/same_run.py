@@ -97,10 +97,8 @@ def check_never_saved(run: Path) -> None:
     """Raises UsageError where a run without checkpoints had one: its figures go past its first save, by its own configuration."""
     from aimv2.train.log import read_metrics
 
-    every, steps = (
-        parse(stored_values(run), stored=True).train.save_every,
-        [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]],
-    )
+    every = parse(stored_values(run), stored=True).train.save_every
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]]
     if every and steps and max(steps) > every:
         raise UsageError(
             f"--resume: {run} has no checkpoint, but metrics.jsonl goes to step {max(steps):,} and the run saved every {every:,} steps "

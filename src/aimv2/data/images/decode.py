@@ -34,9 +34,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-PngImagePlugin.MAX_TEXT_CHUNK = (
-    16 << 20
-)  # bytes of a text in a PNG: an XMP block above Pillow's 1 MB is no reason to lose the image
+# bytes of a text in a PNG: an XMP block above Pillow's 1 MB is no reason to lose the image
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 # Pillow warns at half of MAX_PIXELS; the limit here is our own and is an error, so its warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

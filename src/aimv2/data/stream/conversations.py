@@ -166,11 +166,7 @@ class RowMaker:
             found = [self.image(decode_image(data, self.max_pixels)) for data in images]
         except ImageError as error:
             raise BadRow("image-unreadable", str(error)) from None
-        except (
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # of an image that a processor does not foresee: 1 x 60,000 pixels
+        except (ValueError, ArithmeticError, LookupError) as error:  # a shape that no processor foresees: 1 x 60,000
             raise BadRow("image-unreadable", f"{type(error).__name__}: {first_line(error)}") from None
         if (tokens := ids.count(self.chat.image_id)) != len(images):
             raise BadRow("template", f"{tokens} image tokens in its text for {len(images)} images")

@@ -5,6 +5,7 @@ Two copies of the same shards have the same identity, wherever they lie and when
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -17,7 +18,8 @@ from aimv2.data.shards.index import offsets_of
 from aimv2.errors import shown
 
 BLOCK, BLOCKS = 4096, 5  # bytes, and places from the first to the last
-Shard = list[Any]  # name, bytes, samples, hash of the offsets, hash of the blocks
+LOOKED = 1000  # shards of a source, about, whose content is looked at; of the others size and offsets
+Shard = list[Any]  # name, bytes, samples, hash of the offsets, hash of the blocks or ""
 Identity = list[list[Shard]]  # by source
 
 
@@ -29,22 +31,28 @@ def identity_of(sources: Sequence[Sequence[Path]], indices: Sequence[Path]) -> I
         indices: the folder that ``build_index`` made of each.
     """
     with ThreadPoolExecutor(8) as pool:
-        return [list(pool.map(shard_identity, *zip(*found))) if (found := offsets_of(tars, index)) else []
-                for tars, index in zip(sources, indices)]  # fmt: skip
+        every = [_looked_at(offsets_of(tars, index)) for tars, index in zip(sources, indices)]
+        return [list(pool.map(lambda one: shard_identity(*one), found)) for found in every]
 
 
-def shard_identity(tar: Path, offsets: Path) -> Shard:
-    """See :data:`Shard`; a shard that can't be read has no blocks."""
+def _looked_at(found: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path, bool]]:
+    """Whether the content of each is looked at: by its name, so that the same ones are where others are added."""
+    every = len(found) // LOOKED + 1
+    numbers = [hashlib.sha256(os.fsencode(tar.name)).digest()[:4] for tar, _ in found]
+    return [(*one, int.from_bytes(number) % every == 0) for one, number in zip(found, numbers)]
+
+
+def shard_identity(tar: Path, offsets: Path, look: bool = True) -> Shard:
+    """See :data:`Shard`; one that can't be read, or is not looked at, has no blocks."""
     numbers = offsets.read_bytes()
-    digest, size = hashlib.sha256(), tar.stat().st_size
-    try:
-        with tar.open("rb") as file:
-            for place in range(BLOCKS):
-                file.seek(place * max(size - BLOCK, 0) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-        blocks = digest.hexdigest()[:16]
-    except OSError:
-        blocks = ""
+    digest, size, blocks = hashlib.sha256(), tar.stat().st_size, ""
+    with contextlib.suppress(OSError):
+        if look:
+            with tar.open("rb") as file:
+                for place in range(BLOCKS):
+                    file.seek(place * max(size - BLOCK, 0) // (BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+            blocks = digest.hexdigest()[:16]
     return [os.fspath(tar.name), size, len(numbers) // 8 - 1, hashlib.sha256(numbers).hexdigest()[:16], blocks]
 
 
@@ -69,6 +77,12 @@ def differences(before: Identity, now: Identity) -> list[str]:
 def _of_source(old: list[Shard], new: list[Shard]) -> list[str]:
     lost, more = (Counter(shard[0] for shard in shards) for shards in (old, new))
     gone, new_ones = list((lost - more).elements()), list((more - lost).elements())
+    known = {shard[0]: shard[4] for shard in old}
+    # a content that was looked at once only says nothing
+    new = [
+        [*shard[:4], known[shard[0]]] if shard[0] in known and "" in (shard[4], known[shard[0]]) else shard
+        for shard in new
+    ]
     found = [f"{kind} {_names(names)}" for kind, names in (("removed:", gone), ("added:", new_ones)) if names]
     by_name = {shard[0]: shard for shard in old}
     changed = dict[str, list[str]]()

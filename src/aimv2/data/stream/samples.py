@@ -314,7 +314,7 @@ class TrainStream:
         Raises:
             UsageError: ``batch_size`` does not divide, or there are too few samples.
         """
-        self.view, self.rejected, self.cut = view, Rejected(config.max_bad), set[str]()
+        self.view, self.rejected, self.noted = view, Rejected(config.max_bad), set[str]()
         self.parts = max(config.workers, 1)
         if view.native is None and batch_size % (world_size * self.parts):
             raise UsageError(
@@ -403,13 +403,13 @@ class TrainStream:
             self.reject(BadSample(*bad))
 
     def reject(self, bad: BadSample) -> bool:
-        """Whether a bad sample was not known yet; a line for the first one of a shard that is cut."""
-        new = self.rejected.add(bad)
-        if new and bad.why == CUT and (shard := bad.name.rpartition("/")[0]) not in self.cut:
-            self.cut.add(shard)
-            say(
-                f"data.train: {shard} was cut or damaged since it was indexed; its lost samples are left out, and count in data.max_bad"
-            )
+        """Whether a bad sample was not known yet; a line for the first one of a shard that is cut, or of an unforeseen error."""
+        new, cut, error = self.rejected.add(bad), bad.why == CUT, bad.why.partition(": ")[0]
+        what = bad.name.rpartition("/")[0] if cut else error
+        if new and (cut or (error.isidentifier() and error.endswith("Error"))) and what not in self.noted:
+            self.noted.add(what)
+            why = "was cut or damaged since it was indexed" if cut else "caused an error that no sample should"
+            say(f"data.train: {what if cut else bad} {why}; what is lost is left out, and counts in data.max_bad")
         return new
 
     def joined(self, parts: list[Batch]) -> Batch | list[Batch]:

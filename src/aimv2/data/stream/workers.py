@@ -163,13 +163,8 @@ class Watched:
             except queue.Empty:
                 pass
             self.look()
-            waited, before, last = (
-                waited + POLL,
-                self.progress(),
-                before,
-            )  # looks, no clock: a suspended job has not waited
-            if before != last:
-                waited = 0.0
+            last, before = before, self.progress()
+            waited = waited + POLL if before == last else 0.0  # looks, no clock: a suspended job has not waited
             if self.hurry() or 0 < self.timeout <= waited:
                 self.failed = self.hangs(waited)
                 raise self.failed

@@ -44,9 +44,8 @@ _STRANGE = re.compile(
     rf"[{_UPPER}{_LOWER}][¢-¨ª¬¯-º¼-¾]|(?<![{_ANY}])[¤¦¨ª¬¯´¶¸¹](?=[a-z])|”(?=\w)|[¿¡](?=[À-ÿ])[^áéíóúñÁÉÍÓÚÑ]"
 )
 _TURNED = re.compile(r"(?<![^\s,])“(?=\s|$)")
-_JOINED = re.compile(
-    rf"(?<![{_SMALL}])([{_SMALL}]+)[–—…](?=([{_SMALL}]+))"
-)  # two words, or another encoding's letter in one
+# two words, or another encoding's letter in one; begins with a word, or a long one would be searched from each of its letters
+_JOINED = re.compile(rf"(?<![{_SMALL}])([{_SMALL}]+)[–—…](?=([{_SMALL}]+))")
 _SHORT = frozenset(
     ["a", "an", "as", "at", "be", "by", "he", "if", "in", "is", "it", "my", "no", "of", "on", "so", "to", "we"]
 )

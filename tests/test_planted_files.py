@@ -160,7 +160,7 @@ def test_nothing_prints_by_another_console() -> None:
             if name in ("print", "Console", "rich.print", "sys.stderr.write", "sys.stdout.write"):
                 found.append(str(file.relative_to(source)))
     # help, versions and JSON, whose escapes are written out; recipes of the package; the address of the server; `say` itself
-    assert set(found) == {"cli/dispatch.py", "commands/recipes.py", "explorer/server.py", "io.py", "pipeline/work.py"}
+    assert set(found) == {"cli/dispatch.py", "commands/recipes.py", "explorer/server.py", "io.py"}
 
 
 def test_files_of_others_are_parsed_in_one_place() -> None:

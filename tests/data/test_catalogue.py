@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from brought import picture, put, run
 
+from aimv2 import io
 from aimv2.data.images.captioned import open_captioned, read_captioned
 from aimv2.data.images.catalogue import COLUMNS, Columns, find_column, kind_of, walk
 from aimv2.data.images.opening import open_labelled
@@ -127,12 +128,12 @@ def test_listing_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run(tmp_path / "sidecars", tmp_path / "tars")
     opened = list[str]()
 
-    def read_bytes(path: Path) -> bytes:
+    def read_file(path: Path, *most: int) -> bytes:
         opened.append(path.name)
-        return real(path)
+        return io.read_file(path, *most)
 
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for module in ("entries", "decode"):
+        monkeypatch.setattr(f"aimv2.data.images.{module}.read_file", read_file)
     monkeypatch.setattr("aimv2.data.images.entries.read_sample", lambda tar, *span: opened.append(tar.name))
     options = SourceOptions()
     for name in ("classes/train", "sidecars", "tars"):

@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from aimv2.cli import main
 from aimv2.data.stream import samples
@@ -122,7 +123,13 @@ def test_ctrl_c_while_a_worker_hangs(data, whole, tmp_path, monkeypatch, capsys)
     assert goes_on(tmp_path / "run", whole)
 
 
-def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("handler", [False, True])
+def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys, handler):
+    """Also where a loader that was made in the main thread has left torch's handler there, which raises amid our wait."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    if handler:
+        torch.utils.data._utils.signal_handling._set_SIGCHLD_handler()
     draw = samples.PairEncoder.draw
 
     def limited(*args):
@@ -133,6 +140,7 @@ def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samples.PairEncoder, "draw", limited)
     assert main(options(data, tmp_path / "run", **HOW)) == LOST
     line = capsys.readouterr().err.splitlines()[-1]
+    signal.signal(signal.SIGCHLD, before)
     assert "has no room in /dev/shm for a batch" in line and "nothing was to be saved yet" in line
 
 

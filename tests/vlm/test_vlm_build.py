@@ -182,12 +182,13 @@ def test_the_card_says_what_it_is(built: Any, parts: Path) -> None:
     for words in (
         "untrained",
         "thumbnail and newline are ours",
-        str(parts / "llm"),
+        "language model: llm\n",
         "pre-norm",
         "Pre-norm gave better answers",
         "<image>",
     ):
         assert words in text, words
+    assert str(parts) not in text
     assert "post-norm" in (built("post") / "README.md").read_text()
     assert json.loads((built("post") / "generation_config.json").read_text())["suppress_tokens"]
 

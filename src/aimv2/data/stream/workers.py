@@ -155,11 +155,30 @@ class Watched:
             raise self.failed
         self.busy = True
         self.calls.put(function)
+        try:
+            value, error = self.wait()
+        except WorkerLost:
+            raise
+        except RuntimeError:  # of torch's SIGCHLD handler, which knows of the workers until their first batch is there
+            self.look(wait=True)
+            raise
+        self.busy = False
+        if error is not None:
+            if not isinstance(error, StopIteration):
+                self.look(wait=isinstance(error, OSError | EOFError | RuntimeError))
+            raise error
+        return value
+
+    def wait(self) -> tuple[Any, Any]:
+        """What the thread answers, and its error.
+
+        Raises:
+            WorkerLost: a worker ended or hangs.
+        """
         waited, before = 0.0, self.progress()
         while True:
             try:
-                value, error = self.results.get(timeout=POLL)
-                break
+                return self.results.get(timeout=POLL)
             except queue.Empty:
                 pass
             self.look()
@@ -168,12 +187,6 @@ class Watched:
             if self.hurry() or 0 < self.timeout <= waited:
                 self.failed = self.hangs(waited)
                 raise self.failed
-        self.busy = False
-        if error is not None:
-            if not isinstance(error, StopIteration):
-                self.look(wait=isinstance(error, OSError | EOFError | RuntimeError))
-            raise error
-        return value
 
     def lost(self) -> WorkerLost | None:
         """What became of a worker that has ended, looked at in passing."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.io import parse_json, parse_yaml
+from aimv2.io import parse_json, parse_yaml, read_file
 
 PLACE = re.compile(
     r"(?<![\w/.:~<\\-])(?:[A-Za-z]:\\|~[\w.-]*/|/)(?:[^\s'\"`<>|()\[\]{},;]*[/\\])+[^\s'\"`<>|()\[\]{},;]*"
@@ -98,7 +98,7 @@ def public_files(folder: Path) -> None:
         if file.name in VOCABULARIES:
             continue
         try:
-            stored = parse_json(file.read_text(encoding="utf-8"))
+            stored = parse_json(read_file(file))
         except (OSError, ValueError):
             continue
         if (shown := _paths_only(stored)) != stored:

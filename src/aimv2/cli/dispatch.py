@@ -16,6 +16,7 @@ from aimv2 import __version__
 from aimv2.commands.parse import module_of, option_fields, plain_hints, read, spelled
 from aimv2.commands.table import COMMANDS, FILES, GROUPS, PARTS
 from aimv2.errors import RankError, UsageError, nearest, one_line, shown
+from aimv2.places import settle_caches
 
 HELP = ("-h", "--help", "--help-all")
 FLAGS = ("resume", "overwrite", "take_over", "accept_data")
@@ -30,8 +31,6 @@ DISK = (
     errno.EDQUOT,
     errno.EFBIG,
     errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EINVAL,  # a pipe or a device under the name of a file
 )  # said in one line
 
 
@@ -48,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     # torchrun -m aimv2 -- pretrain ...: without the dashes torchrun takes --run for an option of its own
     if words[:1] == ["--"]:
         del words[0]
+    settle_caches()
     try:
         code = dispatch(words)
         sys.stdout.flush()  # a reader that has gone is noticed here, not while the interpreter ends

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from aimv2.config.types import AboveZero, Count, PositiveInt, UntrainedOnly, text
+from aimv2.config.types import AboveZero, Count, PathText, PositiveInt, UntrainedOnly, text
 from aimv2.errors import UsageError, need, shown
 from aimv2.terminal import VisibleConsole
 
@@ -44,19 +44,19 @@ class CaptionOptions:
             greedily and in 64 tokens at most; with score the answers are scored as captions
     """
 
-    model: str
-    images: list[str]
+    model: PathText
+    images: list[PathText]
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     beams: PositiveInt = 1
     seed: int = 0
     batch_size: PositiveInt = 64
-    data: str | None = None
+    data: PathText | None = None
     score: bool = False
     limit: Count = 0
     baselines: UntrainedOnly = text(None)
-    out: str | None = None
+    out: PathText | None = None
     device: str | None = None
     repetition_penalty: AboveZero = 1.0
     ask: str | None = None

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from aimv2.config.types import PathText
+
 EXAMPLES = """\
 aimv2 compare results/knn results/linear
 aimv2 compare results --dataset cifar10 --format markdown --plot compared.png"""
@@ -23,10 +25,10 @@ class CompareOptions:
         plot: file of a plot: PNG, PDF or SVG
     """
 
-    results: list[str]
+    results: list[PathText]
     dataset: str | None = None
     format: Literal["text", "markdown", "json"] = "text"
-    plot: str | None = None
+    plot: PathText | None = None
 
 
 def run(options: CompareOptions) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 Target = Literal["released", "transformers", "timm", "onnx", "openvino", "safetensors", "backbone"]
@@ -31,12 +32,12 @@ class ConvertOptions:
         licence: of the weights, for the model card
     """
 
-    source: str
-    out: str
+    source: PathText
+    out: PathText
     to: Target = "transformers"
     revision: str | None = None
     precision: Literal["fp32", "bf16", "int8"] | None = None
-    images: str | None = None
+    images: PathText | None = None
     samples: int = 300
     licence: str | None = None
 

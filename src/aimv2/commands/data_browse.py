@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from aimv2.config.types import Bounds
+from aimv2.config.types import Bounds, PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
@@ -31,9 +31,9 @@ class DataBrowseOptions:
         open: open the page in the browser
     """
 
-    config: str | None = None
+    config: PathText | None = None
     options: dict[str, Any] | None = None
-    out: str = "browse.html"
+    out: PathText = "browse.html"
     count: Annotated[int, Bounds(1, 1000)] = 32
     open: bool = False
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = "aimv2 data check shards/mine"
@@ -24,8 +25,8 @@ class DataCheckOptions:
         min_side: images with a shorter side count as tiny, pixels
     """
 
-    source: str
-    tokenizer: str | None = None
+    source: PathText
+    tokenizer: PathText | None = None
     min_side: int = 16
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aimv2.config.types import PositiveInt
+from aimv2.config.types import PathText, PositiveInt
 
 EXAMPLES = """\
 aimv2 data import photos shards/photos
@@ -45,20 +45,20 @@ class DataImportOptions:
             Entities, YOLO's data.yaml, ODVG, GQA's scene graphs (`aimv2 detect train` trains on them)
     """
 
-    source: str
-    out: str
-    captions: str | None = None
+    source: PathText
+    out: PathText
+    captions: PathText | None = None
     image_column: str | None = None
     caption_column: list[str] | str | None = None
     template: str = "a photo of a {}."
     split: str | None = None
     val_fraction: float = 0.0
-    val_list: str | None = None
+    val_list: PathText | None = None
     max_side: int | None = None
     shard_size: int = 1000
     workers: PositiveInt | None = None
     class_folders: bool = False
-    image_root: str | None = None
+    image_root: PathText | None = None
     no_captions: bool = False
     conversations: bool = False
     boxes: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Bounds, Count, Fraction, SideRange, text
+from aimv2.config.types import Bounds, Count, Fraction, PathText, SideRange, text
 
 EXAMPLES = "aimv2 data shapes shards/scenes --count 2000"
 
@@ -30,7 +30,7 @@ class DataShapesOptions:
         only_held_out: write scenes of the held-out combinations only, to test on what training never showed
     """
 
-    out: str
+    out: PathText
     count: int = 20000
     size: int = 32
     largest: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from aimv2.config.types import Bounds, Fraction
+from aimv2.config.types import Bounds, Fraction, PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = "aimv2 data teach aimv2-large-patch14-224 shards/mine shards/taught"
@@ -32,9 +32,9 @@ class DataTeachOptions:
         image_std: standard deviation, given with image_mean
     """
 
-    teacher: str
-    data: str
-    out: str
+    teacher: PathText
+    data: PathText
+    out: PathText
     views: Annotated[int, Bounds(1, 1000)] = 2
     crop_scale: Annotated[float, Bounds(1e-3, 1)] = 0.4
     crop_ratio: tuple[float, float] = (0.75, 1.3333)

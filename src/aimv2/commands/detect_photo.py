@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from aimv2.config.types import Bounds
+from aimv2.config.types import Bounds, PathText
 from aimv2.errors import UsageError, shown
 
 EXAMPLES = """\
@@ -29,11 +29,11 @@ class DetectPhotoOptions:
         device: cpu, cuda, ...; null: cuda where there is one
     """
 
-    images: list[str]
+    images: list[PathText]
     words: str | None = None
-    model: str | None = None
+    model: PathText | None = None
     threshold: Annotated[float | None, Bounds(0, 1)] = None
-    out: str | None = None
+    out: PathText | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from aimv2.config.types import PositiveInt
+from aimv2.config.types import PathText, PositiveInt
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
@@ -34,13 +34,13 @@ class DetectScoreOptions:
         device: cpu, cuda, ...; null: cuda where there is one
     """
 
-    predictions: str | None = None
-    data: str | None = None
+    predictions: PathText | None = None
+    data: PathText | None = None
     split: Literal["train", "val", "test"] = "val"
     dataset: Literal["coco2017", "lvis", "refcoco", "refcoco+", "refcocog"] | None = None
     name: str | None = None
-    out: str | None = None
-    model: str | list[str] | None = None
+    out: PathText | None = None
+    model: PathText | list[PathText] | None = None
     batch_size: PositiveInt = 16
     device: str | None = None
 

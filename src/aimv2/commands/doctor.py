@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from aimv2.config.types import PathText
+
 EXAMPLES = """\
 aimv2 doctor --quick
 aimv2 doctor runs/mine"""
@@ -25,7 +27,7 @@ class DoctorOptions:
     """
 
     quick: bool = False
-    runs: list[str] | None = None
+    runs: list[PathText] | None = None
 
 
 def run(options: DoctorOptions) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
@@ -31,9 +32,9 @@ class EmbedOptions:
         precision: of the matmuls: fp32 (stored as float32) or bf16 (stored as float16)
     """
 
-    model: str
-    images: str
-    out: str
+    model: PathText
+    images: PathText
+    out: PathText
     pool: Literal["mean", "attention", "none"] = "mean"
     layers: str = "last"
     format: Literal["npy", "parquet"] = "npy"
@@ -41,7 +42,7 @@ class EmbedOptions:
     batch_size: int = 16
     device: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    image_root: str | None = None
+    image_root: PathText | None = None
 
 
 def run(options: EmbedOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Bounds, Count
+from aimv2.config.types import Bounds, Count, PathText
 from aimv2.errors import need
 from aimv2.evals.options import ModelOptions
 
@@ -36,10 +36,10 @@ class ExploreOptions(ModelOptions):
     """
 
     ORDER = "model images other limit host port open upload_mb device image_mean image_std image_root"
-    images: str | None = None
-    other: str | None = None
+    images: PathText | None = None
+    other: PathText | None = None
     limit: Count = 200
-    image_root: str | None = None
+    image_root: PathText | None = None
     host: str = "127.0.0.1"
     port: int = 8421
     open: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
@@ -33,8 +34,8 @@ class PretrainOptions:
         print_config: show the effective values and where they came from
     """
 
-    config: str | None = None
-    run: str | None = None
+    config: PathText | None = None
+    run: PathText | None = None
     options: dict[str, Any] | None = None
     dry_run: bool = False
     print_config: bool = False

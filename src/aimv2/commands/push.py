@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.commands import convert
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = "aimv2 push runs/mine me/my-encoder --private"
@@ -26,7 +27,7 @@ class PushOptions:
         message: of the commit
     """
 
-    model: str
+    model: PathText
     repository: str
     to: convert.Target = "transformers"
     private: bool = False

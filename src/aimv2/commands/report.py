@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from aimv2.config.types import PathText
+
 EXAMPLES = """\
 aimv2 report runs/mine
 aimv2 report runs/a runs/b --out compared.html"""
@@ -23,8 +25,8 @@ class ReportOptions:
         watch: seconds until the page is written again, until the runs end; the page reloads itself
     """
 
-    runs: list[str]
-    out: str | None = None
+    runs: list[PathText]
+    out: PathText | None = None
     images: int = 6
     device: str | None = None
     watch: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from aimv2.config.types import Bounds, IntList, text
+from aimv2.config.types import Bounds, IntList, PathText, text
 from aimv2.errors import UsageError
 from aimv2.evals.options import MatchOptions
 
@@ -32,7 +32,7 @@ class RetrieveOptions(MatchOptions):
     """
 
     ORDER = "model data captions candidates k by normalize seed baselines batch_size device out image_mean image_std"
-    captions: str | None = None
+    captions: PathText | None = None
     candidates: Annotated[int | None, Bounds(2)] = None
     k: IntList = text("1,5,10")
 

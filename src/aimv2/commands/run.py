@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from aimv2.config.types import PathText
+
 EXAMPLES = """\
 aimv2 run chain.yaml --data shards/mine --out runs/chain
 aimv2 run chain.yaml --status"""
@@ -48,9 +50,9 @@ class RunOptions:
         status: show what is done, stale, interrupted and to do, and run nothing
     """
 
-    chain: str
-    out: str | None = None
-    data: str | None = None
+    chain: PathText
+    out: PathText | None = None
+    data: PathText | None = None
     only: str | None = None
     redo: bool = False
     status: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aimv2.config.types import PathText
 from aimv2.errors import UsageError
 
 EXAMPLES = "aimv2 tokenizer train captions.txt tokenizers/mine --vocab-size 8192"
@@ -21,8 +22,8 @@ class TokenizerTrainOptions:
         vocab_size: number of tokens, end of text included
     """
 
-    captions: str
-    out: str
+    captions: PathText
+    out: PathText
     vocab_size: int = 4096
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from aimv2.config.types import Bounds
+from aimv2.config.types import Bounds, PathText
 
 EXAMPLES = """\
 aimv2 vlm build aimv2-large-patch14-336 HuggingFaceTB/SmolLM2-135M-Instruct vlm
@@ -28,12 +28,12 @@ class VlmBuildOptions:
         seed: random seed of the connector's weights
     """
 
-    encoder: str
-    llm: str
-    out: str
+    encoder: PathText
+    llm: PathText
+    out: PathText
     features: Literal["post-norm", "pre-norm"] | None = None
     tiles: Annotated[int, Bounds(1, 3)] = 1
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     image_size: Annotated[int | None, Bounds(1, 100_000)] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = 0

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
-from aimv2.config.types import Bounds, Count, PositiveInt, ShotList, text
+from aimv2.config.types import Bounds, Count, PathText, PathTexts, PositiveInt, ShotList, text
 from aimv2.errors import UsageError
 
 EXAMPLES = """\
@@ -43,8 +43,8 @@ class VlmScoreOptions:
             does; false: each question by itself
     """
 
-    vlm: str
-    data: str | None = None
+    vlm: PathText
+    data: PathTexts | None = None
     split: Literal["train", "val", "test"] = "val"
     controls: bool = True
     limit: Count = 0
@@ -52,10 +52,10 @@ class VlmScoreOptions:
     batch_size: PositiveInt = 64
     seed: int = 0
     device: str | None = None
-    out: str | None = None
+    out: PathText | None = None
     tasks: str | None = None
     shots: ShotList = text("0")
-    include: str | None = None
+    include: PathText | None = None
     earlier_turns: bool = True
 
     def __post_init__(self) -> None:

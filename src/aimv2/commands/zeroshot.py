@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aimv2.config.types import Count
+from aimv2.config.types import Count, PathText
 from aimv2.evals.options import ZeroshotData
 
 EXAMPLES = """\
@@ -33,8 +33,8 @@ class ZeroshotOptions(ZeroshotData):
         "model data dataset templates classes by normalize limit seed baselines batch_size device out image_mean "
         "image_std image_root"
     )
-    templates: str = "default"
-    classes: str | None = None
+    templates: PathText = "default"
+    classes: PathText | None = None
     limit: Count = 0
 
 

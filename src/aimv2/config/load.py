@@ -12,7 +12,7 @@ import yaml
 from aimv2.config.objective import options_of, refuse_foreign, refuse_unread
 from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
-from aimv2.io import parse_yaml, read_file
+from aimv2.io import parse_yaml
 
 TASK = "objective.name"
 INF = float("inf")
@@ -46,7 +46,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     path = recipe_file(path, "--config")
     try:
-        tree = parse_yaml(read_file(path).decode()) or {}
+        tree = parse_yaml(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}", code="unreadable") from None
     if not isinstance(tree, dict):
@@ -92,7 +92,9 @@ def parse(flat: dict[str, Any], stored: bool = False) -> Config:
     Raises:
         UsageError: a value of another type than its key's, or out of range; options that exclude each other.
     """
-    task = task_in(flat)
+    from aimv2.config.paths import from_homes
+
+    task, flat = task_in(flat), from_homes(flat)
     parser = config_parser(task)
     tree: dict[str, Any] = {}
     for key, value in flat.items():

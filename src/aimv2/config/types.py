@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from aimv2.errors import UsageError, nearest
+from aimv2.places import from_home
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,22 @@ class Words:
         return found
 
 
+@dataclass(frozen=True)
+class Home:
+    """Paths, and what may be one: ``~`` and ``~user`` at the start are that home folder; ``several``: with commas."""
+
+    several: bool = False
+
+    def __call__(self, value: Any, option: str) -> Any:
+        """
+        Raises:
+            UsageError: a user without a home folder.
+        """
+        if self.several and isinstance(value, str):
+            return ",".join(from_home(one, option) for one in value.split(","))
+        return from_home(value, option)
+
+
 def split_words(text: str) -> list[str]:
     """``"a, b"`` -> ["a", "b"]."""
     return [word.strip() for word in text.split(",") if word.strip()]
@@ -109,6 +126,8 @@ def text(value: str | None) -> Any:
     return value
 
 
+PathText = Annotated[str, Home()]
+PathTexts = Annotated[str, Home(several=True)]
 PositiveInt = Annotated[int, Bounds(1)]
 Count = Annotated[int, Bounds(0)]
 AboveZero = Annotated[float, Bounds(0, above=True)]

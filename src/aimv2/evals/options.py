@@ -10,6 +10,7 @@ from aimv2.config.types import (
     Bounds,
     Count,
     Fraction,
+    PathText,
     PositiveInt,
     SeedList,
     UnitRateList,
@@ -37,7 +38,7 @@ class ModelOptions:
         image_std: standard deviation, given with image_mean
     """
 
-    model: str
+    model: PathText
     device: str | None = None
     image_mean: str | None = None
     image_std: str | None = None
@@ -71,7 +72,7 @@ class EncoderOptions(ModelOptions):
     image_size: int | str | None = None
     layers: str = "last"
     baselines: BaselineList = text(None)
-    out: str | None = None
+    out: PathText | None = None
 
     def open(self, precision: str = "fp32") -> Frozen:
         """The encoder, on its device."""
@@ -91,9 +92,9 @@ class LabelledData:
             null: images lie below the list only
     """
 
-    data: str | None = None
+    data: PathText | None = None
     dataset: str | None = None
-    image_root: str | None = None
+    image_root: PathText | None = None
 
     @property
     def source(self) -> str:
@@ -119,7 +120,7 @@ class ClassifierOptions(EncoderOptions, LabelledData):
 
     test_fraction: Annotated[float | None, Bounds(0, 1, above=True)] = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    cache: str | None = None
+    cache: PathText | None = None
 
 
 @dataclass(kw_only=True)
@@ -157,8 +158,8 @@ class DenseOptions(EncoderOptions):
         head: linear, or dpt (four layers as maps of four scales, fused by convolutions)
     """
 
-    data: str | None = None
-    val_list: str | None = None
+    data: PathText | None = None
+    val_list: PathText | None = None
     val_fraction: float = 0.0
     rates: UnitRateList = text(None)
     weight_decay: Fraction = 1e-4
@@ -183,13 +184,13 @@ class MatchOptions(ModelOptions):
         out: folder for result.json
     """
 
-    data: str | None = None
+    data: PathText | None = None
     by: Literal["auto", "contrastive", "likelihood"] = "auto"
     normalize: Literal["prior", "sum", "mean"] = "prior"
     seed: Count = 0
     baselines: UntrainedOnly = text(None)
     batch_size: PositiveInt = 64
-    out: str | None = None
+    out: PathText | None = None
 
 
 @dataclass(kw_only=True)

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2.io import open_file
-
 VERSION = 2  # of what a fingerprint covers; older stores have no such key
 PLACE = ("_name_or_path", "transformers_version")  # of a transformers config: where it came from
 
@@ -39,7 +37,7 @@ def weights_hash(model: nn.Module, more: str = "", without: str | None = None) -
 
 def file_hash(file: Path) -> str:
     """SHA-256 of a file: 64 hex digits."""
-    with open_file(file) as stream:
+    with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ def after_run(run: Path, device: torch.device, tell: Callable[[str], None]) -> s
     try:
         return str(write_report([str(run)], device=device)["report"])
     except Exception as error:  # the run has its summary already
-        tell(f"no report: {' '.join(str(error).split()) or type(error).__name__} (try again: `aimv2 report {run}`)")
+        again = shlex.join(["aimv2", "report", str(run)])
+        tell(f"no report: {' '.join(str(error).split()) or type(error).__name__} (try again: `{again}`)")
         return None
 
 

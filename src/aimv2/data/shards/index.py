@@ -26,7 +26,7 @@ import yaml
 from aimv2.data.shards.format import scan_shard
 from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
-from aimv2.io import cache_folder, open_file, parse_json, read_file
+from aimv2.io import parse_json
 from aimv2.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -142,10 +142,9 @@ def _link_names(shards: list[Path]) -> dict[str, Path]:
 def _index_home(index_dir: Path | None) -> Path:
     if index_dir is not None:
         return Path(index_dir).expanduser().absolute()
-    try:
-        return cache_folder("index")
-    except RuntimeError as error:  # a user without a home, as in containers
-        raise UsageError(f"no place for the index of the shards: {error}; give a folder with data.index_dir") from None
+    from aimv2.places import cache_folder
+
+    return cache_folder("index")
 
 
 def _count(index: Path) -> int:
@@ -226,7 +225,7 @@ def _fits(offsets: np.ndarray, tar: Path) -> bool:
     A name that comes twice may be that of two halves, as in an unsorted tar, which only a scan tells.
     """
     known, end = set[int](), int(offsets[-1])
-    with open_file(tar) as file:
+    with open(tar, "rb") as file:
         for at in offsets[:-1].tolist():
             member, is_extended = tarfile.TarInfo(), True
             while is_extended:  # such a header comes before the sample's own
@@ -279,7 +278,7 @@ def _write_meta(folder: Path, links: dict[str, Path], aside: Path) -> None:
 def _read_tars(folder: Path) -> tuple[set[str], dict[str, str]]:
     """(names of the links that have samples, {tar: why it could not be read to its end}); nothing where the note is not ours."""
     try:
-        stored = parse_json(read_file(folder / TARS))
+        stored = parse_json((folder / TARS).read_text())
         return set(map(str, stored["indexed"])), {str(tar): str(why) for tar, why in stored["cut"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set(), {}

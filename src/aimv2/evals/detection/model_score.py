@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -54,7 +55,7 @@ def evaluate_detector(options: DetectScoreOptions) -> dict[str, Any]:
         if Path(options.data).suffix.lower() == ".json":
             raise UsageError(
                 f"--data {options.data}: a detector needs the pictures: shards are expected, which `aimv2 data import "
-                f"{Path(options.data).name} OUT --boxes true` makes",
+                f"{shlex.quote(options.data)} OUT --boxes true` makes",
                 option="--data",
                 code="mismatch",
             )

@@ -28,30 +28,15 @@ import numpy as np
 from PIL import Image
 
 SIDE, SCALE, RATIO = 224, (0.4, 1.0), (0.75, 1.3333)
-WIDTH, HEIGHT, BATCH = 500, 375, 32  # BATCH: images a worker sends at once
+BATCH = 32  # images that a worker sends at once
 WORDS = ("two", "old", "small", "dogs", "people", "children", "boats", "near", "beside", "under", "red", "water")
-
-
-def make_photograph(rng: np.random.Generator) -> bytes:
-    """A JPEG with detail at every scale (1/f noise) and a few edges, as photographs have."""
-    canvas = np.full((HEIGHT, WIDTH, 3), 128.0)
-    for octave in range(7):
-        cells = 2**octave
-        noise = rng.integers(0, 256, (3 * cells, 4 * cells, 3), dtype=np.uint8)
-        layer = Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        canvas += (np.asarray(layer, dtype=np.float64) - 128) / 1.6**octave
-    for _ in range(6):
-        x, y = int(rng.integers(WIDTH)), int(rng.integers(HEIGHT))
-        canvas[y : y + int(rng.integers(20, 150)), x : x + int(rng.integers(20, 150))] += rng.normal(0, 40, 3)
-    out = io.BytesIO()
-    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
-    return out.getvalue()
 
 
 def write_photographs(folder: Path, count: int) -> None:
     """``count`` generated pairs as shards."""
     from aimv2.data.prefetch import batched
     from aimv2.data.shards.format import write_shard
+    from aimv2.plan.loading import make_photograph
 
     rng = np.random.default_rng(0)
 

@@ -195,7 +195,7 @@ def test_every_verb_is_a_function_of_the_same_options() -> None:
         if name in ("pretrain", "vlm train", "detect train"):
             assert list(signature.parameters) == ["config", "run", "options", "dry_run", "print_config"]
             continue
-        if name == "data browse":
+        if name in ("data browse", "plan"):
             assert list(signature.parameters)[:2] == ["config", "options"]
         words = [word.rstrip("*") for word in command.words]
         required = [key for key, p in signature.parameters.items() if p.default is p.empty]

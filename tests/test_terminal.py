@@ -97,6 +97,7 @@ WORDS = {
     "caption": ["run photos --max-tokens 3", "run --data scenes --score --limit 4"],
     "compare": ["knn"],
     "models": [""],
+    "plan": ["--config aimv2-large-224 --gpus 64 --gpu h100 --price 2 --decode-rate 100"],
     "recipes": [""],
     "convert": ["run new/converted"],
     "embed": ["run photos new/embedded"],
@@ -328,6 +329,7 @@ NOWHERE = {
     "detect train": "--run new-out --init m --data.train /nowhere/shards",
     "vlm train": "--run new-out --init m --data.train /nowhere/shards",
     "pretrain": "--run new-out --data.train /nowhere/shards",
+    "plan": "--config aimv2-large-224 --data.train /nowhere/shards",
 }
 
 

@@ -10,6 +10,7 @@ from aimv2 import api
 from aimv2.commands.parse import doc_of, signature_of
 from aimv2.commands.table import COMMANDS, function_name
 from aimv2.models.aimv2 import AIMv2
+from aimv2.models.cards import CARDS
 from aimv2.models.sizes import SIZES, model_config
 
 BYTES = 16  # per parameter: weight, gradient and AdamW state, fp32
@@ -22,7 +23,7 @@ def made(name: str) -> str:
     Raises:
         KeyError: no such marker.
     """
-    return {"memory": memory, "api": functions}[name]()
+    return {"memory": memory, "api": functions, "cards": cards}[name]()
 
 
 def memory() -> str:
@@ -50,3 +51,13 @@ def functions() -> str:
         page = f"verbs/{name.replace(' ', '-')}.md"
         parts.append(f"### {function}\n\n```python\n{call}\n```\n\n{about} Parameters: [`aimv2 {name}`]({page}).\n")
     return "\n".join(parts)
+
+
+def cards() -> str:
+    """The table of cards, with the data sheet of each row."""
+    lines = ["| `--gpu` | card | bf16, TFLOP/s | fp8, TFLOP/s | memory, GB | bandwidth, TB/s | source |", "|---|---|" + "---:|" * 4 + "---|"]
+    for name, card in CARDS.items():
+        fp8 = "-" if card.fp8 is None else f"{card.fp8 / 1e12:,g}"
+        numbers = f"{card.bf16 / 1e12:,g} | {fp8} | {card.memory / 1e9:g} | {card.bandwidth / 1e12:g}"
+        lines.append(f"| `{name}` | {card.title} | {numbers} | {card.source} |")
+    return "\n".join(lines)

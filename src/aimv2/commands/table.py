@@ -34,6 +34,7 @@ COMMANDS = {
         (), "train a detector of classes or phrases on an encoder", "train", configured=True, task="detect"
     ),
     "run": Command(("chain",), "run a chain of stages: what is not done yet, and one report", "train"),
+    "plan": Command((), "plan a run on GPUs: memory, layout, time, cost, before paying", "train", configured=True),
     "recipes": Command(("names*",), "list the recipes and chains by name, or print one", "train"),
     "report": Command(("runs*",), "write a page of one run, or a comparison of several", "train"),
     "data import": Command(("source", "out"), "convert captioned images to WebDataset shards", "data"),

@@ -15,9 +15,6 @@ from aimv2.models.layers import Block
 from aimv2.models.lit import TunedLiT
 from aimv2.models.sizes import encoder_flops
 
-# dense bf16 FLOP/s of accelerators, by a substring of their name
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
-
 
 def _block_flops(block: Block, rows: float, length: float) -> float:
     """Forward FLOPs (2 per multiply-add) of a block over ``rows`` rows in sequences of ``length`` (full attention)."""
@@ -99,8 +96,10 @@ def count_flops(run: Callable[[], Any]) -> tuple[Any, float]:
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of a large matmul: from a table for accelerators (bf16), measured on a CPU; None if unknown."""
     if device.type != "cpu":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in PEAKS.items() if part in name), None)
+        from aimv2.models.cards import card_of_device
+
+        card = card_of_device(torch.cuda.get_device_name(device))
+        return card.bf16 if card is not None else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layer = nn.Linear(1024, 1024, bias=False).to(dtype)
     x = torch.randn(1024, 1024, dtype=dtype)

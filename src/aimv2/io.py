@@ -1,13 +1,13 @@
-"""Small files that are either whole or absent; lines for the user; the state of the code; this machine's memory."""
+"""Small files that are either whole or absent; lines for the user; this machine's memory."""
 
 import errno
 import glob
 import json
 import os
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def is_pointer(data: bytes | Path) -> bool:
     """Whether a file, or the start of one, is a pointer of Git LFS."""
     if isinstance(data, Path):
         try:
-            with data.open("rb") as file:
+            with open_file(data) as file:
                 data = file.read(64)
         except OSError:
             return False
@@ -30,22 +30,34 @@ def is_pointer(data: bytes | Path) -> bool:
 LARGEST = 2**31  # bytes of a file of others that is read whole
 
 
-def read_file(path: Path, most: int = LARGEST) -> bytes:
-    """The content of a regular file. A pipe, a device or a socket under its name is not read, nor waited for.
+def open_file(path: Path) -> BufferedReader:
+    """A regular file, open. A pipe, a device or a socket under its name is not read, nor waited for.
 
     Raises:
-        OSError: it can't be read, is no regular file, or is larger than ``most`` bytes.
+        OSError: it can't be read, or is no regular file.
         ValueError: a name that no file can have.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if stat.S_ISDIR(about.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "no regular file, but a pipe, a device or a socket", str(path))
-        if about.st_size > most:
-            raise OSError(errno.EFBIG, f"{about.st_size:,} bytes, of {most:,} at most", str(path))
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")  # noqa: SIM115
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "no regular file, but a pipe, a device or a socket", str(path))
+
+
+def regular(path: Path) -> Path:
+    """The path itself, of a regular file; for libraries that open a file by its name. Raises as :func:`open_file`."""
+    open_file(path).close()
+    return path
+
+
+def read_file(path: Path, most: int = LARGEST) -> bytes:
+    """The content of a regular file. Raises as :func:`open_file`, and OSError where it is larger than ``most`` bytes."""
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, of {most:,} at most", str(path))
         return file.read()
 
 
@@ -127,30 +139,6 @@ def say(line: str) -> None:
     """Prints a line for the user on standard error, from the first rank."""
     if is_first():
         print(visible(line), file=sys.stderr, flush=True)
-
-
-def git_state(folder: Path | None = None) -> str | None:
-    """Commit of the code, and whether it was changed since; None where it is not under git."""
-    home = folder or Path(__file__).resolve().parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-c", "core.fsmonitor=false", "-C", str(home), *words],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if not commit or git("ls-files", "--error-unmatch", str(home)) is None:  # installed inside another project's tree
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}, {'with changes' if changed else 'clean'}"
 
 
 def machine_memory() -> tuple[float, float | None]:

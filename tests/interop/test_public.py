@@ -134,5 +134,26 @@ def test_words_of_other_meanings_stay(home: Path, monkeypatch: pytest.MonkeyPatc
     assert public("a vision model, scored on the test split") == "a vision model, scored on the test split"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a cat on a mat, cats, Cat, bobcat: 91.2", None),
+        ("cat.jpg, pictures/cat.jpg, cat-2, cat_2, /cat-videos, a cat: yes, (cat), cat.", None),
+        ("mat: a cat", None),
+        ("cat", "user"),
+        ("by cat@mat.local and jane@mat", "by user@user.local and jane@user"),
+        ("ssh://cat@mat:22/x, http://mat.local/x, mat:/runs/a, mat:~/a", "ssh://user:22/x, http://user.local/x, user:/runs/a, user:~/a"),
+        ("of ~cat, runs/cat/a, cat/project, a\\cat\\b", "of ~user, runs/user/a, user/project, a\\user\\b"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_a_word_goes_only_where_it_is_a_name(
+    home: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str | None
+) -> None:
+    for name in ("USER", "LOGNAME"):
+        monkeypatch.setenv(name, "cat")
+    monkeypatch.setattr(socket, "gethostname", lambda: "mat")
+    assert public(given) == (expected or given)
+
+
 def test_a_recipe_that_is_none(home: Path) -> None:
     assert public_recipe("a: [") == public_recipe("- 1") == ""

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from aimv2.errors import UsageError, nearest
+from aimv2.io import read_file
 from aimv2.tables import TextTable
 
 EXAMPLES = "aimv2 recipes\naimv2 recipes flickr8k-tiny"
@@ -45,7 +46,7 @@ def run(options: RecipesOptions) -> dict[str, Any]:
     rows = []
     for name in names or known:
         path = known[name]
-        text = {"text": path.read_text(encoding="utf-8")} if names else {}
+        text = {"text": read_file(path).decode()} if names else {}
         rows.append({"name": name, "chain": is_chain(path), "path": str(path), **header(path), **text})
     return {"recipes": rows}
 

@@ -12,7 +12,7 @@ import yaml
 from aimv2.config.objective import options_of, refuse_foreign, refuse_unread
 from aimv2.config.schema import Config, config_class, flatten, get_value, known_keys, leaf_keys
 from aimv2.errors import UsageError, nearest, one_line
-from aimv2.io import parse_yaml
+from aimv2.io import parse_yaml, read_file
 
 TASK = "objective.name"
 INF = float("inf")
@@ -46,7 +46,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     path = recipe_file(path, "--config")
     try:
-        tree = parse_yaml(path.read_text()) or {}
+        tree = parse_yaml(read_file(path).decode()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}", code="unreadable") from None
     if not isinstance(tree, dict):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from aimv2.errors import UsageError, nearest
+from aimv2.io import read_file
 
 HEADER = ("command", "source", "data", "hardware", "hours", "score")  # entries of every header
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def recipe_file(given: str | Path, option: str) -> Path:
 def head_lines(path: Path) -> list[str]:
     """The comment that a file starts with."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_file(path).decode().splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))

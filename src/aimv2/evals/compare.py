@@ -20,7 +20,7 @@ import yaml
 
 from aimv2.errors import UsageError, nearest
 from aimv2.evals.result import FILE, read_result
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.tables import TextTable
 
 CLIP_BENCHMARK = "CLIP_benchmark"
@@ -144,7 +144,7 @@ def read_cells(path: str) -> list[Cell]:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     try:
-        stored = parse_json(file.read_text("utf-8"))
+        stored = parse_json(read_file(file))
     except (OSError, ValueError):
         stored = None
     if isinstance(stored, dict) and {"dataset", "model", "task", "metrics"} <= stored.keys():

@@ -17,7 +17,7 @@ import aimv2
 from aimv2.errors import UsageError
 from aimv2.features.frozen import Frozen
 from aimv2.features.pixels import about
-from aimv2.io import parse_json, write_aside
+from aimv2.io import parse_json, read_file, write_aside
 
 FORMAT = "aimv2 result 1"
 FILE = "result.json"
@@ -122,7 +122,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"RESULT {path}: no {FILE} in this folder{run}", code="missing")
     file = file / FILE if file.is_dir() else file
     try:
-        stored = parse_json(file.read_text())
+        stored = parse_json(read_file(file))
     except (OSError, ValueError) as error:
         raise UsageError(f"RESULT {path}: can't be read as a result file: {error}", code="unreadable") from None
     made_by = stored.get("format") if isinstance(stored, dict) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aimv2.data.text.encoding import decode_text, text_lines
 from aimv2.errors import UsageError, nearest
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 DEFAULT = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
 IMAGENET = (
@@ -90,7 +90,7 @@ def read_lines(file: Path, option: str, dataset: str | None = None) -> list[str]
 
 def _read_json(file: Path, option: str, dataset: str | None) -> list[str]:
     try:
-        found = parse_json(decode_text(file.read_bytes(), str(file)))
+        found = parse_json(decode_text(read_file(file), str(file)))
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {file}: can't be read as JSON: {error}", code="unreadable") from None
     if isinstance(found, dict) and dataset not in found:

@@ -30,7 +30,7 @@ from aimv2.errors import RankError, UsageError
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
 from aimv2.features.frozen import PRECISIONS
 from aimv2.features.store import FeatureStore
-from aimv2.io import write_aside
+from aimv2.io import read_file, regular, write_aside
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
 from aimv2.progress import progress_bar
@@ -335,13 +335,11 @@ def read_parts(folder: Path, layers: list[int], place: int, format: str) -> Iter
             import pyarrow.parquet as pq
 
             column = f"layer_{layers[place]}" if several else "features"
-            table = pq.read_table(path, columns=["key", column])
+            table = pq.read_table(regular(path), columns=["key", column])
             for key, row in zip(table["key"].to_pylist(), table[column]):
                 yield key, np.array(row.values)
         else:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            keys = (
-                path.with_name(f"keys-{path.stem.rpartition('-')[2]}.txt").read_text(encoding="utf-8").split("\n")[:-1]
-            )
+            rows = np.load(regular(path), mmap_mode="r", allow_pickle=False)
+            keys = read_file(path.with_name(f"keys-{path.stem.rpartition('-')[2]}.txt")).decode().split("\n")[:-1]
             for key, row in zip(keys, rows, strict=True):
                 yield key, np.array(row[place] if several else row)

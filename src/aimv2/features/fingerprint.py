@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aimv2.io import open_file
+
 VERSION = 2  # of what a fingerprint covers; older stores have no such key
 PLACE = ("_name_or_path", "transformers_version")  # of a transformers config: where it came from
 
@@ -37,7 +39,7 @@ def weights_hash(model: nn.Module, more: str = "", without: str | None = None) -
 
 def file_hash(file: Path) -> str:
     """SHA-256 of a file: 64 hex digits."""
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

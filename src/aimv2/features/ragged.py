@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aimv2.io import regular
+
 LENGTHS = "lengths.npy"
 KIND = np.dtype(np.float16)
 
@@ -44,7 +46,7 @@ class RaggedWriter:
         """
         self.files, self.written = [_file(folder, name) for name in layers], written
         if written:
-            self.lengths = np.lib.format.open_memmap(folder / LENGTHS, mode="r+")
+            self.lengths = np.lib.format.open_memmap(regular(folder / LENGTHS), mode="r+")
         else:
             self.lengths = np.lib.format.open_memmap(folder / LENGTHS, mode="w+", dtype=np.int64, shape=(count,))
         for file in self.files:
@@ -68,9 +70,9 @@ class RaggedWriter:
 
 def open_ragged(folder: Path, layers: Sequence[str], width: int, count: int) -> list[Ragged]:
     """The first ``count`` images that a :class:`RaggedWriter` left."""
-    lengths = np.load(folder / LENGTHS, mmap_mode="r", allow_pickle=False)[:count]
+    lengths = np.load(regular(folder / LENGTHS), mmap_mode="r", allow_pickle=False)[:count]
     shape = (int(lengths.sum()), width)
-    return [Ragged(np.memmap(_file(folder, name), KIND, "r", shape=shape), lengths) for name in layers]
+    return [Ragged(np.memmap(regular(_file(folder, name)), KIND, "r", shape=shape), lengths) for name in layers]
 
 
 def _file(folder: Path, layer: str) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from aimv2.errors import RankError, UsageError
-from aimv2.io import parse_json, write_aside
+from aimv2.io import parse_json, read_file, regular, write_aside
 
 ASIDE = re.compile(r"\..+?(?:\.(\d+))?\.aside")  # of the process that writes it
 LONGEST_WAIT = 2 * 3600.0  # seconds for another rank, as for a process group
@@ -182,11 +182,11 @@ class FeatureStore:
                 os.replace(path, file)
             path.unlink(missing_ok=True)
         self._wait([file])
-        return np.lib.format.open_memmap(file, mode="r+")
+        return np.lib.format.open_memmap(regular(file), mode="r+")
 
     def read_array(self, name: str) -> np.ndarray:
         """``NAME.npy``, memory-mapped to be read."""
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
 
 
 def is_running(process: int) -> bool:
@@ -209,7 +209,7 @@ def read_object(file: Path, option: str) -> dict[str, Any]:
         UsageError: the file holds something else.
     """
     try:
-        found = parse_json(file.read_text(encoding="utf-8"))
+        found = parse_json(read_file(file))
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except (ValueError, OSError) as error:

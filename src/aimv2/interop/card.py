@@ -17,7 +17,7 @@ from aimv2.interop import hub
 from aimv2.interop.load import ModelSource
 from aimv2.interop.model_folder import CONFIG, STEP
 from aimv2.interop.public import last_name, public, public_recipe
-from aimv2.io import parse_json, parse_yaml
+from aimv2.io import parse_json, parse_yaml, read_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -87,7 +87,7 @@ def card_of(source: ModelSource) -> str:
     path = source.folder / "README.md"
     if not path.is_file() or not (source.folder / CONFIG).is_file():
         return ""
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_file(path).decode(errors="replace")
 
 
 def licence_of(source: ModelSource) -> dict[str, str]:
@@ -106,7 +106,7 @@ def licence_of(source: ModelSource) -> dict[str, str]:
     if stated.get("license", "unknown") != "unknown":
         return stated
     try:
-        stored = parse_json((source.folder / CONFIG).read_text(encoding="utf-8"))
+        stored = parse_json(read_file(source.folder / CONFIG))
     except (OSError, ValueError):
         stored = {}
     if isinstance(stored, dict) and isinstance(stored.get("license"), str):
@@ -125,7 +125,7 @@ def measured(source: ModelSource) -> dict[str, float]:
         rows = re.findall(r"^\| ([\w/.@-]+) \| (-?[\d.]+(?:e-?\d+)?)(%?) \|$", _table(card_of(source)), re.MULTILINE)
         return {key: float(value) / (100 if sign else 1) for key, value, sign in rows}
     try:
-        summary: Any = parse_json((run / "summary.json").read_text())
+        summary: Any = parse_json(read_file(run / "summary.json"))
     except (OSError, ValueError):
         return {}
     step = STEP.search(source.folder.parent.name)
@@ -144,7 +144,7 @@ def recipe_of(source: ModelSource) -> str:
     """The recipe of the run, else from the source's card, else ""."""
     run = run_of(source)
     if run is not None:
-        return public_recipe((run / "config.yaml").read_text())
+        return public_recipe(read_file(run / "config.yaml").decode())
     found = re.search(r"^## Recipe\n\n```yaml\n(.*?)\n```", card_of(source), re.MULTILINE | re.DOTALL)
     return public_recipe(found[1]) if found else ""
 

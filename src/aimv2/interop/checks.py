@@ -17,6 +17,7 @@ from aimv2.errors import UsageError
 from aimv2.interop.hub import INDEX, indexed_files
 from aimv2.interop.model_folder import CONFIG
 from aimv2.interop.shapes import read_json
+from aimv2.io import regular
 
 ATTENTION = ("eager", "sdpa", "flex_attention")  # PyTorch's own
 # the packages without which transformers fetches a kernel
@@ -42,7 +43,7 @@ def check_sizes(where: str, folder: Path, files: Iterable[Path] | None = None) -
     tensors = values = 0
     for file in sorted(folder.glob("*.safetensors")) if files is None else files:
         try:
-            with safe_open(file, "pt") as handle:
+            with safe_open(regular(file), "pt") as handle:
                 shapes = [handle.get_slice(key).get_shape() for key in handle.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{file} can't be read as safetensors: {error}", code="unreadable") from None

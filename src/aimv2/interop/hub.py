@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aimv2.errors import UsageError, first_line
-from aimv2.io import parse_json, say
+from aimv2.io import parse_json, read_file, say
 from aimv2.models.sizes import MODELS, EncoderConfig
 
 OWNER = "apple"
@@ -191,7 +191,7 @@ def indexed_files(folder: Path) -> list[str]:
         UsageError: the index can't be read.
     """
     try:
-        return sorted({str(name) for name in parse_json((folder / INDEX).read_text())["weight_map"].values()})
+        return sorted({str(name) for name in parse_json(read_file(folder / INDEX))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / INDEX} can't be read: {error!r}", code="unreadable") from None
 

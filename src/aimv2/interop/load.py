@@ -32,7 +32,7 @@ from aimv2.interop.shapes import (
     read_image_processor,
     read_json,
 )
-from aimv2.io import POINTER, is_pointer, say
+from aimv2.io import POINTER, is_pointer, regular, say
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -217,7 +217,7 @@ class Weights:
         handles: dict[str, Any] = {}
         for file in self.files:
             try:
-                handle = self.stack.enter_context(safe_open(file, "pt"))
+                handle = self.stack.enter_context(safe_open(regular(file), "pt"))
                 handles |= dict.fromkeys(handle.keys(), handle)
             except (SafetensorError, OSError) as error:
                 self.stack.close()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aimv2.errors import UsageError, nearest
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.layers import WRAPPER, unwrapped
@@ -112,7 +112,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 def read_best(run: Path) -> dict[str, Any]:
     """``figure``, ``value`` and ``step`` of the run's best checkpoint (``eval.best``); {} without one."""
     try:
-        about = parse_json((run / "checkpoints" / f"{BEST}.json").read_text())
+        about = parse_json(read_file(run / "checkpoints" / f"{BEST}.json"))
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) and about.keys() >= {"figure", "value", "step"} else {}
@@ -171,7 +171,7 @@ def find_model(source: str | Path) -> Path:
 
 def _read_config(folder: Path) -> tuple[LiTConfig | None, EncoderConfig, DecoderConfig | None]:
     try:
-        stored = parse_json((folder / CONFIG).read_text())
+        stored = parse_json(read_file(folder / CONFIG))
         if stored.get("format") != FORMAT:
             raise UsageError(f"{folder / CONFIG}: format '{FORMAT}' expected, got {stored.get('format')!r}")
         pair = None

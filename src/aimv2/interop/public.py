@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.io import parse_json, parse_yaml
+from aimv2.io import parse_json, parse_yaml, read_file
 
 PLACE = re.compile(
     r"(?<![\w/.:~<\\-])(?:[A-Za-z]:\\|~[\w.-]*/|/)(?:[^\s'\"`<>|()\[\]{},;]*[/\\])+[^\s'\"`<>|()\[\]{},;]*"
@@ -52,8 +52,18 @@ def public(text: str) -> str:
         text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?=[/\\])", "~", text)
     text = PLACE.sub(lambda found: last_name(found[0]), text)
     for name in owners():
-        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "user", text)
+        text = _without(name, text)
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)  # credentials of an address
+
+
+def _without(name: str, text: str) -> str:
+    """``user`` for a name: anywhere if it is no word (``jane-2``); one of letters only where it can be nothing but a name."""
+    word = re.escape(name)
+    if not name.isalpha():
+        return re.sub(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", "user", text)
+    after = rf"(?<=[/\\@~]){word}(?![\w-]|\.\w)|(?:(?<=@)|(?<=://)){word}(?=\.)"  # a part of a path, ~jane, jane@host.domain
+    before = rf"(?<![\w.-]){word}(?=[/\\@]|:[/\\~])"  # jane@, a first part, host:/folder
+    return "user" if text == name else re.sub(f"{after}|{before}", "user", text)
 
 
 def public_value(value: Any) -> Any:
@@ -88,7 +98,7 @@ def public_files(folder: Path) -> None:
         if file.name in VOCABULARIES:
             continue
         try:
-            stored = parse_json(file.read_text(encoding="utf-8"))
+            stored = parse_json(read_file(file))
         except (OSError, ValueError):
             continue
         if (shown := _paths_only(stored)) != stored:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aimv2.errors import UsageError
 from aimv2.interop import layouts, model_folder
 from aimv2.interop.layouts import LAYOUTS, Detected
-from aimv2.io import POINTER, is_pointer, parse_json, say
+from aimv2.io import POINTER, is_pointer, parse_json, read_file, say
 from aimv2.models.lit import LiTConfig, TextConfig
 from aimv2.models.sizes import IMAGENET_MEAN, IMAGENET_STD, MODELS, SIZES, DecoderConfig, EncoderConfig
 
@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if is_pointer(path):
         raise UsageError(f"{path} is {POINTER}", code="unreadable")
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_file(path))
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} can't be read as JSON: {error}", code="unreadable") from None
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from aimv2.commands.parse import option_fields, plain, plain_hints, read
 from aimv2.commands.table import COMMANDS, command_name, function_name
 from aimv2.config.recipes import recipe_file
 from aimv2.errors import UsageError, nearest
-from aimv2.io import parse_yaml
+from aimv2.io import parse_yaml, read_file
 
 TOP = ("out", "data", "seeds", "stages", "report")
 KEYS = ("verb", "options", "needs", "title", "seeds")  # of every stage, besides the positional arguments of its command
@@ -136,7 +136,7 @@ def read_chain(path: str, out: str | None = None, data: str | None = None) -> Ch
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = recipe_file(path, "CHAIN").read_text()
+        text = read_file(recipe_file(path, "CHAIN")).decode()
         tree = parse_yaml(text, _check_twice)
     except OSError as error:
         raise UsageError(f"CHAIN {path}: {(error.strerror or str(error)).lower()}") from None

@@ -18,7 +18,7 @@ from typing import Any
 
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoint_at, split_step
-from aimv2.io import matching, parse_json
+from aimv2.io import matching, parse_json, read_file
 from aimv2.pipeline.read import Chain, Job, fill, strings
 
 FORMAT = "aimv2 stage 1"
@@ -103,7 +103,7 @@ def read_record(path: Path) -> dict[str, Any]:
         UsageError: damaged, or of another version.
     """
     try:
-        stored = parse_json(path.read_text())
+        stored = parse_json(read_file(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -166,11 +166,11 @@ def output_hash(job: Job, record: dict[str, Any]) -> str:
     """What a finished stage left, as one hash: its inputs and options with it, since sizes alone say little of weights."""
     if job.stage.verb == "pretrain":
         try:
-            content = parse_json((job.folder / "summary.json").read_text())["weights_sha256"]
+            content = parse_json(read_file(job.folder / "summary.json"))["weights_sha256"]
         except (OSError, ValueError, KeyError, TypeError):  # train.stop_at leaves no summary
             content = fingerprint(str(job.folder), model=True)
     elif (job.folder / "result.json").is_file():
-        content = hashlib.sha256((job.folder / "result.json").read_bytes()).hexdigest()
+        content = hashlib.sha256(read_file(job.folder / "result.json")).hexdigest()
     else:
         content = json.dumps(sorted((name, size) for name, size, _ in files_in(job.folder) if name != RECORD))
     hashes = {label: found["hash"] for label, found in record["inputs"].items()}
@@ -267,7 +267,7 @@ def fingerprint(text: str, model: bool = False) -> str:
         steps = sorted((path / "checkpoints").glob("step-*")) if model else []
         path = steps[-1] if steps else path
         if path.is_file() and path.stat().st_size <= BY_CONTENT:
-            digest.update(path.read_bytes())
+            digest.update(read_file(path))
         elif path.is_file():
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
         else:

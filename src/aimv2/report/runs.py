@@ -10,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aimv2.commit import git_state
 from aimv2.config.schema import Config, get_value, leaf_keys
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
-from aimv2.io import git_state, parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.train.log import read_metrics
 
 CONFIG, METRICS, SUMMARY, RESULT = "config.yaml", "metrics.jsonl", "summary.json", "result.json"
@@ -115,7 +116,7 @@ def find_results(run: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_file(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

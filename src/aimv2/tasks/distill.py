@@ -15,7 +15,7 @@ from aimv2.data.stream.samples import training_shards
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.features.teacher import Teacher
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.models.distilled import Distiller
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
@@ -176,7 +176,7 @@ def read_teacher(folder: Path) -> dict[str, Any]:
         UsageError: there are none.
     """
     try:
-        about = parse_json((folder / MANIFEST).read_text()).get("teacher")
+        about = parse_json(read_file(folder / MANIFEST)).get("teacher")
     except (OSError, ValueError, AttributeError):
         about = None
     if not isinstance(about, dict):

@@ -28,19 +28,25 @@ def check_machine(trainer: Trainer) -> None:
         UsageError: on all ranks, where the run can't get far.
     """
     config, problem = trainer.config, None
+    files = open_files(config.data.workers)  # of every rank
     if trainer.world.main:
         try:
             side = trainer.view.image_size or getattr(getattr(trainer.stream, "make", None), "square", 0)
             here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world.size))
             for line in (
                 *shared_memory(config, side, trainer.world.size, here),
-                *open_files(config.data.workers),
+                *files,
                 *disk(trainer.run, checkpoint_bytes(config, trainer.model)),
                 *clock(trainer.run),
             ):
                 say(line)
         except UsageError as error:
             problem = str(error), error.option
+        except OSError as error:  # else the other ranks would wait
+            problem = (
+                f"--run {trainer.run}: {error.filename or SHARED} can't be looked at: {error.strerror or error}",
+                "--run",
+            )
     problem = trainer.world.broadcast(problem)
     if problem is not None:
         raise UsageError(problem[0], option=problem[1], code="limit")
@@ -66,21 +72,28 @@ def shared_memory(config: Config, side: int, ranks: int, here: int) -> Iterator[
     yield text
 
 
-def open_files(workers: int) -> Iterator[str]:
+def open_files(workers: int) -> list[str]:
     """Raises this process's own limit to what is allowed; a line where that is still low."""
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return []
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need, none = FILES[0] + FILES[1] * workers, resource.RLIM_INFINITY
     if soft == none or soft >= need:
-        return
+        return []
     most = need if hard == none else min(need, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < need:
-        yield (
-            f"data.workers {workers}: a rank needs about {need:,} open files and may have {hard:,}; lower data.workers, or raise the limit "
-            "(ulimit -n)"
-        )
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (ValueError, OSError):  # macOS allows less than it says
+        most = soft
+    if most >= need:
+        return []
+    return [
+        f"data.workers {workers}: a rank needs about {need:,} open files and may have {most:,}; lower data.workers, or raise the limit "
+        "(ulimit -n)"
+    ]
 
 
 def disk(run: Path, one: float) -> Iterator[str]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints, read_best
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.train.ema import Ema
 
 ASIDE = ".aside-"
@@ -167,7 +167,7 @@ def _reason(error: BaseException) -> str:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """The trainer's JSON of a checkpoint."""
-    return parse_json((folder / "state" / "trainer.json").read_text())
+    return parse_json(read_file(folder / "state" / "trainer.json"))
 
 
 def load_checkpoint(

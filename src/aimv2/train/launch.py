@@ -23,7 +23,7 @@ from aimv2.distributed import World, free_memory, join_world, leave_world
 from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
-from aimv2.io import git_state, parse_json, say, write_aside
+from aimv2.io import parse_json, read_file, say, write_aside
 from aimv2.progress import tracked
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
@@ -345,6 +345,8 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
 
 def about_run(config: Config, weights: Path) -> dict[str, Any]:
     """Provenance of a result: data, seed, weights, machine, versions, command."""
+    from aimv2.commit import git_state
+
     data = to_dict(config)["data"]
     return {
         "data": data["train"],
@@ -366,7 +368,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     """``summary.json`` of a finished run; None without one, and where it is damaged, which a line says: the run's end is done again."""
     path = run / "summary.json"
     try:
-        summary = parse_json(path.read_text())
+        summary = parse_json(read_file(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aimv2.config.schema import LogConfig
-from aimv2.io import parse_json, write_aside
+from aimv2.io import parse_json, read_file, write_aside
 from aimv2.io import say as say
 from aimv2.progress import duration as duration
 from aimv2.progress import open_bar
@@ -26,7 +26,7 @@ SILENCE = 30.0  # seconds after which a slow run shows a step in between
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of metrics.jsonl that have a step, and how many others there are, not counting a half-written last one."""
     lines, broken = [], 0
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
+    texts = read_file(path).decode(errors="replace").split("\n") if path.is_file() else [""]
     for number, text in enumerate(texts, 1):
         try:
             line = parse_json(text)

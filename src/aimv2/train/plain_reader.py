@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from aimv2.io import open_file
 from aimv2.train.plain_state import plain_unpickler
 
 ALLOWED = {
@@ -58,7 +59,7 @@ class PlainReader(FileSystemReader):
         Raises:
             pickle.UnpicklingError: metadata that name anything but plain classes.
         """
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with open_file(Path(self.path) / ".metadata") as file:
             found = PlainUnpickler(file).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"{type(found).__name__} in the place of the metadata")

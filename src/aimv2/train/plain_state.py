@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file, regular
 
 CLASSES = {
     "SavableDataLoaderState": "megatron.energon.savable_loader",
@@ -154,11 +154,11 @@ def read_state(stem: Path) -> Any:
     file, old = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.pt")
     if not file.is_file() and old.is_file():
         return read_pickled(old)
-    about = parse_json(file.read_text(encoding="utf-8"))
+    about = parse_json(read_file(file))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{file.name} is not the state of a rank")
     held = stem.with_name(f"{stem.name}.safetensors")
-    return decoded(about["state"], load_file(held) if held.is_file() else {})
+    return decoded(about["state"], load_file(regular(held)) if held.is_file() else {})
 
 
 def read_pickled(file: Path) -> Any:
@@ -168,7 +168,7 @@ def read_pickled(file: Path) -> Any:
         ValueError: it names anything else, or is no such file.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(regular(file)) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
                 raise ValueError(f"{file.name} is a TorchScript archive")
         return torch.load(file, map_location="cpu", weights_only=False, pickle_module=plain_pickle(table()))

@@ -20,7 +20,7 @@ from aimv2.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import checkpoints
-from aimv2.io import parse_json, write_aside
+from aimv2.io import parse_json, read_file, write_aside
 from aimv2.tasks import Task, task_of
 from aimv2.train.checkpoint import read_about, remove_unfinished
 from aimv2.train.log import say
@@ -258,7 +258,7 @@ def holds_run(run: Path) -> bool:
 def is_demo_data(folder: Path) -> bool:
     """Whether a folder holds the demo's own scenes (and may be removed with its run)."""
     try:
-        return parse_json((folder / "aimv2.json").read_text()).get("source") == SCENES
+        return parse_json(read_file(folder / "aimv2.json")).get("source") == SCENES
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -17,7 +17,7 @@ import yaml
 from aimv2.config.load import parse
 from aimv2.config.schema import Config, Source, flatten, to_dict
 from aimv2.errors import UsageError, shown
-from aimv2.io import parse_yaml, write_aside
+from aimv2.io import parse_yaml, read_file, write_aside
 from aimv2.tasks import task_of
 from aimv2.train.checkpoint import read_about
 from aimv2.train.log import say
@@ -220,7 +220,7 @@ def paths_in(about: dict[str, Any]) -> list[str]:
 
 def write_back(run: Path, config: Config) -> None:
     """Writes into config.yaml where the data lie, if that is elsewhere."""
-    tree, now = parse_yaml((run / CONFIG).read_text(encoding="utf-8")), to_dict(config)["data"]
+    tree, now = parse_yaml(read_file(run / CONFIG).decode()), to_dict(config)["data"]
     names = [key.partition(".")[2] for key in MOVED]
     kept = tree["data"] = tree.get("data") or {}
     if all(kept.get(name) == now[name] for name in names):

@@ -17,7 +17,7 @@ from typing import Any
 from aimv2.errors import UsageError
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import STEP
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 LIST = "files.json"
 PART = ".files-{:05d}.json"
@@ -56,7 +56,7 @@ def seal(folder: Path, final: Path, ranks: int) -> None:
     parts = [folder / PART.format(rank) for rank in range(ranks)]
     files: dict[str, Any] = {}
     for part in parts:
-        files |= parse_json(part.read_text())
+        files |= parse_json(read_file(part))
     listed = folder / LIST
     listed.write_text(json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n")
     flush(listed)
@@ -84,7 +84,7 @@ def listed(folder: Path) -> dict[str, dict[str, Any]] | None:
         ValueError: a list that can't be read.
     """
     try:
-        about = parse_json((folder / LIST).read_text(encoding="utf-8"))
+        about = parse_json(read_file(folder / LIST))
     except FileNotFoundError:
         return None
     files = about.get("files") if isinstance(about, dict) else None

@@ -17,6 +17,7 @@ from aimv2.features.pixels import quiet
 from aimv2.interop import load
 from aimv2.interop.plain import open_plain
 from aimv2.interop.shapes import read_json
+from aimv2.io import read_file
 
 IMAGE_TOKEN = "<image>"
 WANTED = "a folder or hub id of a causal language model of transformers (Llama, Qwen, SmolLM, OLMo, ...) is expected"
@@ -173,7 +174,7 @@ def read_template(source: str, tokenizer: Any, template: str | None) -> str:
     """
     if template is not None:
         try:
-            return Path(template).expanduser().read_text(encoding="utf-8")
+            return read_file(Path(template).expanduser()).decode()
         except (OSError, UnicodeDecodeError) as error:
             why = f"can't be read ({first_line(error)})"
             raise UsageError(f"--chat-template {template}: {why}", code="unreadable") from None

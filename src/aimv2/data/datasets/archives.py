@@ -27,6 +27,7 @@ from aimv2.data.images.forms import (
 )
 from aimv2.data.images.readers import HDF5Images, ImageFiles, own_set
 from aimv2.errors import UsageError
+from aimv2.io import regular
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def _list_pcam(x: Path, source: str) -> Listed:
     if not y.is_file():
         raise _packed(y, source) if y.with_name(f"{y.name}.gz").is_file() else wrong(source, f"{y.name} is missing")
     try:
-        with h5py.File(x, "r") as images, h5py.File(y, "r") as labels:
+        with h5py.File(regular(x), "r") as images, h5py.File(regular(y), "r") as labels:
             shape, kind = own_set(images, "x").shape, images["x"].dtype
             found = np.asarray(own_set(labels, "y")).reshape(-1).astype(np.int64)
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:

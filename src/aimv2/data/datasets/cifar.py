@@ -14,6 +14,7 @@ import numpy as np
 from aimv2.data.images.forms import Form, Listed, wrong
 from aimv2.data.images.readers import ImageArrays
 from aimv2.errors import UsageError
+from aimv2.io import open_file
 
 _BATCHES = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
@@ -74,7 +75,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
         UsageError: missing, broken, or it needs anything that such a dictionary does not need.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             value = _Arrays(file, encoding="bytes").load()
     except OSError as error:
         raise UsageError(f"--data {path}: cannot be read: {error.strerror or error}", code="unreadable") from None

@@ -11,7 +11,7 @@ import numpy as np
 
 from aimv2.data.images.forms import Form, Listed, find_home, read_lines, read_matrix, wrong
 from aimv2.data.images.readers import ImageFiles
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def inat18(root: Path, source: str) -> Form | None:
 
     def listing(file: str) -> Listed:
         try:
-            record = parse_json((home / file).read_bytes())
+            record = parse_json(read_file(home / file))
             names = {entry["id"]: str(entry["name"]) for entry in record["categories"]}
             numbers = {one: number for number, one in enumerate(sorted(names))}
             label_of_image = {entry["image_id"]: numbers[entry["category_id"]] for entry in record["annotations"]}

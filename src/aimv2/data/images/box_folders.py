@@ -27,9 +27,10 @@ from aimv2.data.images.box_rows import (
 from aimv2.data.images.catalogue import is_image
 from aimv2.data.images.entries import PlannedSource, RowError
 from aimv2.data.images.sources import SourceOptions
+from aimv2.data.images.tables import table_cells, table_shape
 from aimv2.data.text.encoding import NotText, text_lines
 from aimv2.errors import UsageError, first_line, nearest
-from aimv2.io import parse_json, parse_yaml
+from aimv2.io import open_file, parse_json, parse_yaml, read_file
 
 # ---- RefCOCO ----
 
@@ -52,7 +53,7 @@ def open_refs(path: Path, options: SourceOptions) -> PlannedSource:
         UsageError: an unsafe or broken pickle, no instances.json, a reference to what is not there.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             refs = RefsUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises anything
         raise UsageError(f"SOURCE: {path} is not read: {first_line(error)}", code="unreadable") from None
@@ -75,18 +76,16 @@ def open_ref_tables(files: list[Path], options: SourceOptions) -> PlannedSource:
     """References as Parquet of the hub: a row has `sentences`, `split`, and `raw_image_info` and `raw_anns` as JSON.
 
     Raises:
-        UsageError: other columns.
+        UsageError: other columns, a broken file.
     """
-    from pyarrow import parquet
-
     columns, rows = ["sentences", "split", "raw_image_info", "raw_anns"], []
     for file in files:
-        if missing := [name for name in columns if name not in parquet.read_schema(file).names]:
+        if missing := [name for name in columns if name not in table_shape(file, "SOURCE: ")[0].names]:
             raise UsageError(
                 f"SOURCE: {file} has no column {', '.join(missing)}; tables of references have {', '.join(columns)}",
                 code="missing",
             )
-        for row in parquet.read_table(file, columns=columns).to_pylist():
+        for row in table_cells(file, columns):
             try:
                 # their `bbox` is corners, that of `raw_anns` is COCO's
                 rows.append(Reference(parse_json(row["raw_image_info"]), parse_json(row["raw_anns"])["bbox"], row))
@@ -158,7 +157,7 @@ def _flickr_picture(folder: Path, file: Path, split: str) -> BoxedPicture:
     """A picture; a phrase without a box (of a scene, or of what is not drawn) is left out."""
     file_of = folder / "Annotations" / f"{file.stem}.xml"
     try:
-        tree = ElementTree.parse(file_of).getroot()
+        tree = ElementTree.fromstring(read_file(file_of))
         size = [int(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
         boxes = defaultdict[str, list[list[int]]](list)
         for thing in tree.iter("object"):
@@ -193,7 +192,7 @@ def open_yolo(path: Path, options: SourceOptions) -> PlannedSource:
         UsageError: no class names, no images, none with a label file, labels of pixels.
     """
     try:
-        record = parse_yaml(path.read_text("utf-8"))
+        record = parse_yaml(read_file(path).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"SOURCE: {path} can't be read as YAML: {first_line(error)}", code="unreadable") from None
     names = record.get("names") if isinstance(record, dict) else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 # what makes a box, a phrase or a sample bad, by the code that it is counted under
 BOX_FAULTS = {
@@ -265,7 +265,7 @@ def stated_classes(tars: Sequence[Path]) -> dict[str, Any]:
     found = []
     for folder in dict.fromkeys(tar.parent for tar in tars):
         try:
-            about = parse_json((folder / MANIFEST).read_text("utf-8"))
+            about = parse_json(read_file(folder / MANIFEST))
         except (OSError, ValueError):
             about = {}
         names = about.get("classes") if isinstance(about, dict) else None

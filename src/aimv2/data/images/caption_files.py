@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from aimv2.data.images.splits import SPLITS
 from aimv2.data.shards.format import IMAGE_EXTENSIONS
-from aimv2.io import parse_json
+from aimv2.io import open_file, parse_json, read_file
 
 # not text, so not looked into: tables, archives of one file, databases, documents, arrays
 CLOSED = (
@@ -94,7 +94,7 @@ def describes_images(file: Path, own: _Images) -> bool:
 def _lines(file: Path) -> Iterator[str]:
     """A text file's beginning, folded in case, as it is and with its escapes undone; nothing where it is no text."""
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             head = stream.read(READ)
     except OSError:
         return
@@ -169,7 +169,7 @@ def records_of(root: Path, files: Sequence[str], images: Sequence[str]) -> dict[
 
 def _title(file: Path) -> str:
     try:
-        return str(parse_json(file.read_bytes())["title"])
+        return str(parse_json(read_file(file))["title"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

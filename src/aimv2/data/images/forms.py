@@ -33,6 +33,7 @@ from aimv2.data.shards.listing import list_shard
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import say_once, text_lines
 from aimv2.errors import UsageError, first_line
+from aimv2.io import regular
 
 LISTS = (".csv", ".tsv")
 
@@ -104,7 +105,7 @@ def read_matrix(path: Path, source: str) -> dict[str, Any]:
             source, f"{path.name} needs scipy (pip install scipy); or write train.csv and test.csv: path,label"
         ) from None
     try:
-        return loadmat(path, squeeze_me=True)
+        return loadmat(regular(path), squeeze_me=True)
     except Exception as error:  # scipy raises many kinds for a broken file
         raise wrong(source, f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
 

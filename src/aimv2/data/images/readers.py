@@ -25,7 +25,7 @@ from aimv2.data.images.decode import ImageError, decode_image, is_encoded
 from aimv2.data.images.entries import read_tar_sample
 from aimv2.data.images.names import found_or_written, locate, locate_inside, shared, taken
 from aimv2.errors import UsageError, shown
-from aimv2.io import read_file
+from aimv2.io import read_file, regular
 
 LONGEST_PATH = 4096  # bytes; a longer text is an image in base64
 UNKNOWN = "unknown"  # contents of images that cannot be compared
@@ -232,7 +232,7 @@ class HDF5Images:
         try:
             held = self._open
             if held is None or held[0] != os.getpid():
-                held = self._open = os.getpid(), own_set(h5py.File(self.path, "r"), "x")
+                held = self._open = os.getpid(), own_set(h5py.File(regular(self.path), "r"), "x")
             return Image.fromarray(held[1][row])
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise ImageError(f"cannot be read: {error}") from None

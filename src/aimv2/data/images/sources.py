@@ -43,7 +43,7 @@ from aimv2.data.shards.format import find_shards, safe_key, split_shards
 from aimv2.data.shards.tars import tars_in, why_unreadable
 from aimv2.data.text.encoding import NOT_TEXT, open_text
 from aimv2.errors import UsageError
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class ImageFolder:
         notes = {name for name in self.files if re.fullmatch(r"(.*/)?\d+_stats\.json", name)}
         for name in sorted(notes) if count else ():
             try:
-                counts = parse_json((self.root / name).read_bytes())
+                counts = parse_json(read_file(self.root / name))
                 failed = sum(counts.get(f"failed_to_{what}", 0) for what in ("download", "resize"))
             except (OSError, ValueError, AttributeError, TypeError):
                 continue

@@ -25,7 +25,7 @@ from aimv2.data.images.decode import ImageError
 from aimv2.data.images.readers import UNKNOWN, contents_of_files, paths_of
 from aimv2.data.images.tables import encoded_images, row_groups, stated_features, table_shape, types_of, whole_column
 from aimv2.errors import UsageError, first_line
-from aimv2.io import parse_json, parse_yaml
+from aimv2.io import parse_json, parse_yaml, read_file, regular
 from aimv2.places import cache_folder
 
 LARGE = 32 << 20  # bytes of a row group's images, decompressed; larger ones are copied
@@ -101,7 +101,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def _stated_patterns(root: Path) -> dict[str, list[str]]:
     """{split: patterns} of the configuration in the head of README.md; {} where it states none."""
     try:
-        text = (root / "README.md").read_text("utf-8", "replace")
+        text = read_file(root / "README.md").decode(errors="replace")
         found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         configs = (parse_yaml(found[1]) or {}).get("configs") or [] if found else []
         chosen = [each for each in configs if each.get("default") or each["config_name"] == "default"] or configs
@@ -125,9 +125,9 @@ def saved_splits(root: Path) -> dict[str, list[Path]]:
     """
     try:
         if (root / "dataset_dict.json").is_file():
-            names = parse_json((root / "dataset_dict.json").read_text("utf-8"))["splits"]
+            names = parse_json(read_file(root / "dataset_dict.json"))["splits"]
             return {str(name): next(iter(saved_splits(root / name).values())) for name in names}
-        state = parse_json((root / "state.json").read_text("utf-8"))
+        state = parse_json(read_file(root / "state.json"))
         return {state.get("_split") or "train": [root / each["filename"] for each in state["_data_files"]]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"state.json or dataset_dict.json lacks {error}") from None
@@ -331,7 +331,7 @@ def _leaves(file: Path, column: str) -> Iterator[list[tuple[Any, str]]]:
     """(column chunk, logical type) of the parts of a column, for each row group of a Parquet file."""
     import pyarrow.parquet
 
-    about = pyarrow.parquet.read_metadata(file)
+    about = pyarrow.parquet.read_metadata(regular(file))
     names = [about.schema.column(number).path for number in range(len(about.schema))]
     own = [number for number, name in enumerate(names) if f"{name}.".startswith(f"{column}.")]
     for group in range(about.num_row_groups):

@@ -35,7 +35,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import captions_by_field, safe_key
 from aimv2.errors import UsageError, first_line, need
 from aimv2.interop.hub import unreachable
-from aimv2.io import POINTER, is_pointer, parse_json
+from aimv2.io import POINTER, is_pointer, parse_json, regular
 
 BATCH_ROWS = 128
 BUFFER = 1 << 20  # bytes of a column read at once; without it a whole row group's are
@@ -296,7 +296,7 @@ def row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable
     import pyarrow.parquet
 
     if file.suffix.lower() == ".parquet":
-        with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as parquet:
+        with pyarrow.parquet.ParquetFile(regular(file), buffer_size=BUFFER, pre_buffer=False) as parquet:
             for group in range(parquet.num_row_groups):
                 read = partial(parquet.iter_batches, BATCH_ROWS, [group])
                 yield parquet.metadata.row_group(group).num_rows, read
@@ -307,12 +307,26 @@ def row_groups(file: Path) -> Iterator[tuple[int, Callable[[list[str]], Iterable
             yield batch.num_rows, partial(_select, batch)
 
 
+def table_cells(file: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of some columns of a file.
+
+    Raises:
+        UsageError: it is broken.
+    """
+    import pyarrow
+
+    try:
+        return [row for _, read in row_groups(file) for batch in read(columns) for row in batch.to_pylist()]
+    except (pyarrow.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:
+        raise _no_table(file, error, "SOURCE: ") from error
+
+
 def whole_column(file: Path, group: int | None, column: str) -> Any:
     """A column of a row group of a Parquet file; of an Arrow file (``group`` None) all of it, mapped and not loaded."""
     import pyarrow.parquet
 
     if group is not None:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
+        with pyarrow.parquet.ParquetFile(regular(file)) as parquet:
             return parquet.read_row_group(group, [column], use_threads=False).column(column)
     with _arrow_reader(file) as reader:
         found = reader.read_all().column(column)
@@ -331,7 +345,7 @@ def _arrow_reader(file: Path) -> Iterator[Any]:
     """A reader of a stream (as `datasets` writes) or a Feather file."""
     import pyarrow.ipc
 
-    with pyarrow.memory_map(str(file)) as memory:
+    with pyarrow.memory_map(str(regular(file))) as memory:
         feather = memory.read(6) == b"ARROW1"
         memory.seek(0)
         yield pyarrow.ipc.open_file(memory) if feather else pyarrow.ipc.open_stream(memory)
@@ -341,7 +355,7 @@ def _schema(file: Path) -> Any:
     import pyarrow.parquet
 
     if file.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_schema(file)
+        return pyarrow.parquet.read_schema(regular(file))
     with _arrow_reader(file) as reader:
         return reader.schema
 

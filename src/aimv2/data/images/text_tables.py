@@ -18,7 +18,7 @@ from aimv2.data.passed import COLUMNS, PassedOver
 from aimv2.data.shards.format import answers, captions_by_field, clean_captions
 from aimv2.data.text.encoding import CHUNK, NOT_TEXT, decode_text, open_text
 from aimv2.errors import UsageError, first_line
-from aimv2.io import POINTER, is_pointer, parse_json
+from aimv2.io import POINTER, is_pointer, parse_json, read_file
 
 LONGEST_ROW = 1 << 28  # characters of an entry of a JSON list
 UNCLOSED = (
@@ -269,7 +269,7 @@ def _json_line_captions(file: Path, columns: Columns, passed: PassedOver) -> Ite
 def _json_file_captions(file: Path, columns: Columns, passed: PassedOver) -> Iterator[CaptionRow | Reject]:
     """COCO captions, Karpathy's splits of them, or a list of rows."""
     try:
-        record = parse_json(decode_text(file.read_bytes(), str(file)))
+        record = parse_json(decode_text(read_file(file), str(file)))
     except json.JSONDecodeError as error:
         raise UsageError(f"{file} is not JSON: {error}", code="unreadable") from error
     if isinstance(record, list):

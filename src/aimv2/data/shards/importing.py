@@ -36,7 +36,7 @@ from aimv2.data.shards.import_options import check_options
 from aimv2.data.shards.val_choice import choose_val
 from aimv2.data.text.conversations import holds_conversation
 from aimv2.errors import UsageError, shown
-from aimv2.io import parse_json, write_aside
+from aimv2.io import parse_json, read_file, write_aside
 from aimv2.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def import_data(
     }  # fmt: skip
     options |= {key: value for key, value in later.items() if value}  # an import begun by an older version resumes
     check_options(source, val_list, options)
-    val_text = Path(val_list).expanduser().read_bytes() if val_list else b""
+    val_text = read_file(Path(val_list).expanduser()) if val_list else b""
     options["val_list"] = hashlib.sha256(val_text).hexdigest() if val_list else None
     _check_out(source, out)
     columns, root = Columns(image_column, tuple(named) if named else None), image_root_of(image_root)
@@ -381,7 +381,7 @@ def _prepare(out: Path, options: dict[str, Any]) -> None:
         file = out / WORK / "plan.json"
         if not file.exists():
             write_aside(file, json.dumps(plan))
-        before = parse_json(file.read_text())
+        before = parse_json(read_file(file))
         for aside in out.glob(".*.tmp-*"):
             aside.unlink()
         if not isinstance(before, dict) or not isinstance(before.get("options", {}), dict):
@@ -408,7 +408,7 @@ def _read_note(out: Path, job: ShardJob) -> ShardNote | None:
         UsageError: it is done, but the source would fill it differently now.
     """
     try:
-        record = parse_json((out / WORK / f"{job.name}.json").read_text())
+        record = parse_json(read_file(out / WORK / f"{job.name}.json"))
         rejects = [Reject(*reject) for reject in record["rejects"]]
         note = ShardNote(record["digest"], record["written"], rejects, record.get("passed", {}))
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # damaged: written again

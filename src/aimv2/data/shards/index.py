@@ -26,7 +26,7 @@ import yaml
 from aimv2.data.shards.format import scan_shard
 from aimv2.data.shards.tars import is_packed, why_unreadable
 from aimv2.errors import UsageError
-from aimv2.io import parse_json
+from aimv2.io import open_file, parse_json, read_file
 from aimv2.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _fits(offsets: np.ndarray, tar: Path) -> bool:
     A name that comes twice may be that of two halves, as in an unsorted tar, which only a scan tells.
     """
     known, end = set[int](), int(offsets[-1])
-    with open(tar, "rb") as file:
+    with open_file(tar) as file:
         for at in offsets[:-1].tolist():
             member, is_extended = tarfile.TarInfo(), True
             while is_extended:  # such a header comes before the sample's own
@@ -278,7 +278,7 @@ def _write_meta(folder: Path, links: dict[str, Path], aside: Path) -> None:
 def _read_tars(folder: Path) -> tuple[set[str], dict[str, str]]:
     """(names of the links that have samples, {tar: why it could not be read to its end}); nothing where the note is not ours."""
     try:
-        stored = parse_json((folder / TARS).read_text())
+        stored = parse_json(read_file(folder / TARS))
         return set(map(str, stored["indexed"])), {str(tar): str(why) for tar, why in stored["cut"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set(), {}

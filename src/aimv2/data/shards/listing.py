@@ -14,6 +14,7 @@ import numpy as np
 
 from aimv2.data.shards.format import label_of, scan_shard
 from aimv2.data.shards.tars import body, is_packed, open_tar
+from aimv2.io import open_file
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _read_plain_headers(tar: Path) -> tuple[list[str], list[int], list[int]] | N
     at, start = 0, -1
     if size < 512 or is_packed(tar):
         return None
-    with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+    with open_file(tar) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         while True:
             header = memory[at : at + 512]
             if not header.strip(b"\0") and len(header) == 512:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aimv2.errors import UsageError
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, open_file
 
 # by their first bytes: a compressed tar may be called .tar
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -67,7 +67,7 @@ def is_packed(tar: Path) -> bool:
 
 
 def _unpacker(tar: Path) -> Callable[..., Any] | None:
-    with open(tar, "rb") as file:
+    with open_file(tar) as file:
         return _unpacker_of(file.read(HEAD))
 
 
@@ -81,7 +81,7 @@ def open_tar(tar: Path) -> IO[bytes]:
     Raises:
         OSError: it cannot be read.
     """
-    file = open(tar, "rb")  # noqa: SIM115 - once for each sample that is read: nothing else is opened for a plain tar
+    file = open_file(tar)
     head = file.read(HEAD)
     if _unpacker_of(head) is None and not is_pointer(head):
         file.seek(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from aimv2.data.shards.index import offsets_of
 from aimv2.errors import shown
+from aimv2.io import open_file, read_file
 
 BLOCK, BLOCKS = 4096, 5  # bytes, and places from the first to the last
 LOOKED = 1000  # shards of a source, about, whose content is looked at; of the others size and offsets
@@ -44,11 +45,11 @@ def _looked_at(found: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path, boo
 
 def shard_identity(tar: Path, offsets: Path, look: bool = True) -> Shard:
     """See :data:`Shard`; one that can't be read, or is not looked at, has no blocks."""
-    numbers = offsets.read_bytes()
+    numbers = read_file(offsets)
     digest, size, blocks = hashlib.sha256(), tar.stat().st_size, ""
     with contextlib.suppress(OSError):
         if look:
-            with tar.open("rb") as file:
+            with open_file(tar) as file:
                 for place in range(BLOCKS):
                     file.seek(place * max(size - BLOCK, 0) // (BLOCKS - 1))
                     digest.update(file.read(BLOCK))

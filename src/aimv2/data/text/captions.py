@@ -15,7 +15,7 @@ from aimv2.data.shards.format import captions_of, clean_captions, find_shards, r
 from aimv2.data.shards.tars import is_tar
 from aimv2.data.text.encoding import decode_text, open_text, text_lines
 from aimv2.errors import UsageError
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 
 
 def read_captions(path: str | Path) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _of_json_lines(file: Path) -> Iterator[str]:
     rows: Iterable[tuple[int, Any]] = read_json_lines(file)
     if file.suffix.lower() == ".json":  # a list, captions of COCO, or JSON lines all the same
         try:
-            whole = parse_json(decode_text(file.read_bytes(), str(file)))
+            whole = parse_json(decode_text(read_file(file), str(file)))
         except json.JSONDecodeError:
             whole = None
         if isinstance(whole, dict) and "images" in whole:

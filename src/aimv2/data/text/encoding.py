@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from aimv2.errors import UsageError
-from aimv2.io import POINTER, is_pointer
+from aimv2.io import POINTER, is_pointer, open_file
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def open_text(file: Path, newline: str | None = None) -> TextIO:
         NotText: no encoding fits.
         OSError: it can't be read.
     """
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         head = chunk = stream.read(CHUNK)
         if is_pointer(head):
             raise NotText(f"{file.name} is {POINTER}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError, first_line
-from aimv2.io import POINTER, is_pointer, parse_json
+from aimv2.io import POINTER, is_pointer, parse_json, read_file, regular
 from aimv2.progress import heartbeat
 
 MAX_TOKENS = 77
@@ -161,8 +161,8 @@ def _from_file(path: Path, config: Path | None, source: str, option: str) -> Tok
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        about = parse_json(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
+        backend = tokenizers.Tokenizer.from_file(str(regular(path)))
+        about = parse_json(read_file(config)) if config and config.is_file() else {}
     except Exception as error:  # tokenizers raises bare Exception
         raise _refuse(source, option, f"{path.name} cannot be read: {first_line(error)}") from error
     named = [about.get("eos_token"), about.get("sep_token")]

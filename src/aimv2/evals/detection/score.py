@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from aimv2.evals.detection.predictions import DetectionPredictions, read_predict
 from aimv2.evals.detection.referring import precision_at_1
 from aimv2.evals.detection.truth import DetectionTruth, read_truth
 from aimv2.evals.harness import Evaluation
+from aimv2.features.fingerprint import file_hash
 from aimv2.tables import TextTable, percent
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def evaluate_predictions(options: DetectScoreOptions) -> dict[str, Any]:
             raise UsageError(f"--predictions {options.predictions}: no such file", code="not-found")
         truth = read_truth(options.data, options.split)
         predictions = read_predictions(options.predictions, truth)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = file_hash(file)
         about = {"name": options.name or file.stem, "kind": "predictions", "predictions_sha256": digest}
         return detection_result(evaluation, truth, predictions, about, options)
 

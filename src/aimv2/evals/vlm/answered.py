@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aimv2.distributed import World
-from aimv2.io import parse_json
+from aimv2.io import parse_json, read_file
 from aimv2.progress import progress_bar
 from aimv2.vlm.answer import Picture, Question, answer_batches
 from aimv2.vlm.model import VisionLanguage
@@ -40,7 +40,7 @@ class AnswerStore:
             return self.known
         found = self.known = {}
         for file in sorted(self.folder.glob(f"{self.name}-*.jsonl")) if self.folder is not None else ():
-            for line in file.read_text("utf-8", errors="replace").splitlines():
+            for line in read_file(file).decode(errors="replace").splitlines():
                 try:
                     found |= parse_json(line)
                 except (ValueError, TypeError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError, nearest
+from aimv2.io import read_file
 
 VERSION = "0.7.3"  # of lmms-eval that the task files were written for
 INSTALL = f"pip install 'aimv2[vlm]' && pip install --no-deps lmms-eval=={VERSION}"
@@ -177,7 +178,7 @@ def snapshot_of(source: str) -> Path | None:
 
     home = Path(constants.HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
     main = home / "refs" / "main"
-    if main.is_file() and (folder := home / "snapshots" / main.read_text("utf-8").strip()).is_dir():
+    if main.is_file() and (folder := home / "snapshots" / read_file(main).decode().strip()).is_dir():
         return folder
     return max(home.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime, default=None)
 

@@ -28,6 +28,7 @@ from aimv2.evals.vlm.benchmarks import (
 )  # fmt: skip
 from aimv2.evals.vlm.score import about_vlm, lines_of, opened, processes, refuse_other_result
 from aimv2.interop.hub import offline_if_unreachable
+from aimv2.io import read_file
 from aimv2.tables import TextTable
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def known(manager: Any) -> set[str]:
 
 def their_names() -> set[str]:
     """The names of lmms-eval's own tasks, by a line of their files: its index of them takes most of a minute."""
-    texts = (file.read_text("utf-8", "replace") for file in need_lmms_eval().rglob("*.yaml"))
+    texts = (read_file(file).decode(errors="replace") for file in need_lmms_eval().rglob("*.yaml"))
     return {name for text in texts for name in re.findall(r"^task\s*:\s*[\"']?([\w.-]+)", text, re.MULTILINE)}
 
 

@@ -65,7 +65,7 @@ def one_path(path: str, precision: str, areas: list[int], budget: int) -> tuple[
     from aimv2.config.schema import Config
     from aimv2.distributed import World
     from aimv2.models.create import create_model
-    from aimv2.train.parallel import want_compile
+    from aimv2.train.compiling import want_compile
     from aimv2.train.step import TrainStep
 
     shape: dict[str, Any] = {**MODEL, **{f"decoder_{key}": value for key, value in DECODER.items()}}

@@ -59,7 +59,7 @@ def our_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
     from aimv2.config.schema import Config
     from aimv2.distributed import World
     from aimv2.models.create import create_model
-    from aimv2.train.parallel import want_compile
+    from aimv2.train.compiling import want_compile
     from aimv2.train.step import TrainStep
     from plain_step import DECODER_BLOCKS, ENCODER_BLOCKS, PATCHES, VOCABULARY
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aimv2.models.layers import Attention, Block, Cache, inline_attention, prefix_attention_mask
 from aimv2.models.masks import causal_mask, prefix_mask
-from aimv2.train.parallel import can_compile
+from aimv2.train.compiling import can_compile
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 3, 2, 24, 8
 WIDTH = HEADS * HEAD_DIM

@@ -9,7 +9,7 @@ from aimv2.batch import make_batch
 from aimv2.config.schema import ObjectiveConfig
 from aimv2.models.create import create_model
 from aimv2.objectives.pretrain import PretrainObjective
-from aimv2.train.parallel import can_compile, compile_blocks
+from aimv2.train.compiling import can_compile, compile_blocks
 from runs import exact, options, torchrun, train
 
 CLOSE = 1e-3  # fp32, other order of sums

@@ -33,7 +33,7 @@ from aimv2.tasks import task_of
 from aimv2.tasks.contrastive import default_tower
 from aimv2.tasks.held_out import read_held_out
 from aimv2.tasks.task import Context
-from aimv2.train.parallel import can_compile
+from aimv2.train.compiling import can_compile
 from aimv2.train.prepare import get_tokenizer
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks, forked

@@ -8,8 +8,8 @@ import torch
 
 from aimv2.config.schema import OptimConfig
 from aimv2.models.create import create_model
+from aimv2.train.compiling import can_compile
 from aimv2.train.optim import make_optimizer, release_encoder
-from aimv2.train.parallel import can_compile
 from runs import exact, options, resume, torchrun, train
 from world import TinyWorld
 

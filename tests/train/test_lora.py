@@ -14,7 +14,7 @@ from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lora import add_lora, merge_lora
-from aimv2.train.parallel import can_compile
+from aimv2.train.compiling import can_compile
 from runs import exact, options, resume, torchrun, train
 from world import TinyWorld
 

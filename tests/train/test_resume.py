@@ -20,8 +20,8 @@ from aimv2.data.stream.samples import TrainStream, View
 from aimv2.data.text.captions import read_captions
 from aimv2.data.text.tokenizer import train_tokenizer
 from aimv2.errors import UsageError
+from aimv2.train.compiling import can_compile
 from aimv2.train.interrupt import StopFlag
-from aimv2.train.parallel import can_compile
 from forked import forked
 from runs import command, exact, metrics, options, resume, train
 

@@ -14,7 +14,7 @@ from aimv2.cli import main
 from aimv2.data.stream import samples
 from aimv2.errors import LOST
 from aimv2.interop.model_folder import checkpoints
-from aimv2.train import interrupt, launch
+from aimv2.train import interrupt
 from aimv2.train.loop import Trainer
 from aimv2.train.step import TrainStep
 from forked import call_on_ranks
@@ -194,7 +194,7 @@ def test_signal_while_it_compiles(data, whole, tmp_path, monkeypatch, capsys):
 
     run = tmp_path / "run"
     monkeypatch.setattr(TrainStep, "warm_up", signalled)
-    monkeypatch.setattr(launch, "want_compile", lambda train, world: (True, None))
+    monkeypatch.setattr("aimv2.train.compiling.want_compile", lambda train, world: (True, None))
     assert main(options(data, run, **HOW)) == 143
     monkeypatch.undo()
     said = capsys.readouterr().err.splitlines()[-1]

@@ -52,6 +52,7 @@ def tree(folder):
         ({"train.batch_size": 7, "data.workers": 2}, ["train.batch_size 7", "1 ranks x 2 data workers"]),
         ({"train.batch_size": 6, "train.accumulate": 4}, ["train.batch_size 6", "train.accumulate 4"]),
         ({"train.batch_size": 1000}, ["120 samples", "train.batch_size 1000"]),
+        ({"parallel.shard": 3}, ["parallel.replicate 1 x parallel.shard 3", "1 rank:", "torchrun"]),
     ],
 )
 def test_mistakes_of_the_configuration(data, tmp_path, capsys, more, named):

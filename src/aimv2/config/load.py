@@ -22,6 +22,7 @@ LIMITS = {  # least and largest value of numbers
         INF,
     ): "train.steps train.batch_size train.patch_budget train.accumulate train.log_every train.stop_at eval.samples "
     "eval.probe_epochs data.max_pixels model.text_width model.text_depth model.text_heads model.text_hidden model.projection",
+    (-1, INF): "parallel.replicate parallel.shard",
     (0, INF): "train.save_every train.keep data.shuffle_buffer data.max_bad optim.warmup optim.weight_decay optim.clip "
     "optim.freeze_encoder objective.alpha eval.every eval.captions eval.probe_samples eval.probe_val_samples eval.knn_samples",
     (2, INF): "data.max_tokens objective.classes",

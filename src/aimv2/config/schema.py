@@ -210,6 +210,22 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the ranks of torchrun hold the model (FSDP2); replicate times shard is their number.
+
+    Args:
+        replicate: copies of the weights; -1: as many as shard leaves
+        shard: ranks that weights, gradients and AdamW state of a copy are divided over; -1: all that replicate leaves
+        reshard: a block's weights are gathered for its forward pass, freed, and gathered again for its backward pass; false
+            keeps them in between. Nothing is freed where shard is 1
+    """
+
+    replicate: int = 1
+    shard: int = -1
+    reshard: bool = True
+
+
+@dataclass
 class EvalConfig:
     """Validation on a split of its own, always in fp32 with a centre crop and the first caption.
 
@@ -279,6 +295,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: str | None = None

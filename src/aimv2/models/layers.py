@@ -264,6 +264,13 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, whatever that of its weight (FSDP gathers weights in half precision)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one fused projection, gate first."""
 
@@ -286,9 +293,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm1 = Norm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm2 = Norm(width, eps=NORM_EPS)
         self.mlp = SwiGLU(width, hidden)
 
     def forward(

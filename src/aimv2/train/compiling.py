@@ -1,20 +1,81 @@
-"""What torch.compile is at before the first step, for whoever waits for it."""
+"""torch.compile of the blocks: whether it works here, and what it is at before the first step, for whoever waits for it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._dynamo.callback import CallbackTrigger, callback_handler
 
+from aimv2.config.schema import TrainConfig
+from aimv2.distributed import World
+from aimv2.errors import UsageError
 from aimv2.io import say
+from aimv2.models.layers import Cache, Packed
 from aimv2.progress import heartbeat
-from aimv2.train.parallel import Trainable
+from aimv2.train.parallel import Trainable, blocks_of
 
+RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
 COMPILING = "compiling the blocks, which may take minutes (train.compile off starts at once)"
+
+
+def can_compile(device: torch.device) -> str | None:
+    """None where torch.compile works here, else the reason in a line."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        return None
+    except Exception as error:  # whatever the back end lacks: compiler, headers, Triton
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        return lines[0][:120] if lines else type(error).__name__
+
+
+def compile_blocks(model: Trainable) -> None:
+    """torch.compile of each block. Shapes are static, but for the decoder's packed rows, which are marked dynamic.
+
+    Nothing turns dynamic by itself: kernels that depend on the history of shapes would make a resumed run differ.
+    """
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
+    for blocks, index in blocks_of(model):
+        block = getattr(blocks[index], "_checkpoint_wrapped_module", blocks[index])
+        # the forward, not the call: FSDP2's hooks stay outside, and what they return is marked again
+        block.forward = partial(run_compiled, torch.compile(block.forward))
+    model.encoder.compiled = True
+
+
+def run_compiled(
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    mask: Any = None,
+    packed: Packed | None = None,
+    keep: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """A compiled block. Packed rows differ from batch to batch: marked dynamic, one kernel serves them all."""
+    if packed is not None and torch.is_grad_enabled():
+        for rows in (x, packed.token_rows, keep, packed.spans and packed.spans.slots):
+            if rows is not None:
+                torch._dynamo.mark_dynamic(rows, 0)
+    return forward(x, mask=mask, packed=packed, keep=keep, cache=cache)
+
+
+def want_compile(config: TrainConfig, world: World) -> tuple[bool, str | None]:
+    """Whether to compile, and a line for the user where the answer is not what ``auto`` hopes for."""
+    if config.compile == "off":
+        return False, None
+    reason = can_compile(world.device)
+    if reason is None:
+        return True, None
+    if config.compile == "on":
+        raise UsageError(
+            f"train.compile=on, but torch.compile does not work here ({reason}); use auto or off", code="unsupported"
+        )
+    return False, f"running eager: torch.compile does not work here ({reason})"
 
 
 class CompileWatch:

@@ -19,12 +19,11 @@ import aimv2
 from aimv2.config.load import check_keys, parse, provenance, read_recipe
 from aimv2.config.schema import Config, get_value, leaf_keys, to_dict
 from aimv2.data.stream.samples import training_samples, validation_shards
-from aimv2.distributed import World, free_memory, join_world, leave_world
+from aimv2.distributed import World, join_world, leave_world
 from aimv2.errors import UsageError, need
 from aimv2.features.fingerprint import file_hash
 from aimv2.interop.model_folder import WEIGHTS, checkpoints, read_best
 from aimv2.io import parse_json, read_file, say, write_aside
-from aimv2.progress import tracked
 from aimv2.tasks import task_of
 from aimv2.tasks.task import Context
 from aimv2.train import defaults, prepare
@@ -32,13 +31,12 @@ from aimv2.train.best import check_best
 from aimv2.train.checkpoint import read_about
 from aimv2.train.cooldown import carry_on, cooldown_of, point_of
 from aimv2.train.interrupt import Interrupted
-from aimv2.train.loop import Trainer, memory_gb
-from aimv2.train.parallel import want_compile
+from aimv2.train.loop import Trainer
+from aimv2.train.parallel import layout_of
 from aimv2.train.schedule import learning_rate
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEMO_SCENES = 20_000
-TRIED = 3  # steps of a dry run; the fastest is reported
 
 
 def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_config: bool) -> dict[str, Any]:
@@ -99,6 +97,8 @@ def pretrain(
         return describe_config(config, provenance(base, given, "auto"))
     most = None if recipe is None else defaults.most_visits(given)  # without a recipe settle has said it
     if run is None:
+        from aimv2.train.trial import try_one_step
+
         return try_one_step(config, most)
     prepare.check_overwrite(config, run)
     return start(config, run, started, "optim.warmup" in given, most)
@@ -151,6 +151,8 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
     if config.data.tokenizer != "auto":
         prepare.load_tokenizer(config.data.tokenizer)
     if dry_run:
+        from aimv2.train.trial import try_one_step
+
         with tempfile.TemporaryDirectory() as scratch:
             config.data.train = draw_scenes(config, Path(scratch) / "data")
             prepare.locate_data(config)
@@ -195,6 +197,7 @@ def build_trainer(
     config: Config, run: Path, world: World, known: Path | None = None, resuming: bool = False
 ) -> Trainer:
     """Everything that a run needs, checked and built in memory; ``known`` holds the tokenizer of a resumed run."""
+    layout_of(config.parallel, world.size)
     validated = bool(validation_shards(config.data))
     task = task_of(config)
     figures = task.figures
@@ -211,7 +214,11 @@ def build_trainer(
     task.check_world(world)
     tokenizer = prepare.get_tokenizer(config, known, world)
     model = task.build(Context(tokenizer, world, resuming))
-    compiled, line = want_compile(config.train, world) if task.compiles else (False, None)
+    compiled, line = False, None
+    if task.compiles and config.train.compile != "off":
+        from aimv2.train.compiling import want_compile  # torch's compiler
+
+        compiled, line = want_compile(config.train, world)
     if config.data.pack and compiled:  # rows of ever new lengths
         compiled, line = False, "running eager: packed rows (data.pack) have a new length each step"
     if line:
@@ -402,53 +409,3 @@ def describe_config(config: Config, sources: dict[str, str]) -> dict[str, Any]:
     if config.data.train is not None and sources["data.train"] == "default":
         sources["data.train"] = "$AIMV2_DATA"
     return {"config": values, "from": sources, "learning_rate": rate_curve(config)}
-
-
-def try_one_step(config: Config, most: int | None = None) -> dict[str, Any]:
-    """Builds everything, runs TRIED steps on one batch (the first one warms up) and writes nothing; ``most``: see :func:`start`."""
-    from aimv2.train.outlook import disk_room, too_large, too_long, visits
-
-    world = join_world()
-    free = free_memory(world.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        config.data.index_dir = config.data.index_dir or str(Path(scratch) / "index")
-        config.data.features = None  # nothing is written: the encoder runs
-        trainer = build_trainer(config, Path(scratch), world)
-        try:
-            batch = next(trainer.stream)
-            trainer.model.train()
-            compile_seconds = trainer.compile()
-            taken = []
-            for _ in tracked(range(TRIED), "trying steps", TRIED):
-                begin = time.perf_counter()
-                trainer.train_step(batch)
-                trainer.check_finite()
-                taken.append(time.perf_counter() - begin)
-            seconds = min(taken)
-        finally:
-            trainer.close()
-    parts = batch if isinstance(batch, list) else [batch]
-    tokens, samples = sum(int(part.token_count) for part in parts), getattr(trainer.stream, "samples")  # noqa: B009
-    for line in (
-        *(defaults.too_many_visits(config, samples, most) if most else ()),
-        *too_long(config, seconds * config.train.steps / 3600),
-        *too_large(memory_gb(world.device), world.device),
-    ):
-        say(line)
-    encoder = count(trainer.unwrapped().encoder)
-    return {
-        "encoder_parameters": encoder,
-        "decoder_parameters": count(trainer.model) - encoder,
-        "ranks": world.size,
-        "batch_size": config.train.batch_size if config.train.patch_budget is None else None,
-        "patches_a_step": config.train.patch_budget or config.train.batch_size * trainer.view.patches,
-        "tokens_a_step": tokens * world.size,
-        "memory_gb": memory_gb(world.device),
-        "memory_free_gb": free,
-        **disk_room(config, trainer.model),
-        "compile_seconds": compile_seconds,
-        "seconds_a_step": seconds,
-        "expected_hours": seconds * config.train.steps / 3600,
-        **visits(config, samples, sum(map(len, parts)) * world.size),
-        "learning_rate": rate_curve(config),
-    }

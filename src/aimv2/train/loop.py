@@ -288,7 +288,7 @@ class Trainer:
         if not shards_held(self.held_out, self.world):
             return
         start = time.perf_counter()
-        with self.update.ema.applied() if self.update.ema else contextlib.nullcontext():
+        with self.update.evaluated():
             self.figures = self.task.validate(self.model, self.update.objective, self.held_out, self.world)
             if self.config.eval.knn:
                 from aimv2.tasks.knn import knn_top1, read_voters

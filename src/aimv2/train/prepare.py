@@ -47,7 +47,7 @@ MAY_CHANGE = {
     "run", "resume", "overwrite", "take_over", "accept_data",
     "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
     "data.index_dir", "data.workers", "data.timeout", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
-    *(k for k in leaf_keys() if k.startswith("eval.")),
+    *(k for k in leaf_keys() if k.startswith(("eval.", "parallel."))),
 }  # fmt: skip
 MOVED = ("data.train", "data.val")  # paths that may be others, and are written back; see aimv2.train.same_run
 

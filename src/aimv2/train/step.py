@@ -23,7 +23,7 @@ from aimv2.objectives import Objective
 from aimv2.tasks import Task, task_of
 from aimv2.train.ema import Ema
 from aimv2.train.optim import make_optimizer, release_encoder, step_if_finite, zero_frozen_grads
-from aimv2.train.parallel import Trainable, parallelize
+from aimv2.train.parallel import Trainable, layout_of, parallelize
 from aimv2.train.schedule import learning_rate
 
 FIRST_SCALE, SCALE_EVERY = 2.0**15, 1000  # of the loss in fp16
@@ -71,7 +71,8 @@ class TrainStep:
             self.image_size, self.patches = encoder.config.image_size, encoder.config.patches
         fast_matmul(world.device)
         self.model: nn.Module = model.to(world.device)
-        parallelize(cast(Trainable, model), config.train, world, compiled)
+        parallelize(cast(Trainable, model), config, world, compiled)
+        self.reshard = config.parallel.reshard and layout_of(config.parallel, world.size)[1] > 1
         self.optimizer = make_optimizer(self.model, config.optim, self.task.parameter_groups(self.model, config.optim))
         self.ema = Ema(self.model, config.train.ema) if config.train.ema else None
         # of the loss, in fp16: (factor, steps since it last changed); kept on the device
@@ -90,7 +91,7 @@ class TrainStep:
         frozen = self.freeze(step)
         for index, part in enumerate(micro):
             if world.size > 1:
-                self.model.set_requires_gradient_sync(index == len(micro) - 1)  # type: ignore[operator]
+                self.sync(index == len(micro) - 1)
             sums += self.backward(part, counts)
         if frozen:
             zero_frozen_grads(self.model.encoder)  # type: ignore[arg-type]
@@ -108,6 +109,24 @@ class TrainStep:
             norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
         self.optimizer.zero_grad(set_to_none=True)
         return StepFigures(names, means, counts, norm, broken)
+
+    def sync(self, last: bool) -> None:
+        """Sums gradients over ranks after the last micro-batch only; where blocks keep gathered weights, they do until then."""
+        model = cast(Any, self.model)
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or self.reshard)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The model as it is validated: with the average's weights, where there is one, and gathered in fp32."""
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.applied())
+            if self.world.size > 1:
+                from aimv2.train.sharding import gathered_in_fp32
+
+                stack.enter_context(gathered_in_fp32(self.model))
+            yield
 
     def freeze(self, step: int) -> bool:
         """Sets and returns whether the encoder is frozen in step ``step``; a frozen one keeps nothing for the backward pass."""
@@ -179,7 +198,7 @@ class TrainStep:
         totals = {name: total.float() for name, (total, _) in terms.items()}
         means = [total / count for total, count in zip(totals.values(), counts.clamp(min=1).float())]
         loss = torch.stack([self.objective.weights[name] * mean for name, mean in zip(totals, means)]).sum()
-        (loss * self.world.size * self.loss_scale[0]).backward()  # FSDP2 averages over ranks
+        (loss * self.loss_scale[0]).backward()  # FSDP2 sums over ranks
         return torch.stack(list(totals.values())).detach().double()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -284,7 +284,7 @@ class Config:
         init: a model to start from: released name, hub id, folder, file, RUN or RUN@STEP; pre-training takes its decoder
             too, where it has one
         seed: random seed for weights, data order, crops and prefix lengths
-        resume: continue the run in the folder
+        resume: continue the run in the folder; auto: continue it, or start it where the folder holds none
         overwrite: remove the run in the folder first
         take_over: write a run folder that a process on another machine seems to write
         accept_data: with resume, go on although the training data are not those that the run was trained on
@@ -301,7 +301,7 @@ class Config:
     run: str | None = None
     init: str | None = None
     seed: int = 0
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     overwrite: bool = False
     take_over: bool = False
     accept_data: bool = False

@@ -14,6 +14,7 @@ import queue
 import shutil
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ SLOT = 512  # bytes a worker has for the name of what it reads
 HEAD = struct.Struct("<QH")  # how many notes it has made, bytes of the last
 NO_ROOM = 97  # exit code of a worker that can't hand on a batch: no shared memory
 NO_FILES = 98  # or no more open files
+LEFT = (EOFError, ConnectionError)  # in a thread that hands on files, where the process that trains is gone
 FEWER = "lower data.workers or train.batch_size"
 SHARED = Path("/dev/shm")
 
@@ -73,6 +75,8 @@ def start_worker(init: Callable[[int], None] | None, notes: ReadNotes, number: i
     notes.own = number
     read_by_our_rules()  # a worker that is spawned has not inherited it
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_cannot_hand_on))  # noqa: B010
+    show = sys.excepthook
+    sys.excepthook = lambda *error: None if issubclass(error[0], LEFT) else show(*error)
     if init is not None:
         init(number)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aimv2.errors import UsageError
-from aimv2.io import machine_memory, say
+from aimv2.io import machine_memory
 
 T = TypeVar("T")
 
@@ -83,40 +83,15 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     if size > 1 and not dist.is_initialized():
-        importlib.import_module("aimv2.launcher").end_with_launcher()
+        launcher = importlib.import_module("aimv2.launcher")
+        launcher.end_with_launcher()
         # ranks wait for the first one while it trains a tokenizer or draws the demo's scenes
         kind, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
-        if (store := store_of_restart(rank)) is not None:
+        if (store := launcher.store_of_restart(rank)) is not None:
             dist.init_process_group(kind, timeout=wait, store=store, rank=rank, world_size=size)
         else:
             dist.init_process_group(kind, timeout=wait)
     return World(rank, size, device)
-
-
-def store_of_restart(rank: int) -> dist.Store | None:
-    """Where ranks that a launcher has started again find each other; None: as it says itself.
-
-    torchrun keeps one store over its restarts, in which the addresses of the ranks before are. On one machine all ranks count restarts
-    alike, and the count keeps them apart; on several only a store for each start does.
-    """
-    around = os.environ
-    shared = (
-        around.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(around.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    )
-    if not shared:
-        return None
-    if around.get("LOCAL_WORLD_SIZE") != around.get("WORLD_SIZE"):
-        if rank == 0:
-            say(
-                "torchrun on several machines finds its ranks after a restart only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
-                "environment of every torchrun"
-            )
-        return None
-    count = around.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.TCPStore(
-        around["MASTER_ADDR"], int(around["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=5)
-    )
-    return dist.PrefixStore(f"start-{count}", store)
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:

@@ -1,5 +1,6 @@
-"""A rank of torchrun ends with its launcher: two runs never write one folder because a launcher was killed.
+"""Ranks and their launcher, torchrun: they end with it, and find each other after it has started them again.
 
+Two runs never write one folder because a launcher was killed.
 A process that a shell, ``nohup`` or Slurm started outlives its parent, as ever.
 """
 
@@ -11,6 +12,13 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from aimv2.io import say
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PR_SET_PDEATHSIG = 1
 POLL = 2.0  # seconds, where the system sends no signal
@@ -38,3 +46,31 @@ def watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def store_of_restart(rank: int) -> Store | None:
+    """Where ranks that a launcher has started again find each other; None: as it says itself.
+
+    torchrun keeps one store over its restarts, in which the addresses of the ranks before are. On one machine all ranks count restarts
+    alike, and the count keeps them apart; on several only a store for each start does.
+    """
+    import torch.distributed as dist
+
+    around = os.environ
+    shared = (
+        around.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(around.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    )
+    if not shared:
+        return None
+    if around.get("LOCAL_WORLD_SIZE") != around.get("WORLD_SIZE"):
+        if rank == 0:
+            say(
+                "torchrun on several machines finds its ranks after a restart only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                "environment of every torchrun"
+            )
+        return None
+    count = around.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.TCPStore(
+        around["MASTER_ADDR"], int(around["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=5)
+    )
+    return dist.PrefixStore(f"start-{count}", store)

@@ -50,6 +50,8 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
         prepare.check_length(base, f"in --config {recipe}")
     try:
         if given.get("resume") == AUTO:
+            from aimv2.train.same_run import start_or_go_on
+
             recipe, base, given = start_or_go_on(recipe, base, given)
         options = parse({**base, **given})
         if options.resume:
@@ -64,27 +66,6 @@ def launch(recipe: str | None, given: dict[str, Any], dry_run: bool, print_confi
         return pretrain(recipe, base, given, started, dry_run, print_config)
     finally:
         leave_world()
-
-
-def start_or_go_on(
-    recipe: str | None, base: dict[str, Any], given: dict[str, Any]
-) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """What ``--resume auto`` stands for, as the first rank finds the run folder: the same command starts a run and goes on with it.
-
-    Returns:
-        the recipe, its values and the given ones. Of a run that is there its own configuration counts, not the recipe.
-    """
-    options = parse({**base, **given})
-    if not options.run:
-        raise UsageError("--resume auto needs --run, the folder of the run", option="--resume", code="missing")
-    if options.overwrite:
-        raise UsageError(
-            "--resume auto goes on with a run and --overwrite removes it; give one of them", code="conflict"
-        )
-    world = join_world()
-    if world.broadcast(prepare.holds_run(Path(options.run)) if world.main else None):
-        return None, {"run": options.run}, {**given, "resume": True}
-    return recipe, base, {key: value for key, value in given.items() if key not in ("resume", "accept_data")}
 
 
 def recipe_of(

@@ -16,12 +16,13 @@ import yaml
 
 from aimv2.config.load import parse
 from aimv2.config.schema import Config, Source, flatten, to_dict
+from aimv2.distributed import join_world
 from aimv2.errors import UsageError, shown
 from aimv2.io import parse_yaml, read_file, write_aside
 from aimv2.tasks import task_of
 from aimv2.train.checkpoint import read_about
 from aimv2.train.log import say
-from aimv2.train.prepare import CONFIG, MAY_CHANGE, MOVED, stored_values
+from aimv2.train.prepare import CONFIG, MAY_CHANGE, MOVED, holds_run, stored_values
 
 if TYPE_CHECKING:
     from aimv2.train.loop import Trainer
@@ -106,6 +107,27 @@ def check_never_saved(run: Path) -> None:
             option="--resume",
             code="missing",
         )
+
+
+def start_or_go_on(
+    recipe: str | None, base: dict[str, Any], given: dict[str, Any]
+) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """What ``--resume auto`` stands for, as the first rank finds the run folder: the same command starts a run and goes on with it.
+
+    Returns:
+        the recipe, its values and the given ones. Of a run that is there its own configuration counts, not the recipe.
+    """
+    options = parse({**base, **given})
+    if not options.run:
+        raise UsageError("--resume auto needs --run, the folder of the run", option="--resume", code="missing")
+    if options.overwrite:
+        raise UsageError(
+            "--resume auto goes on with a run and --overwrite removes it; give one of them", code="conflict"
+        )
+    world = join_world()
+    if world.broadcast(holds_run(Path(options.run)) if world.main else None):
+        return None, {"run": options.run}, {**given, "resume": True}
+    return recipe, base, {key: value for key, value in given.items() if key not in ("resume", "accept_data")}
 
 
 # ---- data ----

@@ -31,6 +31,7 @@ DIRECT = {
     "evals/compare.py": "a file of the package",
     "evals/vlm/benchmarks.py": "files of the package",
     "explorer/server.py": "files of the package",
+    "interop/rendering.py": "/proc",
     "pipeline/work.py": "the lock, opened to be written",
     "report/page.py": "a file of the package",
     "train/lock.py": "the lock, opened to be written",

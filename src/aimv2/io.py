@@ -28,6 +28,7 @@ def is_pointer(data: bytes | Path) -> bool:
 
 
 LARGEST = 2**31  # bytes of a file of others that is read whole
+SETTINGS = 2**28  # bytes of one of settings or of a tokenizer; the largest of known tokenizers has 34 MB
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -47,18 +48,23 @@ def open_file(path: Path) -> BufferedReader:
     raise OSError(errno.EINVAL, "no regular file, but a pipe, a device or a socket", str(path))
 
 
-def regular(path: Path) -> Path:
-    """The path itself, of a regular file; for libraries that open a file by its name. Raises as :func:`open_file`."""
-    open_file(path).close()
+def regular(path: Path, most: int = 1 << 62) -> Path:
+    """The path itself, of a regular file; for libraries that open a file by its name. Raises as :func:`read_file`."""
+    with open_file(path) as file:
+        _check_size(file, path, most)
     return path
 
 
 def read_file(path: Path, most: int = LARGEST) -> bytes:
     """The content of a regular file. Raises as :func:`open_file`, and OSError where it is larger than ``most`` bytes."""
     with open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise OSError(errno.EFBIG, f"{size:,} bytes, of {most:,} at most", str(path))
+        _check_size(file, path, most)
         return file.read()
+
+
+def _check_size(file: BufferedReader, path: Path, most: int) -> None:
+    if (size := os.fstat(file.fileno()).st_size) > most:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, of {most:,} at most", str(path))
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -251,11 +251,19 @@ def test_an_encoder_is_no_vlm(parts: Path) -> None:
         assert (caught.value.code, caught.value.option) == ("mismatch", "VLM")
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
 def test_chat_templates(parts: Path, tmp_path: Path) -> None:
     llm = language_model(tmp_path / "llm", template=None)
     words = parts / "eyes", llm, tmp_path / "vlm"
     assert "--chat-template FILE" in refused("missing", "LLM", *words)
-    for text, code in (("{{ messages[0]['role'] }}", "mismatch"), ("{% for %}", "unreadable"), (None, "unreadable")):
+    for text, code in (
+        ("{{ messages[0]['role'] }}", "mismatch"),
+        ("{% for %}", "unreadable"),
+        (ENDLESS, "unreadable"),
+        (None, "unreadable"),
+    ):
         file = tmp_path / "template.jinja"
         file.unlink(missing_ok=True)
         if text is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from aimv2 import __version__
 from aimv2.commands.parse import module_of, option_fields, plain_hints, read, spelled
 from aimv2.commands.table import COMMANDS, FILES, GROUPS, PARTS
-from aimv2.errors import RankError, UsageError, nearest, one_line, shown
+from aimv2.errors import RankError, UsageError, first_line, nearest, one_line, shown
 from aimv2.places import settle_caches
 
 HELP = ("-h", "--help", "--help-all")
@@ -90,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain(f"rank {os.environ['RANK']} ends: the connection to another rank is lost", everywhere=True)
         return 1
+    except BaseException as error:
+        if debug or type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        complain(
+            f"error: a library ended on its input: {first_line(error)}; a tokenizer's pattern may not fit its texts"
+        )
+        return 2
 
 
 def run() -> None:

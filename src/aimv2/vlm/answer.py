@@ -20,7 +20,8 @@ from torch import Tensor
 
 from aimv2.data.images.decode import decode_image
 from aimv2.data.text.conversations import PLACE, flat_text, spread
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
+from aimv2.interop.rendering import render
 from aimv2.vlm.language import IMAGE_TOKEN
 from aimv2.vlm.model import VisionLanguage
 
@@ -145,7 +146,7 @@ def ends_of(model: VisionLanguage, processor: Any) -> Tensor:
     for value in (getattr(model.language.config, "eos_token_id", None), words.eos_token_id):
         found |= {value} if isinstance(value, int) else set(value or ())
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-    text = words.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+    text = shown(words, turns, processor, False)
     tail = words(text.partition(ANSWER)[2], add_special_tokens=False)["input_ids"]
     special = [token for token in tail if token in words.all_special_ids]
     found |= set((special or tail)[:1])
@@ -159,14 +160,23 @@ def tokenized(processor: Any, questions: Sequence[Question]) -> list[list[int]]:
         places = sum(message["content"].count(IMAGE_TOKEN) for message in one.messages)
         if places != len(one.images):
             raise UsageError(f"question: {places} places of images for {len(one.images)} images", code="mismatch")
-    texts = words.apply_chat_template(
-        [[{**one, "content": flat_text(one["content"])} for one in each.messages] for each in questions],
-        chat_template=processor.chat_template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    turns = [[{**one, "content": flat_text(one["content"])} for one in each.messages] for each in questions]
+    texts = [shown(words, one, processor, True) for one in turns]
     starts = words.bos_token is not None and texts[0].startswith(words.bos_token)  # as the processor decides
     return words(texts, add_special_tokens=not starts)["input_ids"]
+
+
+def shown(words: Any, turns: list[dict[str, str]], processor: Any, prompt: bool) -> str:
+    """A conversation as the chat template shows it.
+
+    Raises:
+        UsageError: the template can't be rendered.
+    """
+    try:
+        return render(words, turns, processor.chat_template, prompt)
+    except Exception as error:  # of Jinja, or raised by the template
+        why = f"the chat template can't be rendered ({first_line(error)})"
+        raise UsageError(f"MODEL: {why}", code="unreadable") from None
 
 
 def prepared(

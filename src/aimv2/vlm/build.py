@@ -21,6 +21,7 @@ from aimv2.interop import convert as out_of
 from aimv2.interop import layouts, load
 from aimv2.interop.card import encoder_in
 from aimv2.interop.public import public, public_files
+from aimv2.interop.rendering import render
 from aimv2.interop.shapes import read_json
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.sizes import EncoderConfig
@@ -270,7 +271,8 @@ def make_processor(config: EncoderConfig, layout: Layout, tokenizer: Any) -> Any
 
 def check_context(language: Language, layout: Layout) -> None:
     """Raise UsageError where a short question on one image exceeds the context of the language model."""
-    text = language.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    shown = render(language.tokenizer, QUESTION, prompt=True)
+    text = language.tokenizer(shown, add_special_tokens=False)["input_ids"]
     needed, context = layout.most_tokens + len(text) - 1, language.context
     if context is not None and needed > context:
         option = "--tiles" if layout.tiles > 1 else "--image-size" if layout.native else "ENCODER"

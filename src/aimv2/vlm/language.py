@@ -16,6 +16,7 @@ from aimv2.features.foreign import open_transformers
 from aimv2.features.pixels import quiet
 from aimv2.interop import load
 from aimv2.interop.plain import open_plain
+from aimv2.interop.rendering import render
 from aimv2.interop.shapes import read_json
 from aimv2.io import read_file
 
@@ -208,7 +209,7 @@ def check_template(language: Language, template: str | None) -> None:
     """Raise UsageError where a question on an image is not rendered with one image token and its text."""
     option = f"LLM {language.given}: its chat template" if template is None else f"--chat-template {template}: it"
     try:
-        shown = language.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+        shown = render(language.tokenizer, QUESTION, prompt=True)
     except Exception as error:  # of Jinja, or raised by the template
         raise UsageError(f"{option} can't be rendered ({first_line(error)})", code="unreadable") from None
     if shown.count(IMAGE_TOKEN) != 1 or TEXT not in shown:

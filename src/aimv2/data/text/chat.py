@@ -16,6 +16,7 @@ from typing import Any
 
 from aimv2.data.text.conversations import IMAGE, Conversation, flat_text
 from aimv2.errors import UsageError, first_line
+from aimv2.interop.rendering import render
 
 CHECKED = 3  # first conversations of a sequence of roles that are rendered whole and compared
 EVERY = 1_000  # later ones: each so-manyth
@@ -107,7 +108,7 @@ class Chat:
     def render(self, messages: Sequence[dict[str, str]], prompt: bool = False) -> str:
         """The template's text; ``prompt``: with the generation prompt at its end."""
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            return render(self.tokenizer, messages, prompt=prompt)
         except Exception as error:  # of Jinja, or raised by the template
             raise ChatError(f"the chat template can't be rendered ({first_line(error)})") from None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2.errors import UsageError, first_line
-from aimv2.io import POINTER, is_pointer, parse_json, read_file, regular
+from aimv2.io import POINTER, SETTINGS, is_pointer, parse_json, read_file, regular
 from aimv2.progress import heartbeat
 
 MAX_TOKENS = 77
@@ -161,7 +161,7 @@ def _from_file(path: Path, config: Path | None, source: str, option: str) -> Tok
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(regular(path)))
+        backend = tokenizers.Tokenizer.from_file(str(regular(path, SETTINGS)))
         about = parse_json(read_file(config)) if config and config.is_file() else {}
     except Exception as error:  # tokenizers raises bare Exception
         raise _refuse(source, option, f"{path.name} cannot be read: {first_line(error)}") from error

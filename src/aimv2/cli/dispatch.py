@@ -20,6 +20,23 @@ from aimv2.places import settle_caches
 
 HELP = ("-h", "--help", "--help-all")
 FLAGS = ("resume", "overwrite", "take_over", "accept_data")
+LOST_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed
+LOST_TEXTS = (
+    "/gloo/",
+    "[gloo]",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "NCCL communicator was aborted",
+    "Connection closed by",
+)
+OWN_FAULT = (
+    "ncclInvalid",
+    "Invalid usage",
+    "invalid usage",
+    "Duplicate GPU",
+    "nhandled cuda error",
+    "ncclInternalError",
+)
 RANK_WAITS = 5.0  # seconds
 DISK = (
     errno.EACCES,
@@ -86,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__name__ == "Interrupted":
             complain(str(error))
             return error.code  # type: ignore[attr-defined]
-        if debug or not ("gloo" in str(error) and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        if debug or not (int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_lost_rank(error)):
             raise
         complain(f"rank {os.environ['RANK']} ends: the connection to another rank is lost", everywhere=True)
         return 1
@@ -97,6 +114,15 @@ def main(argv: list[str] | None = None) -> int:
             f"error: a library ended on its input: {first_line(error)}; a tokenizer's pattern may not fit its texts"
         )
         return 2
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error of torch's process groups says that another rank has gone, or that it can't be reached."""
+    text = str(error)
+    if any(word in text for word in OWN_FAULT):
+        return False
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch may not be imported here
+    return bool(kinds & set(LOST_KINDS)) or ("RuntimeError" in kinds and any(word in text for word in LOST_TEXTS))
 
 
 def run() -> None:

@@ -1,5 +1,6 @@
 """Small files that are either whole or absent; lines for the user; this machine's memory."""
 
+import contextlib
 import errno
 import glob
 import json
@@ -142,9 +143,10 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line for the user on standard error, from the first rank."""
+    """Prints a line for the user on standard error, from the first rank; a full disk there ends no command."""
     if is_first():
-        print(visible(line), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(visible(line), file=sys.stderr, flush=True)
 
 
 def machine_memory() -> tuple[float, float | None]:

@@ -16,6 +16,20 @@ class VisibleConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
+    def _check_buffer(self) -> None:
+        """What standard error can't take, on a full disk or a terminal that is gone, ends no command."""
+        try:
+            super()._check_buffer()
+        except OSError:
+            if not self.stderr:
+                raise
+            del self._buffer[:]
+
+    def on_broken_pipe(self) -> None:
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+
     def render(self, renderable: Any, options: Any = None) -> Any:
         if isinstance(renderable, Text) and (plain := visible(renderable.plain)) != renderable.plain:
             whole = Text(plain, style=renderable.style, justify=renderable.justify, overflow=renderable.overflow)

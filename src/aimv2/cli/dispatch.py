@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -137,9 +138,12 @@ def run() -> None:
 
         complete()
     code = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk there is not the command's failure; Python would end with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code in (75, 129, 130, 143) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -147,7 +151,8 @@ def run() -> None:
 def complain(line: str, everywhere: bool = False) -> None:
     """A line on standard error; under torchrun from rank 0 only, unless only this rank knows it."""
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print(shown(line), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk, or nobody there
+            print(shown(line), file=sys.stderr)
 
 
 def dispatch(words: list[str]) -> int:

@@ -84,6 +84,10 @@ class Best:
         """Notes that the checkpoint of ``step``, which is saved, is the best."""
         assert self.figure is not None
         self.value = figures[self.figure]
-        if self.world.main:
-            about = {"figure": self.figure, "value": self.value, "step": step}
-            write_aside(self.run / "checkpoints" / f"{BEST}.json", json.dumps(about) + "\n")
+        from aimv2.train.together import on_first
+
+        about = json.dumps({"figure": self.figure, "value": self.value, "step": step}) + "\n"
+        file = self.run / "checkpoints" / f"{BEST}.json"
+        on_first(
+            self.world, lambda: write_aside(file, about), file, f"step {step} is saved; make room and use --resume"
+        )

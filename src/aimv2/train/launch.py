@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -146,6 +147,8 @@ def settle(
 
 def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: bool) -> dict[str, Any]:
     """The demo: captioned scenes, drawn into the run folder."""
+    from aimv2.train.together import on_first
+
     base = read_recipe(DEMO)
     config = parse({**base, **given})
     if print_config:
@@ -165,7 +168,8 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
             return try_one_step(config)
     run = prepare.check_run_folder(config)
     world, out = join_world(), run / "data"
-    if world.main:
+
+    def draw() -> None:
         if out.exists() and not prepare.is_demo_data(out):
             raise UsageError(
                 f"--run {run}: {out} is in the way of the demo's scenes; choose another folder", code="exists"
@@ -174,7 +178,8 @@ def demo(given: dict[str, Any], started: float, dry_run: bool, print_config: boo
         shutil.rmtree(out, ignore_errors=True)  # scenes of a run that never began
         draw_scenes(config, run / ".scenes-aside")
         (run / ".scenes-aside").rename(out)
-    world.barrier()
+
+    on_first(world, draw, out)
     config.overwrite, config.data.train = False, str(out)
     prepare.locate_data(config)
     prepare.settle_length(config, given, scaled=False)
@@ -239,6 +244,7 @@ def start(
     from aimv2.train.lock import one_writer
     from aimv2.train.outlook import beyond, expected_step
     from aimv2.train.same_run import note_run
+    from aimv2.train.together import on_first
 
     world = join_world()
     trainer = build_trainer(config, run, world)
@@ -250,12 +256,14 @@ def start(
     check_machine(trainer)
     carry_on(config, trainer.model, trainer.optimizer, world, keep_warmup)
     with one_writer(run, world, config.take_over):
-        if world.main:
+
+        def begin() -> None:
             if config.overwrite:
                 prepare.clear_run(run)
             prepare.open_run(run, config, trainer.tokenizer)
             note_run(trainer)
-        world.barrier()
+
+        on_first(world, begin, run)
         return finish(trainer, started, 0.0)
 
 
@@ -317,6 +325,8 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     Returns:
         the summary; on other ranks than the first ``run`` and ``step`` only.
     """
+    from aimv2.train.together import said
+
     config, run, world = trainer.config, trainer.run, trainer.world
     parameters, inside = count(trainer.model), count(trainer.unwrapped().encoder)
     log = trainer.open_log()
@@ -336,22 +346,25 @@ def finish(trainer: Trainer, started: float, before: float) -> dict[str, Any]:
     result |= trainer.figures
     if config.eval.best is not None:
         result["best"] = read_best(run)
+    again = f"training is done, the evaluation at its end is not: {trainer.command_to_go_on()}"
     try:
-        result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
+        with said(run, again):
+            result |= trainer.task.final_evaluation(run, folder, trainer.tokenizer, world.device)
     except KeyboardInterrupt:
-        again = trainer.command_to_go_on()
-        raise Interrupted(f"stopped; training is done, the evaluation at its end is not: {again}", 130) from None
+        raise Interrupted(f"stopped; {again}", 130) from None
     result |= {"parameters": parameters, "encoder_parameters": inside}
     result |= {"seconds": before + time.perf_counter() - started, "train_seconds": trainer.seconds}
     result |= about_run(config, folder / WEIGHTS)
-    write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
+    with said(run / "summary.json", again):
+        write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
     if config.log.report:
         from aimv2.report.write import after_run
 
         say(f"writing the report of {run} (log.report)")
         if path := after_run(run, world.device, say):
-            write_aside(run / "summary.json", json.dumps(result | {"report": path}, indent=1) + "\n")
             result["report"] = path
+            with contextlib.suppress(OSError):  # the summary without this line stands
+                write_aside(run / "summary.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

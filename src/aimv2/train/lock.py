@@ -21,6 +21,7 @@ from typing import Any
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.io import parse_json, say
+from aimv2.train.together import on_first
 
 LOCK = ".lock"
 BEAT = 20.0  # seconds between heartbeats
@@ -136,15 +137,7 @@ def one_writer(run: Path, world: World, take_over: bool = False) -> Iterator[Non
     Raises:
         UsageError: on all ranks, where another process writes the run.
     """
-    lock, problem = None, None
-    if world.main:
-        try:
-            lock = RunLock(run, take_over)
-        except UsageError as error:
-            problem = str(error)
-    problem = world.broadcast(problem)
-    if problem is not None:
-        raise UsageError(problem, option="--run", code="exists")
+    lock = on_first(world, lambda: RunLock(run, take_over), run / LOCK)
     try:
         yield
     finally:

@@ -69,17 +69,15 @@ class Log:
             self.say(
                 f"{broken} lines of metrics.jsonl can't be read and are left out; as it was it is damaged-metrics.jsonl"
             )
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
-        self.writer = self._tensorboard(run, start) if config.tensorboard else None
+        from aimv2.train.events import Events
+        from aimv2.train.lines import Lines
+
+        self.lines = Lines(run / "metrics.jsonl", self.say)
+        self.events = Events(run / "tensorboard", start, self.say) if config.tensorboard else None
         self.wandb = self._wandb(run, config.wandb) if config.wandb else None
         if self.console.is_terminal:
             self.progress = open_bar(self.console, steps, start, transient=False)
         self.began, self.first, self.shown = time.perf_counter(), start, time.perf_counter()
-
-    def _tensorboard(self, run: Path, start: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
 
     def _wandb(self, run: Path, project: str) -> Any:
         import wandb
@@ -96,14 +94,18 @@ class Log:
         """One line of metrics."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.lines.write(json.dumps({"step": step, **figures}))
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-        if self.writer is not None:
-            for key, value in numbers.items():
-                self.writer.add_scalar(key, value, step)
+        if self.events is not None:
+            self.events.write(step, numbers)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
         self._show(step, figures)
+
+    def settle(self) -> None:
+        """Makes sure that the lines of metrics are on the disk; OSError where they are not."""
+        if self.active:
+            self.lines.settle()
 
     def start(self) -> None:
         """The first step begins: from now on time is counted, and a terminal has its bar."""
@@ -145,9 +147,9 @@ class Log:
             return
         if self.progress is not None:
             self.progress.stop()
-        self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.lines.close()
+        if self.events is not None:
+            self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
         sys.stderr.flush()

@@ -110,7 +110,11 @@ class Trainer:
 
     def open_log(self) -> Log:
         """Starts writing figures into the run folder, after the step that was reached."""
-        self.log = Log(self.run, self.config.log, self.config.train.steps, self.step, self.world.main)
+        from aimv2.train.together import on_first
+
+        given = (self.run, self.config.log, self.config.train.steps, self.step)
+        again = f"make room and go on with: {self.command_to_go_on()}"
+        self.log = on_first(self.world, lambda: Log(*given, True), self.run, again) or Log(*given, False)
         self.peak = peak_flops(self.world.device, self.config.train.precision) if self.world.main else None
         return self.log
 
@@ -328,7 +332,9 @@ class Trainer:
         self.mark += time.perf_counter() - start
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """The model folder of this step."""
+        """The model folder of this step, once its figures are on the disk."""
+        if self.log is not None:
+            self.log.settle()
         card = model_card(self.config, self.task.card(), self.encoder, self.step, self.figures)
         self.task.write(folder, self.model, self.task.exported(self.model, weights), card)
         if self.tokenizer is not None:

@@ -221,10 +221,13 @@ def find_tokenizer(config: Config, task: Task, known: Path | None, world: World)
         if world.main and wanted not in (kept.vocab_size, DataConfig().vocab_size):
             say(f"data.vocab_size {wanted} is not used: the decoder of init keeps its own {kept.vocab_size} tokens")
         return kept
-    trained = None
-    if world.main:
-        captions = islice(training_captions(config), TOKENIZER_CAPTIONS)
-        trained = train_tokenizer(captions, config.data.vocab_size, start=task.start_text)
+    from aimv2.train.together import on_first
+
+    captions = islice(training_captions(config), TOKENIZER_CAPTIONS)
+    size, begin = config.data.vocab_size, task.start_text
+    trained = on_first(
+        world, lambda: train_tokenizer(captions, size, start=begin), Path(_names(config)), "see data.train"
+    )
     return world.broadcast(trained)
 
 
@@ -375,17 +378,13 @@ def drop_damaged(run: Path, world: World) -> None:
         UsageError: on all ranks, where none is good.
     """
     from aimv2.train.sealing import set_aside_damaged
+    from aimv2.train.together import on_first
 
-    problem = None
-    if world.main:
+    def clean() -> None:
         remove_unfinished(run)
-        try:
-            set_aside_damaged(run, say)
-        except UsageError as error:
-            problem = str(error)
-    problem = world.broadcast(problem)
-    if problem is not None:
-        raise UsageError(problem, option="--resume", code="unreadable")
+        set_aside_damaged(run, say)
+
+    on_first(world, clean, run, "the run's folder must be writable")
 
 
 def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None) -> Path | None:

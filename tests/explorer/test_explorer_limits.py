@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -183,6 +185,67 @@ def test_memory_of_a_decoder_is_limited(monkeypatch: pytest.MonkeyPatch) -> None
         assert Image.open(io.BytesIO(decoders.decode(picture((900, 300))).thumbnail)).size == (192, 64)
     finally:
         decoders.close()
+
+
+def test_a_decoder_that_can_not_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    decoders = Decoders()
+    monkeypatch.setattr(decoder.sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(RequestError, match=r"can't be started \(No such file or directory\)\.") as error:
+        decoders.decode(picture())
+    assert error.value.status == 503
+    ends = tmp_path / "python"
+    ends.write_text("#!/bin/sh\nexit 3\n")
+    ends.chmod(0o755)
+    monkeypatch.setattr(decoder.sys, "executable", str(ends))
+    with pytest.raises(RequestError, match=r"can't be started \(exit code 3; see the terminal\)\."):
+        decoders.decode(picture())
+    ends.write_text("#!/bin/sh\nprintf '\\005\\0\\0\\0\\0\\0\\0\\0ready'\nread -r line\nkill -SEGV $$\n")
+    with pytest.raises(RequestError, match=r"ended on this one \(signal 11\)\.") as error:
+        decoders.decode(b"\n" * 20)
+    assert error.value.status == 422
+    monkeypatch.undo()
+    for _ in range(decoder.WORKERS):
+        assert decoders.decode(picture()).image.size == (20, 20)
+    decoders.close()
+
+
+class Line:
+    """A transport with so many bytes that wait to be taken, and an event loop that calls by hand."""
+
+    def __init__(self) -> None:
+        self.waiting, self.aborted, self.later = 0, False, list[tuple[float, Callable[[], None]]]()
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def call_later(self, seconds: float, function: Callable[..., None], *given: object) -> None:
+        self.later.append((seconds, lambda: function(*given)))
+
+    def fire(self) -> bool:
+        """What was to be called; whether the connection was ended."""
+        seconds, function = self.later.pop()
+        assert (seconds, self.later) == (connection.BODY, [])
+        function()
+        return self.aborted
+
+
+def test_an_answer_that_took_a_minute_can_be_taken() -> None:
+    line, held = Line(), object.__new__(connection.LimitedConnection)
+    held.transport = held.loop = line  # type: ignore[assignment]
+    held.cycle = SimpleNamespace(response_complete=False, more_body=False)  # type: ignore[assignment]
+    held.watch()
+    assert not line.fire()  # a model is at work
+    line.waiting = 5000
+    assert not line.fire()  # the answer came a moment ago
+    line.waiting = 0
+    assert not line.fire()  # taken; the next part is at work
+    line.waiting = 5000
+    assert not line.fire()
+    line.waiting = 4000
+    assert line.fire()  # not taken within the time
 
 
 def test_lower_limits_of_the_system_are_kept() -> None:

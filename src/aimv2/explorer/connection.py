@@ -17,6 +17,7 @@ class LimitedConnection(H11Protocol):
 
     phase: tuple[str, int] = ("", 0)
     timer: asyncio.TimerHandle | None = None
+    taking = False  # the answer was there when the time was looked at
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -47,14 +48,15 @@ class LimitedConnection(H11Protocol):
         phase = kind, self.server_state.total_requests if self.cycle is None else id(self.cycle)
         if phase == self.phase:
             return
-        self.phase = phase
+        self.phase, self.taking = phase, False
         if self.timer is not None:
             self.timer.cancel()
         self.timer = self.loop.call_later(HEADERS if kind == "headers" else BODY, self.late, phase)
 
     def late(self, phase: tuple[str, int]) -> None:
-        """End the connection, unless a model is still at work on the answer."""
-        if phase[0] == "answer" and not self.transport.get_write_buffer_size():
+        """End the connection, unless a model is at work on the answer, or was when this was last looked at."""
+        if phase[0] == "answer" and not (self.taking and self.transport.get_write_buffer_size()):
+            self.taking = bool(self.transport.get_write_buffer_size())
             self.timer = self.loop.call_later(BODY, self.late, phase)
             return
         self.transport.abort()

@@ -27,7 +27,15 @@ WALL = 60.0  # seconds for a picture, however busy the machine is
 MEMORY = 2_000_000_000  # bytes of a process
 LENGTH = struct.Struct("<Q")
 SLOW = f"This image takes more than {SECONDS} seconds or {MEMORY / 1e9:.0f} GB to decode."
+LIMITS = (-9, -24)  # SIGKILL of the system, SIGXCPU
+UNSTARTED = "The process that decodes images can't be started"
+CRASHED = "The process that decodes images ended on this one"
 BUSY = "Other images are being decoded; try again in a few seconds."
+
+
+def ending(code: int) -> str:
+    """How a process ended."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 class Decoded(NamedTuple):
@@ -48,39 +56,62 @@ class DecoderProcess:
         Raises:
             RequestError: no picture, or one beyond the limits.
         """
-        if self.process is None or self.process.poll() is not None:
-            words = [sys.executable, "-P", "-m", "aimv2.explorer.decoder", str(SECONDS), str(MEMORY)]
-            few = {
-                **os.environ,
-                "OPENBLAS_NUM_THREADS": "1",
-            }  # threads of numpy would take room of MEMORY on many cores
-            self.process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=few
-            )
-        to, back = self.process.stdin, self.process.stdout
+        process = self.process
+        if process is None or process.poll() is not None:
+            process = self.start()
+        to, back = process.stdin, process.stdout
         assert to is not None
         assert back is not None
-        late = threading.Timer(WALL, self.process.kill)
+        late = threading.Timer(WALL, process.kill)
         late.start()
         try:
             write_part(to, content)
             about = json.loads(read_part(back))
             parts = [] if "error" in about else [read_part(back), read_part(back)]
-        except (OSError, EOFError):  # it was ended
-            self.close()
-            raise RequestError(413, SLOW) from None
+        except (OSError, EOFError):  # it was ended, by a limit or by its own fault
+            if (code := self.close(1)) in LIMITS or late.finished.is_set():
+                raise RequestError(413, SLOW) from None
+            raise RequestError(422, f"{CRASHED} ({ending(code)}).") from None
         finally:
             late.cancel()
         if "error" in about:
             raise RequestError(about["status"], about["error"])
         return Decoded(Image.frombytes("RGB", tuple(about["size"]), parts[0]), parts[1])
 
-    def close(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
+    def start(self) -> subprocess.Popen[bytes]:
+        """
+        Raises:
+            RequestError: no process can be started, or it ends at once.
+        """
+        words = [sys.executable, "-P", "-m", "aimv2.explorer.decoder", str(SECONDS), str(MEMORY)]
+        few = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # threads of numpy would take room of MEMORY on many cores
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.close()
+        try:
+            process = self.process = subprocess.Popen(words, **pipes, start_new_session=True, env=few)
+        except OSError as error:
+            raise RequestError(503, f"{UNSTARTED} ({error.strerror or error}).") from None
+        assert process.stdout is not None
+        late = threading.Timer(WALL, process.kill)
+        late.start()
+        try:
+            read_part(process.stdout)
+        except (OSError, EOFError):
+            raise RequestError(503, f"{UNSTARTED} ({ending(self.close(1))}; see the terminal).") from None
+        finally:
+            late.cancel()
+        return process
+
+    def close(self, wait: float = 0) -> int:
+        """End the process, in ``wait`` seconds if it does not by itself; its exit code, negative after a signal."""
+        if self.process is None:
+            return 0
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait)
+        self.process.kill()
+        self.process.communicate()
+        code, self.process = self.process.returncode, None
+        return code
 
 
 class Decoders:
@@ -159,6 +190,7 @@ def serve(seconds: int, memory: int) -> None:
     """Decode what comes on standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit(seconds, memory)
+    write_part(sys.stdout.buffer, b"ready")
     while True:
         try:
             content = read_part(sys.stdin.buffer)

@@ -201,7 +201,8 @@ def wanted_choice(config: Config, model: nn.Module, sizes: Sizes, gpus: int, roo
             option="train.accumulate",
             code="mismatch",
         )
-    mode: Any = {False: "off", True: "full"}.get(train.checkpointing, train.checkpointing)
+    modes: dict[Any, Any] = {False: "off", True: "full"}
+    mode = modes.get(train.checkpointing, train.checkpointing)
     layout = RankLayout(
         replicate, shard, train.accumulate, mode, getattr(parallel, "reshard", True), parallel is not None
     )

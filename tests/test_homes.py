@@ -108,6 +108,14 @@ def test_the_home_of_a_user_and_of_nobody(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
+def test_models_of_python_by_their_home(home: Path) -> None:
+    model = aimv2.create_model("aimv2-tiny-patch8-32", width=32, depth=1, heads=2, hidden=48)
+    api.save_pretrained(model, "~/m")
+    assert (home / "m/model.safetensors").is_file() and aimv2.load_model(Path("~/m")).config == model.config
+    with pytest.raises(UsageError, match=r"^MODEL ~nobody-of-ours: .*no user nobody-of-ours"):
+        aimv2.load_model("~nobody-of-ours")
+
+
 def test_a_run_by_its_home(home: Path) -> None:
     scenes(home / "data", 40)
     train(Path("~/data"), Path("~/run"), train__steps=1, eval__captions=0)

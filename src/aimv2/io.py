@@ -74,6 +74,8 @@ def write_aside(path: Path, text: str) -> None:
     try:
         aside.write_text(text)
         os.replace(aside, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from aimv2.errors import UsageError
 from aimv2.train.lines import Lines
 from forked import call_on_ranks
 from runs import TINY, exact, options, train
+from small_disks import in_small_disk
 from world import TinyWorld
 
 STEPS, SAVED, FULL, ROOM = 40, 20, 21, 32  # lines of metrics reach their second block after step FULL
@@ -54,6 +55,18 @@ full = 10**9
 assert main(["pretrain", "--run", str(disk / "ends"), "--resume"]) == 0
 for name in ("lives", "ends"):
     shutil.copytree(disk / name, out / name)
+print("start summary", file=sys.stderr)
+
+def train(self, own=Trainer.train):
+    own(self)
+    fill()
+
+own, Trainer.train = Trainer.train, train
+code = main([*words, "--train.steps", "3", "--run", str(disk / "end")])
+filler.unlink()
+Trainer.train = own
+(out / "end.json").write_text(json.dumps([code, main(["pretrain", "--run", str(disk / "end"), "--resume"])]))
+shutil.copy(disk / "end/summary.json", out / "summary.json")
 print("start events", file=sys.stderr)
 lines = []
 events = Events(disk / "events", 0, lines.append)
@@ -65,34 +78,17 @@ events.close()
 """
 
 
-def in_small_disk(folder: Path, megabytes: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python where ``folder`` is a disk of its own, which goes with the process; skipped where that is not permitted."""
-    folder.mkdir(exist_ok=True)
-    mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "$1"'
-    start = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    try:
-        tried = subprocess.run([*start, mount, "sh", str(folder)], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no unshare here")
-    if tried.returncode:
-        pytest.skip(f"mounting in a namespace is not permitted: {tried.stderr.strip()}")
-    script = f'{mount} && shift && exec "$@"'
-    return subprocess.run(
-        [*start, script, "sh", str(folder), sys.executable, *words],
-        capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-
-
 def test_a_disk_that_fills_between_two_checkpoints(world: TinyWorld, tmp_path: Path) -> None:
     more = {"train__steps": STEPS, "train__save_every": SAVED, "train__keep": 1, "eval__captions": 0}
     train(world.scenes, tmp_path / "whole", **more)
     words = options(world.scenes, tmp_path, **more, log__tensorboard=True)
     at = words.index("--run")
     place = [str(tmp_path / "disk"), str(tmp_path), str(FULL), str(ROOM), json.dumps(words[:at] + words[at + 2 :])]
-    done = in_small_disk(tmp_path / "disk", 24, "-c", SCRIPT, *place)
+    (tmp_path / "disk").mkdir()
+    done = in_small_disk(tmp_path / "disk", "24m", "-c", SCRIPT, *place)
     assert done.returncode == 0, done.stderr
     lives, ends = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("lives", "ends"))
-    said = dict(zip(("", "lives", "ends", "events"), done.stderr.split("start ")))
+    said = dict(zip(("", "lives", "ends", "summary", "events"), done.stderr.split("start ")))
     waits = (
         "metrics.jsonl can't be written (No space left on device): its lines wait until the next checkpoint; make room"
     )
@@ -103,6 +99,10 @@ def test_a_disk_that_fills_between_two_checkpoints(world: TinyWorld, tmp_path: P
     assert f"checkpoint of step {STEPS}" in error and "No space left" in error and f"step {SAVED} stays" in error
     assert waits in said["ends"] and "--resume" in error
     assert exact(tmp_path / "lives") == exact(tmp_path / "ends") == exact(tmp_path / "whole")
+    assert json.loads((tmp_path / "end.json").read_text()) == [2, 0]
+    (error,) = [line for line in said["summary"].splitlines() if line.startswith("error: ")]
+    assert "/end/summary.json: No space left on device; training is done" in error and error.endswith("--resume")
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 3
     (line,) = json.loads((tmp_path / "events.json").read_text())
     assert "events can't be written (No space left on device): the run goes on without" in line
     assert "Traceback" not in done.stderr

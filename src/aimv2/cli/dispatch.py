@@ -49,6 +49,8 @@ DISK = (
     errno.EDQUOT,
     errno.EFBIG,
     errno.ENOTDIR,
+    errno.EIO,
+    errno.ESTALE,
     errno.EISDIR,
     errno.EINVAL,  # a pipe or a device under the name of a file
 )  # said in one line

@@ -7,6 +7,7 @@ waits for: a batch, the rest of a message of a killed worker, the descriptor of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import multiprocessing.queues
 import os
@@ -35,6 +36,7 @@ NO_ROOM = 97  # exit code of a worker that can't hand on a batch: no shared memo
 NO_FILES = 98  # or no more open files
 LEFT = (EOFError, ConnectionError)  # in a thread that hands on files, where the process that trains is gone
 FEWER = "lower data.workers or train.batch_size"
+LESS = "lower train.batch_size, set data.workers 0, or give the container more (docker run with shm-size)"
 SHARED = Path("/dev/shm")
 
 
@@ -89,6 +91,15 @@ def _cannot_hand_on(error: Exception, batch: Any) -> None:
 # ---- in the process that trains ----
 
 
+def _no_start(error: OSError) -> str:
+    """Why workers can't start: their locks lie in shared memory, their pipes are open files."""
+    if error.errno == errno.ENOSPC:
+        return f"have no room in {SHARED} to start ({room()}): {LESS}"
+    if error.errno == errno.EMFILE:
+        return f"can't start, too many open files: {FEWER}, or raise the limit (ulimit -n)"
+    return f"can't start ({error.strerror or error}): lower data.workers, or set it to 0"
+
+
 class Watched:
     """Batches of a loader with worker processes.
 
@@ -134,7 +145,15 @@ class Watched:
     def _next(self) -> Any:
         if self.iterator is None:
             self.iterator = iter(self.loader)
-        batch = next(self.iterator)
+        try:
+            batch = next(self.iterator)
+        except OSError as error:
+            if self.processes():
+                raise
+            # what torch made of its iterator so far lacks this, and its end would print a traceback
+            setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_shutdown", True)  # noqa: B010
+            self.failed = WorkerLost(f"data workers {_no_start(error)}")
+            raise self.failed from None
         inner = self.inner()
         if getattr(inner, "_worker_pids_set", False):  # torch's SIGCHLD handler would raise amid a step
             torch.utils.data._utils.signal_handling._remove_worker_pids(id(inner))
@@ -229,8 +248,7 @@ class Watched:
         reads = self.notes.read(number)[1]
         where = f" at {reads}" if reads else ""
         if code in (-signal.SIGBUS, NO_ROOM):
-            less = "lower train.batch_size, set data.workers 0, or give the container more (docker run with shm-size)"
-            why = f"has no room in {SHARED} for a batch ({room()}): {less}"
+            why = f"has no room in {SHARED} for a batch ({room()}): {LESS}"
         elif code == NO_FILES:
             why = f"can't open more files: {FEWER}, or raise the limit (ulimit -n)"
         elif code == -signal.SIGKILL:

@@ -16,6 +16,7 @@ from aimv2.interop.model_folder import plain_model
 from aimv2.models.aimv2 import AIMv2
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
+from aimv2.places import from_home
 
 
 @overload
@@ -86,7 +87,7 @@ def load_model(
         )
     if backend != "torch" and (decoder or device is not None or dtype is not None):
         raise UsageError(f"backend={backend!r} gives the encoder only, in fp32: leave out decoder, device and dtype")
-    at = load.locate(source, revision)
+    at = load.locate(from_home(source, "MODEL"), revision)
     if backend != "torch":
         return to_arrays(load.load_model(at), backend)
     model = load.load_model(at, decoder, device=device, dtype=dtype)
@@ -122,6 +123,7 @@ def save_pretrained(
     Raises:
         UsageError: an unknown format, another kind of model, something in ``out``, a model that the format can't hold.
     """
+    out = from_home(out, "OUT")
     out_of.check_format(to)
     model = plain_model(model)
     if to != "openvino" and (precision is not None or pixels is not None):

@@ -68,7 +68,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
         panels[-1].lines += _levels(runs, f"val_{key}", panels[-1])
     for key in (key for key in keys if key.startswith("val_") and key not in taken):
         panels.append(_panel(runs, [key], title_of(key)))
-    for key in ("lr", "grad_norm", "pairs_per_s", "tokens_per_s", "mfu", "memory_gb"):
+    for key in ("lr", "grad_norm", "pairs_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gb"):
         if key in SPEEDS[1:] and same_shape(runs, SPEEDS[0], key):
             continue
         if key in keys:
@@ -132,6 +132,7 @@ TITLES = {
     "pairs_per_s": "Throughput, pairs per second",
     "tokens_per_s": "Throughput, image and text positions per second",
     "mfu": "Model FLOP utilisation, MFU",
+    "data_wait": "Waiting for data, fraction of the time",
     "memory_gb": "Memory, GB",
 }
 

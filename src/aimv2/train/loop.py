@@ -32,6 +32,9 @@ from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.view import make_view
 
+STARVED = 0.3  # part of the time that a step waits for data, of which a line is worth it
+STARTING = 20  # steps, while buffers of the loader fill
+
 
 class Stream(Protocol):
     """Endless batches of this rank, restorable."""
@@ -95,10 +98,13 @@ class Trainer:
         self.last: StepFigures | None = None
         self.compiled = compiled
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
+        self.first = 0  # step of this start
         self.terms = [name for name, weight in self.update.objective.weights.items() if weight]
         # terms, norm, tokens
         self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
         self.window_steps = 0
+        self.waited = 0.0  # seconds for data, since the last line of metrics
+        self.starved = False  # it has been said
         self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
@@ -144,6 +150,7 @@ class Trainer:
                 self.compile()
         log.start()
         self.mark, self.marked = time.perf_counter(), self.step
+        self.first, self.waited = self.step, 0.0
         began, before = self.mark, self.seconds
         saved = self.step if self.step else -1
         while self.step < last:
@@ -193,8 +200,11 @@ class Trainer:
 
     def next_batch(self, saved: int) -> Batch | list[Batch]:
         """The stream's. Where it has lost a data worker the run is saved, unless other ranks are amid a step."""
+        start = time.perf_counter()
         try:
-            return next(self.stream)
+            batch = next(self.stream)
+            self.waited += time.perf_counter() - start
+            return batch
         except WorkerLost as lost:
             if self.world.size == 1 and self.step not in (0, saved):
                 self.save()
@@ -252,8 +262,13 @@ class Trainer:
 
     def report(self, log: Log) -> None:
         """One line of metrics: means over the steps since the last one."""
+        start = time.perf_counter()
         window, steps = self.window.tolist(), self.window_steps
         now = time.perf_counter()
+        idle = max(
+            self.waited - (now - start), 0.0
+        )  # while this process waited, a GPU may have had work: it is late by that now
+        self.waited = 0.0
         seconds, done = now - self.mark, self.step - self.marked
         self.mark, self.marked = now, self.step
         self.window.zero_()
@@ -271,10 +286,25 @@ class Trainer:
         if self.peak and (flops := self.task.flops(self.model, pairs, patches / pairs, max(tokens, 1))) is not None:
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
+        figures["data_wait"] = self.data_wait(idle / seconds)
         if self.rejected is not None:
             self.rejected.exchange(self.world)
             figures |= {"bad_samples": len(self.rejected)} if len(self.rejected) else {}
         log.write(self.step, figures)
+
+    def data_wait(self, fraction: float) -> float:
+        """The largest fraction of the time that a rank spent waiting for data; a line, once, where it is large."""
+        every = torch.zeros(self.world.size, dtype=torch.float64, device=self.world.device)
+        every[self.world.rank] = fraction
+        worst, rank = self.world.sum(every).max(0)
+        if worst > STARVED and not self.starved and self.marked > self.first + STARTING:
+            self.starved = True
+            who = f"rank {int(rank)}" if self.world.size > 1 else "the step"
+            say(
+                f"{who} waits for data {100 * float(worst):.0f}% of the time: raise data.workers ({self.config.data.workers}), store smaller "
+                "images (data import with max-side), or use a faster disk"
+            )
+        return float(worst)
 
     def unwrapped(self) -> Trainable:
         return cast(Trainable, self.model)

@@ -301,8 +301,8 @@ class Trainer:
             self.starved = True
             who = f"rank {int(rank)}" if self.world.size > 1 else "the step"
             say(
-                f"{who} waits for data {100 * float(worst):.0f}% of the time: raise data.workers ({self.config.data.workers}), store smaller "
-                "images (data import with max-side), or use a faster disk"
+                f"{who} waits for data {100 * float(worst):.0f}% of the time: raise data.workers ({self.config.data.workers}), store "
+                "smaller images (data import with max-side), or use a faster disk"
             )
         return float(worst)
 

@@ -32,9 +32,6 @@ from aimv2.train.schedule import learning_rate
 from aimv2.train.step import StepFigures, TrainStep
 from aimv2.train.view import make_view
 
-STARVED = 0.3  # part of the time that a step waits for data, of which a line is worth it
-STARTING = 20  # steps, while buffers of the loader fill
-
 
 class Stream(Protocol):
     """Endless batches of this rank, restorable."""
@@ -262,6 +259,8 @@ class Trainer:
 
     def report(self, log: Log) -> None:
         """One line of metrics: means over the steps since the last one."""
+        from aimv2.train.waits import data_wait
+
         start = time.perf_counter()
         window, steps = self.window.tolist(), self.window_steps
         now = time.perf_counter()
@@ -286,25 +285,11 @@ class Trainer:
         if self.peak and (flops := self.task.flops(self.model, pairs, patches / pairs, max(tokens, 1))) is not None:
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
         figures["memory_gb"] = memory_gb(self.world.device)
-        figures["data_wait"] = self.data_wait(idle / seconds)
+        figures["data_wait"] = data_wait(self, idle / seconds)
         if self.rejected is not None:
             self.rejected.exchange(self.world)
             figures |= {"bad_samples": len(self.rejected)} if len(self.rejected) else {}
         log.write(self.step, figures)
-
-    def data_wait(self, fraction: float) -> float:
-        """The largest fraction of the time that a rank spent waiting for data; a line, once, where it is large."""
-        every = torch.zeros(self.world.size, dtype=torch.float64, device=self.world.device)
-        every[self.world.rank] = fraction
-        worst, rank = self.world.sum(every).max(0)
-        if worst > STARVED and not self.starved and self.marked > self.first + STARTING:
-            self.starved = True
-            who = f"rank {int(rank)}" if self.world.size > 1 else "the step"
-            say(
-                f"{who} waits for data {100 * float(worst):.0f}% of the time: raise data.workers ({self.config.data.workers}), store "
-                "smaller images (data import with max-side), or use a faster disk"
-            )
-        return float(worst)
 
     def unwrapped(self) -> Trainable:
         return cast(Trainable, self.model)

@@ -1,0 +1,31 @@
+"""Whether a loader starves the step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from aimv2.io import say
+
+if TYPE_CHECKING:
+    from aimv2.train.loop import Trainer
+
+STARVED = 0.3  # part of the time that a step waits for data, of which a line is worth it
+STARTING = 20  # steps, while buffers of the loader fill
+
+
+def data_wait(trainer: Trainer, fraction: float) -> float:
+    """The largest fraction of the time that a rank spent waiting for data; a line, once, where it is large. Collective."""
+    world = trainer.world
+    every = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    every[world.rank] = fraction
+    worst, rank = world.sum(every).max(0)
+    if worst > STARVED and not trainer.starved and trainer.marked > trainer.first + STARTING:
+        trainer.starved = True
+        who = f"rank {int(rank)}" if world.size > 1 else "the step"
+        say(
+            f"{who} waits for data {100 * float(worst):.0f}% of the time: raise data.workers ({trainer.config.data.workers}), store "
+            "smaller images (data import with max-side), or use a faster disk"
+        )
+    return float(worst)

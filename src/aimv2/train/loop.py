@@ -95,13 +95,14 @@ class Trainer:
         self.last: StepFigures | None = None
         self.compiled = compiled
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
-        self.first = 0  # step of this start
         self.terms = [name for name, weight in self.update.objective.weights.items() if weight]
         # terms, norm, tokens
         self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
         self.window_steps = 0
-        self.waited = 0.0  # seconds for data, since the last line of metrics
-        self.starved = False  # it has been said
+        self.waited, self.starved = (
+            0.0,
+            False,
+        )  # seconds for data, since the last line of metrics; whether that was said
         self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None
@@ -147,8 +148,7 @@ class Trainer:
                 self.compile()
         log.start()
         self.mark, self.marked = time.perf_counter(), self.step
-        self.first, self.waited = self.step, 0.0
-        began, before = self.mark, self.seconds
+        self.waited, began, before = 0.0, self.mark, self.seconds
         saved = self.step if self.step else -1
         while self.step < last:
             self.train_step(self.next_batch(saved))
@@ -264,10 +264,7 @@ class Trainer:
         start = time.perf_counter()
         window, steps = self.window.tolist(), self.window_steps
         now = time.perf_counter()
-        idle = max(
-            self.waited - (now - start), 0.0
-        )  # while this process waited, a GPU may have had work: it is late by that now
-        self.waited = 0.0
+        idle, self.waited = max(self.waited - (now - start), 0.0), 0.0  # a GPU had work meanwhile, which is done now
         seconds, done = now - self.mark, self.step - self.marked
         self.mark, self.marked = now, self.step
         self.window.zero_()

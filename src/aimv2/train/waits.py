@@ -21,7 +21,8 @@ def data_wait(trainer: Trainer, fraction: float) -> float:
     every = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     every[world.rank] = fraction
     worst, rank = world.sum(every).max(0)
-    if worst > STARVED and not trainer.starved and trainer.marked > trainer.first + STARTING:
+    log = trainer.log
+    if log and log.active and worst > STARVED and not trainer.starved and trainer.step > log.first + STARTING:
         trainer.starved = True
         who = f"rank {int(rank)}" if world.size > 1 else "the step"
         say(

@@ -96,8 +96,7 @@ class Trainer:
         self.compiled = compiled
         self.step, self.seconds, self.figures = 0, 0.0, dict[str, float]()
         self.terms = [name for name, weight in self.update.objective.weights.items() if weight]
-        # terms, norm, tokens
-        self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)
+        self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)  # terms, norm, tokens
         self.window_steps = 0
         self.waited, self.starved = (
             0.0,
@@ -275,14 +274,12 @@ class Trainer:
         weights = self.update.objective.weights
         figures: dict[str, Any] = {"loss": sum(weights[term] * mean for term, mean in zip(self.terms, means))}
         figures |= {f"{term}_loss": mean for term, mean in zip(self.terms, means)}
-        figures["lr"] = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
-        figures["grad_norm"] = norm
-        figures["pairs_per_s"] = pairs * done / seconds
+        rate = learning_rate(self.step - 1, self.config.train.steps, self.config.optim)
+        figures |= {"lr": rate, "grad_norm": norm, "pairs_per_s": pairs * done / seconds}
         figures["tokens_per_s"] = (tokens + patches) * done / seconds
         if self.peak and (flops := self.task.flops(self.model, pairs, patches / pairs, max(tokens, 1))) is not None:
             figures["mfu"] = flops * done / seconds / (self.peak * self.world.size)
-        figures["memory_gb"] = memory_gb(self.world.device)
-        figures["data_wait"] = data_wait(self, idle / seconds)
+        figures |= {"memory_gb": memory_gb(self.world.device), "data_wait": data_wait(self, idle / seconds)}
         if self.rejected is not None:
             self.rejected.exchange(self.world)
             figures |= {"bad_samples": len(self.rejected)} if len(self.rejected) else {}

@@ -29,7 +29,7 @@ from aimv2.config.paths import PATHS
 from aimv2.config.schema import config_class, leaf_keys
 from aimv2.config.types import Home, convert, rules
 from aimv2.errors import UsageError
-from aimv2.places import can_hold, private_folder
+from aimv2.places import LIBRARIES, cache_folder, can_hold, private_folder
 from aimv2.report.write import after_run
 from aimv2.train.launch import about_run
 from aimv2.train.loop import Trainer
@@ -244,6 +244,18 @@ def test_a_temporary_cache_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
     assert private_folder() != str(folder)
+
+
+def test_a_cache_that_is_in_the_way(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in (*LIBRARIES, "HF_HOME"):
+        monkeypatch.setenv(name, "own")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder("index") == home / ".cache/aimv2/index"
+    (home / ".cache").mkdir()
+    (home / ".cache/aimv2").write_text("no folder")
+    assert cache_folder("index") == Path(private_folder()) / "aimv2/index"
+    assert all(os.environ[name] == "own" for name in LIBRARIES)  # a library's own variable stays
 
 
 def test_where_a_cache_can_be(tmp_path: Path) -> None:

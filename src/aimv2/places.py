@@ -54,7 +54,7 @@ def settle_caches() -> None:
     A cache that ``XDG_CACHE_HOME`` names is the user's choice and stays, as does a library's own variable.
     """
     own = os.path.expanduser("~/.cache")
-    if os.environ.get("XDG_CACHE_HOME") or can_hold(own):
+    if os.environ.get("XDG_CACHE_HOME") or (can_hold(own) and can_hold(os.path.join(own, "aimv2", "index"))):
         return
     scratch = private_folder()
     os.environ["XDG_CACHE_HOME"] = scratch

@@ -195,8 +195,9 @@ def test_signal_while_it_compiles(data, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(TrainStep, "warm_up", signalled)
     monkeypatch.setattr("aimv2.train.compiling.want_compile", lambda train, world: (True, None))
-    assert main(options(data, run, **HOW)) == 143
+    assert main(options(data, run, **HOW, train__compile="auto")) == 143
     monkeypatch.undo()
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"stopped while compiling, after step 0; go on with: aimv2 pretrain --run {run} --resume"
-    assert goes_on(run, whole)
+    resume(run, train__compile="off")
+    assert exact(run) == whole

@@ -18,6 +18,7 @@ from aimv2.config.load import parse
 from aimv2.data.images.decode import ImageError
 from aimv2.data.shards.format import write_shard
 from aimv2.data.stream.conversations import ConversationStream, RowMaker, TooLong, pack_texts, rows_to_batch
+from aimv2.data.stream.rejected import BadSample
 from aimv2.distributed import World
 from aimv2.errors import RankError, UsageError
 from aimv2.objectives.instruct import InstructObjective
@@ -162,6 +163,17 @@ def test_long_rows_are_counted_and_said(
     assert int(lengths.max()) <= 75
     assert bool((lengths == 75).any()) == cut
     assert all(int(batch.token_count) > 0 for batch in batches)
+
+
+def test_kinds_of_bad_rows_are_said_at_once_after_a_resume(
+    root: Path, processor: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = stream(root, processor, limit=None)
+    for number in range(30):  # of the run before
+        one.rejected.add(BadSample(f"before/{number}", "no answer"))
+    for _ in range(12):
+        next(one)
+    assert "bad rows so far, left out: no answer: 1 " in capfd.readouterr().err.replace(" (s", " ")
 
 
 def test_a_row_that_would_lose_an_image_is_never_cut(processor: Any) -> None:

@@ -362,7 +362,7 @@ class ConversationStream(TrainStream):
         """``window``: global batches from which rows of similar length are put together."""
         self.make, self.window, self.accumulate, self.pack = make, window, accumulate, pack
         self.long, self.next_line = 0, 1
-        self.passed, self.said, self.next_bad = PassedOver(), 0, 1
+        self.passed, self.met, self.said, self.next_bad = PassedOver(), 0, 0, 1
         super().__init__(config, View(0, 0, False), None, batch_size, seed, rank, ranks)
 
     def encoder(
@@ -378,6 +378,7 @@ class ConversationStream(TrainStream):
         for kind, bad in zip(part.kinds, part.bad):
             if self.reject(named := BadSample(*bad)):
                 self.passed.add(kind, str(named))
+                self.met += 1  # without those of the run before a resume, whose kinds are not kept
 
     def joined(self, parts: list[Batch]) -> list[Batch]:
         self.long += sum(part.long for part in parts)
@@ -388,7 +389,7 @@ class ConversationStream(TrainStream):
                 "objective.long_rows)"
             )
             self.next_line = 10 * self.long
-        if len(self.rejected) >= self.next_bad:
+        if self.met >= self.next_bad:
             self.say_bad()
         batch = super().joined(parts)
         assert isinstance(batch, Batch)
@@ -399,10 +400,10 @@ class ConversationStream(TrainStream):
         """Bad rows so far, a line for each kind."""
         for line in passed_lines(self.passed.result(), "data.train: bad rows so far, left out"):
             say(line)
-        self.said, self.next_bad = len(self.rejected), 10 * len(self.rejected)
+        self.said, self.next_bad = self.met, 10 * self.met
 
     def close(self) -> None:
-        if len(self.rejected) > self.said:
+        if self.met > self.said:
             self.say_bad()
         super().close()
 

@@ -136,6 +136,11 @@ def test_figures_that_can_t_be_read(
         assert resume(run)["step"] == 6
         assert "summary.json can't be read" in capfd.readouterr().err
     assert exact(run) == exact(whole) and json.loads((run / "summary.json").read_text())["step"] == 6
+    with (run / "metrics.jsonl").open("ab") as file:  # of a run that is finished
+        file.write(b"\xff\xfe\n")
+    assert resume(run)["step"] == 6 and exact(run) == exact(whole)
+    said = capfd.readouterr().err
+    assert "1 lines of metrics.jsonl can't be read" in said and "is finished" in said
 
 
 def test_checkpoints_that_are_gone_are_no_start_at_step_0(

@@ -283,11 +283,12 @@ def resume(options: Config, given: dict[str, Any], started: float, dry_run: bool
     from aimv2.train.before import check_machine
     from aimv2.train.lock import one_writer
     from aimv2.train.relayout import take_layout
-    from aimv2.train.same_run import check_edits, check_never_saved, moved_data_are_given, same_data
+    from aimv2.train.same_run import check_edits, check_never_saved, mend_figures, moved_data_are_given, same_data
     from aimv2.train.sealing import newest_is_whole
 
     summary = read_summary(run)
     if summary is not None and summary.get("step") == config.train.steps and newest_is_whole(run):
+        mend_figures(run, config.train.steps)
         say(f"the run in {run} is finished")
         return summary
     world = join_world()

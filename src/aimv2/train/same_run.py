@@ -18,10 +18,10 @@ from aimv2.config.load import parse
 from aimv2.config.schema import Config, Source, flatten, to_dict
 from aimv2.distributed import join_world
 from aimv2.errors import UsageError, shown
-from aimv2.io import parse_yaml, read_file, write_aside
+from aimv2.io import is_first, parse_yaml, read_file, write_aside
 from aimv2.tasks import task_of
 from aimv2.train.checkpoint import read_about
-from aimv2.train.log import say
+from aimv2.train.log import cut_metrics, say
 from aimv2.train.prepare import CONFIG, MAY_CHANGE, MOVED, holds_run, stored_values
 
 if TYPE_CHECKING:
@@ -128,6 +128,12 @@ def start_or_go_on(
     if world.broadcast(holds_run(Path(options.run)) if world.main else None):
         return None, {"run": options.run}, {**given, "resume": True}
     return recipe, base, {key: value for key, value in given.items() if key not in ("resume", "accept_data")}
+
+
+def mend_figures(run: Path, step: int) -> None:
+    """Leaves lines of metrics out that can't be read, of a run that is finished; says so."""
+    if is_first() and (broken := cut_metrics(run / "metrics.jsonl", step)):
+        say(f"{broken} lines of metrics.jsonl can't be read and are left out; as it was it is damaged-metrics.jsonl")
 
 
 # ---- data ----

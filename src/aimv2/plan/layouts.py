@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from aimv2.config.schema import Config
 from aimv2.errors import UsageError
 from aimv2.plan.memory import Checkpointing, Memory, Program, RankLayout, Sizes, step_peak
 
@@ -59,6 +60,20 @@ def check_layout(replicate: int, shard: int, ranks: int) -> tuple[int, int]:
             code="mismatch",
         )
     return replicate, shard
+
+
+def layout_of_config(config: Config, ranks: int) -> RankLayout:
+    """The layout that a configuration asks for.
+
+    Raises:
+        UsageError: its product is not the number of ranks.
+    """
+    train, parallel = config.train, getattr(config, "parallel", None)
+    replicate, shard = check_layout(getattr(parallel, "replicate", 1), getattr(parallel, "shard", -1), ranks)
+    mode: Any = {False: "off", True: "full"}.get(train.checkpointing, train.checkpointing)
+    return RankLayout(
+        replicate, shard, train.accumulate, mode, getattr(parallel, "reshard", True), parallel is not None
+    )
 
 
 def choices(

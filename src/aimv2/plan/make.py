@@ -21,9 +21,9 @@ from aimv2.errors import UsageError
 from aimv2.models.cards import Card, find_card
 from aimv2.models.flops import step_flops
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
-from aimv2.plan.layouts import AGAIN, RESERVED, Choice, best_choice, check_layout, choice
+from aimv2.plan.layouts import AGAIN, RESERVED, Choice, best_choice, choice, layout_of_config
 from aimv2.plan.loading import Decoding, measure_decoding
-from aimv2.plan.memory import Program, RankLayout, Sizes
+from aimv2.plan.memory import Program, Sizes
 from aimv2.tasks.pretrain import shapes
 from aimv2.train import prepare
 from aimv2.train.defaults import unfilled
@@ -192,8 +192,8 @@ def steps_of(config: Config) -> int:
 
 def wanted_choice(config: Config, model: nn.Module, sizes: Sizes, gpus: int, room: float, program: Program) -> Choice:
     """The layout of the configuration."""
-    train, parallel = config.train, getattr(config, "parallel", None)
-    replicate, shard = check_layout(getattr(parallel, "replicate", 1), getattr(parallel, "shard", -1), gpus)
+    train = config.train
+    layout = layout_of_config(config, gpus)
     if sizes.pairs % train.accumulate:
         raise UsageError(
             f"train.batch_size {train.batch_size} gives {gpus} ranks (--gpus) {sizes.pairs:g} pairs each, which do not divide by "
@@ -201,11 +201,6 @@ def wanted_choice(config: Config, model: nn.Module, sizes: Sizes, gpus: int, roo
             option="train.accumulate",
             code="mismatch",
         )
-    modes: dict[Any, Any] = {False: "off", True: "full"}
-    mode = modes.get(train.checkpointing, train.checkpointing)
-    layout = RankLayout(
-        replicate, shard, train.accumulate, mode, getattr(parallel, "reshard", True), parallel is not None
-    )
     return choice(model, int(sizes.pairs) // train.accumulate, sizes, layout, room, program, bool(train.ema))
 
 

@@ -221,6 +221,8 @@ def segments_of(model: Any, sizes: Sizes, program: Program, checkpointing: Check
         block_segment(block, rows, rows, rows, sizes.patches, None, program, checkpointing) for block in encoder.blocks
     ]
     project = sum(parameters_of(part)[0] for part in (encoder.norm, decoder.project))
+    if shape.text:
+        project += parameters_of(decoder.token_embed)[0] + decoder.text_position.numel() + decoder.bos.numel()
     segments.append(
         Segment(
             dict(activations=norm(rows, width) + rows * e * width),
@@ -290,8 +292,7 @@ def heads_of(model: Any, text: float, scored: float, rows: float, program: Progr
         forward = WORD * vocabulary * at_once * (2 if chunked else 1)
         backward = WORD * vocabulary * at_once * (3 if chunked else 2)
         matrices += decoder.text_head.linear.weight.numel()
-        parts = (decoder.token_embed, decoder.text_head, decoder.trunk.norm)
-        total += sum(parameters_of(part)[0] for part in parts) + decoder.text_position.numel() + decoder.bos.numel()
+        total += sum(parameters_of(part)[0] for part in (decoder.text_head, decoder.trunk.norm))
     if shape.pixels:
         kept["activations"] += WORD * pixels * scored
         backward = max(backward, WORD * pixels * (scored * 2 + rows * 4))  # targets of all patches, normalised

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimv2.config.schema import Config
+from aimv2.models.layers import MATMUL_LENGTH
 from aimv2.models.sizes import model_config
 from aimv2.plan.layouts import layout_of_config
 from aimv2.plan.memory import Program, Sizes, step_peak
@@ -47,8 +49,7 @@ class Case:
         train.precision, train.compile = self.precision, "off"  # type: ignore[assignment]
         known = type(train.checkpointing) is bool
         train.checkpointing = self.checkpointing != "off" if known else self.checkpointing  # type: ignore[assignment]
-        if hasattr(config, "parallel"):
-            config.parallel.replicate, config.parallel.shard = self.parallel
+        config.parallel.replicate, config.parallel.shard = self.parallel
         return config
 
     def planned(self, fused: bool) -> float:
@@ -56,7 +57,8 @@ class Case:
         encoder, decoder = model_config(self.model, {"vocab_size": self.vocabulary})
         scored = encoder.patches - encoder.patches // 2
         sizes = Sizes(self.pairs, encoder.patches, TOKENS, TOKENS, scored)
-        program = Program(self.precision != "fp32", False, fused, fused_norm=False)
+        half = self.precision != "fp32"
+        program = Program(half, False, 0 if fused else MATMUL_LENGTH[half], fused_norm=False)
         layout = layout_of_config(self.config(), self.ranks)
         return step_peak(unfilled(encoder, decoder), sizes, layout, program).total
 
@@ -123,7 +125,11 @@ def resident(key: str) -> int:
 def measured(name: str) -> float:
     """:func:`measure` in a process of its own, 1e9 bytes."""
     words = [sys.executable, __file__, "--one", name]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout) / 1e9
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # what is freed goes back at once: what is held counts, not glibc's pools
+    return float(subprocess.run(words, capture_output=True, text=True, check=True, env=env).stdout) / 1e9
 
 
 def main() -> None:

@@ -57,6 +57,6 @@ def test_an_eager_block_keeps_what_is_computed(
     positions = PATCHES + TEXT if packed else PATCHES
     wanted = kept_by_block(
         block, rows, KEPT if packed else rows, PAIRS * positions, positions, PAIRS * TEXT if packed else None,
-        Program(half, False, fused, fused_norm=False),
+        Program(half, False, length, fused_norm=False),
     )  # fmt: skip
     assert found == pytest.approx(wanted, rel=0.01)

@@ -14,7 +14,6 @@ from aimv2.cli.dispatch import main
 from aimv2.data.scenes import write_scenes
 from aimv2.errors import UsageError
 from aimv2.models.cards import CARDS, card_of_device, find_card
-from aimv2.plan.layouts import check_layout
 
 RECIPE = {"config": "aimv2-large-224", "gpus": 64, "gpu": "h100", "nodes": 8, "decode_rate": 100.0}
 
@@ -52,6 +51,8 @@ def test_memory_follows_the_layout() -> None:
         plan(options={"train.checkpointing": mode})["configured"]["memory_gb"]["activations"] for mode in (False, True)
     ]
     assert kept[1] < kept[0] / 4
+    copies = plan(options={"parallel.replicate": 8})["configured"]
+    assert (copies["replicate"], copies["shard"]) == (8, 8)
     halved = plan(options={"train.accumulate": 2})["configured"]
     assert halved["memory_gb"]["activations"] == pytest.approx(kept[0] / 2, rel=0.05)
     assert halved["pairs_at_once"] == 64
@@ -80,6 +81,8 @@ def test_the_loader_is_measured_on_the_data(tmp_path: Path) -> None:
         ("--gpu h10", "--gpu", "did you mean 'h100'?"),
         ("--gpu abacus", "--gpu", "known are"),
         ("--gpus 48", "--gpus", "does not divide by 48"),
+        ("--parallel.shard 48", "parallel.shard", "does not make 64 ranks"),
+        ("--parallel.replicate 2 --parallel.shard 8", "parallel.shard", "does not make 64 ranks"),
         ("--nodes 3", "--nodes", "don't divide by --nodes 3"),
         ("--train.accumulate 256", "train.accumulate", "128 pairs each"),
         ("--train.precision fp32", "train.precision", "bf16"),
@@ -101,21 +104,6 @@ def test_no_recipe_or_another_task_is_refused() -> None:
     for name in ("aimv2-large-lit", "aimv2-large-native"):
         with pytest.raises(UsageError, match="planned"):
             plan(config=name)
-
-
-@pytest.mark.parametrize(
-    ("given", "ranks", "wanted"),
-    [((1, -1), 8, (1, 8)), ((-1, 2), 8, (4, 2)), ((-1, 1), 8, (8, 1)), ((2, 4), 8, (2, 4))],
-)
-def test_a_layout_is_filled_in(given: tuple[int, int], ranks: int, wanted: tuple[int, int]) -> None:
-    assert check_layout(*given, ranks) == wanted
-
-
-@pytest.mark.parametrize("given", [(2, 2), (3, -1), (-1, 5), (-1, -1), (0, 8), (-2, 4)])
-def test_a_layout_that_does_not_multiply_to_the_world_is_refused(given: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match=r"parallel\.shard") as error:
-        check_layout(*given, 8)
-    assert error.value.exit_code == 2
 
 
 def test_cards_are_found_by_name_and_by_device() -> None:

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from aimv2.config.types import AboveZero, Bounds, PositiveInt
+from aimv2.errors import UsageError
 from aimv2.tables import TextTable, percent
 
 EXAMPLES = """\
 aimv2 plan --config aimv2-large-224 --gpus 64 --gpu h100 --nodes 8
-aimv2 plan --config aimv2-3B-224 --gpus 8 --gpu a100-40 --price 1.5"""
-FIRST = "config gpus gpu nodes price mfu tokens decode_rate train.batch_size train.accumulate train.checkpointing"
+aimv2 plan --config aimv2-3B-224 --gpus 8 --gpu a100-40 --price 1.5
+aimv2 plan --check runs/mine"""
+FIRST = "config gpus gpu nodes price mfu tokens decode_rate check train.batch_size train.accumulate train.checkpointing"
 WORDS = {"copies": "weights in half precision", "buffers": "gathered and waiting (FSDP2)"}
 
 
@@ -36,6 +38,7 @@ class PlanOptions:
         tokens: assumed caption tokens of a pair, end of text included
         decode_rate: images a second that a CPU core reads; null: measured on this machine for a second
         write_speed: assumed gigabytes a second that a node writes to where checkpoints go
+        check: a finished run to compare with its plan, in place of config: parameters, pairs/s, memory
     """
 
     config: str | None = None
@@ -48,6 +51,7 @@ class PlanOptions:
     tokens: Annotated[float, Bounds(1)] = 32.0
     decode_rate: Annotated[float | None, Bounds(0, above=True)] = None
     write_speed: AboveZero = 1.0
+    check: str | None = None
 
 
 def run(options: PlanOptions) -> dict[str, Any]:
@@ -55,20 +59,33 @@ def run(options: PlanOptions) -> dict[str, Any]:
     Returns:
         ``parameters``, ``configured`` and ``suggested`` (layout, ``memory_gb`` by part, ``peak_gb``, ``fits``), ``planned`` (which of
         them the rest is of), ``flops_a_pair``, ``flops_a_step``, ``pairs_per_s``, ``days``, ``cost``, ``cores``, ``read_mb_per_s``,
-        ``checkpoint_gb``, ``save_seconds``, ``assumed``, ...
+        ``checkpoint_gb``, ``save_seconds``, ``assumed``, ...; with ``check``: ``planned``, ``measured`` and ``ratios`` of ``parameters``,
+        ``pairs_per_s`` and ``memory_gb``, ``mfu`` that the run reached.
 
     Raises:
         UsageError: an unknown card, a layout whose product is not the number of GPUs, a task that is not planned.
     """
-    from aimv2.plan.make import Assumed, plan
+    from aimv2.models.cards import find_card
+    from aimv2.plan.make import Assumed, plan_run, read_config
 
     assumed = Assumed(options.mfu, options.tokens, options.decode_rate, options.write_speed * 1e9)
     given = dict(options.options or {})
-    return plan(options.config, given, options.gpus, options.gpu, options.nodes, options.price, assumed)
+    if options.check is not None:
+        from aimv2.plan.check import check_run
+
+        if options.config is not None or given:
+            what = "--config" if options.config is not None else next(iter(given))
+            raise UsageError(f"{what}: --check takes the run's own values; leave it out", option=what, code="conflict")
+        return check_run(options.check, assumed)
+    card = find_card(options.gpu)
+    return plan_run(read_config(options.config, given), options.gpus, card, options.nodes, options.price, assumed)
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """What is counted, the memory of the configured layout and of the one that fits, what is estimated."""
+    """What is counted, the memory of the configured layout and of the one that fits, what is estimated; or planned and measured."""
+    if "checked" in result:
+        render_check(result, console)
+        return
     counted = {
         "model": f"{result['model']}, {result['parameters'] / 1e6:,.1f}M parameters",
         "vocabulary": f"{result['vocabulary']:,} ({result['vocabulary_from']})",
@@ -81,6 +98,30 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(line, soft_wrap=False, width=80)
     console.print(f"\nestimates, for the {result['planned']} layout")
     show(console, estimates(result))
+
+
+def render_check(result: dict[str, Any], console: Console) -> None:
+    """Planned, measured, and their ratio."""
+    console.print(
+        f"{result['checked']}: {result['model']}, step {result['step']}, {result['ranks']} rank(s), {result['device']}\n"
+    )
+    table = TextTable(("", "planned", "measured", "ratio"), right=("planned", "measured", "ratio"))
+    for key, form, name in (
+        ("parameters", ",", "parameters"),
+        ("pairs_per_s", ",.1f", "pairs/s"),
+        ("memory_gb", ",.2f", "memory, GB"),
+    ):
+        cells = [format(result[side][key], form) for side in ("planned", "measured")]
+        table.rows.append([name, *cells, f"{result['ratios'][key]:.2f}"])
+    console.print(table.to_text())
+    base = f"; {result['process_gb']:.2f} GB of it are the process before its model" if result["process_gb"] else ""
+    notes = {
+        "pairs/s": f"planned with --mfu {result['mfu_assumed']:g} of the peak that the run's log counts with; the run reached "
+        f"{percent(result['mfu'])}: plan the next one with --mfu {result['mfu']:.2f}",
+        "memory": f"of a step; measured: the most that the log has, validation and saving included{base}",
+        "captions": f"{result['tokens_a_pair']:.1f} tokens a pair in the mean, {result['flops_a_pair']:.3g} FLOPs a pair",
+    }
+    show(console, notes)
 
 
 def show(console: Console, rows: dict[str, str]) -> None:

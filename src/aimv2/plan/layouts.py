@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from aimv2.config.schema import Config
-from aimv2.errors import UsageError
 from aimv2.plan.memory import Checkpointing, Memory, Program, RankLayout, Sizes, step_peak
+from aimv2.train.parallel import layout_of
 
 # of a step's time, what recomputation adds: a forward pass of three; the cheap part of one (assumed, not measured)
 AGAIN: dict[Checkpointing, float] = {"off": 0.0, "selective": 0.05, "full": 1 / 3}
@@ -34,46 +34,15 @@ def divisors(number: int) -> list[int]:
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-def check_layout(replicate: int, shard: int, ranks: int) -> tuple[int, int]:
-    """``parallel.replicate`` and ``parallel.shard`` with -1 filled in.
-
-    Raises:
-        UsageError: their product is not the number of ranks.
-    """
-    given = f"parallel.replicate {replicate} x parallel.shard {shard}"
-    if replicate == -1 and shard == -1:
-        raise UsageError(f"{given}: only one of them can be -1; give the other", option="parallel.shard")
-    for known in (replicate, shard):
-        if known < -1 or known == 0 or (known > 0 and ranks % known):
-            raise UsageError(
-                f"{given} is not the number of ranks, {ranks} (--gpus): sizes that divide it, or -1, are expected",
-                option="parallel.shard",
-                code="mismatch",
-            )
-    replicate = ranks // shard if replicate == -1 else replicate
-    shard = ranks // replicate if shard == -1 else shard
-    if replicate * shard != ranks:
-        raise UsageError(
-            f"{given} is {replicate * shard} ranks, and there are {ranks} (--gpus): the product of both is expected to be {ranks}; "
-            "-1 stands for what the other leaves",
-            option="parallel.shard",
-            code="mismatch",
-        )
-    return replicate, shard
-
-
 def layout_of_config(config: Config, ranks: int) -> RankLayout:
     """The layout that a configuration asks for.
 
     Raises:
         UsageError: its product is not the number of ranks.
     """
-    train, parallel = config.train, getattr(config, "parallel", None)
-    replicate, shard = check_layout(getattr(parallel, "replicate", 1), getattr(parallel, "shard", -1), ranks)
+    train, parallel = config.train, config.parallel
     mode: Any = {False: "off", True: "full"}.get(train.checkpointing, train.checkpointing)
-    return RankLayout(
-        replicate, shard, train.accumulate, mode, getattr(parallel, "reshard", True), parallel is not None
-    )
+    return RankLayout(*layout_of(parallel, ranks), train.accumulate, mode, parallel.reshard)
 
 
 def choices(

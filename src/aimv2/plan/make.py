@@ -18,7 +18,7 @@ from aimv2.config.schema import Config
 from aimv2.data.stream.samples import training_samples
 from aimv2.data.text.tokenizer import load_tokenizer
 from aimv2.errors import UsageError
-from aimv2.models.cards import Card, find_card
+from aimv2.models.cards import Card
 from aimv2.models.flops import step_flops
 from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.plan.layouts import AGAIN, RESERVED, Choice, best_choice, choice, layout_of_config
@@ -75,8 +75,8 @@ def read_config(recipe: str | None, given: dict[str, Any]) -> Config:
     return config
 
 
-def check_planned(config: Config) -> None:
-    """Raises UsageError where a plan's figures would be wrong."""
+def check_planned(config: Config, of_card: bool = True) -> None:
+    """Raises UsageError where a plan's figures would be wrong; ``of_card``: also those that rest on the peak of a card."""
     why = None
     if config.objective.name != "pretrain":
         why = f"objective.name {config.objective.name}: only pre-training is planned"
@@ -84,7 +84,7 @@ def check_planned(config: Config) -> None:
         why = f"train.patch_budget {config.train.patch_budget}: native steps are not planned; give a model of a fixed image size"
     elif config.optim.lora:
         why = f"optim.lora {config.optim.lora}: low-rank updates are not planned; leave optim.lora out"
-    elif config.train.precision == "fp32":
+    elif of_card and config.train.precision == "fp32":
         why = "train.precision fp32: the peaks of cards are those of bf16; plan with --train.precision bf16"
     elif config.model.name == "auto":
         why = "model.name auto: a plan is of a named model; give --model.name NAME (`aimv2 models` lists them)"
@@ -278,17 +278,3 @@ def checkpoints(
         "save_fraction": written / (written + every),
         "copy_seconds": copied,
     }
-
-
-def plan(
-    recipe: str | None,
-    given: dict[str, Any],
-    gpus: int,
-    gpu: str,
-    nodes: int,
-    price: float | None,
-    assumed: Assumed,
-) -> dict[str, Any]:
-    """See :func:`aimv2.api.plan`."""
-    card = find_card(gpu)
-    return plan_run(read_config(recipe, given), gpus, card, nodes, price, assumed)

@@ -28,18 +28,22 @@ class Program:
     Attributes:
         half: matmuls in bf16 or fp16.
         compiled: blocks under torch.compile, which recomputes what is cheap.
-        fused_attention: one kernel (CUDA); else scores are kept, as on a CPU for short sequences.
+        matmul_length: positions up to which attention is two matmuls, which keep the scores, as on a CPU; one kernel above.
         fused_norm: RMSNorm keeps its input only (CUDA).
     """
 
     half: bool
     compiled: bool = False
-    fused_attention: bool = True
+    matmul_length: float = 0
     fused_norm: bool = True
 
     @property
     def e(self) -> int:
         return 2 if self.half else WORD
+
+    def fused(self, length: float) -> bool:
+        """Whether attention over so many positions is one kernel."""
+        return length > self.matmul_length
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,6 @@ class RankLayout:
         accumulate: micro-batches a step.
         checkpointing: what a block recomputes in the backward pass.
         reshard: gathered weights of a block are freed after its forward pass.
-        gathers_half: blocks gather their weights in half precision.
     """
 
     replicate: int = 1
@@ -60,7 +63,6 @@ class RankLayout:
     accumulate: int = 1
     checkpointing: Checkpointing = "off"
     reshard: bool = True
-    gathers_half: bool = True
 
     @property
     def ranks(self) -> int:
@@ -144,7 +146,7 @@ def kept_by_block(
         program: how it runs.
     """
     width, hidden, heads, e = block.attn.proj.in_features, block.mlp.down.in_features, block.attn.heads, program.e
-    fused, packed = program.fused_attention, packed_text is not None
+    fused, packed = program.fused(length), packed_text is not None
     if program.compiled:  # inputs of matmuls and of attention; norms and sums are recomputed
         kept = rows * (WORD * width + e * width + WORD) + kept_rows * (3 * e * width + 3 * e * hidden + WORD)
         kept += slots * 3 * e * width
@@ -173,7 +175,7 @@ def selected_by_block(
 ) -> float:
     """Bytes that a block keeps where only outputs of matmuls and of attention are kept, and the rest is recomputed."""
     width, hidden, heads, e = block.attn.proj.in_features, block.mlp.down.in_features, block.attn.heads, program.e
-    attention = e * width + (WORD * heads if program.fused_attention else e * heads * length)
+    attention = e * width + (WORD * heads if program.fused(length) else e * heads * length)
     kept = rows * (WORD * width + 3 * e * width) + slots * attention
     return kept + kept_rows * (e * width + 2 * e * hidden + e * width)
 
@@ -182,7 +184,7 @@ def backward_of_block(block: Any, rows: float, slots: float, length: float, prog
     """Bytes that the backward pass of a block needs beyond what it keeps: gradients of SwiGLU or of attention, and of the stream."""
     width, hidden, heads, e = block.attn.proj.in_features, block.mlp.down.in_features, block.attn.heads, program.e
     stream = rows * (WORD * width + e * width)
-    attention = slots * (4 * e * width + (0 if program.fused_attention else 2 * WORD * heads * length))
+    attention = slots * (4 * e * width + (0 if program.fused(length) else 2 * WORD * heads * length))
     return stream + max(rows * 2 * e * hidden, attention)
 
 
@@ -318,7 +320,7 @@ def step_peak(model: Any, sizes: Sizes, layout: RankLayout, program: Program, em
     """
     segments = segments_of(model, sizes, program, layout.checkpointing)
     total, many = sum(p.numel() for p in model.parameters()), layout.ranks > 1
-    half = program.half and layout.gathers_half and many
+    half = program.half and many  # blocks gather their weights in half precision
     gathered = 2 if half else WORD  # bytes of a block's gathered weight
     stays = not layout.reshard or layout.shard == 1
     largest = max(one.parameters for one in segments if one.block)

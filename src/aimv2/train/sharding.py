@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.distributed import device_mesh
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from aimv2.config.schema import Config
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # train.precision
 
 
-def make_mesh(layout: tuple[int, int], device: torch.device) -> device_mesh.DeviceMesh:
+def make_mesh(layout: tuple[int, int], device: torch.device) -> DeviceMesh:
     """Ranks by (copy, part); neighbours in rank, which are on one machine, hold the parts of one copy."""
     replicate, shard = layout
-    if replicate == 1:
-        return device_mesh.init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return device_mesh.init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    with unset_fake_temporarily():  # its ranks are values, where a plan steps on tensors without any
+        if replicate == 1:
+            return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
+        return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model: Trainable, layout: tuple[int, int], config: Config, device: torch.device) -> None:

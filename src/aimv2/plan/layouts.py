@@ -41,7 +41,8 @@ def layout_of_config(config: Config, ranks: int) -> RankLayout:
         UsageError: its product is not the number of ranks.
     """
     train, parallel = config.train, config.parallel
-    mode: Any = {False: "off", True: "full"}.get(train.checkpointing, train.checkpointing)
+    modes: dict[Any, Any] = {False: "off", True: "full"}
+    mode = modes.get(train.checkpointing, train.checkpointing)
     return RankLayout(*layout_of(parallel, ranks), train.accumulate, mode, parallel.reshard)
 
 

@@ -64,7 +64,7 @@ bench: setup
 
 # the installed packages against constraints.lock: make audit ADVISORIES=osv.zip
 ADVISORIES ?=
-audit: setup
+audit:
 	$(BIN)/python tools/lock.py check $(if $(ADVISORIES),--advisories $(ADVISORIES))
 
 docs: setup

@@ -63,6 +63,26 @@ def test_advisories_of_a_file(tmp_path: Path) -> None:
     assert len(lock.advisories(one, {"pillow": "13.0.0"})) == 1
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"vulns": null}', None])
+def test_a_file_without_advisories_says_nothing_about_them(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "osv.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"ADVISORIES .*osv\.json: .* is expected"):
+        lock.main(["check", "--lock", str(ROOT / "constraints.lock"), "--advisories", str(file)])
+
+
+def test_records_with_gaps(tmp_path: Path) -> None:
+    file, odd = tmp_path / "osv.json", record({"introduced": "0", "fixed": "13.1"}, versions=("of old",))
+    package = odd["affected"][0]["package"]
+    file.write_text(
+        json.dumps(
+            [{"id": "A", "affected": None}, {"id": "B", "affected": [{"package": package, "ranges": None}]}, odd]
+        )
+    )
+    assert [line.partition(":")[0] for line in lock.advisories(file, {"pillow": "13.0.0"})] == ["PYSEC-1"]
+
+
 def test_check_says_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

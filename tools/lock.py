@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,25 +93,39 @@ def differences(lock: dict[str, tuple[str, list[str]]], here: dict[str, str]) ->
     return lines
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """OSV records of a JSON file or a zip of such files."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
-    else:
-        texts = [path.read_bytes()]
-    for text in texts:
-        stored = json.loads(text)
-        for record in stored if isinstance(stored, list) else stored.get("vulns", [stored]):
-            if isinstance(record, dict) and not record.get("withdrawn"):
-                yield record
+def records(path: Path) -> list[dict[str, Any]]:
+    """OSV records of a JSON file or a zip of such files, withdrawn ones too.
+
+    Raises:
+        SystemExit: a file that can't be read, or holds none: nothing can be said from it.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+        else:
+            texts = [path.read_bytes()]
+        every = [json.loads(text) for text in texts]
+    except (OSError, ValueError, zipfile.BadZipFile, RecursionError) as error:
+        raise SystemExit(
+            f"ADVISORIES {path}: {error}; an OSV export is expected, one record as JSON, a list or a zip"
+        ) from None
+    lists = [stored if isinstance(stored, list) else dict(stored).get("vulns", [stored]) for stored in every if stored]
+    found = [
+        one for rows in lists for one in rows or () if isinstance(one, dict) and one.get("id") and "affected" in one
+    ]
+    if not found:
+        raise SystemExit(
+            f"ADVISORIES {path}: no OSV record in it (id, affected); one record as JSON, a list or a zip is expected"
+        )
+    return found
 
 
 def advisories(path: Path, here: dict[str, str]) -> list[str]:
     """A line for each advisory that matches an installed version."""
     lines = []
     for record in records(path):
-        for affected in record.get("affected", []):
+        for affected in () if record.get("withdrawn") else record.get("affected") or ():
             package = affected.get("package", {})
             name = canonicalize_name(str(package.get("name", "")))
             if package.get("ecosystem") == "PyPI" and name in here and matches(affected, here[name]):
@@ -132,31 +145,31 @@ def events(affected: dict[str, Any]) -> list[dict[str, str]]:
 def matches(affected: dict[str, Any], version: str) -> bool:
     """Whether a version is among those affected: listed, or after an introduction and before the fix that follows it."""
     here = Version(version)
-    for listed in affected.get("versions", []):
-        try:
-            if Version(listed) == here:
-                return True
-        except InvalidVersion:
-            continue
-    for one in affected.get("ranges", []):
+    if any(number(listed) == here for listed in affected.get("versions") or ()):
+        return True
+    for one in affected.get("ranges") or ():
         if one.get("type") == "GIT":
             continue
         inside = False
-        for event in sorted(one.get("events", []), key=place):
-            ((kind, at),) = event.items()
-            if kind == "introduced" and (at == "0" or Version(at) <= here):
+        points = [
+            (number(at), kind != "introduced", kind) for event in one.get("events") or () for kind, at in event.items()
+        ]
+        for at, _, kind in sorted(point for point in points if point[0] is not None):
+            if kind == "introduced" and at <= here:
                 inside = True
-            elif (kind == "fixed" and Version(at) <= here) or (kind == "last_affected" and Version(at) < here):
+            elif (kind == "fixed" and at <= here) or (kind == "last_affected" and at < here):
                 inside = False
         if inside:
             return True
     return False
 
 
-def place(event: dict[str, str]) -> tuple[Version, bool]:
-    """Order of events: by version, an introduction first."""
-    ((kind, at),) = event.items()
-    return Version(at), kind != "introduced"
+def number(text: str) -> Version | None:
+    """A version; None for what is none."""
+    try:
+        return Version(str(text))
+    except InvalidVersion:
+        return None
 
 
 def check(lock: Path, advisory_file: str | None) -> int:
@@ -168,7 +181,7 @@ def check(lock: Path, advisory_file: str | None) -> int:
     print(f"{same} of {len(wanted)} packages as in {lock.name}")
     if advisory_file:
         found = advisories(Path(advisory_file), here)
-        print(f"{len(found)} advisories of {Path(advisory_file).name} match")
+        print(f"{len(found)} of {len(records(Path(advisory_file)))} advisories in {Path(advisory_file).name} match")
         lines += found
     else:
         print("not checked against advisories: ADVISORIES=FILE, an OSV export")

@@ -13,9 +13,11 @@ def plot(grids: Sequence[Grid], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, style
+    from matplotlib import pyplot
 
-    with style.context("default"):  # a matplotlibrc of the working folder could run LaTeX
+    from aimv2.plots import own_style
+
+    with own_style():
         panels = [(grid, metric) for grid in grids for metric in dict.fromkeys(metric for _, metric in grid.columns)]
         sizes = [sum(cell.metric == metric for row in grid.rows for cell in row.values()) for grid, metric in panels]
         height = sum(0.22 * size + 1.3 for size in sizes)

@@ -260,9 +260,11 @@ def plot_layers(found: dict[str, float], name: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, style
+    from matplotlib import pyplot
 
-    with style.context("default"):  # a matplotlibrc of the working folder could run LaTeX
+    from aimv2.plots import own_style
+
+    with own_style():
         figure, axes = pyplot.subplots(figsize=(7, 4))
         axes.plot(range(len(found)), [100 * value for value in found.values()], marker="o")
         axes.set_xticks(range(len(found)), list(found), rotation=60 if len(found) > 12 else 0)

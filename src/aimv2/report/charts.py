@@ -286,10 +286,11 @@ def _short(value: float) -> str:
 
 def draw_png(panels: Sequence[Panel], file: Path) -> None:
     """Draw all panels as one PNG, for documents."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context("default"):  # a matplotlibrc of the working folder could run LaTeX
+    from aimv2.plots import own_style
+
+    with own_style():
         columns = 2 if len(panels) > 1 else 1
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")

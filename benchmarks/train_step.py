@@ -1,10 +1,10 @@
 """Our training step beside the plain one, interleaved: images a second, peak memory, and their ratios, as one JSON object.
 
-    python benchmarks/train_step.py [--rounds 7] [--steps 3] [--pairs 8] [--precision fp32 bf16]
+    python benchmarks/train_step.py [--rounds 7] [--steps 3] [--pairs 8] [--precision fp32 bf16] [--checkpointing full selective]
 
 Each step lives in a process of its own (so that its peak memory is its own) and they take turns: only ratios of
 interleaved rounds mean anything on a shared machine. Both see the same pairs in the same order. On a GPU where there is one:
-``--pairs 256`` fills it.
+``--pairs 256`` fills it. ``--checkpointing`` adds our step with recomputed blocks: its speed and memory relative to the one without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def plain_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]
     return (lambda batch: step(*batch)), inputs
 
 
-def our_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
+def our_path(precision: str, pairs: int, device: str, checkpointing: str = "off") -> tuple[Any, list[Any]]:
     """Our step, as the trainer runs it, and its batches."""
     import torch
 
@@ -67,6 +67,7 @@ def our_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
     model = create_model("aimv2-small-patch14-224", decoder=True, seed=0, depth=ENCODER_BLOCKS, **shape)
     config = Config()
     config.train.precision = precision  # type: ignore[assignment]
+    config.train.checkpointing = checkpointing  # type: ignore[assignment]
     config.optim.warmup = 10
     world = World(0, 1, torch.device(device))
     compiled, why_not = want_compile(config.train, world)
@@ -78,13 +79,14 @@ def our_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
     return (lambda batch: float(step(batch, 1).means.sum())), inputs
 
 
-def measure(precision: str, rounds: int, steps: int, pairs: int, device: str) -> dict[str, Any]:
-    """Both paths in turns."""
-    seconds, memory, missing = in_turns(
-        {name: (path, (precision, pairs, device)) for name, path in (("plain", plain_path), ("ours", our_path))},
-        rounds,
-        steps,
-    )
+def measure(precision: str, rounds: int, steps: int, pairs: int, device: str, modes: list[str]) -> dict[str, Any]:
+    """All paths in turns."""
+    paths: dict[str, Any] = {
+        "plain": (plain_path, (precision, pairs, device)),
+        "ours": (our_path, (precision, pairs, device)),
+        **{mode: (our_path, (precision, pairs, device, mode)) for mode in modes},
+    }
+    seconds, memory, missing = in_turns(paths, rounds, steps)
     assert not missing, missing
     rate = {path: pairs / statistics.median(values) for path, values in seconds.items()}
     return {
@@ -95,6 +97,15 @@ def measure(precision: str, rounds: int, steps: int, pairs: int, device: str) ->
         "peak_memory_gb": memory["ours"],
         "plain_peak_memory_gb": memory["plain"],
         "memory_ratio": memory["ours"] / memory["plain"],
+        "checkpointing": {
+            mode: {
+                "images_per_s": rate[mode],
+                "speed_ratio": statistics.median(o / r for o, r in zip(seconds["ours"], seconds[mode])),
+                "peak_memory_gb": memory[mode],
+                "memory_ratio": memory[mode] / memory["ours"],
+            }
+            for mode in modes
+        },
     }
 
 
@@ -112,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--pairs", type=int, default=8, help="of a step")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--checkpointing", nargs="*", choices=("full", "selective"), default=[], help="further modes")
     options = parser.parse_args()
     import torch
 
@@ -124,7 +136,9 @@ def main() -> None:
     }
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "allocator": allocator()}
     for precision in options.precision:
-        result[precision] = measure(precision, options.rounds, options.steps, options.pairs, device)
+        result[precision] = measure(
+            precision, options.rounds, options.steps, options.pairs, device, options.checkpointing
+        )
     print(json.dumps(result, indent=1))
 
 

@@ -55,7 +55,7 @@ def test_native_training_benchmark_runs() -> None:
 
 @pytest.mark.long
 def test_step_benchmark_runs() -> None:
-    words = ["--rounds", "1", "--steps", "1"]
+    words = ["--rounds", "1", "--steps", "1", "--checkpointing", "full", "selective"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "train_step.py"), *words],
         capture_output=True,
@@ -74,6 +74,8 @@ def test_step_benchmark_runs() -> None:
         assert figures["ratio_of_rounds"] == [pytest.approx(figures["ratio"], abs=1e-3)]
         assert figures["memory_ratio"] == pytest.approx(figures["peak_memory_gb"] / figures["plain_peak_memory_gb"])
         assert 0.05 < figures["plain_peak_memory_gb"] < 100, "1e9 bytes"
+        full, selective = (figures["checkpointing"][mode]["memory_ratio"] for mode in ("full", "selective"))
+        assert full < selective < 1
 
 
 @pytest.mark.long

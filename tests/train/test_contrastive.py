@@ -381,7 +381,7 @@ def test_samples_without_a_caption_are_bad(data: Path, encoder: Path, tmp_path: 
         tune(tmp_path, encoder, tmp_path / "again", data__features=str(tmp_path / "features"), data__max_bad=2)
 
 
-@pytest.mark.parametrize("more", [{"train__checkpointing": True}, {"train__compile": "on"}, {"train__ema": 0.5}])
+@pytest.mark.parametrize("more", [{"train__checkpointing": "full"}, {"train__compile": "on"}, {"train__ema": 0.5}])
 def test_what_must_not_change_the_losses(more: dict[str, Any], data: Path, encoder: Path, tmp_path: Path) -> None:
     if "train__compile" in more and (reason := can_compile(torch.device("cpu"))) is not None:
         pytest.skip(f"torch.compile does not work here: {reason}")
@@ -442,7 +442,7 @@ def test_wrong_use(data: Path, encoder: Path, tmp_path: Path) -> None:
         (data, {"init": None}, "--init MODEL says which"),
         (data, {"init": str(noise)}, "no layout of AIMV2 fits"),
         (blank_shards(tmp_path / "blank"), {}, "captions missing.*import them with --captions$"),
-        (data, {"train__accumulate": 2}, r"train\.accumulate 2 .*train\.checkpointing=true"),
+        (data, {"train__accumulate": 2}, r"train\.accumulate 2 .*train\.checkpointing=full"),
         (data, {"model__image_size": 64}, "its frozen encoder takes 32 px, model.image_size is 64"),
         (data, {"model__width": 64}, "its encoder has width 32, model.width is 64"),
         (data, {"model__text_heads": 5}, "model.text_heads 5 does not divide model.text_width 32"),
@@ -466,5 +466,5 @@ def test_wrong_use_is_one_line_and_exit_2(data: Path, encoder: Path, tmp_path: P
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
         "error: objective.name=contrastive compares each pair with the whole batch: train.accumulate 2 would lose most of the "
-        "others; use 1, and train.checkpointing=true where memory is short"
+        "others; use 1, and train.checkpointing=full where memory is short"
     ]

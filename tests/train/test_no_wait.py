@@ -102,8 +102,9 @@ def test_pretraining(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_no_wait(monkeypatch, pretrain(), square(), given)
 
 
-def test_recomputed_blocks_and_rates_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_no_wait(monkeypatch, pretrain(), square(), {"train.checkpointing": True, "optim.layer_decay": 0.8})
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_blocks_and_rates_by_layer(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_no_wait(monkeypatch, pretrain(), square(), {"train.checkpointing": mode, "optim.layer_decay": 0.8})
 
 
 def test_decoder_that_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def pairs():
     return make_batch(images, captions, [1, 15, 7, 3], 16)
 
 
-def one_step(world, batch, accumulate=1, checkpointing=False):
+def one_step(world, batch, accumulate=1, checkpointing="off"):
     config = Config()
     config.train.precision, config.train.steps, config.train.accumulate = "fp32", 10, accumulate
     config.train.checkpointing = checkpointing
@@ -187,7 +187,7 @@ def test_two_gloo_processes_give_the_gradients_of_one(ranks, accumulate):
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("accumulate", "checkpointing"), [(2, False), (4, False), (1, True)])
+@pytest.mark.parametrize(("accumulate", "checkpointing"), [(2, "off"), (4, "off"), (1, "full"), (1, "selective")])
 def test_micro_batches_and_recomputation_change_nothing(accumulate, checkpointing):
     world = World(0, 1, torch.device("cpu"))
     figures, gradients = one_step(world, pairs())

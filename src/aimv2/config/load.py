@@ -95,7 +95,7 @@ def parse(flat: dict[str, Any], stored: bool = False) -> Config:
     """
     from aimv2.config.paths import from_homes
 
-    task, flat = task_in(flat), from_homes(flat)
+    task, flat = task_in(flat), renewed(from_homes(flat))
     parser = config_parser(task)
     tree: dict[str, Any] = {}
     for key, value in flat.items():
@@ -111,6 +111,13 @@ def parse(flat: dict[str, Any], stored: bool = False) -> Config:
         refuse_foreign(config)
         refuse_changed(config, getattr(options_of(config.objective.name), "UNREAD", ()))
     return config
+
+
+def renewed(flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat values, those that had another type in earlier versions as they are now."""
+    if (key := "train.checkpointing") not in flat:
+        return flat
+    return {**flat, key: {"true": "full", "false": "off"}.get(str(flat[key]).lower(), flat[key])}
 
 
 def refuse_changed(config: Config, keys: Sequence[str]) -> None:

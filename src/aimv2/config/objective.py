@@ -99,7 +99,7 @@ class ContrastiveTaskOptions:
         if config.train.accumulate > 1:
             raise UsageError(
                 "objective.name=contrastive compares each pair with the whole batch: train.accumulate "
-                f"{config.train.accumulate} would lose most of the others; use 1, and train.checkpointing=true where memory is "
+                f"{config.train.accumulate} would lose most of the others; use 1, and train.checkpointing=full where memory is "
                 "short",
                 code="conflict",
             )

@@ -185,7 +185,8 @@ class TrainConfig:
         accumulate: micro-batches a step
         precision: of matmuls; weights, targets and losses are always fp32; fp16 scales the loss
         compile: torch.compile of each block; auto: where a compiler is found
-        checkpointing: recompute blocks in the backward pass instead of keeping their activations
+        checkpointing: recompute blocks in the backward pass instead of keeping their activations: full = all; selective = all
+            but matmuls and attention kernels; true and false mean full and off
         save_every: steps between checkpoints; 0: only at the end
         keep: newest checkpoints to keep; 0 keeps all
         log_every: steps between lines of metrics
@@ -202,7 +203,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: Literal["auto", "on", "off"] = "auto"
-    checkpointing: bool = False
+    checkpointing: Literal["off", "full", "selective"] = "off"
     save_every: int = 1000
     keep: int = 3
     log_every: int = 20

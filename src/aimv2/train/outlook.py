@@ -132,7 +132,11 @@ def step_memory(config: Config, model: nn.Module, ranks: int = 1) -> float:
     for name, block in model.named_modules():
         if isinstance(block, Block) and any(p.requires_grad for p in block.parameters()):
             width, hidden = block.attn.proj.in_features, block.mlp.down.in_features
-            row = 4 * width if train.checkpointing else 50 * width + 11 * hidden if half else 44 * width + 16 * hidden
+            row = {
+                "off": 50 * width + 11 * hidden if half else 44 * width + 16 * hidden,
+                "selective": 12 * width + 4 * hidden if half else 20 * width + 8 * hidden,
+                "full": 4 * width,
+            }[train.checkpointing]
             part = name.partition(".")[0]
             kept += row * ((0 if part == "text" else patches) + (0 if part in ("encoder", "image") else CAPTION))
     decoder = getattr(model, "decoder", None)

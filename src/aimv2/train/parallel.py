@@ -67,11 +67,10 @@ def parallelize(model: Trainable, config: Config, world: World, compiled: bool) 
         compiled: compile each block.
     """
     layout = layout_of(config.parallel, world.size)
-    if config.train.checkpointing:
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    if config.train.checkpointing != "off":
+        from aimv2.train.recompute import recompute_blocks
 
-        for blocks, index in blocks_of(model):
-            blocks[index] = checkpoint_wrapper(blocks[index], preserve_rng_state=False)
+        recompute_blocks(model, config.train.checkpointing)
     if compiled:
         from aimv2.train.compiling import compile_blocks
 

@@ -46,6 +46,7 @@ TOKENIZER_CAPTIONS = 200_000  # training captions that a tokenizer is trained on
 MAY_CHANGE = {
     "run", "resume", "overwrite", "take_over", "accept_data",
     "train.stop_at", "train.max_hours", "train.save_every", "train.keep", "train.log_every", "train.compile",
+    "train.checkpointing",
     "data.index_dir", "data.workers", "data.timeout", "data.max_bad", "log.tensorboard", "log.wandb", "log.report",
     *(k for k in leaf_keys() if k.startswith(("eval.", "parallel."))),
 }  # fmt: skip

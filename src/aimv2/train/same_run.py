@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from aimv2.config.load import parse
+from aimv2.config.load import parse, renewed
 from aimv2.config.schema import Config, Source, flatten, to_dict
 from aimv2.distributed import join_world
 from aimv2.errors import UsageError, shown
@@ -61,6 +61,7 @@ def check_edits(run: Path, config: Config, about: dict[str, Any]) -> list[str]:
         used = about.get("config")
         flat = flatten(used if isinstance(used, dict) else {})
         before = {key: value for key, value in flat.items() if key not in may_change}
+    before = renewed(before)
     # keys that another version has, or lacks, are none of a user
     changed = [key for key in now if key in before and now[key] != before[key]]
     words = {key: f"{key} {shown(before[key], 60)} -> {shown(now[key], 60)}" for key in changed}

@@ -38,7 +38,7 @@ def recompute_blocks(model: Trainable, mode: str) -> None:
             if mode == "full":
                 blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
             else:  # inside of what is compiled, so that the compiler decides with the policy
-                block.forward = selective(block.forward)  # type: ignore[method-assign]
+                block.forward = selective(block.forward)
 
 
 def selective(forward: Callable[..., Any]) -> Callable[..., Any]:

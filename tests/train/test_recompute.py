@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aimv2.batch import make_batch
+from aimv2.batch import Batch, make_batch
 from aimv2.config.load import parse, read_recipe
 from aimv2.config.schema import Config
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.models.create import create_model
 from aimv2.train.checkpoint import read_about
+from aimv2.train.half import linears
 from aimv2.train.outlook import step_memory
 from aimv2.train.same_run import check_edits
 from aimv2.train.step import TrainStep
@@ -37,20 +38,54 @@ class Computed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(mode: str, precision: str, compiled: bool = False) -> tuple[dict[str, torch.Tensor], Counter[str]]:
-    """Gradients of a batch by name, and what was computed for them."""
+def make_step(mode: str, precision: str) -> TrainStep:
     config = Config()
     config.train.precision, config.train.checkpointing = precision, mode  # type: ignore[assignment]
     decoder = {f"decoder_{key}": value for key, value in SHAPE.items()}
     model = create_model("aimv2-tiny-patch8-32", True, 0, decoder_vocab_size=20, **SHAPE, **decoder)  # type: ignore[arg-type]
-    step = TrainStep(model, config, World(0, 1, torch.device("cpu")), compiled)
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    batch = make_batch(images, [[5, 6, 1], [7, 1], [8, 9, 10, 11, 12, 1]], [1, 15, 7], 16)
+    return TrainStep(model, config, World(0, 1, torch.device("cpu")), False)
+
+
+def batch_of(pairs: int) -> Batch:
+    images = torch.randint(0, 256, (pairs, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    captions = [[5, 6, 1], [7, 1], [8, 9, 10, 11, 12, 1], [1]]
+    return make_batch(images, captions[:pairs], [1, 15, 7, 3][:pairs], 16)
+
+
+def gradients(mode: str, precision: str) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+    """Gradients of a batch by name, and what was computed for them."""
+    step, batch = make_step(mode, precision), batch_of(3)
     counts = torch.stack(list(step.objective.counts(batch).values())).double()
-    with Computed() as computed:
+    with step.cast_once(), Computed() as computed:
         step.backward(batch, counts)
     named = step.model.named_parameters()
     return {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in named}, computed.count  # type: ignore[misc]
+
+
+class Casts(TorchDispatchMode):
+    """Casts of some tensors to half precision."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.places, self.count = {tensor.data_ptr(): at for at, tensor in enumerate(tensors)}, Counter[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places:
+            self.count[self.places[args[0].data_ptr()]] += kwargs["dtype"] == torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["off", "full", "selective"])
+def test_no_weight_of_a_linear_is_cast_twice_in_a_step(mode: str) -> None:
+    step = make_step(mode, "bf16")
+    step.config.train.accumulate = 2
+    weights = [part.weight for part in linears(step.model)]
+    assert len(weights) == 2 * SHAPE["depth"] * 4 + 1
+    with Casts(weights) as casts:
+        step(batch_of(4), 0)
+    assert casts.count == Counter({at: 1 for at in range(len(weights))})
+    assert all(isinstance(weight, torch.nn.Parameter) for weight in (part.weight for part in linears(step.model)))
+    assert {weight.dtype for weight in weights} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -6,6 +6,7 @@ block, whose output nothing in the block needs, are left out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ def recompute_blocks(model: Trainable, mode: str) -> None:
         model: with its blocks as they are.
         mode: ``full`` or ``selective``.
     """
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(
+        logging.ERROR
+    )  # a word on in-place operators, of which blocks have none
     for blocks in model.block_lists():
         for index, block in enumerate(blocks):
             if mode == "full":

@@ -89,10 +89,11 @@ class TrainStep:
         counts = world.sum(torch.stack(known).sum(0).double())  # [terms]
         sums = torch.zeros_like(counts)
         frozen = self.freeze(step)
-        for index, part in enumerate(micro):
-            if world.size > 1:
-                self.sync(index == len(micro) - 1)
-            sums += self.backward(part, counts)
+        with self.cast_once():
+            for index, part in enumerate(micro):
+                if world.size > 1:
+                    self.sync(index == len(micro) - 1)
+                sums += self.backward(part, counts)
         if frozen:
             zero_frozen_grads(self.model.encoder)  # type: ignore[arg-type]
         means = world.sum(sums) / counts.clamp(min=1)
@@ -165,7 +166,8 @@ class TrainStep:
                 number += 1
                 shape(number, total, f"captions of up to {len(text)} tokens" if text else "images only")
                 counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
-                self.backward(batch.to(self.world.device), counts)
+                with self.cast_once():
+                    self.backward(batch.to(self.world.device), counts)
                 self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), kept):
             buffer.copy_(before)
@@ -200,6 +202,14 @@ class TrainStep:
         loss = torch.stack([self.objective.weights[name] * mean for name, mean in zip(totals, means)]).sum()
         (loss * self.loss_scale[0]).backward()  # FSDP2 sums over ranks
         return torch.stack(list(totals.values())).detach().double()
+
+    def cast_once(self) -> contextlib.AbstractContextManager[Any]:
+        """Casts the weights of linears for all micro-batches of a step, in half precision; FSDP2 gathers them so."""
+        if self.world.size > 1 or self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
+        from aimv2.train.half import half_weights
+
+        return half_weights(self.model, torch.bfloat16 if self.config.train.precision == "bf16" else torch.float16)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Half-precision matmuls where the config says so; weights, residual stream, targets and losses stay fp32."""

@@ -21,6 +21,7 @@ from aimv2.models.sizes import DecoderConfig, EncoderConfig
 from aimv2.report.browse.drawn import expected
 from aimv2.tasks.pretrain import shapes
 from aimv2.train import defaults, outlook
+from aimv2.train.compiling import blank_batches
 from aimv2.train.step import TrainStep
 from runs import scenes
 
@@ -155,7 +156,7 @@ def test_memory_is_that_of_the_tensors_that_a_step_keeps(precision: str, width: 
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    (batch,) = step.blank_batches(pairs, [0] * caption, None)
+    (batch,) = blank_batches(step, pairs, [0] * caption, None)
     counts = torch.ones(len(step.objective.counts(batch)), dtype=torch.float64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step.backward(batch, counts)

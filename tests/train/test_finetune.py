@@ -22,6 +22,7 @@ from aimv2.models.create import build
 from aimv2.models.init import init_weights
 from aimv2.models.sizes import EncoderConfig
 from aimv2.tasks.classify import count_classes
+from aimv2.train.compiling import warm_up
 from aimv2.train.launch import about_run
 from aimv2.train.optim import layer_of, make_optimizer
 from aimv2.train.step import FIRST_SCALE, TrainStep
@@ -153,7 +154,7 @@ def test_compiling_leaves_the_batch_norm_alone() -> None:
     init_weights(model, 0)
     step = TrainStep(model, config, World(0, 1, torch.device("cpu")), False)
     model.train()
-    step.warm_up(4, 8)
+    warm_up(step, 4, 8)
     assert model.probe.norm.num_batches_tracked == 0 and not model.probe.norm.running_mean.any()
 
 

@@ -16,7 +16,6 @@ from aimv2.errors import LOST
 from aimv2.interop.model_folder import checkpoints
 from aimv2.train import interrupt
 from aimv2.train.loop import Trainer
-from aimv2.train.step import TrainStep
 from forked import call_on_ranks
 from runs import exact, options, resume, train
 
@@ -193,7 +192,7 @@ def test_signal_while_it_compiles(data, whole, tmp_path, monkeypatch, capsys):
         pytest.fail("it compiles on")
 
     run = tmp_path / "run"
-    monkeypatch.setattr(TrainStep, "warm_up", signalled)
+    monkeypatch.setattr("aimv2.train.compiling.warm_up", signalled)
     monkeypatch.setattr("aimv2.train.compiling.want_compile", lambda train, world: (True, None))
     assert main(options(data, run, **HOW, train__compile="auto")) == 143
     monkeypatch.undo()

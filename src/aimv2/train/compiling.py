@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.callback import CallbackTrigger, callback_handler
 
+from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up
 from aimv2.config.schema import TrainConfig
+from aimv2.data.stream.draws import kept_patches
+from aimv2.data.stream.samples import View
 from aimv2.distributed import World
 from aimv2.errors import UsageError
 from aimv2.io import say
 from aimv2.models.layers import Cache, Packed
 from aimv2.progress import heartbeat
 from aimv2.train.parallel import Trainable, blocks_of
+
+if TYPE_CHECKING:
+    from aimv2.train.step import TrainStep
 
 RECOMPILE_LIMIT = 256  # above the number of buckets, so that kernels never depend on the history of shapes
 COMPILING = "compiling the blocks, which may take minutes (train.compile off starts at once)"
@@ -137,3 +143,58 @@ def watch_compile(model: Trainable) -> Iterator[CompileWatch]:
             callback_handler.remove_end_callback(watch.ends)
         for hook in hooks:
             hook.remove()
+
+
+def warm_up(
+    step: TrainStep,
+    pairs: int,
+    max_tokens: int,
+    view: View | None = None,
+    shape: Callable[[int, int, str], None] = lambda number, total, words: None,
+) -> None:
+    """Compiles the kernels of every caption width (and area) before the first step, so that no step stalls later.
+
+    Args:
+        step: of the model.
+        pairs: of a micro-batch on this rank.
+        max_tokens: of a caption.
+        view: of the training data; None: all of one size.
+        shape: called before each shape with its number, how many there are, and what it is.
+    """
+    kept = [buffer.clone() for buffer in step.model.buffers()]  # a batch norm would learn from these zeros
+    widths = range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET) if step.task.reads_text() else [0]
+    total = len(widths) * (1 if view is None or view.native is None else len(view.native.areas))
+    number = 0
+    for width in widths:
+        text = [0] * min(width, max_tokens)
+        for batch in blank_batches(step, pairs, text, view):
+            number += 1
+            shape(number, total, f"captions of up to {len(text)} tokens" if text else "images only")
+            counts = torch.ones(len(step.objective.counts(batch)), dtype=torch.float64, device=step.world.device)
+            with step.cast_once():
+                step.backward(batch.to(step.world.device), counts)
+            step.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in zip(step.model.buffers(), kept):
+        buffer.copy_(before)
+
+
+def blank_batches(step: TrainStep, pairs: int, text: list[int], view: View | None) -> Iterator[Batch]:
+    """A batch of every shape that the view gives with captions of this length."""
+    if view is None or view.native is None:
+        size, patches = step.image_size, step.patches
+        images, keep = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), view.keep if view else 1.0
+        kept = torch.arange(kept_patches(patches, keep)).expand(pairs, -1) if keep < 1 else None
+        teacher = None
+        if view and view.teacher:
+            levels = torch.zeros(pairs, patches, view.teacher, dtype=torch.int8)
+            teacher = levels, torch.zeros(pairs, patches, dtype=torch.float16)
+        prefix = [max(patches // 2, 1)] * pairs
+        yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
+        return
+    from aimv2.data.stream.native import make_native_batch
+
+    patch = view.native.patch
+    for area in view.native.areas:
+        count = view.native.budget // area
+        image = torch.zeros(3, patch, area * patch, dtype=torch.uint8)
+        yield make_native_batch([image] * count, [text] * count, [max(area // 2, 1)] * count, patch, area)

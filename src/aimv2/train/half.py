@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def half_weights(model: nn.Module, half: torch.dtype) -> Iterator[None]:
     kept = [part.weight for part in found]
     try:
         for part, weight in zip(found, kept):
-            part._parameters["weight"] = weight.to(half)  # type: ignore[assignment]
+            part._parameters["weight"] = cast(nn.Parameter, weight.to(half))
         yield
     finally:
         for part, weight in zip(found, kept):

@@ -184,12 +184,12 @@ class Trainer:
         """Compiles the blocks for every shape that will come, where that is wanted, and says so; seconds that it took."""
         if not self.compiled:
             return 0.0
-        from aimv2.train.compiling import watch_compile  # torch's compiler
+        from aimv2.train.compiling import warm_up, watch_compile  # torch's compiler
 
         began, train = time.perf_counter(), self.config.train
         with watch_compile(self.unwrapped()) as watch:
             pairs = train.batch_size // self.world.size // train.accumulate
-            self.update.warm_up(pairs, self.config.data.max_tokens, self.view, watch.next_shape)
+            warm_up(self.update, pairs, self.config.data.max_tokens, self.view, watch.next_shape)
         seconds = time.perf_counter() - began
         say(f"compiled {watch.graphs} graphs in {duration(seconds)}")
         return seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from aimv2.batch import TEXT_BUCKET, Batch, make_batch, round_up, split_batch
+from aimv2.batch import Batch, split_batch
 from aimv2.config.schema import Config
-from aimv2.data.stream.draws import kept_patches
-from aimv2.data.stream.samples import View
 from aimv2.distributed import World
 from aimv2.models.matmul import fast_matmul
 from aimv2.objectives import Objective
@@ -138,60 +136,6 @@ class TrainStep:
         if step == until:
             release_encoder(self.optimizer)
         return step < until
-
-    def warm_up(
-        self,
-        pairs: int,
-        max_tokens: int,
-        view: View | None = None,
-        shape: Callable[[int, int, str], None] = lambda number, total, words: None,
-    ) -> None:
-        """Compiles the kernels of every caption width (and area) before the first step, so that no step stalls later.
-
-        Args:
-            pairs: of a micro-batch on this rank.
-            max_tokens: of a caption.
-            view: of the training data; None: all of one size.
-            shape: called before each shape with its number, how many there are, and what it is.
-        """
-        kept = [buffer.clone() for buffer in self.model.buffers()]  # a batch norm would learn from these zeros
-        widths = (
-            range(TEXT_BUCKET, round_up(max_tokens, TEXT_BUCKET) + 1, TEXT_BUCKET) if self.task.reads_text() else [0]
-        )
-        total = len(widths) * (1 if view is None or view.native is None else len(view.native.areas))
-        number = 0
-        for width in widths:
-            text = [0] * min(width, max_tokens)
-            for batch in self.blank_batches(pairs, text, view):
-                number += 1
-                shape(number, total, f"captions of up to {len(text)} tokens" if text else "images only")
-                counts = torch.ones(len(self.objective.counts(batch)), dtype=torch.float64, device=self.world.device)
-                with self.cast_once():
-                    self.backward(batch.to(self.world.device), counts)
-                self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), kept):
-            buffer.copy_(before)
-
-    def blank_batches(self, pairs: int, text: list[int], view: View | None) -> Iterator[Batch]:
-        """A batch of every shape that the view gives with captions of this length."""
-        if view is None or view.native is None:
-            size, patches = self.image_size, self.patches
-            images, keep = torch.zeros(pairs, 3, size, size, dtype=torch.uint8), view.keep if view else 1.0
-            kept = torch.arange(kept_patches(patches, keep)).expand(pairs, -1) if keep < 1 else None
-            teacher = None
-            if view and view.teacher:
-                levels = torch.zeros(pairs, patches, view.teacher, dtype=torch.int8)
-                teacher = levels, torch.zeros(pairs, patches, dtype=torch.float16)
-            prefix = [max(patches // 2, 1)] * pairs
-            yield make_batch(images, [text] * pairs, prefix, patches, kept=kept, teacher=teacher)
-            return
-        from aimv2.data.stream.native import make_native_batch
-
-        patch = view.native.patch
-        for area in view.native.areas:
-            count = view.native.budget // area
-            image = torch.zeros(3, patch, area * patch, dtype=torch.uint8)
-            yield make_native_batch([image] * count, [text] * count, [max(area // 2, 1)] * count, patch, area)
 
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Adds a micro-batch's gradient of ``sum of weight * sum / global count``; its sums, float64 [terms]."""

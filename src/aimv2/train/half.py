@@ -27,7 +27,7 @@ def half_weights(model: nn.Module, half: torch.dtype) -> Iterator[None]:
     recomputed, and in compiled graphs for the backward pass.
     """
     found = [part for part in linears(model) if part.weight.dtype == torch.float32]
-    kept = [part.weight for part in found]
+    kept = [cast(nn.Parameter, part.weight) for part in found]
     try:
         for part, weight in zip(found, kept):
             part._parameters["weight"] = cast(nn.Parameter, weight.to(half))

@@ -285,7 +285,7 @@ class Config:
         init: a model to start from: released name, hub id, folder, file, RUN or RUN@STEP; pre-training takes its decoder
             too, where it has one
         seed: random seed for weights, data order, crops and prefix lengths
-        resume: continue the run in the folder; auto: continue it, or start it where the folder holds none
+        resume: continue the run in the folder; auto: or start it
         overwrite: remove the run in the folder first
         take_over: write a run folder that a process on another machine seems to write
         accept_data: with resume, go on although the training data are not those that the run was trained on

@@ -268,6 +268,7 @@ def test_an_extra_that_is_missing_is_one_line(
 ) -> None:
     monkeypatch.chdir(place)
     extra, line = MISSING[package]
+    prepare(" ".join(line.split()[:2]), place)  # what the command reads
     tiny = " ".join(f"--{key} {value}" for key, value in {**TINY, "data.train": "scenes"}.items())
     hide(package)
     capsys.readouterr()

@@ -97,7 +97,7 @@ def fake_world(ranks: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise UsageError("--step plays every rank in one process: run it without torchrun", code="conflict")
+        raise UsageError("a fake world plays every rank in one process: run it without torchrun", code="conflict")
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield

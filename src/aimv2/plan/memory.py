@@ -269,14 +269,8 @@ def block_segment(
         "selective": selected_by_block(block, rows, kept_rows, slots, length, program),
     }[checkpointing]
     total, matrices = parameters_of(block)
-    copies = matrices if checkpointing == "off" else 0
-    working = again if checkpointing == "off" else again + max(0.0, whole - kept) + e_copy(matrices, program)
-    return Segment(dict(activations=kept), total, copies, forward=again, backward=working, block=True)
-
-
-def e_copy(matrices: int, program: Program) -> float:
-    """Bytes of the copies of matrices in half precision."""
-    return 2.0 * matrices if program.half else 0.0
+    working = again if checkpointing == "off" else again + max(0.0, whole - kept)
+    return Segment(dict(activations=kept), total, matrices, forward=again, backward=working, block=True)
 
 
 def heads_of(model: Any, text: float, scored: float, rows: float, program: Program) -> Segment:
@@ -329,7 +323,7 @@ def step_peak(model: Any, sizes: Sizes, layout: RankLayout, program: Program, em
     best = Memory()
 
     def copied(one: Segment) -> float:
-        return 0.0 if one.block and half else e_copy(one.matrices, program)
+        return 2.0 * one.matrices if program.half and not (one.block and half) else 0.0
 
     def look(reached: list[Segment], passed: int, extra: float, buffers: float, when: str) -> None:
         """The moment at which ``reached`` are kept and so many parameters have their gradients."""

@@ -63,7 +63,9 @@ def test_advisories_of_a_file(tmp_path: Path) -> None:
     assert len(lock.advisories(one, {"pillow": "13.0.0"})) == 1
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"vulns": null}', None])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"vulns": null}', b"5", b'"abc"', None]
+)
 def test_a_file_without_advisories_says_nothing_about_them(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "osv.json"
     if content is not None:
@@ -77,10 +79,15 @@ def test_records_with_gaps(tmp_path: Path) -> None:
     package = odd["affected"][0]["package"]
     file.write_text(
         json.dumps(
-            [{"id": "A", "affected": None}, {"id": "B", "affected": [{"package": package, "ranges": None}]}, odd]
+            [
+                {"id": "A", "affected": None},
+                {"id": "B", "affected": [{"package": package, "ranges": None}, {"package": None}]},
+                {"id": "C", "affected": [{"package": package, "ranges": None, "versions": ["13.0.0"]}]},
+                odd,
+            ]
         )
     )
-    assert [line.partition(":")[0] for line in lock.advisories(file, {"pillow": "13.0.0"})] == ["PYSEC-1"]
+    assert [line.partition(":")[0] for line in lock.advisories(file, {"pillow": "13.0.0"})] == ["C", "PYSEC-1"]
 
 
 def test_check_says_what_differs(

@@ -258,6 +258,14 @@ def test_a_cache_that_is_in_the_way(home: Path, tmp_path: Path, monkeypatch: pyt
     assert all(os.environ[name] == "own" for name in LIBRARIES)  # a library's own variable stays
 
 
+def test_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/self/x"])
+    monkeypatch.setenv("HOME", "no/folder")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert main(["--version"]) == 0 and "XDG_CACHE_HOME" not in os.environ
+
+
 def test_where_a_cache_can_be(tmp_path: Path) -> None:
     assert can_hold(str(tmp_path / "a/b")) and not can_hold("~/.cache")
     (tmp_path / "file").write_text("")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import aimv2
+from aimv2.io import open_file
 
 SOURCE = Path(aimv2.__file__).parent
 PIPE = "no regular file, but a pipe, a device or a socket"
@@ -34,6 +35,7 @@ DIRECT = {
     "interop/rendering.py": "/proc",
     "pipeline/work.py": "the lock, opened to be written",
     "report/page.py": "a file of the package",
+    "train/lines.py": "metrics, opened to be appended to",
     "train/lock.py": "the lock, opened to be written",
     "train/sealing.py": "flushes what it has written",
 }
@@ -163,6 +165,18 @@ def direct(tree: ast.AST) -> list[ast.Call]:
         ):
             found.append(call)
     return found
+
+
+def test_a_folder_is_named_and_leaves_nothing_open(tmp_path: Path) -> None:
+    most = os.dup(0)
+    os.close(most)
+    for _ in range(3):
+        with pytest.raises(IsADirectoryError) as caught:
+            open_file(tmp_path)
+        assert caught.value.filename == str(tmp_path)
+    free = os.dup(0)
+    os.close(free)
+    assert free == most
 
 
 def test_files_are_opened_in_one_place() -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,16 @@ def records(path: Path) -> list[dict[str, Any]]:
         else:
             texts = [path.read_bytes()]
         every = [json.loads(text) for text in texts]
-    except (OSError, ValueError, zipfile.BadZipFile, RecursionError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise SystemExit(
             f"ADVISORIES {path}: {error}; an OSV export is expected, one record as JSON, a list or a zip"
         ) from None
-    lists = [stored if isinstance(stored, list) else dict(stored).get("vulns", [stored]) for stored in every if stored]
+    lists = [stored.get("vulns", [stored]) if isinstance(stored, dict) else stored for stored in every]
     found = [
-        one for rows in lists for one in rows or () if isinstance(one, dict) and one.get("id") and "affected" in one
+        one
+        for rows in lists
+        for one in (rows if isinstance(rows, list) else ())
+        if isinstance(one, dict) and one.get("id") and "affected" in one
     ]
     if not found:
         raise SystemExit(
@@ -126,7 +130,7 @@ def advisories(path: Path, here: dict[str, str]) -> list[str]:
     lines = []
     for record in records(path):
         for affected in () if record.get("withdrawn") else record.get("affected") or ():
-            package = affected.get("package", {})
+            package = affected.get("package") or {}
             name = canonicalize_name(str(package.get("name", "")))
             if package.get("ecosystem") == "PyPI" and name in here and matches(affected, here[name]):
                 fixed = sorted({event["fixed"] for event in events(affected) if "fixed" in event})
@@ -138,8 +142,8 @@ def advisories(path: Path, here: dict[str, str]) -> list[str]:
 
 def events(affected: dict[str, Any]) -> list[dict[str, str]]:
     """Events of all ranges of versions; those of commits say nothing about releases."""
-    ranges = [one for one in affected.get("ranges", []) if one.get("type") != "GIT"]
-    return [event for one in ranges for event in one.get("events", [])]
+    ranges = [one for one in affected.get("ranges") or () if one.get("type") != "GIT"]
+    return [event for one in ranges for event in one.get("events") or ()]
 
 
 def matches(affected: dict[str, Any], version: str) -> bool:

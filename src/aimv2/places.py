@@ -56,7 +56,10 @@ def settle_caches() -> None:
     own = os.path.expanduser("~/.cache")
     if os.environ.get("XDG_CACHE_HOME") or (can_hold(own) and can_hold(os.path.join(own, "aimv2", "index"))):
         return
-    scratch = private_folder()
+    try:
+        scratch = private_folder()
+    except OSError:  # no folder at all can be written: what needs a cache says it
+        return
     os.environ["XDG_CACHE_HOME"] = scratch
     if os.path.isdir(kept := os.path.join(own, "huggingface")):  # models that are there are still found
         os.environ.setdefault("HF_HOME", kept)

@@ -1,6 +1,7 @@
 """Chat templates and settings of others: what computes without end, or is larger than it can be, is one line."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_plain_templates_are_as_before(words: Any) -> None:
     assert render(words, many, template, True) == words.apply_chat_template(
         many, chat_template=template, tokenize=False, add_generation_prompt=True
     )
+
+
+def test_templates_by_name() -> None:
+    words = tokenizer(TEMPLATE)
+    several = {"default": TEMPLATE, "power": "{{ 9 ** 9 ** 9 ** 9 }}"}
+    plain = render(words, TALK)
+    assert render(words, TALK, several) == plain
+    words.chat_template = several
+    assert render(words, TALK) == plain
+    with pytest.raises(TemplateError, match="powers"):
+        render(words, TALK, "power")
 
 
 def test_a_pattern_that_backtracks_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,4 +148,11 @@ def test_files_of_known_sizes_pass_and_others_do_not(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 30)  # takes no room
     with pytest.raises(OSError, match="1,073,741,824 bytes"):
+        check_files(tmp_path)
+
+
+def test_a_pipe_among_further_templates(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    os.mkfifo(tmp_path / "additional_chat_templates" / "tools.jinja")
+    with pytest.raises(OSError, match="no regular file"):
         check_files(tmp_path)

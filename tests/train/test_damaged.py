@@ -136,6 +136,8 @@ def test_figures_that_can_t_be_read(
         assert resume(run)["step"] == 6
         assert "summary.json can't be read" in capfd.readouterr().err
     assert exact(run) == exact(whole) and json.loads((run / "summary.json").read_text())["step"] == 6
+    before = (run / "metrics.jsonl").stat().st_ino
+    assert resume(run)["step"] == 6 and (run / "metrics.jsonl").stat().st_ino == before  # not written without need
     with (run / "metrics.jsonl").open("ab") as file:  # of a run that is finished
         file.write(b"\xff\xfe\n")
     assert resume(run)["step"] == 6 and exact(run) == exact(whole)

@@ -21,7 +21,7 @@ def check_files(folder: Path) -> None:
     """
     from aimv2.interop.shapes import PROCESSORS
 
-    for file in sorted(folder.iterdir()):
+    for file in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
         if file.suffix in (".json", ".jinja", ".model", ".txt", ".py", ".vocab", ".spm") and not file.is_dir():
             regular(file, SETTINGS)
     for name in PROCESSORS:

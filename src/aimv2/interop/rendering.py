@@ -24,27 +24,31 @@ class TemplateError(ValueError):
 
 
 def render(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], template: str | None = None, prompt: bool = False
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    template: str | dict[str, str] | None = None,
+    prompt: bool = False,
 ) -> str:
     """The text of a conversation by a chat template.
 
     Args:
         tokenizer: of transformers.
         messages: {"role", "content"} in turn.
-        template: Jinja; None: the tokenizer's.
+        template: Jinja, several by name, or the name of one of the tokenizer's; None: its default.
         prompt: with the generation prompt at the end.
 
     Raises:
         TemplateError, MemoryError: it computes too much.
         Exception: of Jinja, or raised by the template.
     """
-    template = template or tokenizer.chat_template
-    if isinstance(template, str):
-        _check(template)
+    if isinstance(template, dict):  # of a processor that has several
+        template = template["default"]
+    jinja: str = tokenizer.get_chat_template(template)  # so may a tokenizer
+    _check(jinja)
     return str(
         limited(
             lambda: tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+                messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt
             )
         )
     )

@@ -16,6 +16,7 @@ from aimv2.config.schema import Config
 from aimv2.data.text.tokenizer import load_tokenizer
 from aimv2.errors import UsageError
 from aimv2.interop.model_folder import WEIGHTS, checkpoints
+from aimv2.io import regular
 from aimv2.models.flops import step_flops
 from aimv2.models.layers import MATMUL_LENGTH
 from aimv2.plan.layouts import layout_of_config
@@ -113,7 +114,7 @@ def planned_memory(config: Config, model: Any, encoder: Any, ranks: int, caption
 
 def weights_in(file: Path) -> int:
     """Parameters in a file of weights, by its header."""
-    with safe_open(file, "pt") as stored:
+    with safe_open(regular(file), "pt") as stored:
         return sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
 
 

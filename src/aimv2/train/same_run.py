@@ -21,7 +21,7 @@ from aimv2.errors import UsageError, shown
 from aimv2.io import is_first, parse_yaml, read_file, write_aside
 from aimv2.tasks import task_of
 from aimv2.train.checkpoint import read_about
-from aimv2.train.log import cut_metrics, say
+from aimv2.train.log import cut_metrics, read_metrics, say
 from aimv2.train.prepare import CONFIG, MAY_CHANGE, MOVED, holds_run, stored_values
 
 if TYPE_CHECKING:
@@ -97,8 +97,6 @@ def listed(parts: list[str]) -> str:
 
 def check_never_saved(run: Path) -> None:
     """Raises UsageError where a run without checkpoints had one: its figures go past its first save, by its own configuration."""
-    from aimv2.train.log import read_metrics
-
     every = parse(stored_values(run), stored=True).train.save_every
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]]
     if every and steps and max(steps) > every:
@@ -133,7 +131,8 @@ def start_or_go_on(
 
 def mend_figures(run: Path, step: int) -> None:
     """Leaves lines of metrics out that can't be read, of a run that is finished; says so."""
-    if is_first() and (broken := cut_metrics(run / "metrics.jsonl", step)):
+    file = run / "metrics.jsonl"
+    if is_first() and read_metrics(file)[1] and (broken := cut_metrics(file, step)):  # else nothing is written
         say(f"{broken} lines of metrics.jsonl can't be read and are left out; as it was it is damaged-metrics.jsonl")
 
 

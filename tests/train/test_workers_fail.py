@@ -1,5 +1,6 @@
 """Data workers that are killed or hang end a run with one line, saved, and it resumes exactly."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -12,7 +13,8 @@ import torch
 
 from aimv2.cli import main
 from aimv2.data.stream import samples
-from aimv2.errors import LOST
+from aimv2.data.stream.workers import Watched
+from aimv2.errors import LOST, WorkerLost
 from aimv2.interop.model_folder import checkpoints
 from aimv2.train import interrupt
 from aimv2.train.loop import Trainer
@@ -141,6 +143,25 @@ def test_no_room_for_a_batch(data, tmp_path, monkeypatch, capsys, handler):
     line = capsys.readouterr().err.splitlines()[-1]
     signal.signal(signal.SIGCHLD, before)
     assert "has no room in /dev/shm for a batch" in line and "nothing was to be saved yet" in line
+
+
+def test_workers_that_started_before_one_could_not_are_ended(monkeypatch):
+    """They ignore the signal that Python sends at exit, and a process that used the package would wait for them."""
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def refused(process):
+        if started:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refused)
+    watched = Watched(torch.utils.data.DataLoader(range(8), num_workers=2), 2)
+    with pytest.raises(WorkerLost, match="have no room in /dev/shm to start"):
+        next(watched)
+    started[0].join(20)
+    assert started[0].exitcode == -signal.SIGKILL
+    watched.close()
 
 
 def lose_on_rank_1(words, hang, folder):

@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -143,13 +144,20 @@ class Watched:
         return self.call(self._next)
 
     def _next(self) -> Any:
-        if self.iterator is None:
-            self.iterator = iter(self.loader)
         try:
+            if self.iterator is None:
+                self.iterator = iter(self.loader)
             batch = next(self.iterator)
         except OSError as error:
             if self.processes():
                 raise
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(
+                    own := frame.f_locals.get("self"), torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+                ):
+                    own._shutdown = True
+                    for process in own.__dict__.get("_workers", ()):  # they ignore the signal that Python sends at exit
+                        process.kill()
             # what torch made of its iterator so far lacks this, and its end would print a traceback
             setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_shutdown", True)  # noqa: B010
             self.failed = WorkerLost(f"data workers {_no_start(error)}")

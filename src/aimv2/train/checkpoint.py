@@ -166,8 +166,24 @@ def _reason(error: BaseException) -> str:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The trainer's JSON of a checkpoint."""
-    return parse_json(read_file(folder / "state" / "trainer.json"))
+    """The trainer's JSON of a checkpoint.
+
+    Raises:
+        UsageError: it can't be read, or holds something else.
+    """
+    file = folder / "state" / "trainer.json"
+    try:
+        about = parse_json(read_file(file))
+        step, layout = about["step"], [int(number) for number in about["layout"]]
+        whole = isinstance(step, int) and len(layout) == 2 and min(layout) >= 0 and isinstance(about["figures"], dict)
+        whole = whole and {"seconds", "window", "tokenizer"} <= about.keys()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        whole = False
+    if not whole:
+        raise UsageError(
+            f"--resume: {file} can't be read; remove {folder.name} to use the one before", code="unreadable"
+        )
+    return about
 
 
 def load_checkpoint(
@@ -191,8 +207,9 @@ def load_checkpoint(
     state = state_of(model, optimizer, ema)
     private, failure = None, None
     try:
-        private = own_state(folder, world, workers)
-        dcp.load(state, storage_reader=PlainReader(folder / "state"), planner=PlainPlanner())
+        private, reader = own_state(folder, world, workers), PlainReader(folder / "state")
+        reader.read_metadata()  # of damaged ones DCP would log a traceback
+        dcp.load(state, storage_reader=reader, planner=PlainPlanner())
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes of it
         failure = _reason(error)
     if any_failed(failure, world):

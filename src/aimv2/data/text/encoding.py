@@ -139,6 +139,15 @@ def open_text(file: Path, newline: str | None = None) -> TextIO:
         while encoding == "cp1252" and (chunk := stream.read(CHUNK)):
             if _is_odd(chunk, chunk.decode("cp1252", "replace")):
                 raise NotText(f"{file.name} {NOT_TEXT}")
+        if encoding.startswith("utf-16"):
+            stream.seek(0)
+            decoder, chunk = codecs.getincrementaldecoder(encoding)(), b"-"
+            try:
+                while chunk:
+                    chunk = stream.read(CHUNK)
+                    decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError:
+                raise NotText(f"{file.name} {NOT_TEXT}") from None
     return file.open(encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
 
 

@@ -33,7 +33,7 @@ from aimv2.features.embed import Wanted, embed_images, list_images
 from aimv2.features.extraction import cached_features
 from aimv2.features.fingerprint import architecture
 from aimv2.features.frozen import of_encoder, open_frozen
-from aimv2.features.store import FeatureStore
+from aimv2.features.store import FeatureStore, check_notes, open_array
 from aimv2.features.teach import Lesson, teach
 from aimv2.features.teacher import open_teacher
 from aimv2.features.training_cache import training_features
@@ -415,3 +415,42 @@ def test_files_that_a_table_names_count(form: str, data: Path, monkeypatch: pyte
     assert mark() == before
     os.utime(data / "set" / names[1], ns=(0, 0))
     assert mark() != before
+
+
+HEAD = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (4, 16), }"
+SPOILED = {
+    "empty": b"",
+    "no numpy": b"[1, 2]",
+    "version": b"\x93NUMPY\x81\x00v\x00" + HEAD[10:],
+    "cut head": HEAD[:9],
+    "no bracket": HEAD.replace(b", }", b", ("),
+    "a name": HEAD.replace(b"False", b"Fblse"),
+    "no rows": HEAD + b" " * 57 + b"\n",
+    "objects": HEAD.replace(b"'<f4'", b"'|O' ") + b" " * 57 + b"\n" + bytes(256),
+    "other shape": HEAD.replace(b"(4, 16)", b"(2, 32)") + b" " * 57 + b"\n" + bytes(256),
+}
+
+
+@pytest.mark.parametrize("content", SPOILED.values(), ids=list(SPOILED))
+def test_a_spoiled_array_is_one_line(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "last.npy"
+    file.write_bytes(HEAD + b" " * 57 + b"\n" + bytes(256))
+    assert open_array(file, "--cache", (4,)).shape == (4, 16)
+    file.write_bytes(content)
+    for mode in ("r", "r+"):
+        with pytest.raises(UsageError, match=r"--cache .*: last\.npy can't be read .*; give a new folder"):
+            open_array(file, "--cache", (4,), mode)
+
+
+@pytest.mark.parametrize(
+    "note",
+    ['{"rows": 4}', '{"rows": 4, "rejected": true}', '{"rows": 4, "rejected": ["a"]}', '{"rows": -1, "rejected": []}',
+     '{"rows": 4, "rejected": [{"row": "1", "key": "a", "reason": "b"}]}', '{"rows": 4, "rejected": [{"row": 1}]}', "[]", "{"],
+)  # fmt: skip
+def test_a_spoiled_note_is_one_line(tmp_path: Path, note: str) -> None:
+    store = FeatureStore(tmp_path / "store", {"fingerprint": "a"}, "--cache")
+    store.note_file(0).write_text('{"rows": 4, "rejected": [{"row": 1, "key": "a", "reason": "b"}]}')
+    assert check_notes(store, store.gather(1))[0]["row"] == 1
+    store.note_file(0).write_text(note)
+    with pytest.raises(UsageError, match="give a new folder"):
+        check_notes(store, store.gather(1))

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from aimv2.errors import UsageError, nearest
+from aimv2.errors import UsageError, first_line, nearest
 from aimv2.evals.result import FILE, read_result
 from aimv2.io import parse_json, read_file
 from aimv2.tables import TextTable
@@ -150,7 +150,14 @@ def read_cells(path: str) -> list[Cell]:
     if isinstance(stored, dict) and {"dataset", "model", "task", "metrics"} <= stored.keys():
         cells = list(_of_clip_benchmark(stored, path))
     else:
-        cells = list(_of_ours(read_result(path), path))
+        result = read_result(path)
+        try:
+            cells = list(_of_ours(result, path))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"RESULT {path}: can't be read as a result file ({why})", code="unreadable") from None
     if not cells:
         wanted = ", ".join(".".join(place) for place in METRICS)
         raise UsageError(f"RESULT {path}: no figure that is compared ({wanted})")
@@ -218,7 +225,7 @@ def _figures(cell: Cell, figures: dict[str, Any], result: dict[str, Any]) -> Ite
             part = part.get(step, {})
         if isinstance(part.get(key), int | float):
             low, high = part.get(f"{key}_interval") or (None, None)
-            interval = None if low is None or high is None else (scale * low, scale * high)
+            interval = None if low is None or high is None else (scale * float(low), scale * float(high))
             yield replace(cell, metric=metric, value=scale * part[key], interval=interval)
         if cell.kind == "result" and isinstance(part.get(f"{key}_chance"), int | float):
             value = scale * part[f"{key}_chance"]

@@ -29,7 +29,7 @@ from aimv2.data.stream.transforms import VIEW, image_transform
 from aimv2.errors import RankError, UsageError
 from aimv2.features.fingerprint import architecture, fingerprint, model_fingerprint, weights_hash
 from aimv2.features.frozen import PRECISIONS
-from aimv2.features.store import FeatureStore
+from aimv2.features.store import FeatureStore, check_notes
 from aimv2.io import read_file, regular, write_aside
 from aimv2.models.encoder import VisionEncoder
 from aimv2.models.lit import LiT
@@ -110,7 +110,7 @@ def embed_images(
     if rank:
         return {"out": str(folder)}
     notes = store.gather(parts)
-    rejected = [line for note in notes for line in note["rejected"]]
+    rejected = check_notes(store, notes)
     if len(rejected) == count:
         store.discard(parts)
         first = rejected[0]

@@ -23,7 +23,7 @@ from aimv2.errors import UsageError
 from aimv2.features.fingerprint import fingerprint
 from aimv2.features.frozen import LAST, Frozen
 from aimv2.features.ragged import RaggedWriter, open_ragged
-from aimv2.features.store import FeatureStore
+from aimv2.features.store import FeatureStore, check_notes
 from aimv2.progress import progress_bar, tracked
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def cached_features(
         noted={"part_images": batch_size * PART_BATCHES},
     )
     notes = fill(store, frozen, data, list(layers), pool, batch_size, flip)
-    rejected = [line for note in notes for line in note["rejected"]]
+    rejected = check_notes(store, notes)
     lost = {line["row"] for line in rejected}
     rows = np.array([row for row in range(count) if row not in lost], dtype=np.int64)
     if not len(rows):
@@ -108,7 +108,7 @@ def cached_features(
     if frozen.range is not None and pool == "none":
         arrays: list[Any] = open_ragged(store.folder, layers, frozen.width, len(rows))
     else:
-        arrays = [store.read_array(name) for name in layers]
+        arrays = [store.read_array(name, count) for name in layers]
         if pool != "none":
             arrays = [array[rows] for array in arrays]
         elif lost:

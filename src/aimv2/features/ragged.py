@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from aimv2.features.store import open_array, unreadable
 from aimv2.io import regular
 
-LENGTHS = "lengths.npy"
+LENGTHS, OPTION = "lengths.npy", "--cache or --out"
 KIND = np.dtype(np.float16)
 
 
@@ -46,7 +47,7 @@ class RaggedWriter:
         """
         self.files, self.written = [_file(folder, name) for name in layers], written
         if written:
-            self.lengths = np.lib.format.open_memmap(regular(folder / LENGTHS), mode="r+")
+            self.lengths = open_array(folder / LENGTHS, OPTION, (count,), "r+")
         else:
             self.lengths = np.lib.format.open_memmap(folder / LENGTHS, mode="w+", dtype=np.int64, shape=(count,))
         for file in self.files:
@@ -70,9 +71,17 @@ class RaggedWriter:
 
 def open_ragged(folder: Path, layers: Sequence[str], width: int, count: int) -> list[Ragged]:
     """The first ``count`` images that a :class:`RaggedWriter` left."""
-    lengths = np.load(regular(folder / LENGTHS), mmap_mode="r", allow_pickle=False)[:count]
-    shape = (int(lengths.sum()), width)
-    return [Ragged(np.memmap(regular(_file(folder, name)), KIND, "r", shape=shape), lengths) for name in layers]
+    every = open_array(folder / LENGTHS, OPTION, ())
+    lengths = every[:count]
+    if every.ndim != 1 or every.dtype != np.int64 or len(lengths) != count or (lengths < 0).any():
+        raise unreadable(folder / LENGTHS, OPTION, f"{every.dtype} {list(every.shape)}")
+    shape, arrays = (int(lengths.sum()), width), []
+    for file in (_file(folder, name) for name in layers):
+        try:
+            arrays.append(Ragged(np.memmap(regular(file), KIND, "r", shape=shape), lengths))
+        except (OSError, ValueError) as error:
+            raise unreadable(file, OPTION, error) from None
+    return arrays
 
 
 def _file(folder: Path, layer: str) -> Path:

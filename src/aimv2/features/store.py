@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from aimv2.errors import RankError, UsageError
+from aimv2.errors import RankError, UsageError, first_line
 from aimv2.io import parse_json, read_file, regular, write_aside
 
 ASIDE = re.compile(r"\..+?(?:\.(\d+))?\.aside")  # of the process that writes it
@@ -76,6 +77,9 @@ class FeatureStore:
             if self.file.is_file():
                 self.about = read_object(self.file, option)
                 check_fingerprint(self.about, fingerprint, f"{option} {folder}")
+                for name, value in (noted or {}).items():
+                    if type(kept := self.about.get(name)) is not type(value) or (isinstance(kept, int) and kept < 1):
+                        raise unreadable(self.file, option, f"{name} {kept!r}")
                 self._clean()
                 return
             if folder.exists() and (not folder.is_dir() or any(not ASIDE.fullmatch(p.name) for p in folder.iterdir())):
@@ -182,11 +186,15 @@ class FeatureStore:
                 os.replace(path, file)
             path.unlink(missing_ok=True)
         self._wait([file])
-        return np.lib.format.open_memmap(regular(file), mode="r+")
+        return open_array(file, self.option, shape, "r+")
 
-    def read_array(self, name: str) -> np.ndarray:
-        """``NAME.npy``, memory-mapped to be read."""
-        return np.load(regular(self.folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+    def read_array(self, name: str, count: int) -> np.ndarray:
+        """``NAME.npy`` of so many images, memory-mapped to be read.
+
+        Raises:
+            UsageError: it can't be read, or holds something else.
+        """
+        return open_array(self.folder / f"{name}.npy", self.option, (count,))
 
 
 def is_running(process: int) -> bool:
@@ -202,6 +210,62 @@ def is_running(process: int) -> bool:
     return True
 
 
+def unreadable(file: Path, option: str, why: object) -> UsageError:
+    """A file of a store that is damaged."""
+    return UsageError(
+        f"{option} {file.parent}: {file.name} can't be read ({first_line(why)}); give a new folder", code="unreadable"
+    )
+
+
+def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """A .npy of numbers, memory-mapped.
+
+    Args:
+        file: of a store.
+        option: that named the folder.
+        shape: its first axes.
+        mode: to read, or to write too.
+
+    Raises:
+        UsageError: it can't be read, or holds something else.
+    """
+    try:
+        found = np.load(regular(file), mmap_mode="r", allow_pickle=False)  # to write would make a short one longer
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[: len(shape)] != shape:
+            raise ValueError(f"{getattr(found, 'dtype', type(found).__name__)} {list(getattr(found, 'shape', []))}")
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        SyntaxError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        tokenize.TokenError,
+    ) as error:
+        raise unreadable(file, option, error) from None
+    return np.load(file, mmap_mode=mode) if mode == "r+" else found
+
+
+def check_notes(store: FeatureStore, notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rejected images in the notes of all parts: each has a key, a reason and maybe a row.
+
+    Raises:
+        UsageError: a note holds something else.
+    """
+    found = list[dict[str, Any]]()
+    for part, note in enumerate(notes):
+        rejected = note.get("rejected")
+        whole = isinstance(note.get("rows"), int) and note["rows"] >= 0 and isinstance(rejected, list)
+        for one in rejected if whole and rejected else ():
+            whole = whole and isinstance(one, dict) and isinstance(row := one.get("row", 0), int) and row >= 0
+            whole = whole and isinstance(one.get("key"), str) and isinstance(one.get("reason"), str)
+        if not whole:
+            raise unreadable(store.note_file(part), store.option, "rows and rejected are expected")
+        found += rejected or ()
+    return found
+
+
 def read_object(file: Path, option: str) -> dict[str, Any]:
     """A JSON object.
 
@@ -213,8 +277,7 @@ def read_object(file: Path, option: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except (ValueError, OSError) as error:
-        message = f"{option} {file.parent}: {file.name} can't be read ({error}); give a new folder"
-        raise UsageError(message, code="unreadable") from None
+        raise unreadable(file, option, error) from None
     return found
 
 

@@ -131,7 +131,7 @@ def training_features(
         message = f"data.features {store.folder}: can't be written: {error.strerror or error}; give another folder"
         raise UsageError(message, code="unreadable") from None
     captions = {int(row): found for note in notes for row, found in note["captions"].items()}
-    return TrainingFeatures(store.read_array(LAST), rows, good_rows(config, rows, captions), captions)
+    return TrainingFeatures(store.read_array(LAST, len(rows)), rows, good_rows(config, rows, captions), captions)
 
 
 def trunk_fingerprint(encoder: VisionEncoder, precision: str) -> dict[str, Any]:

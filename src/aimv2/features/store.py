@@ -210,14 +210,15 @@ def is_running(process: int) -> bool:
     return True
 
 
-def unreadable(file: Path, option: str, why: object) -> UsageError:
+def unreadable(file: Path, option: str, why: str | BaseException) -> UsageError:
     """A file of a store that is damaged."""
+    words = why if isinstance(why, str) else first_line(why)
     return UsageError(
-        f"{option} {file.parent}: {file.name} can't be read ({first_line(why)}); give a new folder", code="unreadable"
+        f"{option} {file.parent}: {file.name} can't be read ({words}); give a new folder", code="unreadable"
     )
 
 
-def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r", "r+"] = "r") -> np.ndarray:
+def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r", "r+"] = "r") -> np.memmap:
     """A .npy of numbers, memory-mapped.
 
     Args:
@@ -231,7 +232,7 @@ def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r
     """
     try:
         found = np.load(regular(file), mmap_mode="r", allow_pickle=False)  # to write would make a short one longer
-        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.shape[: len(shape)] != shape:
+        if not isinstance(found, np.memmap) or found.dtype.kind not in "fiu" or found.shape[: len(shape)] != shape:
             raise ValueError(f"{getattr(found, 'dtype', type(found).__name__)} {list(getattr(found, 'shape', []))}")
     except (
         OSError,
@@ -244,7 +245,7 @@ def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r
         tokenize.TokenError,
     ) as error:
         raise unreadable(file, option, error) from None
-    return np.load(file, mmap_mode=mode) if mode == "r+" else found
+    return np.lib.format.open_memmap(file, mode=mode) if mode == "r+" else found
 
 
 def check_notes(store: FeatureStore, notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -141,11 +141,11 @@ def open_text(file: Path, newline: str | None = None) -> TextIO:
                 raise NotText(f"{file.name} {NOT_TEXT}")
         if encoding.startswith("utf-16"):
             stream.seek(0)
-            decoder, chunk = codecs.getincrementaldecoder(encoding)(), b"-"
+            whole, chunk = codecs.getincrementaldecoder(encoding)(), b"-"
             try:
                 while chunk:
                     chunk = stream.read(CHUNK)
-                    decoder.decode(chunk, final=not chunk)
+                    whole.decode(chunk, final=not chunk)
             except UnicodeDecodeError:
                 raise NotText(f"{file.name} {NOT_TEXT}") from None
     return file.open(encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)

@@ -263,6 +263,12 @@ def test_doctor_verifies_a_run(stopped: tuple[Path, Path], tmp_path: Path, capsy
     assert main(["doctor", str(run), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert [(one["name"], one["status"]) for one in about["checks"]] == [("step 2", "ok"), ("step 4", "ok")]
+    foreign = newest(run) / "state" / "rank-7.pt"
+    foreign.write_bytes(b"a pickle")
+    assert main(["doctor", str(run), "--json"]) == 0
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert last["status"] == "warn" and last["found"].endswith("others: state/rank-7.pt")
+    foreign.unlink()
     flip_bit(newest(run) / "model" / "model.safetensors")
     assert main(["doctor", str(run), "--json"]) == 1
     last = json.loads(capsys.readouterr().out)["checks"][-1]

@@ -165,7 +165,7 @@ def changed(data, tmp_path, kind):
         ("removed", "removed: train-000001.tar"),
         ("added", "added: train-000003.tar"),
         ("swapped", "replaced: train-000000.tar, train-000001.tar"),
-        ("cut", "cut: train-000001.tar"),
+        ("cut", "cut, or replaced by less: train-000001.tar"),
         ("replaced", "replaced: train-000001.tar"),
     ],
 )
@@ -211,7 +211,11 @@ def test_differences_by_name():
     assert differences(old, [[shard("b"), shard("a"), shard("c")]]) == ["shards in another order"]
     alike = [shard("a"), shard("a", blocks="b")]  # of two folders
     assert differences([alike], [alike[::-1]]) == ["shards in another order"]
-    assert differences(old, [[shard("a"), shard("c", 8, 1), shard("d")]]) == ["removed: b", "added: d", "cut: c"]
+    assert differences(old, [[shard("a"), shard("c", 8, 1), shard("d")]]) == [
+        "removed: b",
+        "added: d",
+        "cut, or replaced by less: c",
+    ]
     assert differences(old, [old[0], old[0]]) == ["2 sources in the place of 1"]
     assert differences([old[0], old[0]], [old[0], [shard("a")]]) == ["removed: b, c (source 2)"]
     many = [[shard(f"s{number}") for number in range(9)]]

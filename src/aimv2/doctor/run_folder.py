@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aimv2.doctor.check import Check
 from aimv2.errors import UsageError
-from aimv2.train.sealing import DAMAGED, faults, step_folders
+from aimv2.train.sealing import DAMAGED, faults, step_folders, unlisted
 
 
 def checkpoints_of(given: str) -> Callable[[], list[Check]]:
@@ -43,6 +43,12 @@ def verified(given: str, run: Path) -> list[Check]:
         elif wrong is None:
             advice = "a checkpoint of an earlier version; those that are saved from now on have lists"
             found.append(Check(given, name, "warn", "no list of files, it can't be verified", advice, seconds))
+        elif more_files := unlisted(folder):
+            named = ", ".join(more_files[:3]) + (f" and {len(more_files) - 3} more" if len(more_files) > 3 else "")
+            words = f"every file is as it was written, but there are others: {named}"
+            found.append(
+                Check(given, name, "warn", words, "nothing reads them; look at them, then remove them", seconds)
+            )
         else:
             found.append(Check(given, name, "ok", "every file is as it was written", seconds=seconds))
     for folder in sorted((run / "checkpoints").glob(f"{DAMAGED}step-*")):

@@ -128,6 +128,15 @@ def faults(folder: Path, tick: Callable[[int], object] = lambda size: None) -> l
     return found
 
 
+def unlisted(folder: Path) -> list[str]:
+    """Files in a checkpoint with a list that are not in it: nothing reads them, and this package wrote none of them."""
+    try:
+        known = {*(listed(folder) or ()), LIST}
+    except (OSError, ValueError):
+        return []
+    return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - known)
+
+
 def step_folders(run: Path) -> list[tuple[int, Path]]:
     """All checkpoints of a run that were finished, damaged or not, oldest first."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir()]

@@ -89,7 +89,7 @@ def _of_source(old: list[Shard], new: list[Shard]) -> list[str]:
     changed = dict[str, list[str]]()
     for shard in new:
         if (was := by_name.get(shard[0])) is not None and was != shard and shard not in old:
-            kind = "cut:" if shard[1] < was[1] and shard[2] <= was[2] else "replaced:"
+            kind = "cut, or replaced by less:" if shard[1] < was[1] and shard[2] <= was[2] else "replaced:"
             changed.setdefault(kind, []).append(shard[0])
     found += [f"{kind} {_names(names)}" for kind, names in changed.items()]
     both = {shard[0] for shard in old} & {shard[0] for shard in new}

@@ -25,7 +25,7 @@ BUDGETS = {
 }  # fmt: skip
 # limits: as it stands
 CLOSURES = {"train/loop.py": ("aimv2.train.loop", 8_500), "aimv2 pretrain": ("aimv2.train.launch", 10_000)}
-LINES, CIRCLES, TWICE, UP = 56_500, 0, 0, 0
+LINES, CIRCLES, TWICE, UP = 57_000, 0, 0, 0
 FILE_LINES = 500
 # arrows that run up, each inside a function: a task's final evaluation, a run's closing report, the command that runs chains
 NAMED = {("tasks", "evals"), ("train", "report"), ("commands", "pipeline")}

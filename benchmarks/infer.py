@@ -24,9 +24,10 @@ BASE = "transformers_fp32"
 GROUP = 5  # paths in memory at once, beside BASE
 
 
-def pixels(torch: Any, batch: int, dtype: Any = None) -> Any:
-    """Normalised images [batch, 3, 224, 224]."""
-    return torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype or torch.float32)
+def pixels(torch: Any, folder: str, batch: int, dtype: Any = None) -> Any:
+    """Normalised images [batch, 3, side, side] of the side of the models in ``folder`` and its neighbours."""
+    side = json.loads((Path(folder).parent / "transformers" / "config.json").read_text("utf-8"))["image_size"]
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(dtype or torch.float32)
 
 
 def ours(folder: str, batch: int, precision: str, compiled: bool, device: str) -> tuple[Any, list[Any]]:
@@ -41,7 +42,7 @@ def ours(folder: str, batch: int, precision: str, compiled: bool, device: str) -
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
-    return on_device(torch, model, pixels(torch, batch, dtype), device)
+    return on_device(torch, model, pixels(torch, folder, batch, dtype), device)
 
 
 def theirs(
@@ -59,7 +60,9 @@ def theirs(
     model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     if compiled:
         model = torch.compile(model)
-    return on_device(torch, lambda x: model(pixel_values=x).last_hidden_state, pixels(torch, batch, dtype), device)
+    return on_device(
+        torch, lambda x: model(pixel_values=x).last_hidden_state, pixels(torch, folder, batch, dtype), device
+    )
 
 
 def plain(folder: str, batch: int, precision: str, device: str) -> tuple[Any, list[Any]]:
@@ -90,7 +93,17 @@ def plain(folder: str, batch: int, precision: str, device: str) -> tuple[Any, li
             x = x + block.mlp.down(nn.functional.silu(linear(y, gate)) * linear(y, up))
         return model.norm(x)
 
-    return on_device(torch, run, pixels(torch, batch, dtype), device)
+    return on_device(torch, run, pixels(torch, folder, batch, dtype), device)
+
+
+def timm_path(folder: str, batch: int, precision: str, device: str) -> tuple[Any, list[Any]]:
+    """timm."""
+    import timm
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device, dtype).eval()
+    return on_device(torch, model.forward_features, pixels(torch, folder, batch, dtype), device)
 
 
 def on_device(torch: Any, model: Any, images: Any, device: str) -> tuple[Any, list[Any]]:
@@ -111,7 +124,7 @@ def onnx(folder: str, batch: int) -> tuple[Any, list[Any]]:
     import torch
 
     session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
-    return (lambda x: session.run(None, {"pixel_values": x})), [pixels(torch, batch).numpy()]
+    return (lambda x: session.run(None, {"pixel_values": x})), [pixels(torch, folder, batch).numpy()]
 
 
 def openvino(folder: str, batch: int) -> tuple[Any, list[Any]]:
@@ -121,10 +134,10 @@ def openvino(folder: str, batch: int) -> tuple[Any, list[Any]]:
     from aimv2.interop.openvino import OpenVINOEncoder
 
     encoder = OpenVINOEncoder(folder)
-    return (lambda x: encoder.run(x)), [pixels(torch, batch).numpy()]
+    return (lambda x: encoder.run(x)), [pixels(torch, folder, batch).numpy()]
 
 
-def write_models(out: Path, wanted: set[str]) -> None:
+def write_models(out: Path, wanted: set[str], name: str) -> None:
     """The same random weights in every form that is wanted."""
     import torch
 
@@ -132,18 +145,20 @@ def write_models(out: Path, wanted: set[str]) -> None:
     from aimv2.models.create import create_model
 
     forms: dict[str, tuple[str, dict[str, Any]]] = {"ours": ("safetensors", {}), "transformers": ("transformers", {})}
+    if any(path.startswith("timm") for path in wanted):
+        forms["timm"] = ("timm", {})
     if "onnx_fp32" in wanted:
         forms["onnx"] = ("onnx", {})
     for precision in ("fp32", "bf16", "int8"):
         if f"openvino_{precision}" in wanted:
-            more = {"pixels": [pixels(torch, 4)]} if precision == "int8" else {}
+            more = {"pixels": [pixels(torch, str(out / "ours"), 4)]} if precision == "int8" else {}
             forms[f"openvino_{precision}"] = ("openvino", {"precision": precision, **more})
-    for name, (to, options) in forms.items():
-        model = create_model(MODEL, seed=0).eval()
+    for form, (to, options) in forms.items():
+        model = create_model(name, seed=0).eval()
         try:
-            convert(model, out / name, to, **options)
+            convert(model, out / form, to, **options)
         except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{form}: {error}", file=sys.stderr)
 
 
 def main() -> None:
@@ -151,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 7 for a figure to quote")
     parser.add_argument("--runs", type=int, default=1, help="runs of a path in a round")
     parser.add_argument("--only", default="", help="paths to run, with commas; all by default")
+    parser.add_argument("--model", default=MODEL, help="a size, with random weights")
     parser.add_argument("--batch", type=int, default=4, help="images at once")
     options = parser.parse_args()
     import torch
@@ -173,6 +189,7 @@ def main() -> None:
                 theirs,
                 (str(out / "transformers"), options.batch, precision, True, device),
             )
+            paths[f"timm_{precision}"] = (timm_path, (str(out / "timm"), options.batch, precision, device))
             paths[f"plain_{precision}"] = (plain, (str(out / "ours"), options.batch, precision, device))
             paths[f"torch_{precision}"] = (ours, (str(out / "ours"), options.batch, precision, False, device))
             paths[f"torch_compiled_{precision}"] = (ours, (str(out / "ours"), options.batch, precision, True, device))
@@ -182,7 +199,7 @@ def main() -> None:
         wanted = set(options.only.split(",")) - {""} or set(paths)
         if unknown := wanted - set(paths):
             parser.error(f"--only {sorted(unknown)[0]}: one of {', '.join(paths)} expected")
-        write_models(out, wanted)
+        write_models(out, wanted, options.model)
         others = [name for name in paths if name in wanted and name != BASE]
         parts: dict[str, Any] = {}
         missing: dict[str, str] = {}
@@ -196,7 +213,12 @@ def main() -> None:
                     "part": statistics.median(one / of for one, of in zip(taken, seconds[BASE])),
                     "peak_memory_gb": memory[name],
                 }
-    result: dict[str, Any] = {"model": MODEL, "batch": options.batch, "device": device, "rounds": options.rounds}
+    result: dict[str, Any] = {
+        "model": options.model,
+        "batch": options.batch,
+        "device": device,
+        "rounds": options.rounds,
+    }
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "paths": parts, "missing": missing}
     print(json.dumps(result, indent=1))
 

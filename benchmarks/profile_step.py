@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from typing import Any
 
 KINDS = (
     (
@@ -35,15 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=8, help="of a step")
     options = parser.parse_args()
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from aimv2.models.create import create_model
     from aimv2.models.flops import peak_flops, step_flops
-    from train_step import PAIRS, our_path
+    from plain_step import SMALL
+    from train_step import our_model, our_path
 
-    run, batches = our_path(options.precision)
+    run, batches = our_path(options.precision, options.pairs, "cpu")
     for batch in batches:
         run(batch)
     begin = time.perf_counter()
@@ -57,10 +57,8 @@ def main() -> None:
     for event in record.key_averages():
         shares[kind_of(event.key)] += event.self_cpu_time_total
     total = sum(shares.values())
-    shape: dict[str, Any] = {"depth": 6, "decoder_depth": 3, "decoder_vocab_size": 32_000}
-    model = create_model("aimv2-small-patch14-224", decoder=True, **shape)
     tokens = sum(int(batch.token_count) for batch in batches) / len(batches)
-    flops = step_flops(model, PAIRS, 256, tokens)  # type: ignore[arg-type]
+    flops = step_flops(our_model(SMALL), options.pairs, SMALL.patches, tokens)
     ceiling = peak_flops(torch.device("cpu"), options.precision) or float("nan")
     result = {
         "precision": options.precision,

@@ -15,68 +15,89 @@ import statistics
 import sys
 from typing import Any
 
+from plain_step import SMALL
 from turns import in_turns
 
 SHORTEST, LONGEST, BATCHES = 8, 39, 6
 
 
-def make_pairs(torch: Any, pairs: int) -> list[tuple[Any, list[list[int]], Any]]:
+def make_pairs(torch: Any, pairs: int, shape: Any) -> list[tuple[Any, list[list[int]], Any]]:
     """Images, captions of 8 to 39 tokens and prefix lengths of a few batches."""
-    from plain_step import IMAGE, PATCHES, VOCABULARY
-
     draw = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(BATCHES):
-        images = torch.randint(0, 256, (pairs, 3, IMAGE, IMAGE), dtype=torch.uint8, generator=draw)
+        images = torch.randint(0, 256, (pairs, 3, shape.image, shape.image), dtype=torch.uint8, generator=draw)
         lengths = torch.randint(SHORTEST, LONGEST + 1, (pairs,), generator=draw).tolist()
-        captions = [torch.randint(2, VOCABULARY, (n,), generator=draw).tolist() for n in lengths]
-        batches.append((images, captions, torch.randint(1, PATCHES, (pairs,), generator=draw)))
+        captions = [torch.randint(2, shape.vocabulary, (n,), generator=draw).tolist() for n in lengths]
+        batches.append((images, captions, torch.randint(1, shape.patches, (pairs,), generator=draw)))
     return batches
 
 
-def plain_path(precision: str, pairs: int, device: str) -> tuple[Any, list[Any]]:
+def plain_path(precision: str, pairs: int, device: str, shape: Any = SMALL) -> tuple[Any, list[Any]]:
     """The plain step and its batches."""
     import torch
 
     from plain_step import TEXT, PlainStep
 
     inputs = []
-    for images, captions, prefix in make_pairs(torch, pairs):
+    for images, captions, prefix in make_pairs(torch, pairs, shape):
         text = torch.zeros(pairs, TEXT, dtype=torch.int64)
         for row, caption in enumerate(captions):
             text[row, : len(caption)] = torch.tensor(caption)
         inputs.append((images, text, torch.tensor([len(c) for c in captions]), prefix))
     torch.set_default_device(device)
-    step = PlainStep(precision)
+    step = PlainStep(precision, shape)
     return (lambda batch: step(*batch)), inputs
 
 
-def our_path(precision: str, pairs: int, device: str, checkpointing: str = "off") -> tuple[Any, list[Any]]:
-    """Our step, as the trainer runs it, and its batches."""
+def our_path(precision: str, pairs: int, device: str, shape: Any = SMALL, **train: Any) -> tuple[Any, list[Any]]:
+    """Our step, as the trainer runs it, and its batches; ``train``: more of that section of the configuration."""
     import torch
 
     from aimv2.batch import make_batch
     from aimv2.config.schema import Config
     from aimv2.distributed import World
-    from aimv2.models.create import create_model
     from aimv2.train.compiling import want_compile
     from aimv2.train.step import TrainStep
-    from plain_step import DECODER_BLOCKS, ENCODER_BLOCKS, PATCHES, VOCABULARY
 
-    shape = {"decoder_depth": DECODER_BLOCKS, "decoder_vocab_size": VOCABULARY}
-    model = create_model("aimv2-small-patch14-224", decoder=True, seed=0, depth=ENCODER_BLOCKS, **shape)
     config = Config()
-    config.train.precision = precision  # type: ignore[assignment]
-    config.train.checkpointing = checkpointing  # type: ignore[assignment]
+    for name, value in {"precision": precision, **train}.items():
+        setattr(config.train, name, value)
     config.optim.warmup = 10
     world = World(0, 1, torch.device(device))
     compiled, why_not = want_compile(config.train, world)
     if why_not:
         print(why_not, file=sys.stderr, flush=True)
-    step = TrainStep(model, config, world, compiled)  # type: ignore[arg-type]
+    model = our_model(shape)
+    step = TrainStep(model, config, world, compiled)
     model.train()
-    inputs = [make_batch(images, captions, prefix, PATCHES) for images, captions, prefix in make_pairs(torch, pairs)]
-    return (lambda batch: float(step(batch, 1).means.sum())), inputs
+    inputs = [
+        make_batch(images, captions, prefix, shape.patches)
+        for images, captions, prefix in make_pairs(torch, pairs, shape)
+    ]
+    return (lambda batch: step(batch, 1).means), inputs
+
+
+def recomputing_path(precision: str, pairs: int, device: str, mode: str) -> tuple[Any, list[Any]]:
+    """Our step with recomputed blocks."""
+    return our_path(precision, pairs, device, checkpointing=mode)
+
+
+def our_model(shape: Any) -> Any:
+    """The same shape in our classes."""
+    from aimv2.models.create import create_model
+
+    trunk = {"width": shape.width, "heads": shape.heads, "hidden": shape.hidden}
+    decoder = {"depth": shape.decoder_blocks, "vocab_size": shape.vocabulary, **trunk}
+    return create_model(
+        "aimv2-small-patch14-224" if shape.patch == 14 else "aimv2-tiny-patch8-32",
+        decoder=True,
+        seed=0,
+        image_size=shape.image,
+        depth=shape.encoder_blocks,
+        **trunk,
+        **{f"decoder_{name}": value for name, value in decoder.items()},
+    )
 
 
 def measure(precision: str, rounds: int, steps: int, pairs: int, device: str, modes: list[str]) -> dict[str, Any]:
@@ -84,7 +105,7 @@ def measure(precision: str, rounds: int, steps: int, pairs: int, device: str, mo
     paths: dict[str, Any] = {
         "plain": (plain_path, (precision, pairs, device)),
         "ours": (our_path, (precision, pairs, device)),
-        **{mode: (our_path, (precision, pairs, device, mode)) for mode in modes},
+        **{mode: (recomputing_path, (precision, pairs, device, mode)) for mode in modes},
     }
     seconds, memory, missing = in_turns(paths, rounds, steps)
     assert not missing, missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ def serve(path: Path, arguments: tuple[Any, ...], pipe: Connection) -> None:
         run, inputs = path(*arguments)
         for one in inputs:
             run(one)
+        wait_for_device()
     except Exception as error:  # a path that this machine lacks says why
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
         return
@@ -27,8 +29,15 @@ def serve(path: Path, arguments: tuple[Any, ...], pipe: Connection) -> None:
         for _ in range(count):
             run(inputs[at % len(inputs)])
             at += 1
+        wait_for_device()
         pipe.send(time.perf_counter() - begin)
     pipe.send(peak_memory())
+
+
+def wait_for_device() -> None:
+    """Until a GPU that this process uses has done what it was given."""
+    if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_memory() -> float:

@@ -83,8 +83,8 @@ def recomputing_path(precision: str, pairs: int, device: str, mode: str) -> tupl
     return our_path(precision, pairs, device, checkpointing=mode)
 
 
-def our_model(shape: Any) -> Any:
-    """The same shape in our classes."""
+def our_model(shape: Any, seed: int | None = 0) -> Any:
+    """The same shape in our classes; without a seed also on the meta device."""
     from aimv2.models.create import create_model
 
     trunk = {"width": shape.width, "heads": shape.heads, "hidden": shape.hidden}
@@ -92,7 +92,7 @@ def our_model(shape: Any) -> Any:
     return create_model(
         "aimv2-small-patch14-224" if shape.patch == 14 else "aimv2-tiny-patch8-32",
         decoder=True,
-        seed=0,
+        seed=seed,
         image_size=shape.image,
         depth=shape.encoder_blocks,
         **trunk,

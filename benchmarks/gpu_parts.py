@@ -437,7 +437,9 @@ def checkpoint(smoke: bool) -> dict[str, Any]:
 def tests(smoke: bool) -> dict[str, Any]:
     """The tests of the models, with CUDA in sight."""
     words = ["tests/models/test_masks.py"] if smoke else ["tests/models"]
-    out = command("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *words)
+    out = command(
+        "-m", "pytest", "-o", "addopts=-m 'not long and not engine'", "--no-header", "-p", "no:cacheprovider", *words
+    )
     return {"expected": "None fails.", "pytest": out.strip().splitlines()[-1]}
 
 

@@ -159,3 +159,23 @@ def test_what_the_first_rank_can_t_write_ends_all(blocked: str, world: TinyWorld
     call_on_ranks(2, refuse_all, str(tmp_path), str(world.scenes), blocked.replace("tokenizer", "--run"))
     first, second = (tmp_path / f"ended-{rank}" for rank in (0, 1))
     assert first.read_text() == second.read_text()
+
+
+def fail_on_first(folder: str) -> None:
+    """In a rank: what it hears of an error that nobody foresaw."""
+    from aimv2.distributed import join_world
+    from aimv2.train.together import on_first
+
+    def work() -> None:
+        raise RuntimeError("of a library")
+
+    try:
+        on_first(join_world(), work, Path(folder))
+    except (RuntimeError, UsageError) as error:
+        (Path(folder) / os.environ["RANK"]).write_text(f"{type(error).__name__}: {error}")
+
+
+def test_what_nobody_foresaw_on_the_first_rank_ends_all(tmp_path: Path) -> None:
+    call_on_ranks(2, fail_on_first, str(tmp_path))
+    assert (tmp_path / "0").read_text() == "RuntimeError: of a library"
+    assert (tmp_path / "1").read_text() == "UsageError: the first rank ended: RuntimeError: of a library"

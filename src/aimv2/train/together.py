@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from aimv2.distributed import World
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ def on_first(world: World, work: Callable[[], T], place: Path, then: str = "make
         what ``work`` returns, on the first rank; None on others.
 
     Raises:
-        UsageError: on all ranks, where it raised one, or the disk refused.
+        UsageError: on all ranks, where it raised one, or the disk refused; on the others whatever else it raised.
     """
-    problem, found = None, None
+    problem, found, own = None, None, None
     if world.main:
         try:
             found = work()
@@ -37,7 +37,11 @@ def on_first(world: World, work: Callable[[], T], place: Path, then: str = "make
             problem = (str(error), error.option, error.code)
         except OSError as error:
             problem = (refused(error, place, then), "", "invalid")
+        except Exception as error:  # of a library; the others would wait
+            own, problem = error, (f"the first rank ended: {type(error).__name__}: {first_line(error)}", "", "invalid")
     problem = world.broadcast(problem)
+    if own is not None:
+        raise own
     if problem is not None:
         raise UsageError(problem[0], option=problem[1], code=problem[2])
     return found

@@ -159,6 +159,7 @@ PAGES = {  # page -> what stands for a word of it
         **{"runs/detector": "runs/localise.md-2", "photo.jpg": "photos/0001.jpg"},
     },
     "doctor.md": {},
+    "plan.md": {"RUN": "runs/photos"},
     "explore.md": {"runs/demo": "runs/photos", "RUN": "runs/more"},
     "evaluate.md": {"RUN": "runs/photos", "../shared/data/cifar10": "labelled", "C": "cache"},
     "faq.md": {

@@ -174,9 +174,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     file = folder / "state" / "trainer.json"
     try:
         about = parse_json(read_file(file))
-        step, layout = about["step"], [int(number) for number in about["layout"]]
-        whole = isinstance(step, int) and len(layout) == 2 and min(layout) >= 0 and isinstance(about["figures"], dict)
-        whole = whole and {"seconds", "window", "tokenizer"} <= about.keys()
+        ranks, workers = about["layout"]
+        whole = (
+            isinstance(about, dict)
+            and isinstance(ranks, int)
+            and ranks > 0
+            and isinstance(workers, int)
+            and workers >= 0
+        )
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
         whole = False
     if not whole:

@@ -399,6 +399,10 @@ def find_resume(run: Path, config: Config, tokenizer: Tokenizer | None) -> Path 
         return None
     folder = found[-1][1]
     about = read_about(folder)
+    if {"step", "seconds", "figures", "window", "tokenizer"} - about.keys():
+        raise UsageError(
+            f"--resume: {folder}/state/trainer.json lacks entries; remove {folder.name} to use the one before"
+        )
     mine = tokenizer.fingerprint() if tokenizer else None
     if about["tokenizer"] != mine:
         raise UsageError(

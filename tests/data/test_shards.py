@@ -35,6 +35,7 @@ from aimv2.data.shards.tars import open_tar
 from aimv2.data.stream.samples import training_shards
 from aimv2.errors import UsageError
 from aimv2.features.teach import copy_splits
+from aimv2.io import open_file
 
 # ---- find ----
 
@@ -305,12 +306,11 @@ def test_manifest(tmp_path: Path) -> None:
 def test_a_plain_tar_is_opened_once_for_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "train-0.tar", [("a", {"jpg": b"x", "txt": b"words"})])
     opened: list[str] = []
-    real = open
 
-    def counted(path: Path, mode: str) -> IO[bytes]:
+    def counted(path: Path) -> IO[bytes]:
         opened.append(path.name)
-        return real(path, mode)
+        return open_file(path)
 
-    monkeypatch.setattr("aimv2.data.shards.tars.open", counted, raising=False)
+    monkeypatch.setattr("aimv2.data.shards.tars.open_file", counted)
     open_tar(tmp_path / "train-0.tar").close()
     assert opened == ["train-0.tar"]

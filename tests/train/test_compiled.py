@@ -47,7 +47,7 @@ def assert_close(run, other):
             assert right[key] == pytest.approx(value, rel=CLOSE), f"step {left['step']}: {key}"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.parametrize("checkpointing", ["off", "full", pytest.param("selective", marks=pytest.mark.long)])
 def test_compiled_run_has_the_losses_of_an_eager_one(data, eager, tmp_path, checkpointing, monkeypatch, capsys):
     monkeypatch.setattr("aimv2.progress.EVERY", 0.01)
     torch._dynamo.reset()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from aimv2.config.types import AboveZero, Bounds, PositiveInt
+from aimv2.config.types import AboveZero, Bounds, PathText, PositiveInt
 from aimv2.errors import UsageError
 from aimv2.tables import TextTable, percent
 
@@ -21,8 +21,7 @@ WORDS = {"copies": "weights in half precision", "buffers": "gathered and waiting
 
 @dataclass(kw_only=True)
 class PlanOptions:
-    """Plan a pre-training run before it is paid for: memory a GPU by part, the layout and micro-batch that fit, FLOPs, time, cost, what
-    the loader and checkpoints need.
+    """Plan a pre-training run before it is paid for: memory, layout, time, cost, loader.
 
     Parameters, FLOPs and bytes of checkpoints are counted, memory is computed tensor by tensor; everything in seconds is an estimate
     that rests on mfu. Nothing is trained, downloaded or written.
@@ -30,7 +29,7 @@ class PlanOptions:
     Args:
         config: YAML recipe, by path or by a name of `aimv2 recipes`
         options: values by dotted key, which override the recipe's (``{"train.batch_size": 4096}``)
-        gpus: number of GPUs, over all nodes
+        gpus: GPUs of all nodes
         gpu: the card, such as h100, h200, b200, a100, a100-40, l40s, rtx4090, rtx5090, mi300x
         nodes: number of machines
         price: of a GPU and hour, in any currency; null: no cost
@@ -41,7 +40,7 @@ class PlanOptions:
         check: a finished run to compare with its plan, in place of config: parameters, pairs/s, memory
     """
 
-    config: str | None = None
+    config: PathText | None = None
     options: dict[str, Any] | None = None
     gpus: PositiveInt = 1
     gpu: str = "h100"
@@ -51,7 +50,7 @@ class PlanOptions:
     tokens: Annotated[float, Bounds(1)] = 32.0
     decode_rate: Annotated[float | None, Bounds(0, above=True)] = None
     write_speed: AboveZero = 1.0
-    check: str | None = None
+    check: PathText | None = None
 
 
 def run(options: PlanOptions) -> dict[str, Any]:

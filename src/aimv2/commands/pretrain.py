@@ -30,7 +30,7 @@ class PretrainOptions:
         config: YAML recipe, by path or by a name of `aimv2 recipes`; without one and without data: the demo on captioned scenes
         run: run folder
         options: values by dotted key, which override the recipe's (``{"train.steps": 100, "resume": True}``)
-        dry_run: build everything, run three steps, say what a run takes
+        dry_run: build all, run three steps, say what a run takes
         print_config: show the effective values and where they came from
     """
 

@@ -245,7 +245,7 @@ def open_array(file: Path, option: str, shape: tuple[int, ...], mode: Literal["r
         tokenize.TokenError,
     ) as error:
         raise unreadable(file, option, error) from None
-    return np.lib.format.open_memmap(file, mode=mode) if mode == "r+" else found
+    return np.lib.format.open_memmap(regular(file), mode=mode) if mode == "r+" else found
 
 
 def check_notes(store: FeatureStore, notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def check_run(folder: str, assumed: Assumed) -> dict[str, Any]:
     summary = read_summary(run)
     if summary is None or not checkpoints(run):
         raise UsageError(
-            f"--check {folder}: the run is not finished (no summary.json); go on with: aimv2 pretrain --run {folder} --resume",
+            f"--check {folder}: the run is not finished (no summary.json); go on with: aimv2 pretrain --run {shlex.quote(folder)} --resume",
             option="--check",
             code="missing",
         )

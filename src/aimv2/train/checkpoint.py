@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from aimv2.distributed import World
-from aimv2.errors import UsageError
+from aimv2.errors import UsageError, first_line
 from aimv2.interop.model_folder import checkpoints, read_best
 from aimv2.io import parse_json, read_file
 from aimv2.train.ema import Ema
@@ -171,24 +171,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: it can't be read, or holds something else.
     """
-    file = folder / "state" / "trainer.json"
+    file, why = folder / "state" / "trainer.json", "layout is expected"
     try:
         about = parse_json(read_file(file))
         ranks, workers = about["layout"]
-        whole = (
-            isinstance(about, dict)
-            and isinstance(ranks, int)
-            and ranks > 0
-            and isinstance(workers, int)
-            and workers >= 0
-        )
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
-        whole = False
-    if not whole:
-        raise UsageError(
-            f"--resume: {file} can't be read; remove {folder.name} to use the one before", code="unreadable"
-        )
-    return about
+        if isinstance(about, dict) and isinstance(ranks, int) and isinstance(workers, int) and ranks > 0 <= workers:
+            return about
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+    raise UsageError(
+        f"--resume: {file} can't be read ({why}); remove {folder.name} to use the one before", code="unreadable"
+    )
 
 
 def load_checkpoint(

@@ -36,7 +36,7 @@ from aimv2.train.loop import Trainer
 from runs import exact, options, scenes, train
 
 WORDS = {  # options of text that are no paths
-    "ask", "baselines", "caption_column", "dataset", "decays", "device", "host", "image_column", "image_mean", "image_size",
+    "ask", "baselines", "caption_column", "dataset", "decays", "device", "gpu", "host", "image_column", "image_mean", "image_size",
     "image_std", "invalid", "k", "layers", "licence", "message", "name", "names", "object_size", "only", "rates", "repository",
     "revision", "seeds", "shots", "split", "tasks", "template", "values", "words",
 }  # fmt: skip

@@ -18,8 +18,7 @@ def run(chain: str, out: str | None = None, data: str | None = None, only: str |
     """Run a chain of stages: what is not done yet, in order; an interrupted stage resumes, and one report is written."""
 
 def plan(config: str | None = None, options: dict[str, Any] | None = None, gpus: int = 1, gpu: str = 'h100', nodes: int = 1, price: float | None = None, mfu: float = 0.4, tokens: float = 32.0, decode_rate: float | None = None, write_speed: float = 1.0, check: str | None = None) -> dict[str, Any]:
-    """Plan a pre-training run before it is paid for: memory a GPU by part, the layout and micro-batch that fit, FLOPs, time, cost, what
-    the loader and checkpoints need."""
+    """Plan a pre-training run before it is paid for: memory, layout, time, cost, loader."""
 
 def recipes(names: str | list[str] | None = None) -> dict[str, Any]:
     """List the recipes of `pretrain --config` and the chains of `run`, or print files of theirs, for `> mine.yaml`."""

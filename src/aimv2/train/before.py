@@ -14,6 +14,7 @@ from aimv2.interop.model_folder import checkpoints
 from aimv2.io import say
 from aimv2.train.loop import Trainer
 from aimv2.train.outlook import checkpoint_bytes, existing_folder
+from aimv2.train.together import on_first
 
 SHARED = Path("/dev/shm")
 AHEAD, HELD = 2, 1  # batches that a worker prepares, and that a step holds
@@ -27,29 +28,21 @@ def check_machine(trainer: Trainer) -> None:
     Raises:
         UsageError: on all ranks, where the run can't get far.
     """
-    config, problem = trainer.config, None
+    config = trainer.config
     files = open_files(config.data.workers)  # of every rank
-    if trainer.world.main:
-        try:
-            side = trainer.view.image_size or getattr(getattr(trainer.stream, "make", None), "square", 0)
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world.size))
-            for line in (
-                *shared_memory(config, side, trainer.world.size, here),
-                *files,
-                *disk(trainer.run, checkpoint_bytes(config, trainer.model)),
-                *clock(trainer.run),
-            ):
-                say(line)
-        except UsageError as error:
-            problem = str(error), error.option
-        except OSError as error:  # else the other ranks would wait
-            problem = (
-                f"--run {trainer.run}: {error.filename or SHARED} can't be looked at: {error.strerror or error}",
-                "--run",
-            )
-    problem = trainer.world.broadcast(problem)
-    if problem is not None:
-        raise UsageError(problem[0], option=problem[1], code="limit")
+
+    def look() -> None:
+        side = trainer.view.image_size or getattr(getattr(trainer.stream, "make", None), "square", 0)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world.size))
+        for line in (
+            *shared_memory(config, side, trainer.world.size, here),
+            *files,
+            *disk(trainer.run, checkpoint_bytes(config, trainer.model)),
+            *clock(trainer.run),
+        ):
+            say(line)
+
+    on_first(trainer.world, look, trainer.run)
 
 
 def shared_memory(config: Config, side: int, ranks: int, here: int) -> Iterator[str]:

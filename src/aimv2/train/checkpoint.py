@@ -206,11 +206,18 @@ def load_checkpoint(
     private, failure = None, None
     try:
         private, reader = own_state(folder, world, workers), PlainReader(folder / "state")
-        reader.read_metadata()  # of damaged ones DCP would log a traceback
-        dcp.load(state, storage_reader=reader, planner=PlainPlanner())
-    except (Exception, CheckpointException) as error:  # whatever a damaged file makes of it
+        if world.main:
+            reader.read_metadata()  # of damaged ones DCP would log a traceback
+    except Exception as error:  # whatever a damaged file makes of it
         failure = _reason(error)
-    if any_failed(failure, world):
+    failed = any_failed(failure, world)  # before DCP, in which the other ranks would wait
+    if not failed:
+        try:
+            dcp.load(state, storage_reader=reader, planner=PlainPlanner())
+        except (Exception, CheckpointException) as error:
+            failure = _reason(error)
+        failed = any_failed(failure, world)
+    if failed:
         why = failure or "on another rank"
         raise UsageError(
             f"--resume: {folder} can't be read ({why}); remove it to use the one before", code="unreadable"

@@ -98,10 +98,7 @@ class Trainer:
         self.terms = [name for name, weight in self.update.objective.weights.items() if weight]
         self.window = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=world.device)  # terms, norm, tokens
         self.window_steps = 0
-        self.waited, self.starved = (
-            0.0,
-            False,
-        )  # seconds for data, since the last line of metrics; whether that was said
+        self.waited, self.starved = 0.0, False  # seconds for data since the last metrics; whether that was said
         self.pairs = self.patches = 0  # since the last line of metrics, of this start of the run only
         self.first_broken: Tensor | None = None
         self.held_out: HeldOut | None = None

@@ -143,7 +143,7 @@ def estimates(result: dict[str, Any]) -> dict[str, str]:
         "rests on ": f"{result['decoded_per_core_and_s']:,.0f} images a second and core: {result['decoded']}",
         "checkpoints": f"{result['checkpoint_gb']:,.1f} GB each, {result['checkpoints_gb']:,.1f} GB kept",
         "stall": f"{result['save_seconds']:,.1f} s a save at {assumed['write_gb_per_s']:g} GB/s a node ({percent(result['save_fraction'])} "
-        f"of the time); {result['copy_seconds']:.2g} s where a step waits for the copy to the host only",
+        "of the time)",
     }
 
 

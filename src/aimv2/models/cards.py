@@ -1,5 +1,6 @@
-"""Accelerators: peak FLOP/s, memory and bandwidth, as their vendors' data sheets give them. Imports no torch.
+"""Accelerators: peak FLOP/s, memory and bandwidth. Imports no torch.
 
+Each row names the vendor's data sheet; the figures were taken from copies of it in public code and tables, not from the sheet itself.
 Peaks are dense (no structured sparsity, which data sheets of NVIDIA often count in: half of their figure) and, of GeForce cards, with
 accumulation in fp32, as training uses.
 """

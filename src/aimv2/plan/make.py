@@ -27,11 +27,10 @@ from aimv2.plan.memory import Program, Sizes
 from aimv2.tasks.pretrain import shapes
 from aimv2.train import prepare
 from aimv2.train.defaults import unfilled
-from aimv2.train.outlook import checkpoint_bytes
+from aimv2.train.outlook import checkpoint_bytes, most_kept
 
 VOCABULARY = 32_000  # tokens of a tokenizer that is not on this machine (assumed; SigLIP's has as many)
 ROOM = 0.9  # of a GPU's memory, less RESERVED, that a plan fills: the allocator needs the rest
-COPY = 20e9  # bytes a second from a GPU to its host (assumed; PCIe 4 x16 gives 25)
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def plan_run(
         **time,
         "cost": None if price is None else price * gpus * time["days"] * 24,
         **loading(config, time["pairs_per_s"], gpus, nodes, decoding),
-        **checkpoints(config, model, used, nodes, gpus, time["seconds_a_step"], assumed),
+        **checkpoints(config, model, nodes, time["seconds_a_step"], assumed),
         "card": {"bf16_tflops": card.bf16 / 1e12, "memory_gb": card.memory / 1e9, "source": card.source},
         "assumed": {
             "mfu": assumed.mfu,
@@ -261,20 +260,14 @@ def loading(config: Config, rate: float, gpus: int, nodes: int, decoding: Decodi
     }
 
 
-def checkpoints(
-    config: Config, model: nn.Module, used: Choice, nodes: int, gpus: int, seconds: float, assumed: Assumed
-) -> dict[str, Any]:
+def checkpoints(config: Config, model: nn.Module, nodes: int, seconds: float, assumed: Assumed) -> dict[str, Any]:
     """Bytes of checkpoints, counted, and how long they hold the run up: written by every node, the model's folder by one."""
     train, one, weights = config.train, checkpoint_bytes(config, model), 4 * count(model)
-    saves = math.ceil(steps_of(config) / train.save_every) if train.save_every else 1
-    kept = min(train.keep + 1 + (config.eval.best is not None), saves) if train.keep else saves
     written = weights / assumed.write + (one - weights) / nodes / assumed.write
-    copied = (one - weights) / used.layout.shard / COPY
     every = (train.save_every or steps_of(config)) * seconds
     return {
         "checkpoint_gb": one / 1e9,
-        "checkpoints_gb": one * kept / 1e9,
+        "checkpoints_gb": one * most_kept(config, steps_of(config)) / 1e9,
         "save_seconds": written,
         "save_fraction": written / (written + every),
-        "copy_seconds": copied,
     }

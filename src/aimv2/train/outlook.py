@@ -42,14 +42,19 @@ def visits(config: Config, samples: int, pairs: float) -> dict[str, Any]:
 
 def disk_room(config: Config, model: nn.Module) -> dict[str, Any]:
     """Bytes (1e9) of the checkpoints of a run, and those that are free where it goes."""
-    train, one = config.train, checkpoint_bytes(config, model)
-    saves = math.ceil(train.steps / train.save_every) if train.save_every else 1
-    kept = train.keep + 1 + (config.eval.best is not None) if train.keep else saves  # one more while it is written
+    one, kept = checkpoint_bytes(config, model), most_kept(config, config.train.steps)
     there = existing_folder(Path(config.run or "."))
     return {
-        "checkpoints_gb": one * min(kept, saves) / 1e9,
+        "checkpoints_gb": one * kept / 1e9,
         "disk_free_gb": shutil.disk_usage(there).free / 1e9,
     }
+
+
+def most_kept(config: Config, steps: int) -> int:
+    """Checkpoints that lie on the disk at once, the one that is written included."""
+    train = config.train
+    saves = math.ceil(steps / train.save_every) if train.save_every else 1
+    return min(train.keep + 1 + (config.eval.best is not None), saves) if train.keep else saves
 
 
 def checkpoint_bytes(config: Config, model: nn.Module) -> int:

@@ -188,8 +188,6 @@ class Watched:
         self.calls.put(function)
         try:
             value, error = self.wait()
-        except WorkerLost:
-            raise
         except RuntimeError:  # of torch's SIGCHLD handler, which knows of the workers until their first batch is there
             self.look(wait=True)
             raise

@@ -11,14 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plain_step import LARGE, TINY, Shape
-from train_step import our_model, our_path, plain_path
+from train_step import LONGEST, SHORTEST, our_model, our_path, plain_path
 from turns import in_turns
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKENS = (SHORTEST + LONGEST) / 2  # of a caption, on average
 MODELS = {"L-336": "aimv2-large-patch14-336", "H-224": "aimv2-huge-patch14-224", "1B-224": "aimv2-1B-patch14-224"}
 # B, H, N, d of training: encoders of 224, 336, 448 and 518 px
 ATTENTION = {
@@ -155,7 +157,7 @@ def step(smoke: bool) -> dict[str, Any]:
         figures[name] = one_step(our_path, pairs, shape, runs, **train)
     peak = matmul_peak(smoke)
     with torch.device("meta"):
-        flops = step_flops(our_model(shape, None), 1, shape.patches, 23.5)  # captions of 8 to 39 tokens
+        flops = step_flops(our_model(shape, None), 1, shape.patches, TOKENS)
     for way in figures.values():
         if isinstance(way, dict) and "images_per_s" in way:
             way["fraction_of_peak"] = way["images_per_s"] * flops / peak
@@ -262,15 +264,16 @@ def sizes(smoke: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"expected": "H and 1B above L in their part of the peak: wider products."}
     peak = matmul_peak(smoke)
     for name in ("tiny",) if smoke else MODELS:
+        with torch.device("meta"):
+            model = named_model(name, None)
+        about = model.encoder.config
+        shape = replace(TINY if smoke else LARGE, image=about.image_size, patch=about.patch_size)
         for pairs in (2,) if smoke else (256, 128, 64, 32, 16):
-            found = one_model(name, pairs, smoke)
+            found = one_step(our_path, pairs, shape, 1 if smoke else 4, make=partial(named_model, name))
             if "OutOfMemory" not in found.get("failed", ""):
                 break
         if "images_per_s" in found:
-            with torch.device("meta"):
-                model = named_model(name, None)
-            patches, tokens = model.encoder.config.patches, 23.5
-            found["fraction_of_peak"] = found["images_per_s"] * step_flops(model, 1, patches, tokens) / peak
+            found["fraction_of_peak"] = found["images_per_s"] * step_flops(model, 1, about.patches, TOKENS) / peak
         figures[name] = {"pairs": pairs, **found}
     return figures
 
@@ -282,35 +285,6 @@ def named_model(name: str, seed: int | None = 0) -> Any:
     if name == "tiny":
         return our_model(TINY, seed)
     return create_model(MODELS[name], decoder=True, seed=seed)
-
-
-def model_path(name: str, pairs: int, where: str) -> tuple[Any, list[Any]]:
-    """Our step over a released shape, compiled."""
-    import torch
-
-    from aimv2.batch import make_batch
-    from aimv2.config.schema import Config
-    from aimv2.distributed import World
-    from aimv2.train.compiling import want_compile
-    from aimv2.train.step import TrainStep
-    from train_step import make_pairs
-
-    config, world = Config(), World(0, 1, torch.device(where))
-    model = named_model(name)
-    about = model.encoder.config
-    shape = replace(TINY if name == "tiny" else LARGE, image=about.image_size, patch=about.patch_size)
-    update = TrainStep(model, config, world, want_compile(config.train, world)[0])
-    model.train()
-    inputs = [make_batch(*three, shape.patches) for three in make_pairs(torch, pairs, shape)]
-    return (lambda batch: update(batch, 1).means), inputs
-
-
-def one_model(name: str, pairs: int, smoke: bool) -> dict[str, Any]:
-    """Images a second and memory of :func:`model_path`."""
-    seconds, memory, missing = in_turns({"step": (model_path, (name, pairs, device()))}, 3, 1 if smoke else 4)
-    if missing:
-        return {"failed": missing["step"][:200]}
-    return {"images_per_s": pairs / statistics.median(seconds["step"]), "peak_memory_gb": memory["step"]}
 
 
 def command(*words: str, **environment: str) -> str:

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from plain_step import SMALL
@@ -50,8 +51,13 @@ def plain_path(precision: str, pairs: int, device: str, shape: Any = SMALL) -> t
     return (lambda batch: step(*batch)), inputs
 
 
-def our_path(precision: str, pairs: int, device: str, shape: Any = SMALL, **train: Any) -> tuple[Any, list[Any]]:
-    """Our step, as the trainer runs it, and its batches; ``train``: more of that section of the configuration."""
+def our_path(
+    precision: str, pairs: int, device: str, shape: Any = SMALL, make: Callable[[], Any] | None = None, **train: Any
+) -> tuple[Any, list[Any]]:
+    """Our step, as the trainer runs it, and its batches.
+
+    ``make``: of another model for such images and captions; ``train``: more of that section of the configuration.
+    """
     import torch
 
     from aimv2.batch import make_batch
@@ -68,7 +74,7 @@ def our_path(precision: str, pairs: int, device: str, shape: Any = SMALL, **trai
     compiled, why_not = want_compile(config.train, world)
     if why_not:
         print(why_not, file=sys.stderr, flush=True)
-    model = our_model(shape)
+    model = make() if make else our_model(shape)
     step = TrainStep(model, config, world, compiled)
     model.train()
     inputs = [

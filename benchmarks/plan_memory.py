@@ -71,7 +71,9 @@ TRACKED = {
     "3B-64": Case(B3, 64, 8),
     "3B-64-full": Case(B3, 64, 32, checkpointing="full"),
     "L-8-accumulate": Case(L, 8, 8, accumulate=2),
-    "base-1": Case("aimv2-base-patch14-224", 1, 16),
+    "base-1": Case(
+        "aimv2-base-patch14-224", 1, 16, "fp32"
+    ),  # the tracker hooks weights, which one rank casts in half precision
     "tiny-4": Case("aimv2-tiny-patch14-112", 4, 8),
 }
 SMALL = "aimv2-small-patch14-224"

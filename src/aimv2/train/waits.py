@@ -11,7 +11,7 @@ from aimv2.io import say
 if TYPE_CHECKING:
     from aimv2.train.loop import Trainer
 
-STARVED = 0.3  # part of the time that a step waits for data, of which a line is worth it
+STARVED = {True: 0.3, False: 0.5}  # parts of the time that are worth a line: with data workers, and without
 STARTING = 20  # steps, while buffers of the loader fill
 
 
@@ -22,7 +22,8 @@ def data_wait(trainer: Trainer, fraction: float) -> float:
     every[world.rank] = fraction
     worst, rank = world.sum(every).max(0)
     log = trainer.log
-    if log and log.active and worst > STARVED and not trainer.starved and trainer.step > log.first + STARTING:
+    starved = worst > STARVED[trainer.config.data.workers > 0]
+    if log and log.active and starved and not trainer.starved and trainer.step > log.first + STARTING:
         trainer.starved = True
         who = f"rank {int(rank)}" if world.size > 1 else "the step"
         say(
